@@ -1,0 +1,7 @@
+"""Every tolerance of the tests, once. Absolute differences unless said."""
+
+PORT = 1e-4  # ours against numbers of the official classes, float32
+ROLLOUT = 2e-4  # the same after four steps and several blocks
+INTERPOLATED_AUDIO = 2e-4  # the reference interpolates with float32 indices
+FLOAT32 = 1e-5  # two orders of the same float32 arithmetic, values of size about 1
+EXPORT = 2e-4  # a graph on ONNX Runtime against torch, float32, relative to the largest value
