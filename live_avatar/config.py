@@ -164,9 +164,11 @@ class StreamConfig:
             f"sink_update_block {self.sink_update_block} must be None or at least 2: the sink comes from block 1.",
         )
         frame_ms = 1000 // FPS
+        most_ms = (self.speech_window_blocks - 1) * self.block_frames * frame_ms
         _require(
-            self.lookahead_ms >= 0 and self.lookahead_ms % frame_ms == 0,
-            f"lookahead_ms {self.lookahead_ms} is not a multiple of one frame, {frame_ms} ms.",
+            0 <= self.lookahead_ms <= most_ms and self.lookahead_ms % frame_ms == 0,
+            f"lookahead_ms {self.lookahead_ms} must be a multiple of one frame, {frame_ms} ms, and at most {most_ms} "
+            f"with a window of {self.speech_window_blocks} blocks.",
         )
         _require(
             self.decoder_warmup_latents >= 1
@@ -286,7 +288,7 @@ TINY = Preset(
         audio_states=5,
         audio_inject_layers=(0, 2, 4),
     ),
-    vae=VAEConfig(dim=16),
+    vae=VAEConfig(dim=8),
     speech=SpeechEncoderConfig(
         hidden_size=48,
         num_hidden_layers=4,

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from live_avatar.config import FPS, StreamConfig
+from live_avatar.errors import InputError
+
 FEATURE_RATE_HZ = 50
 TRAINED_RATE_HZ = 30  # features were stretched from 50 to 30 Hz, then sampled at 25 (quirk Q10)
-VIDEO_RATE_HZ = 25
+VIDEO_RATE_HZ = FPS
+PCM_SCALE = 32768.0
+NORMALISATION_EPS = 1e-7  # of the wav2vec2 processor
 
 
 def interpolate(hidden: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -45,3 +50,55 @@ def bucket_features(hidden: np.ndarray, clip_frames: int) -> tuple[np.ndarray, n
     kept = min(count, padded.shape[1])
     padded[:, :kept] = features[:, :kept]
     return padded[:, columns].transpose(0, 2, 1)[None], columns, clips
+
+
+class SpeechWindow:
+    """The speech of one session so far, as the encoder sees it: a rolling window, normalised.
+
+    The encoder was trained on whole files of zero mean and unit variance. Here both are taken over all
+    speech heard so far (in integers, so exactly and in any order), which tends to the whole-file values.
+    """
+
+    def __init__(self, stream: StreamConfig) -> None:
+        self._stream = stream
+        self._kept = np.zeros(0, dtype=np.int16)
+        self._blocks = 0
+        self._sum = 0
+        self._square_sum = 0
+
+    def push(self, samples: np.ndarray) -> np.ndarray:
+        """One block, int16 [block_samples] -> the window, float32 [1, n], n a multiple of block_samples."""
+        stream = self._stream
+        if samples.dtype != np.int16 or samples.shape != (stream.block_samples,):
+            raise InputError(
+                f"a block of speech is {samples.dtype} {list(samples.shape)}; expected int16 [{stream.block_samples}], "
+                "16 kHz mono, the last block padded with zeros."
+            )
+        wide = samples.astype(np.int64)
+        self._sum += int(wide.sum())
+        self._square_sum += int((wide * wide).sum())
+        self._blocks += 1
+        keep = stream.speech_window_blocks * stream.block_samples
+        self._kept = np.concatenate([self._kept, samples])[-keep:]
+        count = self._blocks * stream.block_samples
+        mean = self._sum / count
+        variance = self._square_sum / count - mean * mean
+        scale = 1 / np.sqrt(variance / PCM_SCALE**2 + NORMALISATION_EPS)
+        return ((self._kept - mean) / PCM_SCALE * scale).astype(np.float32)[None]
+
+    def positions(self, features: int) -> np.ndarray:
+        """Columns of the window's `features` at which the frames of the newest block read, float64 [frames].
+
+        Frame i reads where the released front end reads it in a long file, column round(1.2 i) at 30 Hz; before
+        the first feature or after the last it reads that one. With look-ahead the frames lie that much earlier.
+        """
+        stream = self._stream
+        columns = trained_columns(self.first_frame + np.arange(stream.block_frames))
+        dropped = max(0, self._blocks - stream.speech_window_blocks) * stream.block_frames
+        absolute = columns * (FEATURE_RATE_HZ / TRAINED_RATE_HZ)
+        return np.clip(absolute - dropped * FEATURE_RATE_HZ // VIDEO_RATE_HZ, 0, features - 1)
+
+    @property
+    def first_frame(self) -> int:
+        """Index of the newest block's first frame on the speech's clock; negative inside the look-ahead."""
+        return (self._blocks - 1) * self._stream.block_frames - self._stream.lookahead_frames

@@ -24,6 +24,7 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+EPS = 1e-12  # least length that a norm divides by
 
 
 class Stream:
@@ -77,7 +78,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * trailing))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * self.scale * self.gamma
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return x * (self.scale / length.clamp(min=EPS)) * self.gamma
 
 
 class Residual(nn.Module):

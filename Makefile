@@ -1,0 +1,70 @@
+# `make` lists the targets. Each of them makes .venv first, once, and again when a file that it is made of changes.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Stands in .venv from the first step of an installation to its last: found later, it means a half-made .venv.
+UNFINISHED := $(VENV)/.unfinished
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+	@for python in python3.11 python3.12 python3 none; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2> /dev/null; then break; fi; \
+	done; \
+	if [ "$$python" = none ]; then \
+	  echo "make: Python 3.11 or 3.12 is needed; python3 is $$(python3 --version 2> /dev/null || echo missing)." \
+	    "Install python3.11 with its venv module, and run make again." >&2; \
+	  exit 1; \
+	fi; \
+	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
+	  echo "Making $(VENV) with $$python"; \
+	  "$$python" -m venv --clear $(VENV); \
+	fi; \
+	touch $(UNFINISHED); \
+	echo "Installing into $(VENV): the first time this can take some minutes"; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e './client[media]' -e '.[dev]'; \
+	rm $(UNFINISHED); \
+	touch $@
+
+.PHONY: install
+install: $(INSTALLED) ## Make .venv with everything in it
+
+.PHONY: demo
+demo: $(INSTALLED) ## Stream six seconds of speech to a server on this machine, and write the video
+	@$(BIN)/live-avatar demo
+
+.PHONY: test
+test: lint ## Run the linter, the type checker and the tests, as CI does
+	@$(BIN)/pytest -q
+
+.PHONY: test-slow
+test-slow: $(INSTALLED) ## Run the tests marked slow
+	@$(BIN)/pytest -q -m slow
+
+.PHONY: lint
+lint: $(INSTALLED) ## Check style, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+.PHONY: format
+format: $(INSTALLED) ## Format the code, and fix what the linter can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: export
+export: $(INSTALLED) ## Export the tiny avatar's graphs to artifacts/
+	@$(BIN)/live-avatar export
+
+.PHONY: clean
+clean: ## Remove what the commands made (out/, artifacts/, caches); .venv stays
+	@rm -rf out artifacts .perf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

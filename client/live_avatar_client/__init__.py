@@ -1,0 +1,77 @@
+"""Streams speech to a Live Avatar service and receives the video frames of a person who speaks it.
+
+The names load on first use: a server that needs `live_avatar_client.protocol` alone loads neither gRPC
+nor numpy. Reading and writing media files is in `live_avatar_client.media` (the extra `media`), a fake
+server for tests in `live_avatar_client.testing`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .aio import AsyncAvatarSession
+    from .core import Block
+    from .errors import (
+        AnswerTimeout,
+        AvatarError,
+        ConnectFailed,
+        ConnectionLost,
+        InvalidInput,
+        MediaError,
+        SendTimeout,
+        ServerError,
+        ServerIncompatible,
+        SessionClosed,
+        SessionFailed,
+        SessionRefused,
+    )
+    from .image import read_image_bytes
+    from .protocol import ErrorCode, FrameFormat
+    from .stats import StreamStats
+    from .sync import AvatarSession
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AnswerTimeout",
+    "AsyncAvatarSession",
+    "AvatarError",
+    "AvatarSession",
+    "Block",
+    "ConnectFailed",
+    "ConnectionLost",
+    "ErrorCode",
+    "FrameFormat",
+    "InvalidInput",
+    "MediaError",
+    "SendTimeout",
+    "ServerError",
+    "ServerIncompatible",
+    "SessionClosed",
+    "SessionFailed",
+    "SessionRefused",
+    "StreamStats",
+    "read_image_bytes",
+]
+
+_MODULES: Final = {
+    "AsyncAvatarSession": "aio",
+    "AvatarSession": "sync",
+    "Block": "core",
+    "ErrorCode": "protocol",
+    "FrameFormat": "protocol",
+    "StreamStats": "stats",
+    "read_image_bytes": "image",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_MODULES.get(name, 'errors')}", __name__)
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

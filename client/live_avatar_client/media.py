@@ -1,0 +1,185 @@
+"""Reads speech from media files and writes frames and speech to MP4 files, with PyAV (extra `media`).
+
+Knows files, samples and pixels. It knows no server and no session.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+
+try:
+    import av
+except ImportError as error:
+    raise ImportError(
+        "live_avatar_client.media needs PyAV; install it with: pip install 'live-avatar-client[media]'"
+    ) from error
+
+from .core import Pixels, Samples, as_samples
+from .errors import InvalidInput, MediaError
+from .image import read_image_bytes
+from .protocol import FPS, SAMPLE_RATE_HZ
+
+__all__ = ["Mp4Writer", "read_image_bytes", "read_speech"]
+
+_VIDEO_OPTIONS: Final = {"crf": "18", "preset": "veryfast"}
+_AUDIO_BIT_RATE: Final = 96_000
+
+
+def read_speech(path: str | os.PathLike[str]) -> Samples:
+    """Read the first audio stream of any media file as int16 samples, mono, 16 kHz."""
+    name = repr(os.fspath(path))
+    if not Path(path).exists():
+        raise MediaError(f"the speech {name} does not exist; pass the path of an audio or video file")
+    if not Path(path).is_file():
+        raise MediaError(f"the speech {name} is not a file; pass the path of an audio or video file")
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.audio:
+                raise MediaError(f"the speech {name} has no audio stream; pass a file with sound")
+            chunks = list(_resampled(container, name))
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError(
+            f"the speech {name} cannot be read as audio: {error.strerror}; pass a file that FFmpeg can read, "
+            "such as WAV, FLAC, MP3, Ogg or M4A"
+        ) from error
+    speech: Samples = np.concatenate([np.zeros(0, np.int16), *chunks])
+    if not len(speech):
+        raise MediaError(f"the speech {name} has 0 samples; pass a file with sound")
+    return speech
+
+
+def _resampled(container: av.container.InputContainer, name: str) -> Iterator[Samples]:
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
+    for frame in container.decode(audio=0):
+        samples = frame.to_ndarray()
+        if samples.dtype.kind == "f" and not np.isfinite(samples).all():
+            raise MediaError(f"the speech {name} has NaN or infinite samples at {frame.time:.3f} s; mend it")
+        for converted in resampler.resample(frame):
+            yield converted.to_ndarray()[0]
+    for converted in resampler.resample(None):
+        yield converted.to_ndarray()[0]
+
+
+class Mp4Writer:
+    """Writes an MP4 file of H.264 video and AAC speech, piece by piece, in a `with` statement.
+
+    The file appears under its name when the statement is left normally; after an exception there is none.
+    Speech beyond the last frame is left out. A frame of odd width or height gets its last column or row
+    doubled, as H.264 needs even sizes.
+
+    Args:
+        path: where the file goes; one that is there is replaced.
+        width, height: the size of the frames.
+        fps: frames per second.
+        speech: what the frames speak, from their start: as `AvatarSession.send` takes it.
+        metadata: entries such as title and comment.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        width: int,
+        height: int,
+        fps: int = FPS,
+        *,
+        speech: object | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.frames = 0
+        """How many frames were written."""
+        self._shape = (height, width, 3)
+        self._fps = fps
+        self._speech = None if speech is None else as_samples(speech)
+        self._samples_written = 0
+        self._metadata = dict(metadata or {})
+        if min(width, height, fps) < 1:
+            raise InvalidInput(f"the video has {width} x {height} pixels at {fps} fps; pass numbers above 0")
+
+    def __enter__(self) -> Self:
+        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        with self._explained():
+            self._partial.touch()  # PyAV would find out at the first frame only
+            self._container = av.open(
+                str(self._partial), "w", format="mp4", options={"movflags": "+faststart"}
+            )
+        self._container.metadata.update(self._metadata)
+        height, width, _ = self._shape
+        self._video = self._container.add_stream("libx264", rate=self._fps, options=_VIDEO_OPTIONS)
+        self._video.width, self._video.height = width + width % 2, height + height % 2
+        self._video.pix_fmt = "yuv420p"
+        if self._speech is not None:
+            self._audio = self._container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
+            self._audio.bit_rate = _AUDIO_BIT_RATE
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._container.close()
+            self._partial.unlink(missing_ok=True)
+
+    def write(self, frames: Pixels) -> None:
+        """Append one frame [height, width, 3] or several [n, height, width, 3], as RGB uint8."""
+        for frame in frames if frames.ndim == 4 else frames[np.newaxis]:
+            if frame.shape != self._shape or frame.dtype != np.uint8:
+                raise InvalidInput(
+                    f"the frame is {frame.dtype} {list(frame.shape)}; pass uint8 {list(self._shape)}"
+                )
+            with self._explained():
+                self._write_frame(frame)
+                self._write_speech()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise what FFmpeg and the file system report as MediaError."""
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            raise MediaError(
+                f"the video {str(self.path)!r} cannot be written: {error.strerror}; pass a path in a folder "
+                "that exists, is writable and has room"
+            ) from error
+
+    def _write_frame(self, frame: Pixels) -> None:
+        height, width, _ = self._shape
+        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+        picture.pts, picture.time_base = self.frames, Fraction(1, self._fps)
+        self._container.mux(self._video.encode(picture))
+        self.frames += 1
+
+    def _write_speech(self) -> None:
+        """Append the speech up to the end of the last frame."""
+        if self._speech is None:
+            return
+        start, stop = self._samples_written, self.frames * SAMPLE_RATE_HZ // self._fps
+        chunk = self._speech[start:stop]
+        if not len(chunk):
+            return
+        sound = av.AudioFrame.from_ndarray(chunk[np.newaxis], format="s16", layout="mono")
+        sound.sample_rate = SAMPLE_RATE_HZ
+        sound.pts, sound.time_base = start, Fraction(1, SAMPLE_RATE_HZ)
+        self._container.mux(self._audio.encode(sound))
+        self._samples_written += len(chunk)
+
+    def _finish(self) -> None:
+        if not self.frames:
+            raise MediaError(f"the video {str(self.path)!r} got 0 frames; write at least one")
+        with self._explained():
+            self._container.mux(self._video.encode(None))
+            if self._speech is not None:
+                self._container.mux(self._audio.encode(None))
+            self._container.close()
+            self._partial.replace(self.path)

@@ -1,0 +1,94 @@
+"""The contract between a client and the `live_avatar` ensemble: names, types, sizes and error codes.
+
+Imported by the client and by the server's models and config tests, so it needs the standard library
+alone: it knows neither numpy nor gRPC nor Triton, and holds no state.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Final
+
+MODEL_NAME: Final = "live_avatar"
+
+SAMPLE_RATE_HZ: Final = 16_000
+FPS: Final = 25
+FRAMES_PER_BLOCK: Final = 12
+SAMPLES_PER_FRAME: Final = SAMPLE_RATE_HZ // FPS
+BLOCK_SAMPLES: Final = FRAMES_PER_BLOCK * SAMPLES_PER_FRAME
+
+MAX_PROMPT_CHARS: Final = 2_000
+MAX_IMAGE_BYTES: Final = 32 * 1024 * 1024
+MAX_IMAGE_PIXELS: Final = 64_000_000
+MAX_SEED: Final = 2**63 - 1
+MAX_SEQUENCE_ID: Final = 2**63 - 1
+
+SEED_PARAMETER: Final = "seed"
+FRAME_FORMAT_PARAMETER: Final = "frame_format"
+
+
+class FrameFormat(StrEnum):
+    """How the server sends frames: RGB pixels in FRAMES, or one JPEG file each in JPEG_FRAMES."""
+
+    RAW = "raw"
+    JPEG = "jpeg"
+
+
+class SequenceFlag(IntEnum):
+    """The bits of a Triton request's flags that open and end a sequence."""
+
+    START = 1
+    END = 2
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the ensemble; -1 in `dims` is any size, as in Triton's `config.pbtxt`."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+
+AUDIO: Final = TensorSpec("AUDIO", "INT16", (-1,))
+REFERENCE_IMAGE: Final = TensorSpec("REFERENCE_IMAGE", "UINT8", (-1,), optional=True)
+PROMPT: Final = TensorSpec("PROMPT", "BYTES", (1,), optional=True)
+FRAMES: Final = TensorSpec("FRAMES", "UINT8", (-1, -1, -1, 3))
+JPEG_FRAMES: Final = TensorSpec("JPEG_FRAMES", "BYTES", (-1,))
+FIRST_FRAME: Final = TensorSpec("FIRST_FRAME", "INT64", (1,))
+
+INPUTS: Final = (AUDIO, REFERENCE_IMAGE, PROMPT)
+OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME)
+
+
+class ErrorCode(StrEnum):
+    """The machine-readable start of a server's error message."""
+
+    UNAVAILABLE = "UNAVAILABLE"
+    """Every session of the server is taken: try again later."""
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    """A tensor or parameter of the request is wrong: trying again will not help."""
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    """The request does not fit the session's state, such as a second START."""
+    FAILED = "FAILED"
+    """The server failed while it worked on the session."""
+
+
+_CODED = re.compile(rf"\[({'|'.join(ErrorCode)})\]\s*(.*)", re.DOTALL)
+_TRITON_PREFIX = re.compile(r"^(?:in ensemble '[^']*',\s*)?(?:\[request id: [^\]]*\]\s*)?")
+
+
+def format_error(code: ErrorCode, message: str) -> str:
+    """Return the text a server sends: `[CODE] message`."""
+    return f"[{code.value}] {message}"
+
+
+def parse_error(text: str) -> tuple[ErrorCode | None, str]:
+    """Return the code and the message of an error, without what Triton puts in front of it.
+
+    A text without a code, from Triton itself for example, has None for its code.
+    """
+    if coded := _CODED.search(text):
+        return ErrorCode(coded[1]), coded[2].strip()
+    return None, _TRITON_PREFIX.sub("", text).strip()

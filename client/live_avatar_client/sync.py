@@ -1,0 +1,153 @@
+"""The session for programs with threads, over grpc's blocking API.
+
+Knows how to wait and to read the stream in a thread; what to send, and what an answer means, is decided
+in `core`.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from . import wire
+from .base import CHANNEL_OPTIONS, CLOSE_GRACE_S, BaseSession
+from .core import Block, Pixels, Steps
+
+_T = TypeVar("_T")
+
+
+class AvatarSession(BaseSession):
+    """One avatar speaking one speech; use it in a `with` statement, once.
+
+    `send` and the iterators may be used from different threads.
+    """
+
+    def _set_up(self) -> None:
+        self._lock = self._changed = threading.Condition()
+        self._requests: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
+        self._reader: threading.Thread | None = None
+        self._feeder: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        with self._update() as core:
+            core.open()
+        self._channel = grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        try:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+            self._check_server(stub)
+        except BaseException:
+            self._channel.close()
+            raise
+        self._call = stub.ModelStreamInfer(iter(self._requests.get, None))
+        self._reader = threading.Thread(target=self._read, name="live-avatar-reader", daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield blocks of frames until the last frame of the speech."""
+        while (block := self._run(self._core.next_block())) is not None:
+            yield block
+
+    def frames(self) -> Iterator[tuple[float, Pixels]]:
+        """Yield each frame's timestamp in seconds and its pixels [height, width, 3]."""
+        for block in self:
+            yield from block.timed_frames()
+
+    def send(self, pcm: object) -> None:
+        """Send a chunk of speech of any size: mono, 16 kHz, int16, or float32 in [-1, 1] (clipped beyond).
+
+        Waits while the session's limits are reached; raises SendTimeout when that takes too long.
+        """
+        self._run(self._core.send(pcm))
+
+    def end(self) -> None:
+        """Say that no more speech comes; the iterators then end after its last frame."""
+        with self._update() as core:
+            core.end()
+
+    def keep_alive(self) -> None:
+        """Tell the server in a long pause that more speech comes; does nothing before the first block."""
+        with self._update() as core:
+            core.keep_alive()
+
+    def stream(self, chunks: Iterable[object]) -> Iterator[Block]:
+        """Send chunks from a thread of its own, end the speech after them, and yield the blocks.
+
+        An error that `chunks` raises is raised here. The thread cannot be stopped while it waits for a
+        chunk: one that still waits when the session closes ends with the next chunk.
+        """
+        self._feeder = threading.Thread(
+            target=self._feed, args=(chunks,), name="live-avatar-feeder", daemon=True
+        )
+        self._feeder.start()
+        yield from self
+
+    def close(self) -> None:
+        """Give up what is under way and free the session; leaving the `with` statement does it."""
+        if self._reader is None:
+            return
+        self._begin_close()
+        try:
+            self._reader.join(CLOSE_GRACE_S)
+        finally:
+            self._call.cancel()
+            self._channel.close()
+        self._reader.join()
+        if self._feeder is not None:
+            self._feeder.join(CLOSE_GRACE_S)
+
+    def _check_server(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
+        timeout_s = self._connect_timeout_s
+        try:
+            wire.check_ready(self.url, stub.ModelReady(wire.READY_REQUEST, timeout=timeout_s))
+            wire.check_metadata(self.url, stub.ModelMetadata(wire.METADATA_REQUEST, timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise self._connect_error(error) from error
+
+    def _read(self) -> None:
+        try:
+            for message in self._call:
+                self._receive(message)
+        except grpc.RpcError as error:
+            self._receive_close(error)
+        else:
+            self._receive_close(None)
+
+    def _feed(self, chunks: Iterable[object]) -> None:
+        try:
+            for chunk in chunks:
+                # The reader of the blocks sets the pace, so there is no time limit.
+                self._run(self._core.send(chunk, timeout_s=math.inf))
+            self.end()
+        except BaseException as error:
+            with self._update() as core:
+                core.fail(error)
+
+    def _run(self, steps: Steps[_T]) -> _T:
+        """Go through the steps of an operation of the core, waiting in between."""
+        with self._update():
+            while True:
+                try:
+                    deadline_s = next(steps)
+                except StopIteration as done:
+                    result: _T = done.value
+                    return result
+                if not self._flush():
+                    self._changed.wait(None if deadline_s == math.inf else deadline_s - time.monotonic())
+
+    def _write(self, message: wire.Message | None) -> None:
+        self._requests.put(message)
+
+    def _notify(self) -> None:
+        self._changed.notify_all()

@@ -1,0 +1,294 @@
+"""A Live Avatar server for tests: real gRPC on a free local port, with frames that follow a formula.
+
+Checks the requests as the real server does and refuses with the same codes. It knows no model: a frame
+is its number, the session's seed and the loudness of its speech (`synthetic_frame`).
+"""
+
+import io
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from .base import CHANNEL_OPTIONS
+from .core import Pixels, Samples
+from .protocol import (
+    AUDIO,
+    BLOCK_SAMPLES,
+    FIRST_FRAME,
+    FRAME_FORMAT_PARAMETER,
+    FRAMES,
+    FRAMES_PER_BLOCK,
+    INPUTS,
+    JPEG_FRAMES,
+    MODEL_NAME,
+    OUTPUTS,
+    PROMPT,
+    REFERENCE_IMAGE,
+    SAMPLES_PER_FRAME,
+    SEED_PARAMETER,
+    ErrorCode,
+    FrameFormat,
+    TensorSpec,
+    format_error,
+)
+from .wire import Message, get_tensor, put_tensor
+
+_MAX_STREAMS: Final = 16
+
+SAMPLE_IMAGE: Final = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a494441"
+    "54789c636800000082008177cd72b60000000049454e44ae426082"
+)
+"""A PNG file of one gray pixel."""
+
+
+def sample_speech(samples: int) -> Samples:
+    """Return noise that gets louder, always the same, so that no two frames of it sound alike."""
+    noise = np.random.default_rng(samples).uniform(-1, 1, samples)
+    speech: Samples = (noise * np.linspace(0, 32767, samples)).astype(np.int16)
+    return speech
+
+
+@dataclass
+class ReceivedSession:
+    """What the server received of one sequence."""
+
+    image: bytes
+    prompt: str
+    seed: int
+    frame_format: str
+    blocks: list[Samples] = field(default_factory=list)
+    keep_alives: int = 0
+    failed: bool = False
+    ended: bool = False
+
+    @property
+    def speech(self) -> Samples:
+        """All samples of its blocks, the padding included."""
+        return np.concatenate([np.zeros(0, np.int16), *self.blocks])
+
+
+def synthetic_frame(number: int, seed: int, speech: Samples, height: int, width: int) -> Pixels:
+    """Return frame `number`: red is the number, green the seed, blue the loudness of its 640 samples.
+
+    Each is taken modulo 256. Frames before the speech and beyond it are silent.
+    """
+    start = number * SAMPLES_PER_FRAME
+    heard = speech[max(start, 0) : max(start + SAMPLES_PER_FRAME, 0)].astype(np.int32)
+    loudness = int(np.abs(heard).mean()) >> 7 if len(heard) else 0
+    color = np.array([number % 256, seed % 256, loudness % 256], np.uint8)
+    return np.broadcast_to(color, (height, width, 3))
+
+
+class FakeAvatarServer:
+    """A server that answers at `url` while its `with` statement lasts.
+
+    Args:
+        height, width: the size of its frames.
+        lookahead_frames: how many frames the video lags behind the speech.
+        delay_s: how long it works on a block.
+        refuse: refuse every session as UNAVAILABLE with this message.
+        fail_at_block: end each session with FAILED at this block, counted from 0.
+        vanish_at_block: cut the connection at this block.
+        model_name: the name under which it offers its model.
+    """
+
+    def __init__(
+        self,
+        *,
+        height: int = 32,
+        width: int = 48,
+        lookahead_frames: int = 0,
+        delay_s: float = 0.0,
+        refuse: str | None = None,
+        fail_at_block: int | None = None,
+        vanish_at_block: int | None = None,
+        model_name: str = MODEL_NAME,
+    ) -> None:
+        self.height = height
+        self.width = width
+        self.lookahead_frames = lookahead_frames
+        self.delay_s = delay_s
+        self.refuse = refuse
+        self.fail_at_block = fail_at_block
+        self.vanish_at_block = vanish_at_block
+        self.model_name = model_name
+        self.url = ""
+        self.sessions: list[ReceivedSession] = []
+        """Every session that was accepted, in order."""
+        self.ended_ids: set[int] = set()
+        """The sequence ids that were ended, those of refused sessions too."""
+        self._stopping = threading.Event()
+        self._live: dict[int, ReceivedSession] = {}
+
+    def __enter__(self) -> Self:
+        self._workers = futures.ThreadPoolExecutor(_MAX_STREAMS, "fake-avatar-server")
+        self._server = grpc.server(self._workers, options=CHANNEL_OPTIONS)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self), self._server)
+        self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Cut every connection and close the port, as a server does that is killed."""
+        self._stopping.set()
+        self._server.stop(grace=None).wait()
+        self._workers.shutdown()
+
+    def answer(self, request: Message) -> Message:
+        """Return the ModelStreamInferResponse to one ModelInferRequest."""
+        try:
+            response = self._answer(request)
+        except _RefusalError as refusal:
+            text = f"in ensemble '{MODEL_NAME}', [request id: {request.id or '<id_unknown>'}] {refusal}"
+            return service_pb2.ModelStreamInferResponse(error_message=text)
+        finally:
+            if request.parameters["sequence_end"].bool_param:
+                sequence_id = request.parameters["sequence_id"].int64_param
+                self.ended_ids.add(sequence_id)
+                if ended := self._live.pop(sequence_id, None):
+                    ended.ended = True
+        return service_pb2.ModelStreamInferResponse(infer_response=response)
+
+    def blocks_of(self, request: Message) -> int:
+        """Return how many blocks the request's session has sent."""
+        session = self._live.get(request.parameters["sequence_id"].int64_param)
+        return len(session.blocks) if session else 0
+
+    def _answer(self, request: Message) -> Message:
+        sequence_id = request.parameters["sequence_id"].int64_param
+        audio = _audio(request)
+        if request.parameters["sequence_start"].bool_param:
+            self._start(sequence_id, request)
+        session = self._live.get(sequence_id)
+        if session is None:
+            raise _RefusalError(
+                ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} had no START; send it"
+            )
+        if not len(audio):
+            session.keep_alives += not request.parameters["sequence_end"].bool_param
+            return self._response(request, [], session, first=0)
+        number = len(session.blocks)
+        if session.failed or number == self.fail_at_block:
+            session.failed = True
+            raise _RefusalError(ErrorCode.FAILED, f"stage dit_step_2 failed at block {number}: on purpose")
+        session.blocks.append(audio)
+        self._stopping.wait(self.delay_s)
+        first = number * FRAMES_PER_BLOCK - self.lookahead_frames
+        return self._response(request, self._frames(session, first), session, first)
+
+    def _start(self, sequence_id: int, request: Message) -> None:
+        if self.refuse is not None:
+            raise _RefusalError(ErrorCode.UNAVAILABLE, self.refuse)
+        if sequence_id in self._live:
+            raise _RefusalError(
+                ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} is live; send START once"
+            )
+        image = _input(request, REFERENCE_IMAGE)
+        if image is None or not len(image):
+            raise _RefusalError(
+                ErrorCode.INVALID_ARGUMENT, "REFERENCE_IMAGE has 0 bytes; send a PNG, JPEG or WebP file"
+            )
+        frame_format = request.parameters[FRAME_FORMAT_PARAMETER].string_param or FrameFormat.RAW.value
+        if frame_format not in tuple(FrameFormat):
+            raise _RefusalError(
+                ErrorCode.INVALID_ARGUMENT, f"frame_format is {frame_format!r}; send 'raw' or 'jpeg'"
+            )
+        prompt = _input(request, PROMPT)
+        session = ReceivedSession(
+            image=image.tobytes(),
+            prompt="" if prompt is None else prompt[0].decode(),
+            seed=request.parameters[SEED_PARAMETER].int64_param,
+            frame_format=frame_format,
+        )
+        self._live[sequence_id] = session
+        self.sessions.append(session)
+
+    def _frames(self, session: ReceivedSession, first: int) -> list[Pixels]:
+        numbers = range(first, first + FRAMES_PER_BLOCK)
+        speech = session.speech
+        return [synthetic_frame(n, session.seed, speech, self.height, self.width) for n in numbers]
+
+    def _response(
+        self, request: Message, frames: list[Pixels], session: ReceivedSession, first: int
+    ) -> Message:
+        is_jpeg = session.frame_format == FrameFormat.JPEG
+        raw = np.zeros((0, self.height, self.width, 3), np.uint8)
+        if frames and not is_jpeg:
+            raw = np.stack(frames)
+        jpegs = np.array([_jpeg(frame) for frame in frames] if is_jpeg else [], np.object_)
+        message = service_pb2.ModelInferResponse(model_name=MODEL_NAME, id=request.id)
+        for spec, array in ((FRAMES, raw), (JPEG_FRAMES, jpegs), (FIRST_FRAME, np.array([first]))):
+            put_tensor(message.outputs, message.raw_output_contents, spec, array)
+        return message
+
+
+class _RefusalError(Exception):
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(format_error(code, message))
+
+
+class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """The KServe methods that a client of this library calls."""
+
+    def __init__(self, server: FakeAvatarServer) -> None:
+        self._server = server
+
+    def ServerLive(self, request: Message, context: grpc.ServicerContext) -> Message:  # noqa: N802
+        return service_pb2.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: Message, context: grpc.ServicerContext) -> Message:  # noqa: N802
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    def ModelReady(self, request: Message, context: grpc.ServicerContext) -> Message:  # noqa: N802
+        return service_pb2.ModelReadyResponse(ready=request.name == self._server.model_name)
+
+    def ModelMetadata(self, request: Message, context: grpc.ServicerContext) -> Message:  # noqa: N802
+        message = service_pb2.ModelMetadataResponse(name=self._server.model_name, versions=["1"])
+        for specs, tensors in ((INPUTS, message.inputs), (OUTPUTS, message.outputs)):
+            for spec in specs:
+                tensors.add(name=spec.name, datatype=spec.datatype, shape=spec.dims)
+        return message
+
+    def ModelStreamInfer(  # noqa: N802
+        self, requests: Iterator[Message], context: grpc.ServicerContext
+    ) -> Iterator[Message]:
+        for request in requests:
+            if self._server.blocks_of(request) == self._server.vanish_at_block:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the fake server vanished on purpose")
+            yield self._server.answer(request)
+
+
+def _input(request: Message, spec: TensorSpec) -> NDArray[Any] | None:
+    return get_tensor(request.inputs, request.raw_input_contents, spec)
+
+
+def _audio(request: Message) -> Samples:
+    audio = _input(request, AUDIO)
+    if audio is None or len(audio) not in (0, BLOCK_SAMPLES):
+        got = "missing or not INT16 [n]" if audio is None else f"of {len(audio)} samples"
+        raise _RefusalError(
+            ErrorCode.INVALID_ARGUMENT, f"AUDIO is {got}; send INT16 [{BLOCK_SAMPLES}] or [0]"
+        )
+    return audio
+
+
+def _jpeg(frame: Pixels) -> bytes:
+    from PIL import Image  # an extra: only JPEG sessions need it
+
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame)).save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -1,0 +1,40 @@
+"""Artifacts on ONNX Runtime: the embedded default on CPUs.
+
+Every process and every test uses the same session options, one thread included, so that two runs of a
+graph give the same bits wherever they happen. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+
+from live_avatar.artifacts import Artifacts
+from live_avatar.runtime import Arrays
+
+
+class OnnxGraph:
+    """One graph file in an ONNX Runtime session on the CPU."""
+
+    def __init__(self, path: str) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        results = self._session.run(self._outputs, dict(inputs))
+        return dict(zip(self._outputs, results, strict=True))
+
+
+class OnnxRuntime:
+    """The graphs of an artifacts folder."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        self.preset = artifacts.preset
+        self._artifacts = artifacts
+
+    def graph(self, component: str) -> OnnxGraph:
+        return OnnxGraph(str(self._artifacts.graph_path(component)))

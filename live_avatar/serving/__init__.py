@@ -1,0 +1,6 @@
+"""The code of the Triton models. Logic takes and gives plain arrays; `triton_model` alone knows Triton's API."""
+
+ARTIFACTS_VARIABLE = "LIVE_AVATAR_ARTIFACTS"
+"""Environment variable with the artifacts folder that the stages load."""
+TRACE_VARIABLE = "LIVE_AVATAR_TRACE"
+"""Environment variable with a folder where each stage writes its busy intervals; unset for none."""

@@ -1,0 +1,66 @@
+"""The one backward edge: the last step puts a session's first clean latent frame, conditioning takes it.
+
+The pipeline is a chain but for this (Algorithm 4's broadcast). Knows latents by session; calls never wait.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from live_avatar.errors import InputError
+from live_avatar.serving.stage import SessionTable, StageRequest, StageResponse
+from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
+
+PUT, TAKE, FAIL = "put", "take", "fail"
+READY, ABSENT, FAILED = "ready", "absent", "failed"
+
+NOTHING = np.zeros((0, 16, 1, 1, 1), dtype=np.float32)
+
+
+class SinkClient(Protocol):
+    """How a stage reaches the rolling sink."""
+
+    def put(self, session: int, latent: np.ndarray) -> None: ...
+
+    def fail(self, session: int) -> None: ...
+
+    def take(self, session: int) -> tuple[str, np.ndarray]: ...
+
+
+class RollingSink:
+    """Latents waiting to be taken, and sessions known to have failed."""
+
+    def __init__(self, idle_limit_s: float) -> None:
+        self._sinks: SessionTable[tuple[str, np.ndarray]] = SessionTable(idle_limit_s)
+
+    def put(self, session: int, latent: np.ndarray) -> None:
+        self._sinks.open(session, lambda: (READY, latent))
+
+    def fail(self, session: int) -> None:
+        self._sinks.open(session, lambda: (FAILED, NOTHING))
+
+    def take(self, session: int) -> tuple[str, np.ndarray]:
+        """(state, latent [1, 16, 1, h, w]); a latent is given once."""
+        self._sinks.sweep()
+        if session not in self._sinks:
+            return ABSENT, NOTHING
+        taken = self._sinks.get(session)
+        self._sinks.close(session)
+        return taken
+
+    def handle(self, request: StageRequest) -> StageResponse:
+        """The three operations as one Triton model."""
+        operation = bytes(request.inputs[OPERATION].reshape(-1)[0]).decode()
+        session = int(request.inputs[SESSION][0])
+        state, latent = ABSENT, NOTHING
+        if operation == PUT:
+            self.put(session, request.inputs[LATENT].copy())
+        elif operation == FAIL:
+            self.fail(session)
+        elif operation == TAKE:
+            state, latent = self.take(session)
+        else:
+            raise InputError(f"operation {operation!r} is not one of {PUT}, {TAKE}, {FAIL}.")
+        return StageResponse({STATE: np.array([state.encode()], dtype=np.object_), LATENT: latent})

@@ -1,0 +1,231 @@
+"""Starting and ending Triton: the server that the `nvidia-pytriton` wheel carries, or one on the PATH.
+
+Prepares a private copy of the python backend with the stub for this Python, the environment that the
+stages need, and the command line; watches over the process. Knows no models but by folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from live_avatar.artifacts import load_artifacts
+from live_avatar.errors import ServerError
+from live_avatar.serving import ARTIFACTS_VARIABLE, TRACE_VARIABLE
+
+MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 10.0
+POLL_S = 0.1
+LOAD_FAILURE = re.compile(r'"(failed to (?:load|start) .*?)(\\n|")')
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What to serve and where. Ports on `address`; `trace` is a folder for the stages' busy intervals."""
+
+    artifacts: Path
+    profile: str = "cpu"
+    address: str = "127.0.0.1"
+    grpc_port: int = 8001
+    http_port: int = 8000
+    metrics_port: int = 8002
+    model_repository: Path = MODEL_REPOSITORY
+    trace: Path | None = None
+    verbose: bool = False
+
+    @property
+    def url(self) -> str:
+        """What a client on this machine connects to."""
+        return f"{self.address}:{self.grpc_port}"
+
+
+class TritonServer:
+    """A running server. `log` holds what it printed."""
+
+    def __init__(self, options: ServerOptions, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.options = options
+        self.process = process
+        self._log = log
+
+    def wait_ready(self, limit_s: float = START_LIMIT_S) -> None:
+        """Returns when every model is ready. Raises `ServerError` if the server ends or `limit_s` passes."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}")
+            if self._ready():
+                return
+            time.sleep(POLL_S)
+        raise ServerError(f"Triton was not ready after {limit_s:g} s; the last it said:\n{self.errors()}")
+
+    def errors(self, lines: int = 12) -> str:
+        """What the log says went wrong, without Python's tracebacks; its last lines if it says nothing."""
+        said = self._log.read_text(errors="replace")
+        wrong = [cause for cause, _ in LOAD_FAILURE.findall(said)]
+        return "\n".join(dict.fromkeys(wrong)) or "\n".join(said.splitlines()[-lines:])
+
+    def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
+        """Ends the server and all its workers; those that do not end within `limit_s` are killed."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group is the server's own: workers it left behind
+        except ProcessLookupError:
+            pass
+
+    def _ready(self) -> bool:
+        url = f"http://{self.options.address}:{self.options.http_port}/v2/health/ready"
+        try:
+            with urllib.request.urlopen(url, timeout=1.0) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+@contextmanager
+def serving(options: ServerOptions) -> Iterator[TritonServer]:
+    """A server that is ready inside the `with` and gone after it, workers and temporary files included.
+
+    Raises `ArtifactError` for unusable artifacts and `ServerError` for a taken port, an unknown profile, or a
+    server that does not come up.
+    """
+    _check(options)
+    with tempfile.TemporaryDirectory(prefix="live-avatar-") as scratch:
+        log = Path(scratch) / "triton.log"
+        command = _command(options, _backends(Path(scratch)))
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                env=_environment(options),
+                stdin=subprocess.DEVNULL,
+                stdout=None if options.verbose else output,
+                stderr=None if options.verbose else output,
+                start_new_session=True,  # Ctrl-C comes to us, and we end the server in order
+            )
+        server = TritonServer(options, process, log)
+        try:
+            server.wait_ready()
+            yield server
+        finally:
+            server.stop()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago, for tests and demos on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check(options: ServerOptions) -> None:
+    load_artifacts(options.artifacts)
+    profiles = sorted(path.stem for path in options.model_repository.glob("live_avatar/configs/*.pbtxt"))
+    if not profiles:
+        raise ServerError(
+            f"{options.model_repository} is not the project's model repository; run from a checkout or give "
+            "--model-repository."
+        )
+    if options.profile not in profiles:
+        raise ServerError(f"there is no profile {options.profile!r}; choose one of {', '.join(profiles)}.")
+    for option, port in (
+        ("--grpc-port", options.grpc_port),
+        ("--http-port", options.http_port),
+        ("--metrics-port", options.metrics_port),
+    ):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((options.address, port))
+            except OSError as error:
+                raise ServerError(
+                    f"cannot listen on {options.address}:{port} ({error.strerror}); choose another {option}."
+                ) from error
+
+
+def _bundled() -> Path | None:
+    """Folder of the Triton inside the `nvidia-pytriton` wheel."""
+    found = importlib.util.find_spec("pytriton")
+    if found is None or found.origin is None:
+        return None
+    folder = Path(found.origin).parent / "tritonserver"
+    return folder if (folder / "bin" / "tritonserver").is_file() else None
+
+
+def _backends(scratch: Path) -> Path | None:
+    """A private backend folder with the stub for the running Python; None if the installed server has its own."""
+    bundled = _bundled()
+    if bundled is None:
+        return None
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = bundled / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        known = sorted(path.name for path in (bundled / "python_backend_stubs").iterdir())
+        raise ServerError(f"Triton's python backend has no stub for Python {version}; use one of {', '.join(known)}.")
+    target = scratch / "backends" / "python"
+    shutil.copytree(bundled / "backends" / "python", target)
+    shutil.copy2(stub, target)
+    return target.parent
+
+
+def _command(options: ServerOptions, backends: Path | None) -> list[str]:
+    bundled = _bundled()
+    binary = str(bundled / "bin" / "tritonserver") if bundled else shutil.which("tritonserver")
+    if binary is None:
+        raise ServerError("there is no Triton server: install nvidia-pytriton, or run in Triton's container.")
+    command = [
+        binary,
+        f"--model-repository={options.model_repository}",
+        f"--model-config-name={options.profile}",
+        "--disable-auto-complete-config",
+        "--exit-timeout-secs=5",
+        f"--log-info={str(options.verbose).lower()}",
+    ]
+    if backends is not None:
+        command.append(f"--backend-directory={backends}")
+    for service, port in (("grpc", options.grpc_port), ("http", options.http_port), ("metrics", options.metrics_port)):
+        command += [f"--{service}-address={options.address}", f"--{service}-port={port}"]
+    return command
+
+
+def _environment(options: ServerOptions) -> dict[str, str]:
+    environment = dict(os.environ)
+    libraries = [str(sysconfig.get_config_var("LIBDIR"))]
+    bundled = _bundled()
+    if bundled is not None:
+        libraries.insert(0, str(bundled.parents[1] / "nvidia_pytriton.libs"))
+    _prepend(environment, "LD_LIBRARY_PATH", libraries)
+    # The stub embeds an isolated Python that ignores PYTHONPATH; it takes its packages from the environment of
+    # the first `python3` on the PATH, which must be ours.
+    _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
+    environment[ARTIFACTS_VARIABLE] = str(options.artifacts.resolve())
+    environment["OMP_NUM_THREADS"] = "1"
+    if options.trace is not None:
+        options.trace.mkdir(parents=True, exist_ok=True)
+        environment[TRACE_VARIABLE] = str(options.trace.resolve())
+    return environment
+
+
+def _prepend(environment: dict[str, str], name: str, folders: list[str]) -> None:
+    present = [environment[name]] if environment.get(name) else []
+    environment[name] = os.pathsep.join(dict.fromkeys([*folders, *present]))

@@ -1,0 +1,20 @@
+"""Names of the tensors that travel between the stages, inside the ensemble.
+
+The names that clients see are in `live_avatar_client.protocol`; these are ours alone. Tensors of a request
+without speech, and a sink that does not change, have zero rows.
+"""
+
+from __future__ import annotations
+
+BLOCK = "BLOCK"  # INT64 [1]: block number from 0, or stage.NO_BLOCK
+LATENT = "LATENT"  # FP32 [1 or 0, 16, F, h, w]: noise at first, clean at last
+AUDIO_LOCAL = "AUDIO_LOCAL"  # FP32 [F, n + 1, C]
+AUDIO_GLOBAL = "AUDIO_GLOBAL"  # FP32 [F, C]
+SINK_REFERENCE = "SINK_REFERENCE"  # FP32 [1 or 0, 16, 1, h, w]
+SINK_MOTION = "SINK_MOTION"  # FP32 [1 or 0, 16, 19, h, w]
+SINK_TEXT = "SINK_TEXT"  # FP32 [text_len or 0, text_dim]
+
+# rolling_sink, called by other stages
+OPERATION = "OPERATION"  # BYTES [1]: put, take or fail
+SESSION = "SESSION"  # UINT64 [1]
+STATE = "STATE"  # BYTES [1]: ready, absent or failed

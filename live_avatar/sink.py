@@ -1,0 +1,45 @@
+"""The attention sink of a session: where it comes from, and when it is replaced (spec sections 6, 9).
+
+Rolling sink frame mechanism: the sink is the reference image at first; from `sink_update_block` on it is
+the first clean latent frame of block 1 (adaptive attention sink); its position rolls with the stream
+(`rope.sink_position`). Knows latents; knows no graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from live_avatar.config import StreamConfig
+
+
+@dataclass(frozen=True)
+class SinkSource:
+    """What the sink and the text keys and values are prefilled from.
+
+    reference [1, 16, 1, h, w], motion [1, 16, 19, h, w], text [text_len, text_dim], all float32.
+    """
+
+    reference: np.ndarray
+    motion: np.ndarray
+    text: np.ndarray
+
+    def replaced(self, first_clean: np.ndarray) -> SinkSource:
+        """The same with the model's own frame [1, 16, 1, h, w] as reference; motion and text stay."""
+        return SinkSource(first_clean, self.motion, self.text)
+
+
+def gives_sink(block: int, stream: StreamConfig) -> bool:
+    """Whether the clean latents of this block (counted from 0) hold the replacement of the sink."""
+    return block == 0 and stream.sink_update_block is not None
+
+
+def takes_sink(block: int, stream: StreamConfig) -> bool:
+    """Whether the replaced sink takes effect at this block (counted from 0)."""
+    return stream.sink_update_block is not None and block == stream.sink_update_block - 1
+
+
+def first_latent_frame(latents: np.ndarray) -> np.ndarray:
+    """[1, 16, F, h, w] -> [1, 16, 1, h, w]."""
+    return latents[:, :, :1].copy()

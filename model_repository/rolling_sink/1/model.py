@@ -1,0 +1,3 @@
+from live_avatar.serving.triton_model import RollingSinkModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

@@ -1,0 +1,80 @@
+"""Error texts and messages as they go over the wire, and the fake server's refusals."""
+
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2
+
+from live_avatar_client import ServerIncompatible
+from live_avatar_client.core import Opening, Request
+from live_avatar_client.protocol import AUDIO, OUTPUTS, ErrorCode, FrameFormat, format_error, parse_error
+from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer
+from live_avatar_client.wire import check_metadata, decode_response, encode_request, put_tensor
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+@pytest.mark.parametrize("prefix", ["", "in ensemble 'live_avatar', ", "in ensemble 'a', [request id: 7] "])
+def test_errors_round_trip(code: ErrorCode, prefix: str) -> None:
+    assert parse_error(prefix + format_error(code, "AUDIO [5] is\nwrong")) == (code, "AUDIO [5] is\nwrong")
+
+
+@pytest.mark.parametrize("text", ["sequence id 5 must begin", "[request id: 7] [1,2] is no shape"])
+def test_errors_without_a_code(text: str) -> None:
+    message = text.removeprefix("[request id: 7] ")
+    assert parse_error(text) == (None, message)
+    assert parse_error(f"in ensemble 'live_avatar', {text}") == (None, message)
+
+
+def request(samples: int = 0, opening: Opening | None = None, end: bool = False) -> object:
+    return encode_request(Request(5, np.zeros(samples, np.int16), opening, end))
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([request(7680)], (ErrorCode.FAILED_PRECONDITION, "sequence 5 had no START; send it")),
+        ([request(7)], (ErrorCode.INVALID_ARGUMENT, "AUDIO is of 7 samples; send INT16 [7680] or [0]")),
+        (
+            [request(7680, Opening(b"", "", 0, FrameFormat.RAW))],
+            (ErrorCode.INVALID_ARGUMENT, "REFERENCE_IMAGE has 0 bytes; send a PNG, JPEG or WebP file"),
+        ),
+        (
+            [request(7680, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW))] * 2,
+            (ErrorCode.FAILED_PRECONDITION, "sequence 5 is live; send START once"),
+        ),
+    ],
+)
+def test_the_fake_server_checks_requests(messages: list[object], error: tuple[ErrorCode, str]) -> None:
+    server = FakeAvatarServer()
+    *_, last = (server.answer(message) for message in messages)
+    assert last.error_message.startswith("in ensemble 'live_avatar', [request id: <id_unknown>] [")
+    assert parse_error(last.error_message) == error
+
+
+@pytest.mark.parametrize("content", [b"123", b"\xff\xff\xff\xff"])
+def test_an_unreadable_answer(content: bytes) -> None:
+    message = service_pb2.ModelInferResponse()
+    for spec in OUTPUTS:
+        message.outputs.add(name=spec.name, datatype=spec.datatype, shape=[1] * len(spec.dims))
+        message.raw_output_contents.append(content)
+    with pytest.raises(ServerIncompatible, match=r"no readable FRAMES, expected UINT8 \[-1, -1, -1, 3\]"):
+        decode_response(message)
+    message.outputs[0].shape[:] = [0, 1, 1, 3]
+    message.raw_output_contents[0] = b""
+    with pytest.raises(ServerIncompatible, match="no readable JPEG_FRAMES, expected BYTES"):
+        decode_response(message)
+
+
+def test_a_model_with_other_tensors() -> None:
+    message = service_pb2.ModelMetadataResponse()
+    with pytest.raises(ServerIncompatible, match="has nothing as input AUDIO, expected INT16; use a client"):
+        check_metadata("here:1", message)
+    message.inputs.add(name=AUDIO.name, datatype="FP32")
+    with pytest.raises(ServerIncompatible, match="at here:1 has FP32 as input AUDIO, expected INT16"):
+        check_metadata("here:1", message)
+
+
+def test_an_answer_with_other_tensors() -> None:
+    message = service_pb2.ModelInferResponse()
+    put_tensor(message.outputs, message.raw_output_contents, AUDIO, np.zeros(3, np.int16))
+    with pytest.raises(ServerIncompatible, match="no readable FRAMES"):
+        decode_response(message)

@@ -1,0 +1,433 @@
+"""Sync and asyncio sessions against a real gRPC server: every way in which a stream can end."""
+
+import asyncio
+import io
+import itertools
+import queue
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from live_avatar_client import (
+    AnswerTimeout,
+    AsyncAvatarSession,
+    AvatarError,
+    AvatarSession,
+    Block,
+    ConnectFailed,
+    ConnectionLost,
+    ErrorCode,
+    InvalidInput,
+    MediaError,
+    SendTimeout,
+    ServerIncompatible,
+    SessionClosed,
+    SessionFailed,
+    SessionRefused,
+    StreamStats,
+)
+from live_avatar_client.protocol import BLOCK_SAMPLES
+from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer, sample_speech, synthetic_frame
+
+Play = Callable[..., list[Block]]
+
+
+def play_sync(url: str, chunks: Iterable[object], **options: Any) -> list[Block]:
+    with AvatarSession(url, **{"image": SAMPLE_IMAGE, **options}) as session:
+        return list(session.stream(chunks))
+
+
+def play_sync_in_one_thread(url: str, chunks: Iterable[object], **options: Any) -> list[Block]:
+    with AvatarSession(url, **{"image": SAMPLE_IMAGE, **options}) as session:
+        for chunk in chunks:
+            session.send(chunk)
+        session.end()
+        return list(session)
+
+
+def play_async(url: str, chunks: Iterable[object], **options: Any) -> list[Block]:
+    async def play() -> list[Block]:
+        async with AsyncAvatarSession(url, **{"image": SAMPLE_IMAGE, **options}) as session:
+            return [block async for block in session.stream(chunks)]
+
+    return asyncio.run(play())
+
+
+every_way = pytest.mark.parametrize("play", [play_sync, play_sync_in_one_thread, play_async])
+both_ways = pytest.mark.parametrize("play", [play_sync, play_async])
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 3.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    return condition()
+
+
+@every_way
+@pytest.mark.parametrize("lookahead", [0, 5, 12, 30])
+@pytest.mark.parametrize("samples", [1, BLOCK_SAMPLES, 50_001])
+def test_every_frame_of_the_speech(play: Play, lookahead: int, samples: int) -> None:
+    speech = sample_speech(samples)
+    with FakeAvatarServer(lookahead_frames=lookahead, height=4, width=6) as server:
+        blocks = play(server.url, np.array_split(speech, 7), seed=300, prompt="a rainy évening")
+    received = np.concatenate([block.frames for block in blocks])
+    padded = np.pad(speech, (0, BLOCK_SAMPLES))
+    expected = [synthetic_frame(n, 300, padded, 4, 6) for n in range(-(-samples // 640))]
+    assert np.array_equal(received, np.stack(expected))
+    (session,) = server.sessions
+    assert (session.image, session.prompt, session.seed) == (SAMPLE_IMAGE, "a rainy évening", 300)
+    assert np.array_equal(session.speech[:samples], speech)
+    assert session.ended
+    assert not session.failed
+
+
+@both_ways
+def test_jpeg_frames(play: Play) -> None:
+    with FakeAvatarServer() as server:
+        blocks = play(server.url, [sample_speech(9000)], frame_format="jpeg")
+    assert [len(block) for block in blocks] == [12, 3]
+    assert [block.frames.shape for block in blocks] == [(0, 32, 48, 3)] * 2
+    assert Image.open(io.BytesIO(blocks[1].jpegs[2])).size == (48, 32)
+    with pytest.raises(InvalidInput, match=r"frame_format is 'jpeg'; read Block.jpegs, or ask for 'raw'"):
+        blocks[0].timed_frames()
+
+
+def test_frames_with_timestamps() -> None:
+    async def play(url: str) -> list[float]:
+        async with AsyncAvatarSession(url, image=SAMPLE_IMAGE) as session:
+            await session.send(sample_speech(9000))
+            await session.end()
+            return [timestamp_s async for timestamp_s, _ in session.frames()]
+
+    with FakeAvatarServer() as server:
+        with AvatarSession(server.url, image=SAMPLE_IMAGE) as session:
+            session.send(sample_speech(9000))
+            session.end()
+            timed = list(session.frames())
+        assert [timestamp_s for timestamp_s, _ in timed] == [n / 25 for n in range(15)]
+        assert {frame.shape for _, frame in timed} == {(32, 48, 3)}
+        assert asyncio.run(play(server.url)) == [n / 25 for n in range(15)]
+
+
+def test_asynchronous_chunks_and_keep_alive() -> None:
+    async def play(url: str) -> int:
+        async with AsyncAvatarSession(url, image=SAMPLE_IMAGE) as session:
+
+            async def chunks() -> AsyncIterator[object]:
+                yield sample_speech(BLOCK_SAMPLES)
+                await session.keep_alive()
+                yield sample_speech(BLOCK_SAMPLES)
+
+            return sum([len(block) async for block in session.stream(chunks())])
+
+    with FakeAvatarServer() as server:
+        assert asyncio.run(play(server.url)) == 24
+    assert server.sessions[0].keep_alives == 1
+
+
+def test_sync_keep_alive() -> None:
+    with FakeAvatarServer() as server, AvatarSession(server.url, image=SAMPLE_IMAGE) as session:
+        session.send(sample_speech(BLOCK_SAMPLES))
+        session.keep_alive()
+        session.end()
+        assert sum(map(len, session)) == 12
+    assert server.sessions[0].keep_alives == 1
+
+
+@every_way
+def test_a_refused_session(play: Play) -> None:
+    sentence = "all 4 sessions are taken; try again in a moment"
+    with FakeAvatarServer(refuse=sentence) as server:
+        with pytest.raises(SessionRefused) as caught:
+            play(server.url, [sample_speech(100_000)])
+        assert wait_for(lambda: len(server.ended_ids) == 1)  # so that the server frees the id
+    assert str(caught.value) == f"the server refused the session: {sentence}"
+    assert caught.value.code is ErrorCode.UNAVAILABLE
+
+
+@every_way
+def test_a_failure_mid_stream(play: Play) -> None:
+    with FakeAvatarServer(fail_at_block=3) as server:
+        with pytest.raises(SessionFailed, match="ended the session: stage dit_step_2 failed at block 3: on"):
+            play(server.url, [sample_speech(100_000)])
+        assert wait_for(lambda: server.sessions[0].ended)
+
+
+def test_blocks_before_a_failure_are_given() -> None:
+    with (
+        FakeAvatarServer(fail_at_block=3) as server,
+        AvatarSession(server.url, image=SAMPLE_IMAGE) as session,
+    ):
+        blocks = session.stream([sample_speech(100_000)])
+        assert [next(blocks).index for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(SessionFailed):
+            next(blocks)
+
+
+@every_way
+def test_a_server_that_cuts_the_connection(play: Play) -> None:
+    with FakeAvatarServer(vanish_at_block=2) as server, pytest.raises(ConnectionLost) as caught:
+        play(server.url, [sample_speech(100_000)])
+    assert str(caught.value).startswith("the stream ended after 24")
+    # grpc's asyncio API forgets the server's words when a write was under way.
+    reason = "(the fake server vanished on purpose|Internal error from Core)"
+    assert re.search(f"frames: {reason}; open a new session$", str(caught.value))
+
+
+def test_a_server_that_is_killed() -> None:
+    with FakeAvatarServer(delay_s=0.05) as server, AvatarSession(server.url, image=SAMPLE_IMAGE) as session:
+        session.send(sample_speech(BLOCK_SAMPLES * 4))
+        blocks = iter(session)
+        next(blocks)
+        server.stop()
+        with pytest.raises(ConnectionLost):
+            list(blocks)
+        with pytest.raises(ConnectionLost):
+            session.send(sample_speech(1))
+
+
+@every_way
+def test_a_silent_server(play: Play) -> None:
+    with FakeAvatarServer(delay_s=30) as server:
+        started_s = time.monotonic()
+        with pytest.raises(AnswerTimeout, match=r"nothing for 0.2 s, with \d+ blocks sent; check the server"):
+            play(server.url, [sample_speech(100_000)], answer_timeout_s=0.2)
+        assert time.monotonic() - started_s < 2.5
+
+
+@both_ways
+def test_nobody_listens(play: Play) -> None:
+    started_s = time.monotonic()
+    with pytest.raises(ConnectFailed, match=r"no server answered at grpc://127.0.0.1:9 within 5 s: .*port"):
+        play("grpc://127.0.0.1:9", [], connect_timeout_s=5)
+    assert time.monotonic() - started_s < 5
+
+
+@both_ways
+def test_another_model(play: Play) -> None:
+    with FakeAvatarServer(model_name="resnet") as server, pytest.raises(ServerIncompatible) as caught:
+        play(server.url, [])
+    assert str(caught.value) == (
+        f"the server at {server.url} has no ready model 'live_avatar'; wait until it is loaded, or pass the "
+        "address of a Live Avatar server"
+    )
+
+
+def test_another_kind_of_grpc_server() -> None:
+    with futures.ThreadPoolExecutor(1) as workers:
+        server = grpc.server(workers)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        with pytest.raises(ServerIncompatible, match="speaks gRPC but not KServe v2"):
+            play_sync(f"127.0.0.1:{port}", [])
+        server.stop(None).wait()
+
+
+@both_ways
+def test_an_error_of_the_chunks_is_raised(play: Play) -> None:
+    def chunks() -> Iterator[object]:
+        yield sample_speech(BLOCK_SAMPLES * 2)
+        raise LookupError("no more words")
+
+    with FakeAvatarServer() as server:
+        with pytest.raises(LookupError, match="no more words"):
+            play(server.url, chunks())
+        assert wait_for(lambda: server.sessions[0].ended)
+
+
+@both_ways
+def test_a_chunk_of_the_wrong_kind(play: Play) -> None:
+    with FakeAvatarServer() as server, pytest.raises(InvalidInput, match="pcm is a bytes"):
+        play(server.url, [b"\0\0"])
+
+
+@every_way
+def test_no_speech(play: Play) -> None:
+    with FakeAvatarServer() as server, pytest.raises(InvalidInput, match="nothing to say"):
+        play(server.url, [])
+    assert server.sessions == []
+
+
+def test_leaving_early_ends_the_session() -> None:
+    async def leave(url: str) -> None:
+        async with AsyncAvatarSession(url, image=SAMPLE_IMAGE) as session:
+            async for _ in session.stream(itertools.repeat(sample_speech(1000))):
+                break
+
+    with FakeAvatarServer(delay_s=0.01) as server:
+        with AvatarSession(server.url, image=SAMPLE_IMAGE) as session:
+            next(session.stream(itertools.repeat(sample_speech(1000))))
+        asyncio.run(leave(server.url))
+        assert wait_for(lambda: [s.ended for s in server.sessions] == [True, True])
+
+
+def test_an_interrupt_ends_the_session_of_a_slow_server() -> None:
+    def interrupted(url: str) -> None:
+        with AvatarSession(url, image=SAMPLE_IMAGE) as session:
+            session.send(sample_speech(20_000))
+            raise KeyboardInterrupt
+
+    with FakeAvatarServer(delay_s=20) as server:
+        started_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(server.url)
+        assert time.monotonic() - started_s < 2
+
+
+def test_cancelling_a_task_ends_its_session() -> None:
+    async def play(url: str) -> None:
+        async with AsyncAvatarSession(url, image=SAMPLE_IMAGE) as session:
+            async for _ in session.stream([sample_speech(100_000)]):
+                pass
+
+    async def cancel(url: str) -> set[asyncio.Task[Any]]:
+        task = asyncio.create_task(play(url))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    with FakeAvatarServer(delay_s=0.05) as server:
+        assert not asyncio.run(cancel(server.url))
+        assert wait_for(lambda: server.sessions[0].ended)
+
+
+def test_a_sender_that_waits_is_told_when_the_session_closes() -> None:
+    caught: queue.Queue[BaseException] = queue.Queue()
+
+    def send(session: AvatarSession) -> None:
+        try:
+            session.send(sample_speech(BLOCK_SAMPLES * 20))
+        except AvatarError as error:
+            caught.put(error)
+
+    with FakeAvatarServer() as server:
+        with AvatarSession(server.url, image=SAMPLE_IMAGE, max_unread_blocks=2) as session:
+            sender = threading.Thread(target=send, args=(session,))
+            sender.start()
+            next(iter(session))
+        sender.join()
+    assert isinstance(caught.get_nowait(), SessionClosed)
+
+
+@both_ways
+def test_a_slow_reader_holds_the_sender_back(play: Play) -> None:
+    options: dict[str, Any] = {"image": SAMPLE_IMAGE, "max_in_flight_blocks": 2, "max_unread_blocks": 3}
+    given = 0
+
+    def chunks() -> Iterator[object]:
+        nonlocal given
+        for _ in range(30):
+            given += 1
+            yield sample_speech(BLOCK_SAMPLES)
+
+    async def play_slowly_async(url: str) -> tuple[int, int]:
+        async with AsyncAvatarSession(url, **options) as session:
+            blocks = session.stream(chunks())
+            await anext(blocks)
+            await asyncio.sleep(0.1)
+            return given, len([block async for block in blocks])
+
+    def play_slowly_sync(url: str) -> tuple[int, int]:
+        with AvatarSession(url, **options) as session:
+            blocks = session.stream(chunks())
+            next(blocks)
+            time.sleep(0.1)
+            return given, len(list(blocks))
+
+    with FakeAvatarServer() as server:
+        is_sync = play is play_sync
+        played = play_slowly_sync(server.url) if is_sync else asyncio.run(play_slowly_async(server.url))
+    assert played == (5, 29)  # given: one read, three unread, one that waits
+
+
+def test_send_timeout() -> None:
+    async def send(url: str) -> None:
+        async with AsyncAvatarSession(
+            url, image=SAMPLE_IMAGE, max_unread_blocks=2, send_timeout_s=0.1
+        ) as session:
+            await session.send(sample_speech(BLOCK_SAMPLES * 3))
+
+    with FakeAvatarServer() as server:
+        with (
+            AvatarSession(server.url, image=SAMPLE_IMAGE, max_unread_blocks=2, send_timeout_s=0.1) as session,
+            pytest.raises(SendTimeout, match="and 2 of at most 2 are answered but unread"),
+        ):
+            session.send(sample_speech(BLOCK_SAMPLES * 3))
+        with pytest.raises(SendTimeout, match="do not send it again"):
+            asyncio.run(send(server.url))
+
+
+def test_a_session_is_used_once_and_when_open() -> None:
+    with FakeAvatarServer() as server:
+        session = AvatarSession(server.url, image=SAMPLE_IMAGE)
+        with pytest.raises(SessionClosed, match=r"not open; use it in a `with` \(or `async with`\) s"):
+            session.send(sample_speech(1))
+        session.close()
+        with session:
+            session.close()
+            with pytest.raises(SessionClosed, match="closed before the last frame"):
+                session.send(sample_speech(1))
+        with pytest.raises(SessionClosed, match="opened before; make a new one"), session:
+            pass
+
+
+def test_stats() -> None:
+    with FakeAvatarServer(delay_s=0.02) as server:
+        blocks = play_sync(server.url, np.array_split(sample_speech(BLOCK_SAMPLES * 5), 50))
+    stats = StreamStats.from_blocks(iter(blocks))
+    assert stats.frames == 60
+    assert stats.fps == pytest.approx(60 / stats.duration_s)
+    assert 0.1 < stats.duration_s < 2
+    parts_s = stats.ttff_block_wait_s + stats.ttff_client_wait_s + stats.ttff_server_s
+    assert stats.ttff_s == pytest.approx(parts_s)
+    assert stats.ttff_server_s > 0.02
+    assert 0.02 < stats.latency_p50_s <= stats.latency_p95_s <= stats.latency_max_s
+    with pytest.raises(InvalidInput, match="0 blocks to measure"):
+        StreamStats.from_blocks([])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "http://localhost:8000"}, "has the scheme 'http', but frames are streamed over gRPC; pass"),
+        ({"url": "localhost"}, "the address 'localhost' is not host:port; pass one such as 'localhost:8001'"),
+        ({"url": "localhost:99999"}, "not host:port"),
+        ({"url": "grpc://localhost:8001/v2"}, "not host:port"),
+        ({"image": b""}, "the image has 0 bytes; pass a PNG, JPEG or WebP file"),
+        ({"image": b"GIF89a.."}, r"starts with b'GIF89a..', which is no PNG, JPEG or WebP file"),
+        ({"image": 5}, "image is a int; pass the bytes"),
+        ({"prompt": "x" * 2001}, "prompt has 2001 characters; pass at most 2000"),
+        ({"prompt": "\ud800"}, "prompt cannot be written as UTF-8"),
+        ({"prompt": None}, "prompt is a NoneType; pass a str"),
+        ({"seed": -1}, r"seed is -1; pass an int from 0 to 2\*\*63 - 1"),
+        ({"seed": 1.5}, "seed is a float; pass an int"),
+        ({"frame_format": "png"}, "frame_format is 'png'; pass 'raw' or 'jpeg'"),
+        ({"max_unread_blocks": 0}, "max_unread_blocks is 0; pass a number above 0"),
+        ({"send_timeout_s": float("nan")}, "send_timeout_s is nan; pass a number above 0"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        AvatarSession(**{"url": "localhost:8001", "image": SAMPLE_IMAGE, **options})
+
+
+def test_an_image_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "person.png"
+    path.write_bytes(SAMPLE_IMAGE)
+    with FakeAvatarServer() as server:
+        play_sync(server.url, [sample_speech(1)], image=path)
+    assert server.sessions[0].image == SAMPLE_IMAGE
+    with pytest.raises(MediaError, match=r"none.png' does not exist; pass the path of a PNG, JPEG or WebP"):
+        AvatarSession(server.url, image=tmp_path / "none.png")
