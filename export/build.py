@@ -77,14 +77,20 @@ def _write_graphs(parts: dict[str, nn.Module], agreed: dict[str, Contract], fold
 
 def _manifest(preset: Preset, agreed: dict[str, Contract], folder: Path, checkpoint: Path | None) -> dict[str, Any]:
     files = sorted(path for path in folder.iterdir())
-    weights = {path.name: file_sha256(path) for path in sorted(checkpoint.glob("*.safetensors"))} if checkpoint else None
+    weights = (
+        {path.name: file_sha256(path) for path in sorted(checkpoint.glob("*.safetensors"))} if checkpoint else None
+    )
     return {
         "format": FORMAT,
         "version": __version__,
         "preset": preset.to_dict(),
         "weights": weights or f"random, seed {preset.weight_seed}",
         "opset": OPSET,
-        "made_with": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        "made_with": {
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
         "contracts": {name: contract.to_dict() for name, contract in agreed.items()},
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files},
     }

@@ -57,7 +57,11 @@ def compare(artifacts: Path, checkpoint: Path | None, seed: int) -> Iterator[Dif
 
 @click.command()
 @click.option("--artifacts", type=click.Path(path_type=Path), required=True, help="Artifacts folder to check.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights it was exported from, if not the random ones.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Weights it was exported from, if not the random ones.",
+)
 @click.option("--seed", default=1, show_default=True, help="Seed of the random inputs.")
 def main(artifacts: Path, checkpoint: Path | None, seed: int) -> None:
     """Compare every exported graph with torch."""
@@ -71,7 +75,9 @@ def main(artifacts: Path, checkpoint: Path | None, seed: int) -> None:
     except LiveAvatarError as error:
         raise click.ClickException(str(error)) from error
     if failed:
-        raise click.ClickException(f"{', '.join(failed)} differ from torch by more than {RELATIVE_TOLERANCE:.0e}; export again.")
+        raise click.ClickException(
+            f"{', '.join(failed)} differ from torch by more than {RELATIVE_TOLERANCE:.0e}; export again."
+        )
 
 
 if __name__ == "__main__":

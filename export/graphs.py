@@ -14,19 +14,20 @@ import onnx
 import torch
 from torch import nn
 
+from live_avatar.arrays import Array
 from live_avatar.contract import Contract, TensorSpec
 from live_avatar.errors import ExportError
 
 OPSET = 23  # Attention and RMSNormalization as operators; read by TensorRT 10.15 and later
 
 
-def random_inputs(contract: Contract, seed: int, extent: int = 1) -> dict[str, np.ndarray]:
+def random_inputs(contract: Contract, seed: int, extent: int = 1) -> dict[str, Array]:
     """Fresh inputs of a contract; symbolic dimensions take entry `extent` of (least, usual, greatest)."""
     generator = np.random.default_rng(seed)
     return {spec.name: _random(spec, contract, generator, extent) for spec in contract.inputs}
 
 
-def _random(spec: TensorSpec, contract: Contract, generator: np.random.Generator, extent: int) -> np.ndarray:
+def _random(spec: TensorSpec, contract: Contract, generator: np.random.Generator, extent: int) -> Array:
     shape = [contract.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape]
     if spec.dtype == "int64":
         return generator.integers(0, 2, shape, dtype=np.int64)
@@ -71,7 +72,9 @@ def _keep_contract(model: onnx.ModelProto, contract: Contract) -> None:
     """Checks opset, names, types and fixed sizes, and gives symbolic dimensions the contract's names."""
     stamped = {opset.domain: opset.version for opset in model.opset_import}
     if stamped != {"": OPSET}:
-        raise ExportError(f"{contract.name}: exported with opsets {stamped}, expected only the standard one at {OPSET}.")
+        raise ExportError(
+            f"{contract.name}: exported with opsets {stamped}, expected only the standard one at {OPSET}."
+        )
     for side, values, specs in (
         ("input", model.graph.input, contract.inputs),
         ("output", model.graph.output, contract.outputs),
@@ -108,4 +111,3 @@ def _keep_spec(component: str, value: onnx.ValueInfoProto, spec: TensorSpec) -> 
             raise ExportError(f"{component}: {spec.name} has a dimension of {dim.dim_value}, expected {spec.shape}.")
         else:
             dim.dim_value = expected
-

@@ -7,6 +7,7 @@ waveforms: where the features come from is `speech.py`'s matter.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -129,14 +130,12 @@ class AudioInjector(nn.Module):
         super().__init__()
         self.index = {layer: i for i, layer in enumerate(config.audio_inject_layers)}
         count = len(self.index)
-        self.injector = nn.ModuleList(
-            Attention(config.dim, config.num_heads, config.eps) for _ in range(count)
-        )
+        self.injector = nn.ModuleList(Attention(config.dim, config.num_heads, config.eps) for _ in range(count))
         self.injector_adain_layers = nn.ModuleList(AdaIN(config.dim) for _ in range(count))
 
     def _residual(self, injector: int, frames: Tensor, local: Tensor, globe: Tensor) -> Tensor:
-        attention = self.injector[injector]
-        normed = self.injector_adain_layers[injector](frames, globe)
+        attention = cast(Attention, self.injector[injector])
+        normed = cast(AdaIN, self.injector_adain_layers[injector])(frames, globe)
         key, value = attention.key_value(local)
         return attention(attention.query(normed), key, value)
 

@@ -65,11 +65,11 @@ def _draw(module: nn.Module, seed: int) -> None:
 
 def _drawn(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(parameter.shape, generator=generator)
-    if name.endswith(("gamma", "original0")) or "norm" in name and name.endswith("weight"):
+    if name.endswith(("gamma", "original0")) or ("norm" in name and name.endswith("weight")):
         return 1 + 0.1 * noise
     if parameter.dim() < 2:
         return 0.1 * noise
-    if parameter.dim() == 2 or name.endswith("weight") or name.endswith("original1"):
+    if parameter.dim() == 2 or name.endswith(("weight", "original1")):
         fan_in = parameter[0].numel()
         return noise * fan_in**-0.5
     return 0.3 * noise

@@ -46,7 +46,6 @@ def speech_network(config: SpeechEncoderConfig) -> nn.Module:
             conv_bias=True,
             apply_spec_augment=False,
             layerdrop=0.0,
-            attn_implementation="sdpa",
         )
     ).eval()
 
@@ -62,7 +61,10 @@ def text_network(config: TextEncoderConfig) -> nn.Module:
 def build_networks(preset: Preset) -> Networks:
     """Networks of the preset's sizes; weights as their constructors leave them."""
     return Networks(
-        CausalDiT(preset.dit).eval(), VAE(preset.vae).eval(), speech_network(preset.speech), text_network(preset.text)
+        CausalDiT(preset.dit).eval(),
+        VAE(preset.vae).eval(),
+        speech_network(preset.speech),
+        text_network(preset.text),
     )
 
 
@@ -159,7 +161,10 @@ class _Phases(nn.Module):
         motion = rope.motion_grid(height, width)
         sink = rope.concatenate(frame, motion)
         for name, value in (
-            ("block_space", np.tile(rope.space_phase(frame.rows, frame.columns, head_dim), (1, stream.frames_per_block, 1))),
+            (
+                "block_space",
+                np.tile(rope.space_phase(frame.rows, frame.columns, head_dim), (1, stream.frames_per_block, 1)),
+            ),
             ("sink_space", rope.space_phase(sink.rows, sink.columns, head_dim)),
             ("motion_time", rope.time_phase(motion.frames, head_dim)),
         ):
@@ -192,6 +197,8 @@ class _Folded(nn.Module):
 class DiTPrefill(nn.Module):
     """reference, motion, text -> text and sink keys and values of every layer, sink keys un-rotated."""
 
+    phase: Tensor
+
     def __init__(self, networks: Networks, preset: Preset) -> None:
         super().__init__()
         self.dit = networks.dit
@@ -202,7 +209,10 @@ class DiTPrefill(nn.Module):
 
     def forward(self, reference: Tensor, motion: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         text_kv = self.dit.text_kv(text)
-        return (*_flat(text_kv), *_flat(self.dit.prefill(reference, motion, text_kv, self.folded.value, self.phase)))
+        return (
+            *_flat(text_kv),
+            *_flat(self.dit.prefill(reference, motion, text_kv, self.folded.value, self.phase)),
+        )
 
 
 class DiTStep(nn.Module):
@@ -215,7 +225,13 @@ class DiTStep(nn.Module):
         self.folded = _Folded(networks.dit, timestep)
 
     def forward(
-        self, latent: Tensor, audio_local: Tensor, audio_global: Tensor, block_phase: Tensor, sink_phase: Tensor, *kv: Tensor
+        self,
+        latent: Tensor,
+        audio_local: Tensor,
+        audio_global: Tensor,
+        block_phase: Tensor,
+        sink_phase: Tensor,
+        *kv: Tensor,
     ) -> tuple[Tensor, ...]:
         text, sink, history = (_pairs(part) for part in _thirds(kv))
         audio = AudioTokens(audio_local[None], audio_global[None])

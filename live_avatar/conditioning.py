@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.config import MOTION_LATENTS, TEMPORAL_STRIDE, Preset
 from live_avatar.errors import InputError
 from live_avatar.image import decode_image
@@ -24,7 +25,7 @@ MAX_SEED = 2**63 - 1
 KNOWN_AVATARS = 16
 
 
-def block_noise(seed: int, block: int, shape: tuple[int, ...]) -> np.ndarray:
+def block_noise(seed: int, block: int, shape: tuple[int, ...]) -> Array:
     """Unit Gaussian noise of one block, float32: a pure function of seed and block (counted from 0)."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, block])).standard_normal(shape, np.float32)
 
@@ -39,8 +40,8 @@ class BlockInput:
 
     index: int
     first_frame: int
-    noise: np.ndarray
-    audio: dict[str, np.ndarray]
+    noise: Array
+    audio: dict[str, Array]
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Conditioner:
         self._avatars.move_to_end(key)
         return self._avatars[key]
 
-    def block(self, state: Conditioning, samples: np.ndarray) -> BlockInput:
+    def block(self, state: Conditioning, samples: Array) -> BlockInput:
         """The next block of the session, from its int16 [block_samples] of speech."""
         window = state.speech.push(samples)
         hidden = self._graphs["speech_encoder"].run({"samples": window})["hidden"]
@@ -96,7 +97,7 @@ class Conditioner:
         latents = self._encode_still(frame)
         return SinkSource(latents[:, :, :1], latents, text)
 
-    def _encode_still(self, frame: np.ndarray) -> np.ndarray:
+    def _encode_still(self, frame: Array) -> Array:
         """[1, 3, 1, H, W] -> the latents [1, 16, 19, h, w] of that frame held for 73 frames.
 
         The reference is the first of them, as in the reference's five-process loop (spec section 10).
@@ -110,6 +111,6 @@ class Conditioner:
         return np.concatenate(latents, axis=2)
 
 
-def carried(result: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def carried(result: dict[str, Array]) -> dict[str, Array]:
     """The `new_state.*` outputs of a streamed graph as the `state.*` inputs of its next call."""
     return {name.removeprefix("new_"): array for name, array in result.items() if name.startswith("new_state.")}

@@ -53,10 +53,19 @@ class DiTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require(self.dim % self.num_heads == 0, f"dim {self.dim} is not a multiple of {self.num_heads} heads; change one.")
-        _require(self.head_dim % 2 == 0, f"head width {self.head_dim} is odd, but RoPE turns pairs; make dim/heads even.")
+        _require(
+            self.dim % self.num_heads == 0,
+            f"dim {self.dim} is not a multiple of {self.num_heads} heads; change one.",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head width {self.head_dim} is odd, but RoPE turns pairs; make dim/heads even.",
+        )
         _require(self.dim % 4 == 0, f"dim {self.dim} is not a multiple of 4, which the audio encoder needs.")
-        _require(self.freq_dim % 2 == 0, f"freq_dim {self.freq_dim} is odd; it holds cosines and sines in equal number.")
+        _require(
+            self.freq_dim % 2 == 0,
+            f"freq_dim {self.freq_dim} is odd; it holds cosines and sines in equal number.",
+        )
         layers = self.audio_inject_layers
         _require(
             list(layers) == sorted(set(layers)) and all(0 <= i < self.num_layers for i in layers),
@@ -151,10 +160,13 @@ class StreamConfig:
         smallest = 8 * SPATIAL_STRIDE
         _require(
             min(self.height, self.width) >= smallest,
-            f"picture {self.width}x{self.height} is below {smallest} pixels a side; the frame packer's 4x group would be empty.",
+            f"picture {self.width}x{self.height} is below {smallest} pixels a side, the frame packer's coarsest kernel.",
         )
         _require(self.steps >= 1, f"steps is {self.steps}; at least one denoising step is needed.")
-        _require(self.window_blocks >= 2, f"window_blocks is {self.window_blocks}; 2 is the least (one past block).")
+        _require(
+            self.window_blocks >= 2,
+            f"window_blocks is {self.window_blocks}; 2 is the least (one past block).",
+        )
         _require(
             4 <= self.sink_distance <= 30,
             f"sink_distance {self.sink_distance} is outside 4..30, the range of training (spec section 4).",
@@ -178,7 +190,8 @@ class StreamConfig:
             f"at most {MOTION_LATENTS}.",
         )
         _require(
-            self.speech_window_blocks >= 1, f"speech_window_blocks is {self.speech_window_blocks}; at least 1 is needed."
+            self.speech_window_blocks >= 1,
+            f"speech_window_blocks is {self.speech_window_blocks}; at least 1 is needed.",
         )
 
     @property
@@ -243,9 +256,10 @@ class Preset:
 
     def __post_init__(self) -> None:
         _require(
-            self.dit.audio_dim == self.speech.hidden_size and self.dit.audio_states == self.speech.num_hidden_layers + 1,
-            f"the DiT takes {self.dit.audio_states} speech states of width {self.dit.audio_dim}; the speech encoder gives "
-            f"{self.speech.num_hidden_layers + 1} of width {self.speech.hidden_size}.",
+            self.dit.audio_dim == self.speech.hidden_size
+            and self.dit.audio_states == self.speech.num_hidden_layers + 1,
+            f"the DiT takes {self.dit.audio_states} speech states of width {self.dit.audio_dim}; the speech encoder "
+            f"gives {self.speech.num_hidden_layers + 1} of width {self.speech.hidden_size}.",
         )
         _require(
             self.dit.text_dim == self.text.d_model,
@@ -317,7 +331,11 @@ S2V_14B = Preset(
     ),
     vae=VAEConfig(dim=96),
     speech=SpeechEncoderConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, conv_dim=(512,) * 7
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        conv_dim=(512,) * 7,
     ),
     text=TextEncoderConfig(vocab_size=256_384, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64),
     stream=StreamConfig(height=704, width=384),

@@ -124,7 +124,10 @@ def _audio_tokens(preset: Preset) -> Contract:
 
 def _text_encoder(preset: Preset) -> Contract:
     dit = preset.dit
-    tokens = (TensorSpec("token_ids", INT64, (1, dit.text_len)), TensorSpec("token_mask", INT64, (1, dit.text_len)))
+    tokens = (
+        TensorSpec("token_ids", INT64, (1, dit.text_len)),
+        TensorSpec("token_mask", INT64, (1, dit.text_len)),
+    )
     return Contract("text_encoder", tokens, (_text_spec(preset),))
 
 
@@ -180,7 +183,10 @@ def _dit_prefill(preset: Preset) -> Contract:
             TensorSpec("motion", FLOAT, _latent_shape(preset, MOTION_LATENTS)),
             _text_spec(preset),
         ),
-        (*_kv_specs(preset, "text", preset.dit.text_len), *_kv_specs(preset, "sink", preset.stream.sink_tokens)),
+        (
+            *_kv_specs(preset, "text", preset.dit.text_len),
+            *_kv_specs(preset, "sink", preset.stream.sink_tokens),
+        ),
     )
 
 

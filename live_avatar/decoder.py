@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.conditioning import carried
 from live_avatar.runtime import Runtime
 
@@ -18,7 +19,7 @@ from live_avatar.runtime import Runtime
 class DecoderState:
     """Slots of the streaming decoder, `state.0` ... by name."""
 
-    slots: dict[str, np.ndarray]
+    slots: dict[str, Array]
 
 
 class FrameDecoder:
@@ -29,7 +30,7 @@ class FrameDecoder:
         self._first = runtime.graph("vae_decoder_first")
         self._next = runtime.graph("vae_decoder")
 
-    def open(self, motion: np.ndarray) -> DecoderState:
+    def open(self, motion: Array) -> DecoderState:
         """State of a stream whose past is the still picture: its motion latents [1, 16, 19, h, w].
 
         The warm-up frames are thrown away, and all frames of block 1 are kept: the released code drops three
@@ -41,7 +42,7 @@ class FrameDecoder:
             self.decode(state, np.ascontiguousarray(motion[:, :, start : start + step]))
         return state
 
-    def decode(self, state: DecoderState, latents: np.ndarray) -> np.ndarray:
+    def decode(self, state: DecoderState, latents: Array) -> Array:
         """Latents [1, 16, F, h, w] of the stream's next block -> frames uint8 [4F, H, W, 3]."""
         result = self._next.run({"latents": latents, **state.slots})
         state.slots = carried(result)

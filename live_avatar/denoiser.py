@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from live_avatar import rope
+from live_avatar.arrays import Array
 from live_avatar.contract import step_name
 from live_avatar.kv_cache import KVRing
 from live_avatar.runtime import Runtime
@@ -23,7 +24,7 @@ class StepState:
     """Caches of one session at one step; `sink` has the prefill's outputs by name."""
 
     ring: KVRing
-    sink: dict[str, np.ndarray]
+    sink: dict[str, Array]
     blocks: int = 0
 
 
@@ -38,7 +39,7 @@ class DenoisingStep:
         self._graph = runtime.graph(step_name(step))
         self._prefill = runtime.graph("dit_prefill")
 
-    def prefill(self, source: SinkSource) -> dict[str, np.ndarray]:
+    def prefill(self, source: SinkSource) -> dict[str, Array]:
         """Text and sink keys and values of a sink, to be given to `open` or put into a state."""
         inputs = {"reference": source.reference, "motion": source.motion, "text": source.text}
         return self._prefill.run(inputs)
@@ -47,9 +48,7 @@ class DenoisingStep:
         """State of a new session."""
         return StepState(KVRing(self.preset), self.prefill(source))
 
-    def run(
-        self, state: StepState, latent: np.ndarray, audio: dict[str, np.ndarray], distance: int | None = None
-    ) -> np.ndarray:
+    def run(self, state: StepState, latent: Array, audio: dict[str, Array], distance: int | None = None) -> Array:
         """Moves the session's next block [1, 16, F, h, w] one noise level down and writes its ring.
 
         `distance` overrides the preset's rolling distance of the sink.
@@ -70,5 +69,3 @@ class DenoisingStep:
         state.ring.append(outputs)
         state.blocks += 1
         return self._schedule.euler(self.step - 1, latent, outputs["velocity"])
-
-

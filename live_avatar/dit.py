@@ -8,6 +8,7 @@ and values and the rotary phases, and gets a velocity and the block's own keys a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,9 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = Attention(config.dim, config.num_heads, config.eps)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
         )
 
     def forward(
@@ -126,6 +129,11 @@ class CausalDiT(nn.Module):
         self.audio_injector = AudioInjector(config)
         self.frame_packer = FramePacker(dim)
 
+    @property
+    def layers(self) -> list[Block]:
+        """The transformer layers under their own type."""
+        return cast(list[Block], list(self.blocks))
+
     def modulation(self, timestep: float) -> Modulation:
         """Modulation of every layer and of the head at one timestep (spec section 3, steps 2, 4, 5)."""
         half = self.config.freq_dim // 2
@@ -133,7 +141,7 @@ class CausalDiT(nn.Module):
         feature = torch.cat([angles.cos(), angles.sin()]).to(self.head.modulation)
         embedding = self.time_embedding(feature)
         projected = self.time_projection(embedding).unflatten(0, (6, -1))
-        layers = torch.stack([block.modulation[0] + projected for block in self.blocks])
+        layers = torch.stack([block.modulation[0] + projected for block in self.layers])
         return Modulation(layers, self.head.modulation[0] + embedding)
 
     def text_kv(self, text: Tensor) -> KV:
@@ -142,15 +150,12 @@ class CausalDiT(nn.Module):
         The padding rows go through the embedding and take part unmasked (quirk Q2, matched).
         """
         embedded = self.text_embedding(text)[None]
-        return [block.cross_attn.key_value(embedded) for block in self.blocks]
+        return [block.cross_attn.key_value(embedded) for block in self.layers]
 
     def noisy_tokens(self, latent: Tensor, pose: Tensor | None) -> Tensor:
         """[1, 16, F, h, w] -> [1, F * S, C]; without pose the pose branch still adds its bias (Q3)."""
         tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
-        if pose is None:
-            posed = self.cond_encoder.bias
-        else:
-            posed = self.cond_encoder(pose).flatten(2).transpose(1, 2)
+        posed = self.cond_encoder.bias if pose is None else self.cond_encoder(pose).flatten(2).transpose(1, 2)
         return tokens + posed + self.trainable_cond_mask.weight[NOISY]
 
     def sink_tokens(self, reference: Tensor, motion: Tensor) -> Tensor:
@@ -166,13 +171,18 @@ class CausalDiT(nn.Module):
         """
         x = self.sink_tokens(reference, motion)
         sink: KV = []
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             x, key_value, _ = block(x, modulation.layers[layer], phase, text[layer], [])
             sink.append(key_value)
         return sink
 
     def forward(
-        self, latent: Tensor, conditions: Conditions, modulation: Modulation, phase: Tensor, sink_phase: Tensor
+        self,
+        latent: Tensor,
+        conditions: Conditions,
+        modulation: Modulation,
+        phase: Tensor,
+        sink_phase: Tensor,
     ) -> tuple[Tensor, KV]:
         """Velocity [1, 16, F, h, w] of one noisy block, and the block's rotated keys and values.
 
@@ -181,7 +191,7 @@ class CausalDiT(nn.Module):
         """
         x = self.noisy_tokens(latent, conditions.pose)
         written: KV = []
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             sink_key, sink_value = conditions.sink[layer]
             past = [conditions.history[layer], (rotate(sink_key, sink_phase), sink_value)]
             x, (_, value), rotated = block(x, modulation.layers[layer], phase, conditions.text[layer], past)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.conditioning import Conditioner
 from live_avatar.config import SAMPLES_PER_FRAME, Preset, StreamConfig
 from live_avatar.decoder import FrameDecoder
@@ -28,11 +29,11 @@ class GeneratedBlock:
 
     index: int
     first_frame: int
-    latents: np.ndarray
-    frames: np.ndarray
+    latents: Array
+    frames: Array
 
 
-def cut_blocks(speech: np.ndarray, stream: StreamConfig) -> Iterator[np.ndarray]:
+def cut_blocks(speech: Array, stream: StreamConfig) -> Iterator[Array]:
     """Blocks int16 [block_samples] of a whole speech, as many as its frames need, zeros after its end."""
     needed = -(-speech.size // SAMPLES_PER_FRAME) + stream.lookahead_frames
     for start in range(0, needed * SAMPLES_PER_FRAME, stream.block_samples):
@@ -50,7 +51,12 @@ class Generator:
         self._decoder = FrameDecoder(runtime)
 
     def stream(
-        self, image: bytes, prompt: str, seed: int, blocks: Iterator[np.ndarray], distance: Distance | None = None
+        self,
+        image: bytes,
+        prompt: str,
+        seed: int,
+        blocks: Iterator[Array],
+        distance: Distance | None = None,
     ) -> Iterator[GeneratedBlock]:
         """Yields a block for every block of speech, without end if `blocks` has none."""
         stream = self.preset.stream
@@ -73,8 +79,8 @@ class Generator:
                 first_clean = first_latent_frame(latent)
             yield GeneratedBlock(given.index, given.first_frame, latent, self._decoder.decode(decoding, latent))
 
-    def generate(self, image: bytes, prompt: str, seed: int, speech: np.ndarray) -> Iterator[GeneratedBlock]:
-        """Exactly the frames of a speech, int16 [samples]: one per started 40 ms. Raises `InputError` if it is empty."""
+    def generate(self, image: bytes, prompt: str, seed: int, speech: Array) -> Iterator[GeneratedBlock]:
+        """Exactly the frames of a speech, int16 [samples]: one per started 40 ms. `InputError` if it is empty."""
         if speech.size == 0:
             raise InputError("the speech has 0 samples; there is nothing to say.")
         total = -(-speech.size // SAMPLES_PER_FRAME)

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from live_avatar.arrays import Array
 from live_avatar.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -19,7 +20,7 @@ MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
 
 
-def decode_image(data: bytes, height: int, width: int) -> np.ndarray:
+def decode_image(data: bytes, height: int, width: int) -> Array:
     """PNG, JPEG or WebP bytes -> float32 [3, height, width] in -1..1, scaled to cover and cropped in the middle.
 
     Raises `InputError` for anything else; a picture of more than `MAX_PIXELS` is refused by its header.

@@ -7,10 +7,9 @@ overwrite, and a quarter less memory. Knows arrays; knows no graph and no step n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
+from live_avatar.arrays import Array, Arrays
 from live_avatar.config import Preset
 from live_avatar.contract import kv_names
 
@@ -22,19 +21,17 @@ class KVRing:
         stream, dit = preset.stream, preset.dit
         self._slots = stream.past_blocks
         self._tokens = stream.block_tokens
-        self._names = dict(
-            zip(kv_names("block", dit.num_layers), kv_names("history", dit.num_layers), strict=True)
-        )
+        self._names = dict(zip(kv_names("block", dit.num_layers), kv_names("history", dit.num_layers), strict=True))
         shape = (1, dit.num_heads, self._slots * self._tokens, dit.head_dim)
         self._rings = {history: np.zeros(shape, dtype=np.float32) for history in self._names.values()}
         self._written = 0
 
-    def history(self) -> dict[str, np.ndarray]:
+    def history(self) -> dict[str, Array]:
         """`history_k.0` ... [1, N, L, D] over the filled slots; order does not matter to attention."""
         filled = min(self._written, self._slots) * self._tokens
         return {name: ring[:, :, :filled] for name, ring in self._rings.items()}
 
-    def append(self, outputs: Mapping[str, np.ndarray]) -> None:
+    def append(self, outputs: Arrays) -> None:
         """Writes a block's `block_k.0` ... over the oldest slot."""
         start = (self._written % self._slots) * self._tokens
         for block, history in self._names.items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.config import PATCH
 
 THETA = 10_000.0
@@ -26,18 +27,18 @@ def pair_counts(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-def _phase(positions: np.ndarray, pairs: int) -> np.ndarray:
+def _phase(positions: Array, pairs: int) -> Array:
     frequencies = THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
     angles = positions.astype(np.float64)[:, None] * frequencies
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
-def time_phase(positions: np.ndarray, head_dim: int) -> np.ndarray:
+def time_phase(positions: Array, head_dim: int) -> Array:
     """Phases [2, len(positions), n_t] of integer latent-frame positions, negative ones included."""
     return _phase(np.asarray(positions), pair_counts(head_dim)[0])
 
 
-def space_phase(rows: np.ndarray, columns: np.ndarray, head_dim: int) -> np.ndarray:
+def space_phase(rows: Array, columns: Array, head_dim: int) -> Array:
     """Phases [2, L, n_h + n_w] of tokens at the given rows and columns."""
     _, n_rows, n_columns = pair_counts(head_dim)
     return np.concatenate([_phase(np.asarray(rows), n_rows), _phase(np.asarray(columns), n_columns)], axis=-1)
@@ -52,17 +53,17 @@ def sink_position(first_frame: int, distance: int) -> int:
 class TokenGrid:
     """Integer positions of a group of tokens, each an array [L]."""
 
-    frames: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    frames: Array
+    rows: Array
+    columns: Array
 
     @classmethod
-    def of(cls, frames: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> TokenGrid:
+    def of(cls, frames: Array, rows: Array, columns: Array) -> TokenGrid:
         """Every combination, in the order frame, row, column."""
         grids = np.meshgrid(frames, rows, columns, indexing="ij")
         return cls(*(grid.reshape(-1) for grid in grids))
 
-    def phase(self, head_dim: int) -> np.ndarray:
+    def phase(self, head_dim: int) -> Array:
         """Full phases [2, L, head_dim / 2]."""
         return np.concatenate(
             [time_phase(self.frames, head_dim), space_phase(self.rows, self.columns, head_dim)], axis=-1
@@ -73,14 +74,14 @@ def concatenate(*grids: TokenGrid) -> TokenGrid:
     return TokenGrid(*(np.concatenate([getattr(g, name) for g in grids]) for name in ("frames", "rows", "columns")))
 
 
-def sampled(count: int, size: int) -> np.ndarray:
+def sampled(count: int, size: int) -> Array:
     """`count` integers spread over 0..size-1, exactly floor(i (size-1) / (count-1)) (mends quirk Q21)."""
     if count == 1:
         return np.zeros(1, dtype=np.int64)
     return np.arange(count, dtype=np.int64) * (size - 1) // (count - 1)
 
 
-def frame_grid(latent_height: int, latent_width: int, frames: np.ndarray) -> TokenGrid:
+def frame_grid(latent_height: int, latent_width: int, frames: Array) -> TokenGrid:
     """Grid of whole latent frames at the given temporal positions."""
     return TokenGrid.of(np.asarray(frames), np.arange(latent_height // PATCH), np.arange(latent_width // PATCH))
 
@@ -92,7 +93,9 @@ def motion_grid(latent_height: int, latent_width: int) -> TokenGrid:
     for frames, kernel in MOTION_GROUPS:
         groups.append(
             TokenGrid.of(
-                np.array(frames), sampled(latent_height // kernel, rows), sampled(latent_width // kernel, columns)
+                np.array(frames),
+                sampled(latent_height // kernel, rows),
+                sampled(latent_width // kernel, columns),
             )
         )
     return concatenate(*groups)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.errors import ConfigError
 
 TRAIN_TIMESTEPS = 1000
@@ -34,13 +35,13 @@ class Schedule:
     def timesteps(self) -> tuple[float, ...]:
         return tuple(float(np.float32(TRAIN_TIMESTEPS) * np.float32(s)) for s in self.sigmas[:-1])
 
-    def euler(self, step: int, latent: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+    def euler(self, step: int, latent: Array, velocity: Array) -> Array:
         """x + (sigma_{i+1} - sigma_i) v in float32; `step` counts from 0."""
         delta = np.float32(self.sigmas[step + 1]) - np.float32(self.sigmas[step])
         return latent + delta * velocity
 
 
-def _shifted(value: np.ndarray, shift: float) -> np.ndarray:
+def _shifted(value: Array, shift: float) -> Array:
     return shift * value / (1 + (shift - 1) * value)
 
 

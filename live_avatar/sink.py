@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
+from live_avatar.arrays import Array
 from live_avatar.config import StreamConfig
 
 
@@ -21,11 +20,11 @@ class SinkSource:
     reference [1, 16, 1, h, w], motion [1, 16, 19, h, w], text [text_len, text_dim], all float32.
     """
 
-    reference: np.ndarray
-    motion: np.ndarray
-    text: np.ndarray
+    reference: Array
+    motion: Array
+    text: Array
 
-    def replaced(self, first_clean: np.ndarray) -> SinkSource:
+    def replaced(self, first_clean: Array) -> SinkSource:
         """The same with the model's own frame [1, 16, 1, h, w] as reference; motion and text stay."""
         return SinkSource(first_clean, self.motion, self.text)
 
@@ -40,6 +39,6 @@ def takes_sink(block: int, stream: StreamConfig) -> bool:
     return stream.sink_update_block is not None and block == stream.sink_update_block - 1
 
 
-def first_latent_frame(latents: np.ndarray) -> np.ndarray:
+def first_latent_frame(latents: Array) -> Array:
     """[1, 16, F, h, w] -> [1, 16, 1, h, w]."""
     return latents[:, :, :1].copy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.config import FPS, StreamConfig
 from live_avatar.errors import InputError
 
@@ -18,7 +19,7 @@ PCM_SCALE = 32768.0
 NORMALISATION_EPS = 1e-7  # of the wav2vec2 processor
 
 
-def interpolate(hidden: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def interpolate(hidden: Array, positions: Array) -> Array:
     """Columns of hidden [K, T, A] at real positions in 0..T-1, linearly -> [K, len(positions), A] float32."""
     low = np.floor(positions).astype(np.int64)
     high = np.minimum(low + 1, hidden.shape[1] - 1)
@@ -26,12 +27,12 @@ def interpolate(hidden: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return hidden[:, low] * (1 - weight) + hidden[:, high] * weight
 
 
-def trained_columns(frames: np.ndarray) -> np.ndarray:
+def trained_columns(frames: Array) -> Array:
     """30 Hz column of each 25 fps frame: round(1.2 i), in integers (there are no ties)."""
     return (12 * np.asarray(frames, dtype=np.int64) + 5) // 10
 
 
-def features_30hz(hidden: np.ndarray) -> np.ndarray:
+def features_30hz(hidden: Array) -> Array:
     """Whole-file features [K, T, A] at 50 Hz -> [K, n, A] at 30 Hz with aligned corners."""
     total = hidden.shape[1]
     count = int(total / 50.0 * 30)  # this order of double operations, then truncation: the reference's count
@@ -40,7 +41,7 @@ def features_30hz(hidden: np.ndarray) -> np.ndarray:
     return interpolate(hidden, np.arange(count) * (total - 1) / (count - 1))
 
 
-def bucket_features(hidden: np.ndarray, clip_frames: int) -> tuple[np.ndarray, np.ndarray, int]:
+def bucket_features(hidden: Array, clip_frames: int) -> tuple[Array, Array, int]:
     """The reference's whole-file bucketing: features [1, K, A, frames] at 25 fps, their 30 Hz columns, clips."""
     features = features_30hz(hidden)
     count = features.shape[1]
@@ -66,7 +67,7 @@ class SpeechWindow:
         self._sum = 0
         self._square_sum = 0
 
-    def push(self, samples: np.ndarray) -> np.ndarray:
+    def push(self, samples: Array) -> Array:
         """One block, int16 [block_samples] -> the window, float32 [1, n], n a multiple of block_samples."""
         stream = self._stream
         if samples.dtype != np.int16 or samples.shape != (stream.block_samples,):
@@ -86,7 +87,7 @@ class SpeechWindow:
         scale = 1 / np.sqrt(variance / PCM_SCALE**2 + NORMALISATION_EPS)
         return ((self._kept - mean) / PCM_SCALE * scale).astype(np.float32)[None]
 
-    def positions(self, features: int) -> np.ndarray:
+    def positions(self, features: int) -> Array:
         """Columns of the window's `features` at which the frames of the newest block read, float64 [frames].
 
         Frame i reads where the released front end reads it in a long file, column round(1.2 i) at 30 Hz; before

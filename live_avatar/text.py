@@ -11,6 +11,7 @@ import html
 import ftfy
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.config import Preset
 from live_avatar.errors import ConfigError, InputError
 
@@ -26,12 +27,14 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
-def tokenize(prompt: str, preset: Preset) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(prompt: str, preset: Preset) -> tuple[Array, Array]:
     """Ids and mask, int64 [1, text_len] each; a longer prompt is cut, its end token kept."""
     if preset.text.tokenizer != "bytes":
-        raise ConfigError(f"tokenizer {preset.text.tokenizer!r} of preset {preset.name} is not available; use preset tiny.")
+        raise ConfigError(
+            f"tokenizer {preset.text.tokenizer!r} of preset {preset.name} is not available; use preset tiny."
+        )
     length = preset.dit.text_len
-    ids = [byte + BYTE_OFFSET for byte in clean_prompt(prompt).encode()][: length - 1] + [END]
+    ids = [*[byte + BYTE_OFFSET for byte in clean_prompt(prompt).encode()][: length - 1], END]
     tokens = np.zeros((2, 1, length), dtype=np.int64)
     tokens[0, 0, : len(ids)] = ids
     tokens[1, 0, : len(ids)] = 1

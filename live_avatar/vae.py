@@ -9,6 +9,7 @@ later ones. It knows nothing of sessions or of pixels' types.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,13 @@ class Stream:
         if self._slots is None:
             return x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
         return next(self._slots)
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A layer with a history."""
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor: ...
 
 
 class CausalConv3d(nn.Conv3d):
@@ -169,7 +177,7 @@ def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
 def _through(layers: nn.Sequential | nn.ModuleList, x: Tensor, stream: Stream) -> Tensor:
     """Runs the layers in order; those that have a history take it from the stream."""
     for layer in layers:
-        x = layer.stream(x, stream) if hasattr(layer, "stream") else layer(x)
+        x = layer.stream(x, stream) if isinstance(layer, Streamed) else layer(x)
     return x
 
 

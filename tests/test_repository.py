@@ -97,9 +97,7 @@ def test_the_core_does_not_import_what_is_built_on_it():
 
 
 def test_serving_knows_the_core_and_the_clients_protocol_only():
-    names = {
-        name for path in python_files(CORE / "serving") for name in imports(path, ROOT) if "client" in name
-    }
+    names = {name for path in python_files(CORE / "serving") for name in imports(path, ROOT) if "client" in name}
     beyond = {
         name
         for name in names
@@ -127,9 +125,7 @@ def test_at_most_one_module_touches_the_triton_backend():
         for path in python_files(ROOT / folder)
     ]
     importers = {
-        str(path.relative_to(ROOT))
-        for path in searched
-        if "triton_python_backend_utils" in imports(path, path.parent)
+        str(path.relative_to(ROOT)) for path in searched if "triton_python_backend_utils" in imports(path, path.parent)
     }
     assert len(importers) <= 1, f"expected one module, got {sorted(importers)}: import it through that one"
 

@@ -132,8 +132,7 @@ class BaseSession(ABC):
         code, details = _status(error)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return ServerIncompatible(
-                f"the server at {self.url} speaks gRPC but not KServe v2; pass the address of a Live Avatar "
-                "server"
+                f"the server at {self.url} speaks gRPC but not KServe v2; pass the address of a Live Avatar server"
             )
         return ConnectFailed(
             f"no server answered at {self.url} within {self._connect_timeout_s:g} s: {details}; check that "

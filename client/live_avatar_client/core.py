@@ -332,8 +332,7 @@ class SessionCore:
     def _may_send_block(self) -> bool:
         waiting = self._blocks_in_flight()
         return (
-            waiting < self._limits.max_in_flight_blocks
-            and waiting + len(self._unread) < self._limits.max_unread_blocks
+            waiting < self._limits.max_in_flight_blocks and waiting + len(self._unread) < self._limits.max_unread_blocks
         )
 
     def _blocks_in_flight(self) -> int:

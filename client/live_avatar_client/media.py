@@ -107,9 +107,7 @@ class Mp4Writer:
         self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         with self._explained():
             self._partial.touch()  # PyAV would find out at the first frame only
-            self._container = av.open(
-                str(self._partial), "w", format="mp4", options={"movflags": "+faststart"}
-            )
+            self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
         self._container.metadata.update(self._metadata)
         height, width, _ = self._shape
         self._video = self._container.add_stream("libx264", rate=self._fps, options=_VIDEO_OPTIONS)
@@ -134,9 +132,7 @@ class Mp4Writer:
         """Append one frame [height, width, 3] or several [n, height, width, 3], as RGB uint8."""
         for frame in frames if frames.ndim == 4 else frames[np.newaxis]:
             if frame.shape != self._shape or frame.dtype != np.uint8:
-                raise InvalidInput(
-                    f"the frame is {frame.dtype} {list(frame.shape)}; pass uint8 {list(self._shape)}"
-                )
+                raise InvalidInput(f"the frame is {frame.dtype} {list(frame.shape)}; pass uint8 {list(self._shape)}")
             with self._explained():
                 self._write_frame(frame)
                 self._write_speech()

@@ -38,10 +38,7 @@ class StreamStats:
     @classmethod
     def from_blocks(cls, blocks: Iterable[Block]) -> Self:
         """Measure all blocks of one session, in order; they are not kept, so a generator will do."""
-        times = [
-            (len(b), b.audio_started_at_s, b.audio_complete_at_s, b.sent_at_s, b.received_at_s)
-            for b in blocks
-        ]
+        times = [(len(b), b.audio_started_at_s, b.audio_complete_at_s, b.sent_at_s, b.received_at_s) for b in blocks]
         if not times:
             raise InvalidInput("there are 0 blocks to measure; pass the blocks of a session with speech")
         counts, started_at_s, complete_at_s, sent_at_s, received_at_s = np.array(times).T

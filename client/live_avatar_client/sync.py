@@ -87,9 +87,7 @@ class AvatarSession(BaseSession):
         An error that `chunks` raises is raised here. The thread cannot be stopped while it waits for a
         chunk: one that still waits when the session closes ends with the next chunk.
         """
-        self._feeder = threading.Thread(
-            target=self._feed, args=(chunks,), name="live-avatar-feeder", daemon=True
-        )
+        self._feeder = threading.Thread(target=self._feed, args=(chunks,), name="live-avatar-feeder", daemon=True)
         self._feeder.start()
         yield from self
 

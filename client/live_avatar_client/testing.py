@@ -175,9 +175,7 @@ class FakeAvatarServer:
             self._start(sequence_id, request)
         session = self._live.get(sequence_id)
         if session is None:
-            raise _RefusalError(
-                ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} had no START; send it"
-            )
+            raise _RefusalError(ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} had no START; send it")
         if not len(audio):
             session.keep_alives += not request.parameters["sequence_end"].bool_param
             return self._response(request, [], session, first=0)
@@ -194,9 +192,7 @@ class FakeAvatarServer:
         if self.refuse is not None:
             raise _RefusalError(ErrorCode.UNAVAILABLE, self.refuse)
         if sequence_id in self._live:
-            raise _RefusalError(
-                ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} is live; send START once"
-            )
+            raise _RefusalError(ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} is live; send START once")
         image = _input(request, REFERENCE_IMAGE)
         if image is None or not len(image):
             raise _RefusalError(
@@ -204,9 +200,7 @@ class FakeAvatarServer:
             )
         frame_format = request.parameters[FRAME_FORMAT_PARAMETER].string_param or FrameFormat.RAW.value
         if frame_format not in tuple(FrameFormat):
-            raise _RefusalError(
-                ErrorCode.INVALID_ARGUMENT, f"frame_format is {frame_format!r}; send 'raw' or 'jpeg'"
-            )
+            raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"frame_format is {frame_format!r}; send 'raw' or 'jpeg'")
         prompt = _input(request, PROMPT)
         session = ReceivedSession(
             image=image.tobytes(),
@@ -222,9 +216,7 @@ class FakeAvatarServer:
         speech = session.speech
         return [synthetic_frame(n, session.seed, speech, self.height, self.width) for n in numbers]
 
-    def _response(
-        self, request: Message, frames: list[Pixels], session: ReceivedSession, first: int
-    ) -> Message:
+    def _response(self, request: Message, frames: list[Pixels], session: ReceivedSession, first: int) -> Message:
         is_jpeg = session.frame_format == FrameFormat.JPEG
         raw = np.zeros((0, self.height, self.width, 3), np.uint8)
         if frames and not is_jpeg:
@@ -280,9 +272,7 @@ def _audio(request: Message) -> Samples:
     audio = _input(request, AUDIO)
     if audio is None or len(audio) not in (0, BLOCK_SAMPLES):
         got = "missing or not INT16 [n]" if audio is None else f"of {len(audio)} samples"
-        raise _RefusalError(
-            ErrorCode.INVALID_ARGUMENT, f"AUDIO is {got}; send INT16 [{BLOCK_SAMPLES}] or [0]"
-        )
+        raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"AUDIO is {got}; send INT16 [{BLOCK_SAMPLES}] or [0]")
     return audio
 
 

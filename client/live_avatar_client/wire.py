@@ -109,9 +109,7 @@ def _output(message: Message, spec: TensorSpec) -> NDArray[Any]:
 
 def _decode_tensor(tensor: Message, content: bytes, spec: TensorSpec) -> NDArray[Any] | None:
     shape = tuple(tensor.shape)
-    fits = len(shape) == len(spec.dims) and all(
-        want in (-1, size) for size, want in zip(shape, spec.dims, strict=True)
-    )
+    fits = len(shape) == len(spec.dims) and all(want in (-1, size) for size, want in zip(shape, spec.dims, strict=True))
     if tensor.datatype != spec.datatype or not fits:
         return None
     flat: NDArray[Any]

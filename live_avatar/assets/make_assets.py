@@ -123,17 +123,13 @@ def flipped(points: Sequence[Point]) -> list[Point]:
 
 
 FACE = spline(mirrored([(236, 120), (186, 144), (165, 200), (166, 262), (180, 314), (208, 350), (238, 368)]))
-SHOULDERS = spline(
-    mirrored([(216, 404), (168, 420), (106, 438), (66, 470), (46, 540), (40, 600), (200, 620)])
-)
+SHOULDERS = spline(mirrored([(216, 404), (168, 420), (106, 438), (66, 470), (46, 540), (40, 600), (200, 620)]))
 
 
 def draw_back(canvas: Canvas) -> None:
     """What lies behind the face: halo, the hair's back, neck and sweater."""
     canvas.fill(ellipse(256, 250, 214, 214), HALO)
-    hair = mirrored(
-        [(240, 58), (180, 72), (138, 120), (118, 196), (110, 290), (116, 352), (150, 384), (206, 388)]
-    )
+    hair = mirrored([(240, 58), (180, 72), (138, 120), (118, 196), (110, 290), (116, 352), (150, 384), (206, 388)])
     canvas.fill(spline(hair), HAIR_SHADE)
     neck = spline(mirrored([(214, 310), (212, 360), (210, 400), (196, 424), (214, 470)]))
     canvas.fill(SHOULDERS, SWEATER)

@@ -6,18 +6,15 @@ are written against these two protocols and do not know which engine answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
-import numpy as np
 
+from live_avatar.arrays import Array, Arrays
 from live_avatar.config import Preset
-
-Arrays = Mapping[str, np.ndarray]
 
 
 class Graph(Protocol):
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Arrays) -> dict[str, Array]:
         """Outputs by name, for inputs by name, as the component's contract says."""
         ...
 

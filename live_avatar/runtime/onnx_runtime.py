@@ -6,11 +6,10 @@ graph give the same bits wherever they happen. Needs no torch.
 
 from __future__ import annotations
 
-import numpy as np
 import onnxruntime
 
+from live_avatar.arrays import Array, Arrays
 from live_avatar.artifacts import Artifacts
-from live_avatar.runtime import Arrays
 
 
 class OnnxGraph:
@@ -24,7 +23,7 @@ class OnnxGraph:
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Arrays) -> dict[str, Array]:
         results = self._session.run(self._outputs, dict(inputs))
         return dict(zip(self._outputs, results, strict=True))
 

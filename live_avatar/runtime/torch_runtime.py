@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from live_avatar.arrays import Array, Arrays
 from live_avatar.checkpoint import load_networks
 from live_avatar.components import build_components
 from live_avatar.config import Preset
 from live_avatar.contract import Contract, contracts
-from live_avatar.runtime import Arrays
 
 
 class TorchGraph:
@@ -22,7 +22,7 @@ class TorchGraph:
         self._module = module
         self._contract = contract
 
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Arrays) -> dict[str, Array]:
         tensors = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self._contract.inputs]
         with torch.inference_mode():
             results = self._module(*tensors)

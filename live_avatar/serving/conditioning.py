@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from live_avatar.arrays import Array, Arrays
 from live_avatar.conditioning import BlockInput, Conditioner, Conditioning
 from live_avatar.errors import InputError, SessionError
 from live_avatar.runtime import Runtime
@@ -88,18 +89,20 @@ class ConditioningStage:
         replaced = session.source.replaced(self._await_sink(request.session))
         return StageResponse(self._outputs(block, replaced), block.index, time.monotonic() - waited_from)
 
-    def _speech(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _speech(self, inputs: Arrays) -> Array:
         speech = inputs[AUDIO]
         if speech.size not in (0, self._stream.block_samples):
             raise InputError(
-                f"AUDIO has {speech.size} samples; a block has {self._stream.block_samples} (pad the last one with zeros), "
-                "a keep-alive 0."
+                f"AUDIO has {speech.size} samples; a block has {self._stream.block_samples} (pad the last one with "
+                "zeros), a keep-alive 0."
             )
         return speech
 
     def _start(self, request: StageRequest) -> _Session:
         if request.session in self._sessions:
-            raise InputError(f"session {request.session} is live already; start the new session under another sequence id.")
+            raise InputError(
+                f"session {request.session} is live already; start the new session under another sequence id."
+            )
         if REFERENCE_IMAGE not in request.inputs:
             raise InputError("the first request of a session has no REFERENCE_IMAGE; send the picture with it.")
         _frame_format(request.parameters)
@@ -118,7 +121,7 @@ class ConditioningStage:
                 raise InputError(f"{name} came after the first request; start a new session to change it.")
         return self._sessions.get(request.session)
 
-    def _await_sink(self, session: int) -> np.ndarray:
+    def _await_sink(self, session: int) -> Array:
         """The session's own first latent frame; it is on its way, since block 1 went ahead of this one."""
         deadline = time.monotonic() + SINK_WAIT_LIMIT_S
         while time.monotonic() < deadline:
@@ -132,7 +135,7 @@ class ConditioningStage:
             f"session {session}: block 1 gave no new sink within {SINK_WAIT_LIMIT_S:g} s; end it and start a new one."
         )
 
-    def _outputs(self, block: BlockInput | None, source: SinkSource | None) -> dict[str, np.ndarray]:
+    def _outputs(self, block: BlockInput | None, source: SinkSource | None) -> dict[str, Array]:
         stream, dit = self._stream, self._dit
         height, width = stream.latent_height, stream.latent_width
         if source is None:
@@ -150,12 +153,12 @@ class ConditioningStage:
         }
 
 
-def _rows(*shape: int) -> np.ndarray:
+def _rows(*shape: int) -> Array:
     """A tensor of zero rows of the given shape."""
     return np.zeros((0, *shape), dtype=np.float32)
 
 
-def _prompt(inputs: Mapping[str, np.ndarray]) -> str:
+def _prompt(inputs: Arrays) -> str:
     if PROMPT not in inputs:
         return ""
     if inputs[PROMPT].size != 1:
@@ -176,7 +179,7 @@ def _integer(parameters: Mapping[str, object], name: str, default: int) -> int:
 def _frame_format(parameters: Mapping[str, object]) -> FrameFormat:
     value = parameters.get(FRAME_FORMAT_PARAMETER, FrameFormat.RAW.value)
     try:
-        return FrameFormat(value)
+        return FrameFormat(str(value))
     except ValueError:
         names = " or ".join(f.value for f in FrameFormat)
         raise InputError(f"parameter {FRAME_FORMAT_PARAMETER} is {value!r}; it must be {names}.") from None

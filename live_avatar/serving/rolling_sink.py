@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from live_avatar.arrays import Array
 from live_avatar.errors import InputError
 from live_avatar.serving.stage import SessionTable, StageRequest, StageResponse
 from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
@@ -22,26 +23,26 @@ NOTHING = np.zeros((0, 16, 1, 1, 1), dtype=np.float32)
 class SinkClient(Protocol):
     """How a stage reaches the rolling sink."""
 
-    def put(self, session: int, latent: np.ndarray) -> None: ...
+    def put(self, session: int, latent: Array) -> None: ...
 
     def fail(self, session: int) -> None: ...
 
-    def take(self, session: int) -> tuple[str, np.ndarray]: ...
+    def take(self, session: int) -> tuple[str, Array]: ...
 
 
 class RollingSink:
     """Latents waiting to be taken, and sessions known to have failed."""
 
     def __init__(self, idle_limit_s: float) -> None:
-        self._sinks: SessionTable[tuple[str, np.ndarray]] = SessionTable(idle_limit_s)
+        self._sinks: SessionTable[tuple[str, Array]] = SessionTable(idle_limit_s)
 
-    def put(self, session: int, latent: np.ndarray) -> None:
+    def put(self, session: int, latent: Array) -> None:
         self._sinks.open(session, lambda: (READY, latent))
 
     def fail(self, session: int) -> None:
         self._sinks.open(session, lambda: (FAILED, NOTHING))
 
-    def take(self, session: int) -> tuple[str, np.ndarray]:
+    def take(self, session: int) -> tuple[str, Array]:
         """(state, latent [1, 16, 1, h, w]); a latent is given once."""
         self._sinks.sweep()
         if session not in self._sinks:

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,9 @@ class TritonServer:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}")
+                raise ServerError(
+                    f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}"
+                )
             if self._ready():
                 return
             time.sleep(POLL_S)
@@ -89,10 +91,8 @@ class TritonServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # the group is the server's own: workers it left behind
-        except ProcessLookupError:
-            pass
 
     def _ready(self) -> bool:
         url = f"http://{self.options.address}:{self.options.http_port}/v2/health/ready"
@@ -203,7 +203,11 @@ def _command(options: ServerOptions, backends: Path | None) -> list[str]:
     ]
     if backends is not None:
         command.append(f"--backend-directory={backends}")
-    for service, port in (("grpc", options.grpc_port), ("http", options.http_port), ("metrics", options.metrics_port)):
+    for service, port in (
+        ("grpc", options.grpc_port),
+        ("http", options.http_port),
+        ("metrics", options.metrics_port),
+    ):
         command += [f"--{service}-address={options.address}", f"--{service}-port={port}"]
     return command
 

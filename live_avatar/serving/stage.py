@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
+from live_avatar.arrays import Array, Arrays
 from live_avatar.errors import CapacityError, SessionError
 
 NO_BLOCK = -1
@@ -27,7 +26,7 @@ class StageRequest:
     session: int
     start: bool
     end: bool
-    inputs: Mapping[str, np.ndarray]
+    inputs: Arrays
     parameters: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -35,7 +34,7 @@ class StageRequest:
 class StageResponse:
     """Outputs by tensor name; the block they belong to, and how long the stage waited at the end (not busy)."""
 
-    outputs: dict[str, np.ndarray]
+    outputs: dict[str, Array]
     block: int = NO_BLOCK
     waited_s: float = 0.0
 

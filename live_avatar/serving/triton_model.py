@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from live_avatar.arrays import Array
 from live_avatar.artifacts import load_artifacts
 from live_avatar.errors import CapacityError, InputError, LiveAvatarError, SessionError
 from live_avatar.runtime import Runtime
@@ -44,18 +45,18 @@ ERROR_CODES: tuple[tuple[type[Exception], ErrorCode, str], ...] = (
 class TritonSinkClient:
     """Calls the `rolling_sink` model from inside another stage (business logic scripting)."""
 
-    def put(self, session: int, latent: np.ndarray) -> None:
+    def put(self, session: int, latent: Array) -> None:
         self._call(PUT, session, latent)
 
     def fail(self, session: int) -> None:
         self._call(FAIL, session, NOTHING)
 
-    def take(self, session: int) -> tuple[str, np.ndarray]:
+    def take(self, session: int) -> tuple[str, Array]:
         response = self._call(TAKE, session, NOTHING)
         state = pb_utils.get_output_tensor_by_name(response, STATE).as_numpy().reshape(-1)[0]
         return bytes(state).decode(), pb_utils.get_output_tensor_by_name(response, LATENT).as_numpy().copy()
 
-    def _call(self, operation: str, session: int, latent: np.ndarray) -> Any:
+    def _call(self, operation: str, session: int, latent: Array) -> Any:
         request = pb_utils.InferenceRequest(
             model_name="rolling_sink",
             requested_output_names=[STATE, LATENT],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from live_avatar.arrays import Array
 from live_avatar.decoder import DecoderState, FrameDecoder
 from live_avatar.runtime import Runtime
 from live_avatar.serving.stage import NO_BLOCK, SessionTable, StageRequest, StageResponse, expect_block
@@ -61,16 +62,19 @@ class VAEDecoderStage:
         return StageResponse(self._outputs(frames, session.frame_format), block)
 
     def _start(self, request: StageRequest) -> _Session:
-        chosen = FrameFormat(request.parameters.get(FRAME_FORMAT_PARAMETER, FrameFormat.RAW.value))
+        chosen = FrameFormat(str(request.parameters.get(FRAME_FORMAT_PARAMETER, FrameFormat.RAW.value)))
         return self._sessions.open(request.session, lambda: _Session(chosen))
 
-    def _outputs(self, frames: np.ndarray, frame_format: FrameFormat) -> dict[str, np.ndarray]:
+    def _outputs(self, frames: Array, frame_format: FrameFormat) -> dict[str, Array]:
         if frame_format is FrameFormat.RAW:
             return {FRAMES: frames, JPEG_FRAMES: np.zeros(0, dtype=np.object_)}
-        return {FRAMES: self._no_frames, JPEG_FRAMES: np.array([_jpeg(frame) for frame in frames], dtype=np.object_)}
+        return {
+            FRAMES: self._no_frames,
+            JPEG_FRAMES: np.array([_jpeg(frame) for frame in frames], dtype=np.object_),
+        }
 
 
-def _jpeg(frame: np.ndarray) -> bytes:
+def _jpeg(frame: Array) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

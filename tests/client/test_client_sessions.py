@@ -354,9 +354,7 @@ def test_a_slow_reader_holds_the_sender_back(play: Play) -> None:
 
 def test_send_timeout() -> None:
     async def send(url: str) -> None:
-        async with AsyncAvatarSession(
-            url, image=SAMPLE_IMAGE, max_unread_blocks=2, send_timeout_s=0.1
-        ) as session:
+        async with AsyncAvatarSession(url, image=SAMPLE_IMAGE, max_unread_blocks=2, send_timeout_s=0.1) as session:
             await session.send(sample_speech(BLOCK_SAMPLES * 3))
 
     with FakeAvatarServer() as server:

@@ -95,7 +95,16 @@ vae = _file_fixture("vae")
 def dit(golden_dir: Path, golden_config: dict[str, Any]) -> CausalDiT:
     values = golden_config["dit"]
     weights = Golden(golden_dir, "dit_weights.safetensors").all()
-    names = ("dim", "num_heads", "num_layers", "ffn_dim", "text_dim", "text_len", "audio_dim", "num_audio_token")
+    names = (
+        "dim",
+        "num_heads",
+        "num_layers",
+        "ffn_dim",
+        "text_dim",
+        "text_len",
+        "audio_dim",
+        "num_audio_token",
+    )
     config = DiTConfig(
         **{name: values[name] for name in (*names, "freq_dim", "in_dim", "cond_dim", "eps")},
         audio_states=weights["casual_audio_encoder.weights"].shape[1],

@@ -18,7 +18,9 @@ from tests.tolerances import PORT
 @pytest.fixture
 def trace(dit: CausalDiT, dit_step: Golden, golden_config: dict[str, Any]) -> Trace:
     geometry = Geometry.of(golden_config, dit)
-    text, sink = prefill(dit, geometry, dit_step["in/context"], dit_step["in/ref_latents"], dit_step["in/motion_latents"])
+    text, sink = prefill(
+        dit, geometry, dit_step["in/context"], dit_step["in/ref_latents"], dit_step["in/motion_latents"]
+    )
     return Trace(dit, geometry, float(dit_step["in/timestep"][0, 0]), text, sink)
 
 
@@ -32,9 +34,7 @@ def test_two_speakers(trace: Trace, dit: CausalDiT, dit_step: Golden, dit_extra:
     speakers = [audio_tokens(dit, states) for states in dit_extra["actors/in/audio"]]
     frames = trace.geometry.frames
     mask = dit_extra["actors/in/mask"][:, :frames].flatten(1, 3)  # quirk Q20: always the first three frames
-    audio = AudioTokens(
-        torch.cat([s.local for s in speakers]), torch.cat([s.globe for s in speakers]), mask
-    )
+    audio = AudioTokens(torch.cat([s.local for s in speakers]), torch.cat([s.globe for s in speakers]), mask)
     velocity = trace.run(0, dit_step["in/noise/block0"][None], audio, 30)
     dit_extra.check("actors/velocity/block0", velocity, PORT)
 

@@ -24,7 +24,9 @@ def test_velocity_and_ring_of_every_block(
     dit: CausalDiT, dit_step: Golden, golden_config: dict[str, Any], distance: int
 ) -> None:
     geometry = Geometry.of(golden_config, dit)
-    text, sink = prefill(dit, geometry, dit_step["in/context"], dit_step["in/ref_latents"], dit_step["in/motion_latents"])
+    text, sink = prefill(
+        dit, geometry, dit_step["in/context"], dit_step["in/ref_latents"], dit_step["in/motion_latents"]
+    )
     for layer, (key, value) in enumerate(sink):
         dit_step.check(f"sink/cond_k/layer{layer}", token_major(key), PORT)
         dit_step.check(f"sink/cond_v/layer{layer}", token_major(value), PORT)

@@ -39,7 +39,8 @@ class Geometry:
 
     def sink_phase(self, position: int) -> Tensor:
         grid = rope.concatenate(
-            rope.frame_grid(self.height, self.width, np.array([position])), rope.motion_grid(self.height, self.width)
+            rope.frame_grid(self.height, self.width, np.array([position])),
+            rope.motion_grid(self.height, self.width),
         )
         return torch.from_numpy(grid.phase(self.head_dim))
 
@@ -83,7 +84,11 @@ class Trace:
         conditions = Conditions(self.text, self.sink, self.history(block), audio, pose)
         modulation = self.dit.modulation(self.timestep)
         velocity, written = self.dit(
-            latent, conditions, modulation, self.geometry.block_phase(block), self.geometry.sink_phase(position)
+            latent,
+            conditions,
+            modulation,
+            self.geometry.block_phase(block),
+            self.geometry.sink_phase(position),
         )
         self.slots[block % self.geometry.window] = written
         return velocity

@@ -1,0 +1,47 @@
+"""What many tests share: the tiny preset's networks, its artifacts, and a picture and speech.
+
+Exporting takes about 40 s, so it happens once per run; tests must not change what they get from here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export.build import export_artifacts
+from live_avatar.arrays import Array
+from live_avatar.artifacts import Artifacts
+from live_avatar.assets import PORTRAIT
+from live_avatar.config import TINY
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.torch_runtime import TorchRuntime
+
+SEED = 7
+
+
+@pytest.fixture(scope="session")
+def torch_runtime() -> TorchRuntime:
+    return TorchRuntime(TINY)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """The tiny preset, exported."""
+    return export_artifacts(TINY, tmp_path_factory.mktemp("artifacts") / "tiny", None, lambda component: None)
+
+
+@pytest.fixture(scope="session")
+def onnx_runtime(artifacts: Artifacts) -> OnnxRuntime:
+    return OnnxRuntime(artifacts)
+
+
+@pytest.fixture(scope="session")
+def picture() -> bytes:
+    """An encoded PNG."""
+    return PORTRAIT.read_bytes()
+
+
+def noise_speech(seconds: float, seed: int = SEED) -> Array:
+    """Loud noise, int16 at 16 kHz: every block differs from every other."""
+    generator = np.random.default_rng(seed)
+    return (generator.standard_normal(round(seconds * 16_000)) * 3000).astype(np.int16)
