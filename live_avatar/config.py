@@ -160,7 +160,7 @@ class StreamConfig:
         smallest = 8 * SPATIAL_STRIDE
         _require(
             min(self.height, self.width) >= smallest,
-            f"picture {self.width}x{self.height} is below {smallest} pixels a side, the frame packer's coarsest kernel.",
+            f"picture {self.width}x{self.height} is below {smallest} pixels a side, the packer's largest kernel.",
         )
         _require(self.steps >= 1, f"steps is {self.steps}; at least one denoising step is needed.")
         _require(

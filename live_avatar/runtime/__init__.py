@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-
 from live_avatar.arrays import Array, Arrays
 from live_avatar.config import Preset
 

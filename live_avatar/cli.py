@@ -1,0 +1,252 @@
+"""The command line: `live-avatar generate | export | serve | stream | demo`.
+
+Thin: each command turns options into one call. A mistake of the user ends with one sentence and exit code 2,
+Ctrl-C with 130. Heavy imports stand inside the commands, so that `stream` starts without torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+from tqdm import tqdm
+
+from live_avatar.config import PRESETS, preset
+from live_avatar.errors import ArtifactError, LiveAvatarError
+from live_avatar.version import __version__
+from live_avatar_client.errors import AvatarError
+
+if TYPE_CHECKING:
+    from live_avatar.artifacts import Artifacts
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+USER_ERROR, INTERRUPTED = 2, 130
+FILE = click.Path(path_type=Path)
+
+
+class _Commands(click.Group):
+    """Turns the project's exceptions into one sentence on stderr."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        try:
+            super().main(*args, **{**kwargs, "standalone_mode": False})
+        except (LiveAvatarError, AvatarError) as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(USER_ERROR)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("Interrupted.", err=True)
+            sys.exit(INTERRUPTED)
+        sys.exit(0)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """The first Ctrl-C or SIGTERM unwinds; further ones must not break the cleaning up."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _speech_options(command: F) -> F:
+    """What `generate` and `stream` have in common."""
+    for option in (
+        click.option(
+            "--frames-output", type=FILE, help="Also write the raw frames, uint8 [frames, H, W, 3], to this .npy."
+        ),
+        click.option("--output", type=FILE, required=True, help="MP4 file to write: H.264 video, AAC speech."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same inputs: same frames."),
+        click.option("--prompt", default="", help="What the scene and the person are like."),
+        click.option("--image", type=FILE, required=True, help="Picture of the person: PNG, JPEG or WebP."),
+        click.option(
+            "--audio", type=FILE, required=True, help="Speech: any file that FFmpeg reads, resampled to 16 kHz."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _artifacts_option(required: bool) -> Callable[[F], F]:
+    return click.option(
+        "--artifacts", type=FILE, required=required, help="Folder made by `live-avatar export`, run on ONNX Runtime."
+    )
+
+
+_preset_option = click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(sorted(PRESETS)),
+    default="tiny",
+    show_default=True,
+    help="Which system.",
+)
+_checkpoint_option = click.option(
+    "--checkpoint", type=FILE, help="Folder with the weights; without it they are random, from the preset's seed."
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """A picture and speech in, a talking video out, as a stream."""
+
+
+@main.command()
+@_preset_option
+@_checkpoint_option
+@_artifacts_option(required=False)
+@_speech_options
+def generate(
+    preset_name: str,
+    checkpoint: Path | None,
+    artifacts: Path | None,
+    audio: Path,
+    image: Path,
+    prompt: str,
+    seed: int,
+    output: Path,
+    frames_output: Path | None,
+) -> None:
+    """Make a video in this process, without a server (Algorithm 3).
+
+    With --artifacts the exported graphs run, and the frames are the very ones that a server of these
+    artifacts sends; without, the same networks run in torch.
+    """
+    from live_avatar_client.media import read_image_bytes, read_speech
+    from live_avatar_client.video import SpeechVideo
+
+    speech, picture = read_speech(audio), read_image_bytes(image)
+    if artifacts is not None:
+        from live_avatar.runtime.onnx_runtime import OnnxRuntime
+
+        runtime: Any = OnnxRuntime(_artifacts_of(artifacts, preset_name))
+    else:
+        from live_avatar.runtime.torch_runtime import TorchRuntime
+
+        runtime = TorchRuntime(preset(preset_name), checkpoint)
+    from live_avatar.generator import Generator
+
+    with SpeechVideo(output, speech, frames_output) as video, _frame_bar(video.expected_frames) as bar:
+        for block in Generator(runtime).generate(picture, prompt, seed, speech):
+            video.write(block.frames)
+            bar.update(len(block.frames))
+    click.echo(f"Wrote {output} ({video.expected_frames} frames).")
+
+
+def _artifacts_of(folder: Path, preset_name: str) -> Artifacts:
+    from live_avatar.artifacts import load_artifacts
+
+    artifacts = load_artifacts(folder)
+    if artifacts.preset.name != preset_name:
+        raise ArtifactError(
+            f"{folder} holds preset {artifacts.preset.name!r}, not {preset_name!r}; give --preset {artifacts.preset.name} "
+            f"or export {preset_name}."
+        )
+    return artifacts
+
+
+@main.command()
+@_preset_option
+@_checkpoint_option
+@click.option("--output", type=FILE, required=True, help="Artifacts folder to make, or to make again.")
+def export(preset_name: str, checkpoint: Path | None, output: Path) -> None:
+    """Compile a preset to ONNX graphs, shared weights and a manifest."""
+    from live_avatar.demo import export_with_progress
+
+    artifacts = export_with_progress(preset(preset_name), output, checkpoint)
+    click.echo(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
+
+
+@main.command()
+@_artifacts_option(required=True)
+@click.option("--profile", default="cpu", show_default=True, help="Hardware profile: which model runs where.")
+@click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True, help="Port of the stream.")
+@click.option(
+    "--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port of health checks."
+)
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True, help="Port of Prometheus metrics."
+)
+@click.option("--trace", type=FILE, help="Folder in which each stage writes its busy intervals.")
+@click.option("--verbose", is_flag=True, help="Show all of Triton's own log.")
+def serve(
+    artifacts: Path,
+    profile: str,
+    address: str,
+    grpc_port: int,
+    http_port: int,
+    metrics_port: int,
+    trace: Path | None,
+    verbose: bool,
+) -> None:
+    """Serve artifacts with Triton until Ctrl-C."""
+    from live_avatar.errors import ServerError
+    from live_avatar.serving.server import ServerOptions, serving
+
+    options = ServerOptions(
+        artifacts, profile, address, grpc_port, http_port, metrics_port, trace=trace, verbose=verbose
+    )
+    try:
+        with serving(options) as server:
+            click.echo(f"Serving {artifacts} with profile {profile} on {options.url} (Ctrl-C ends it).")
+            while server.process.poll() is None:
+                time.sleep(0.2)
+            raise ServerError(f"Triton ended by itself with code {server.process.returncode}:\n{server.errors()}")
+    except KeyboardInterrupt:
+        click.echo("Stopped.")
+
+
+@main.command()
+@click.option("--url", default="localhost:8001", show_default=True, help="host:port of the server's gRPC port.")
+@click.option(
+    "--pace",
+    type=click.Choice(["fast", "realtime"]),
+    default="fast",
+    show_default=True,
+    help="Send the speech at once, or as it would be spoken, in chunks of 20 ms.",
+)
+@_speech_options
+def stream(
+    url: str, pace: str, audio: Path, image: Path, prompt: str, seed: int, output: Path, frames_output: Path | None
+) -> None:
+    """Send speech to a server and write the video that comes back."""
+    from live_avatar.demo import stream_to_file
+    from live_avatar_client.media import read_image_bytes, read_speech
+    from live_avatar_client.video import SpeechVideo
+
+    speech, picture = read_speech(audio), read_image_bytes(image)
+    with SpeechVideo(output, speech, frames_output) as video, _frame_bar(video.expected_frames) as bar:
+        stats = stream_to_file(url, speech, picture, prompt, seed, pace == "realtime", video, bar.update)
+    click.echo(f"Wrote {output} ({stats.frames} frames).")
+    click.echo(
+        f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency p50 {stats.latency_p50_s:.2f} s"
+    )
+
+
+@main.command()
+@click.option("--artifacts", type=FILE, default="artifacts/tiny", show_default=True, help="Made if it is not there.")
+@click.option("--output", type=FILE, default="out/demo.mp4", show_default=True, help="MP4 file to write.")
+@click.option("--trace", type=FILE, help="Also write the stages' busy intervals as a Chrome trace (JSON).")
+def demo(artifacts: Path, output: Path, trace: Path | None) -> None:
+    """Export, serve, stream the shipped speech and picture, and report."""
+    from live_avatar.demo import run_demo
+
+    run_demo(artifacts, output, trace)
+
+
+def _frame_bar(total: int) -> Any:
+    return tqdm(total=total, unit="frame", desc="video", leave=False)
+
+
+if __name__ == "__main__":
+    main()

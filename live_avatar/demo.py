@@ -1,0 +1,133 @@
+"""The demo, and the pieces of it that the command line has as commands of their own.
+
+Exports if need be, serves, streams the shipped speech and picture twice (as spoken, then as fast as it
+goes), and reports. Knows the client, the server and the export; the core knows nothing of this module.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from live_avatar.arrays import Array
+from live_avatar.artifacts import Artifacts, load_artifacts
+from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
+from live_avatar.config import SAMPLE_RATE_HZ, TINY, Preset
+from live_avatar.contract import contracts
+from live_avatar.errors import ArtifactError
+from live_avatar.serving.server import ServerOptions, free_port, serving
+from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
+from live_avatar_client import AvatarSession, Block, StreamStats
+from live_avatar_client.media import read_speech
+from live_avatar_client.video import SpeechVideo
+
+CHUNK_S = 0.02
+SEED = 0
+
+
+def export_with_progress(preset: Preset, output: Path, checkpoint: Path | None) -> Artifacts:
+    """`export_artifacts` behind a progress bar."""
+    from export.build import export_artifacts
+
+    with tqdm(total=len(contracts(preset)), unit="graph", desc="export", leave=False) as bar:
+
+        def progress(component: str) -> None:
+            bar.set_postfix_str(component)
+            bar.update()
+
+        return export_artifacts(preset, output, checkpoint, progress)
+
+
+def spoken(speech: Array) -> Iterator[Array]:
+    """Chunks of 20 ms, each when it would have been spoken."""
+    size = round(CHUNK_S * SAMPLE_RATE_HZ)
+    started_s = time.monotonic()
+    for start in range(0, speech.size, size):
+        chunk = speech[start : start + size]
+        time.sleep(max(0.0, started_s + (start + chunk.size) / SAMPLE_RATE_HZ - time.monotonic()))
+        yield chunk
+
+
+def stream_to_file(
+    url: str,
+    speech: Array,
+    image: bytes,
+    prompt: str,
+    seed: int,
+    realtime: bool,
+    video: SpeechVideo | None,
+    progress: Callable[[int], object],
+) -> StreamStats:
+    """Streams a speech and writes what comes back; `progress` is told the frames of each block."""
+
+    def written(blocks: Iterator[Block]) -> Iterator[Block]:
+        for block in blocks:
+            if video is not None:
+                video.write(block.frames)
+            progress(len(block))
+            yield block
+
+    with AvatarSession(url, image=image, prompt=prompt, seed=seed) as session:
+        return StreamStats.from_blocks(written(session.stream(spoken(speech) if realtime else [speech])))
+
+
+def run_demo(artifacts: Path, output: Path, trace: Path | None) -> None:
+    """The whole way, from nothing to a video; prints what was measured."""
+    speech, image = read_speech(SPEECH), PORTRAIT.read_bytes()
+    _ready_artifacts(artifacts)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    intervals = Path(tempfile.mkdtemp(prefix="live-avatar-trace-"))
+    try:
+        ports = {name: free_port() for name in ("grpc_port", "http_port", "metrics_port")}
+        options = ServerOptions(artifacts, trace=intervals if trace else None, **ports)
+        click.echo(f"Starting Triton (profile {options.profile}).")
+        with serving(options) as server:
+            url = server.options.url
+            with SpeechVideo(output, speech) as video, _bar("as spoken", video) as bar:
+                live = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, True, video, bar.update)
+            with _bar("as fast as it goes", video) as bar:
+                fast = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, False, None, bar.update)
+        if trace is not None:
+            _write_trace(intervals, trace)
+    finally:
+        shutil.rmtree(intervals)
+    _report(live, fast, output)
+
+
+def _ready_artifacts(folder: Path) -> None:
+    try:
+        load_artifacts(folder)
+    except ArtifactError:
+        click.echo(f"Exporting preset {TINY.name} to {folder} (about a minute).")
+        export_with_progress(TINY, folder, None)
+
+
+def _bar(description: str, video: SpeechVideo) -> tqdm[object]:
+    return tqdm(total=video.expected_frames, unit="frame", desc=description, leave=False)
+
+
+def _write_trace(intervals: Path, trace: Path) -> None:
+    read = read_trace(intervals)
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    trace.write_text(json.dumps(chrome_trace(read)))
+    share = overlapped_share(read)
+    click.echo(f"Trace: {trace} (stages worked on different blocks at once in {share:.0%} of the busy time)")
+
+
+def _report(live: StreamStats, fast: StreamStats, output: Path) -> None:
+    click.echo(
+        f"FPS                     {fast.fps:6.1f}    frames per second, speech sent as fast as it is taken\n"
+        f"TTFF                    {live.ttff_s:6.2f} s  first sample spoken to first frame: {live.ttff_block_wait_s:.2f} s "
+        f"until the block is full, {live.ttff_server_s:.2f} s in the server (new avatar)\n"
+        f"TTFF, known avatar      {fast.ttff_server_s:6.2f} s  in the server\n"
+        f"Audio-to-frame latency  {live.latency_p50_s:6.2f} s  median, speech sent as it is spoken "
+        f"(95 %: {live.latency_p95_s:.2f} s)\n"
+        f"Video                   {output} ({live.frames} frames)"
+    )
