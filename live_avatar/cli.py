@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
-from tqdm import tqdm
 
 from live_avatar.config import PRESETS, preset
 from live_avatar.errors import ArtifactError, LiveAvatarError
@@ -121,6 +120,8 @@ def generate(
     With --artifacts the exported graphs run, and the frames are the very ones that a server of these
     artifacts sends; without, the same networks run in torch.
     """
+    from live_avatar.demo import frame_bar
+    from live_avatar.generator import Generator
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
 
@@ -133,9 +134,7 @@ def generate(
         from live_avatar.runtime.torch_runtime import TorchRuntime
 
         runtime = TorchRuntime(preset(preset_name), checkpoint)
-    from live_avatar.generator import Generator
-
-    with SpeechVideo(output, speech, frames_output) as video, _frame_bar(video.expected_frames) as bar:
+    with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
         for block in Generator(runtime).generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
@@ -148,8 +147,8 @@ def _artifacts_of(folder: Path, preset_name: str) -> Artifacts:
     artifacts = load_artifacts(folder)
     if artifacts.preset.name != preset_name:
         raise ArtifactError(
-            f"{folder} holds preset {artifacts.preset.name!r}, not {preset_name!r}; give --preset {artifacts.preset.name} "
-            f"or export {preset_name}."
+            f"{folder} holds preset {artifacts.preset.name!r}, not {preset_name!r}; "
+            f"give --preset {artifacts.preset.name} or export {preset_name}."
         )
     return artifacts
 
@@ -220,17 +219,15 @@ def stream(
     url: str, pace: str, audio: Path, image: Path, prompt: str, seed: int, output: Path, frames_output: Path | None
 ) -> None:
     """Send speech to a server and write the video that comes back."""
-    from live_avatar.demo import stream_to_file
+    from live_avatar.demo import frame_bar, stream_to_file
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
 
     speech, picture = read_speech(audio), read_image_bytes(image)
-    with SpeechVideo(output, speech, frames_output) as video, _frame_bar(video.expected_frames) as bar:
+    with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
         stats = stream_to_file(url, speech, picture, prompt, seed, pace == "realtime", video, bar.update)
     click.echo(f"Wrote {output} ({stats.frames} frames).")
-    click.echo(
-        f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency p50 {stats.latency_p50_s:.2f} s"
-    )
+    click.echo(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")
 
 
 @main.command()
@@ -242,10 +239,6 @@ def demo(artifacts: Path, output: Path, trace: Path | None) -> None:
     from live_avatar.demo import run_demo
 
     run_demo(artifacts, output, trace)
-
-
-def _frame_bar(total: int) -> Any:
-    return tqdm(total=total, unit="frame", desc="video", leave=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -22,7 +25,7 @@ from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
 from live_avatar.config import SAMPLE_RATE_HZ, TINY, Preset
 from live_avatar.contract import contracts
 from live_avatar.errors import ArtifactError
-from live_avatar.serving.server import ServerOptions, free_port, serving
+from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
 from live_avatar_client import AvatarSession, Block, StreamStats
 from live_avatar_client.media import read_speech
@@ -36,7 +39,7 @@ def export_with_progress(preset: Preset, output: Path, checkpoint: Path | None) 
     """`export_artifacts` behind a progress bar."""
     from export.build import export_artifacts
 
-    with tqdm(total=len(contracts(preset)), unit="graph", desc="export", leave=False) as bar:
+    with tqdm(total=len(contracts(preset)), unit="graph", desc="export", leave=False, disable=None) as bar:
 
         def progress(component: str) -> None:
             bar.set_postfix_str(component)
@@ -85,14 +88,13 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     intervals = Path(tempfile.mkdtemp(prefix="live-avatar-trace-"))
     try:
-        ports = {name: free_port() for name in ("grpc_port", "http_port", "metrics_port")}
-        options = ServerOptions(artifacts, trace=intervals if trace else None, **ports)
+        options = replace(ServerOptions(artifacts).on_free_ports(), trace=intervals if trace else None)
         click.echo(f"Starting Triton (profile {options.profile}).")
         with serving(options) as server:
             url = server.options.url
-            with SpeechVideo(output, speech) as video, _bar("as spoken", video) as bar:
+            with SpeechVideo(output, speech) as video, frame_bar("as spoken", video) as bar:
                 live = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, True, video, bar.update)
-            with _bar("as fast as it goes", video) as bar:
+            with frame_bar("as fast as it goes", video) as bar:
                 fast = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, False, None, bar.update)
         if trace is not None:
             _write_trace(intervals, trace)
@@ -102,30 +104,34 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None) -> None:
 
 
 def _ready_artifacts(folder: Path) -> None:
-    try:
-        load_artifacts(folder)
-    except ArtifactError:
-        click.echo(f"Exporting preset {TINY.name} to {folder} (about a minute).")
-        export_with_progress(TINY, folder, None)
+    with suppress(ArtifactError):
+        if load_artifacts(folder).preset == TINY:
+            return
+    click.echo(f"Exporting preset {TINY.name} to {folder} (about a minute).")
+    export_with_progress(TINY, folder, None)
 
 
-def _bar(description: str, video: SpeechVideo) -> tqdm[object]:
-    return tqdm(total=video.expected_frames, unit="frame", desc=description, leave=False)
+def frame_bar(description: str, video: SpeechVideo) -> Any:
+    """A progress bar over the frames of a video; silent where stderr is no terminal."""
+    return tqdm(total=video.expected_frames, unit="frame", desc=description, leave=False, disable=None)
 
 
 def _write_trace(intervals: Path, trace: Path) -> None:
     read = read_trace(intervals)
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text(json.dumps(chrome_trace(read)))
-    share = overlapped_share(read)
-    click.echo(f"Trace: {trace} (stages worked on different blocks at once in {share:.0%} of the busy time)")
+    fast = [interval for interval in read if interval.session == read[-1].session]
+    share = overlapped_share(fast)
+    click.echo(
+        f"Trace: {trace} (as fast as it goes, stages worked on different blocks at once {share:.0%} of the time)"
+    )
 
 
 def _report(live: StreamStats, fast: StreamStats, output: Path) -> None:
     click.echo(
         f"FPS                     {fast.fps:6.1f}    frames per second, speech sent as fast as it is taken\n"
-        f"TTFF                    {live.ttff_s:6.2f} s  first sample spoken to first frame: {live.ttff_block_wait_s:.2f} s "
-        f"until the block is full, {live.ttff_server_s:.2f} s in the server (new avatar)\n"
+        f"TTFF                    {live.ttff_s:6.2f} s  first sample spoken to first frame: "
+        f"{live.ttff_block_wait_s:.2f} s until the block is full, {live.ttff_server_s:.2f} s in the server (new avatar)\n"
         f"TTFF, known avatar      {fast.ttff_server_s:6.2f} s  in the server\n"
         f"Audio-to-frame latency  {live.latency_p50_s:6.2f} s  median, speech sent as it is spoken "
         f"(95 %: {live.latency_p95_s:.2f} s)\n"

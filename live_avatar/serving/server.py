@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from live_avatar.artifacts import load_artifacts
@@ -48,6 +48,10 @@ class ServerOptions:
     model_repository: Path = MODEL_REPOSITORY
     trace: Path | None = None
     verbose: bool = False
+
+    def on_free_ports(self) -> ServerOptions:
+        """The same on ports that were free a moment ago, for tests and demos on this machine."""
+        return replace(self, grpc_port=_free_port(), http_port=_free_port(), metrics_port=_free_port())
 
     @property
     def url(self) -> str:
@@ -131,8 +135,7 @@ def serving(options: ServerOptions) -> Iterator[TritonServer]:
             server.stop()
 
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago, for tests and demos on this machine."""
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
