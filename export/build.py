@@ -43,7 +43,7 @@ def export_artifacts(preset: Preset, output: Path, checkpoint: Path | None, prog
     `progress` is told each component's name before its export. Raises `ExportError` if `output` exists and is not an
     artifacts folder, and `CheckpointError` for unusable weights.
     """
-    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not _replaceable(output):
         raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
     parts = build_components(preset, load_networks(preset, checkpoint))
     agreed = contracts(preset)
@@ -58,6 +58,17 @@ def export_artifacts(preset: Preset, output: Path, checkpoint: Path | None, prog
             shutil.rmtree(output)
         folder.rename(output)
     return load_artifacts(output)
+
+
+def _replaceable(output: Path) -> bool:
+    """Whether it is an empty folder, or artifacts of any version: a manifest of something else is no licence."""
+    if not output.is_dir() or not any(output.iterdir()):
+        return output.is_dir()
+    try:
+        manifest = json.loads((output / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format", "contracts", "files"} <= manifest.keys()
 
 
 def _write_graphs(parts: dict[str, nn.Module], agreed: dict[str, Contract], folder: Path, progress: Progress) -> None:

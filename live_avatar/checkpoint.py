@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,7 +37,10 @@ def load_networks(preset: Preset, folder: Path | None = None) -> Networks:
 def _load(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"checkpoint file {path} does not exist; expected a folder with {path.name} in it.")
-    weights = load_file(path)
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); fetch it again.") from error
     expected = module.state_dict()
     for problem, names in (
         ("lacks", expected.keys() - weights.keys()),

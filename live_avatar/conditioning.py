@@ -70,7 +70,7 @@ class Conditioner:
 
     def avatar(self, image: bytes, prompt: str) -> SinkSource:
         """Latents and text features of a picture and prompt; the latest `KNOWN_AVATARS` are remembered."""
-        key = hashlib.sha256(hashlib.sha256(image).digest() + prompt.encode()).hexdigest()
+        key = hashlib.sha256(hashlib.sha256(image).digest() + prompt.encode(errors="surrogatepass")).hexdigest()
         if key not in self._avatars:
             self._avatars[key] = self._encode(image, prompt)
             if len(self._avatars) > KNOWN_AVATARS:

@@ -175,6 +175,14 @@ class StreamConfig:
             self.sink_update_block is None or self.sink_update_block >= 2,
             f"sink_update_block {self.sink_update_block} must be None or at least 2: the sink comes from block 1.",
         )
+        _require(
+            self.frames_per_block >= 1,
+            f"frames_per_block is {self.frames_per_block}; at least 1 latent frame is needed.",
+        )
+        _require(
+            self.speech_window_blocks >= 1,
+            f"speech_window_blocks is {self.speech_window_blocks}; at least 1 is needed.",
+        )
         frame_ms = 1000 // FPS
         most_ms = (self.speech_window_blocks - 1) * self.block_frames * frame_ms
         _require(
@@ -188,10 +196,6 @@ class StreamConfig:
             and (self.decoder_warmup_latents - 1) % self.frames_per_block == 0,
             f"decoder_warmup_latents {self.decoder_warmup_latents} must be 1 + a multiple of {self.frames_per_block}, "
             f"at most {MOTION_LATENTS}.",
-        )
-        _require(
-            self.speech_window_blocks >= 1,
-            f"speech_window_blocks is {self.speech_window_blocks}; at least 1 is needed.",
         )
 
     @property

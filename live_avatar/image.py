@@ -34,15 +34,24 @@ def decode_image(data: bytes, height: int, width: int) -> Array:
             warnings.simplefilter("ignore")  # Pillow's own size warning; the limit below is ours
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(*image.size)
-            pixels = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(_unreadable(data, error)) from error
+            pixels = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours, met in the header
+        raise InputError(
+            f"the reference image is too large ({error}), more than {MAX_PIXELS} pixels in all; scale it down first."
+        ) from error
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise InputError(_unreadable(data, error)) from error
     fitted = ImageOps.fit(pixels, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; Pillow's own conversion would cut every value above 255 to white."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _check_size(width: int, height: int) -> None:
