@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from typing import Any
 
 import numpy as np
 import onnx
@@ -92,7 +93,9 @@ def _strip(model: onnx.ModelProto) -> None:
     """Drops what the exporter leaves for debugging: its own dimension names, and stack traces with paths."""
     del model.graph.value_info[:]
     del model.graph.metadata_props[:]
-    for entry in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
+    graph = model.graph
+    entries: list[Any] = [*graph.node, *graph.input, *graph.output, *graph.initializer]
+    for entry in entries:
         entry.ClearField("doc_string")
         del entry.metadata_props[:]
 

@@ -122,17 +122,15 @@ def _write_trace(intervals: Path, trace: Path) -> None:
     trace.write_text(json.dumps(chrome_trace(read)))
     fast = [interval for interval in read if interval.session == read[-1].session]
     share = overlapped_share(fast)
-    click.echo(
-        f"Trace: {trace} (as fast as it goes, stages worked on different blocks at once {share:.0%} of the time)"
-    )
+    click.echo(f"Trace: {trace} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)")
 
 
 def _report(live: StreamStats, fast: StreamStats, output: Path) -> None:
     click.echo(
         f"FPS                     {fast.fps:6.1f}    frames per second, speech sent as fast as it is taken\n"
         f"TTFF                    {live.ttff_s:6.2f} s  first sample spoken to first frame: "
-        f"{live.ttff_block_wait_s:.2f} s until the block is full, {live.ttff_server_s:.2f} s in the server (new avatar)\n"
-        f"TTFF, known avatar      {fast.ttff_server_s:6.2f} s  in the server\n"
+        f"{live.ttff_block_wait_s:.2f} s until the block is full, {live.ttff_server_s:.2f} s to serve a new avatar\n"
+        f"TTFF, known avatar      {fast.ttff_server_s:6.2f} s  to serve it again\n"
         f"Audio-to-frame latency  {live.latency_p50_s:6.2f} s  median, speech sent as it is spoken "
         f"(95 %: {live.latency_p95_s:.2f} s)\n"
         f"Video                   {output} ({live.frames} frames)"

@@ -5,3 +5,5 @@ ROLLOUT = 2e-4  # the same after four steps and several blocks
 INTERPOLATED_AUDIO = 2e-4  # the reference interpolates with float32 indices
 FLOAT32 = 1e-5  # two orders of the same float32 arithmetic, values of size about 1
 EXPORT = 2e-4  # a graph on ONNX Runtime against torch, float32, relative to the largest value
+PHASE = 5e-7  # a rotary phase at a position of up to 10^9: float64 angle, rounded to float32
+STREAMED = 2e-5  # cached or streamed against all at once, float32, relative to the largest value

@@ -31,7 +31,7 @@ class NpyWriter:
     def __enter__(self) -> Self:
         self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         try:
-            self._frames: npt.NDArray[np.uint8] = np.lib.format.open_memmap(
+            self._frames: npt.NDArray[np.uint8] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
                 self._partial, mode="w+", dtype=np.uint8, shape=self._shape
             )
         except OSError as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from live_avatar.artifacts import load_artifacts
 from live_avatar.errors import ServerError
-from live_avatar.serving import ARTIFACTS_VARIABLE, TRACE_VARIABLE
+from live_avatar.serving import ARTIFACTS_VARIABLE, FLOOR_VARIABLE, TRACE_VARIABLE
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 START_LIMIT_S = 300.0
@@ -37,7 +37,8 @@ LOAD_FAILURE = re.compile(r'"(failed to (?:load|start) .*?)(\\n|")')
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What to serve and where. Ports on `address`; `trace` is a folder for the stages' busy intervals."""
+    """What to serve and where. Ports on `address`; `trace` is a folder for the stages' busy intervals, and
+    `stage_floor_s` the least time a stage takes for a block (for measurements)."""
 
     artifacts: Path
     profile: str = "cpu"
@@ -47,6 +48,7 @@ class ServerOptions:
     metrics_port: int = 8002
     model_repository: Path = MODEL_REPOSITORY
     trace: Path | None = None
+    stage_floor_s: float = 0.0
     verbose: bool = False
 
     def on_free_ports(self) -> ServerOptions:
@@ -226,6 +228,7 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     # the first `python3` on the PATH, which must be ours.
     _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
     environment[ARTIFACTS_VARIABLE] = str(options.artifacts.resolve())
+    environment[FLOOR_VARIABLE] = str(options.stage_floor_s)
     environment["OMP_NUM_THREADS"] = "1"
     if options.trace is not None:
         options.trace.mkdir(parents=True, exist_ok=True)

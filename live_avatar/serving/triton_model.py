@@ -22,11 +22,11 @@ from live_avatar.artifacts import load_artifacts
 from live_avatar.errors import CapacityError, InputError, LiveAvatarError, SessionError
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving import ARTIFACTS_VARIABLE, TRACE_VARIABLE
+from live_avatar.serving import ARTIFACTS_VARIABLE, FLOOR_VARIABLE, TRACE_VARIABLE
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.dit_step import DiTStepStage
 from live_avatar.serving.rolling_sink import FAIL, NOTHING, PUT, TAKE, RollingSink
-from live_avatar.serving.stage import Stage, StageRequest, StageResponse
+from live_avatar.serving.stage import NO_BLOCK, Stage, StageRequest, StageResponse
 from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
 from live_avatar.serving.trace import TraceWriter
 from live_avatar.serving.vae_decoder import VAEDecoderStage
@@ -81,6 +81,7 @@ class StageModel:
         self._config = json.loads(args["model_config"])
         self._input_names = [spec["name"] for spec in self._config["input"]]
         self._trace = TraceWriter.from_environment(self.name, os.environ.get(TRACE_VARIABLE))
+        self._floor_s = float(os.environ.get(FLOOR_VARIABLE, "0"))
         self._stage = self.make_stage()
 
     def make_stage(self) -> Stage:
@@ -94,6 +95,8 @@ class StageModel:
         try:
             started_s = time.monotonic()
             response = self._stage.handle(self._plain(request))
+            if response.block != NO_BLOCK:
+                time.sleep(max(0.0, started_s + self._floor_s - time.monotonic()))
             ended_s = time.monotonic() - response.waited_s
             self._trace.busy(request.correlation_id(), response.block, started_s, ended_s)
             return self._answer(response)
