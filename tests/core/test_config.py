@@ -104,7 +104,7 @@ DIT_ERRORS: list[tuple[dict[str, Any], str]] = [
 STREAM_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"height": 100}, r"height 100 is not a positive multiple of 16 pixels; a token covers 16x16\."),
     ({"width": -16}, r"width -16 is not a positive multiple of 16 pixels; a token covers 16x16\."),
-    ({"width": 48}, r"picture 48x96 is below 64 pixels a side, the frame packer's coarsest kernel\."),
+    ({"width": 48}, r"picture 48x96 is below 64 pixels a side, the packer's largest kernel\."),
     ({"steps": 0}, r"steps is 0; at least one denoising step is needed\."),
     ({"frames_per_block": 0}, r"frames_per_block is 0; at least 1 latent frame is needed\."),
     ({"window_blocks": 1}, r"window_blocks is 1; 2 is the least \(one past block\)\."),

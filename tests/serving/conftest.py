@@ -1,0 +1,59 @@
+"""One real Triton server for the tests that do not break it, and the oracle to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from live_avatar.arrays import Array
+from live_avatar.artifacts import Artifacts
+from live_avatar.generator import Generator
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving.server import ServerOptions, TritonServer, serving
+from tests.conftest import noise_speech
+
+SECONDS = 3.5  # 8 blocks: the ring wraps, and the sink is replaced at block 5
+
+
+@pytest.fixture(scope="session")
+def server(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    options = ServerOptions(artifacts.folder, trace=tmp_path_factory.mktemp("trace")).on_free_ports()
+    with serving(options) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def url(server: TritonServer) -> str:
+    return server.options.url
+
+
+@pytest.fixture(scope="session")
+def slow_server(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Every stage takes at least 0.12 s, more than any takes by itself."""
+    options = ServerOptions(artifacts.folder, trace=tmp_path_factory.mktemp("slow-trace"), stage_floor_s=0.12)
+    with serving(options.on_free_ports()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def oracle(onnx_runtime: OnnxRuntime) -> Generator:
+    """Algorithm 3 on the same graphs, in this process."""
+    return Generator(onnx_runtime)
+
+
+def generated(oracle: Generator, picture: bytes, prompt: str, seed: int, speech: Array) -> Array:
+    """All frames of a speech from the oracle."""
+    return np.concatenate([block.frames for block in oracle.generate(picture, prompt, seed, speech)])
+
+
+@pytest.fixture(scope="session")
+def speech() -> Array:
+    return noise_speech(SECONDS)
+
+
+@pytest.fixture(scope="session")
+def expected(oracle: Generator, picture: bytes, speech: Array) -> Array:
+    """Frames of `speech` with prompt "hello" and seed 3."""
+    return generated(oracle, picture, "hello", 3, speech)

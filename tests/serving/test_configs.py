@@ -1,0 +1,98 @@
+"""Every `config.pbtxt`, parsed with Triton's own protobuf, against the protocol and against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from live_avatar.config import TINY
+from live_avatar.serving.server import MODEL_REPOSITORY
+from live_avatar_client import protocol
+
+MODELS = sorted(path.name for path in MODEL_REPOSITORY.iterdir() if path.is_dir())
+PROFILES = sorted(path.stem for path in (MODEL_REPOSITORY / "live_avatar" / "configs").glob("*.pbtxt"))
+STAGES = [name for name in MODELS if name != "live_avatar"]
+
+
+def parsed(model: str, profile: str) -> model_config_pb2.ModelConfig:
+    text = (MODEL_REPOSITORY / model / "configs" / f"{profile}.pbtxt").read_text()
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def signature(specs: object) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+    """name -> (type as the protocol names it, dims, optional)."""
+    made = {}
+    for spec in specs:  # type: ignore[attr-defined]
+        datatype = model_config_pb2.DataType.Name(spec.data_type).removeprefix("TYPE_")
+        optional = bool(getattr(spec, "optional", False))
+        made[spec.name] = ({"STRING": "BYTES"}.get(datatype, datatype), tuple(spec.dims), optional)
+    return made
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_has_every_profile(model: str, profile: str) -> None:
+    config = parsed(model, profile)
+    assert config.max_batch_size == 0
+    assert config.platform == "ensemble" or config.backend == "python"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_default_is_the_cpu_profile(model: str) -> None:
+    """Triton falls back to config.pbtxt in silence, so it must be one of the profiles."""
+    default = MODEL_REPOSITORY / model / "config.pbtxt"
+    assert default.read_bytes() == (MODEL_REPOSITORY / model / "configs" / "cpu.pbtxt").read_bytes()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_ensemble_keeps_the_clients_protocol(profile: str) -> None:
+    config = parsed("live_avatar", profile)
+    for specs, promised in ((config.input, protocol.INPUTS), (config.output, protocol.OUTPUTS)):
+        assert signature(specs) == {t.name: (t.datatype, t.dims, t.optional) for t in promised}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_wiring_connects_tensors_of_one_type(profile: str) -> None:
+    ensemble = parsed("live_avatar", profile)
+    known = signature(ensemble.input)
+    for step in ensemble.ensemble_scheduling.step:
+        model = parsed(step.model_name, profile)
+        inputs, outputs = signature(model.input), signature(model.output)
+        assert set(step.input_map) == set(inputs), f"{step.model_name}: inputs left unconnected"
+        for name, tensor in step.input_map.items():
+            assert known[tensor] == inputs[name], f"{step.model_name}.{name} from {tensor}"
+        known |= {tensor: outputs[name] for name, tensor in step.output_map.items()}
+    for name, spec in signature(ensemble.output).items():
+        assert known[name] == spec
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_chain_has_a_model_for_every_step(profile: str) -> None:
+    chain = [step.model_name for step in parsed("live_avatar", profile).ensemble_scheduling.step]
+    steps = [f"dit_step_{i}" for i in range(1, TINY.stream.steps + 1)]
+    assert chain == ["conditioning", *steps, "vae_decoder"]
+    assert set(STAGES) == {*chain, "rolling_sink"}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_limits_agree(profile: str) -> None:
+    """One idle limit everywhere; candidates far above the sessions, so that the one too many is refused aloud."""
+    configs = {model: parsed(model, profile) for model in STAGES}
+    sequences = {model: c.sequence_batching for model, c in configs.items() if c.HasField("sequence_batching")}
+    assert set(sequences) == set(STAGES) - {"rolling_sink"}
+    idle_s = {s.max_sequence_idle_microseconds / 1e6 for s in sequences.values()}
+    assert idle_s == {float(configs["rolling_sink"].parameters["idle_limit_s"].string_value)}
+    sessions = int(configs["conditioning"].parameters["max_sessions"].string_value)
+    assert all(s.oldest.max_candidate_sequences >= 4 * sessions for s in sequences.values())
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_model_files_only_re_export(model: str) -> None:
+    lines = (Path(MODEL_REPOSITORY) / model / "1" / "model.py").read_text().split("\n")
+    code = [line for line in lines if line and not line.startswith("__all__")]
+    assert len(code) == 1
+    assert code[0].startswith("from live_avatar.serving.triton_model import ")
+    assert code[0].endswith(" as TritonPythonModel")

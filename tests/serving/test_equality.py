@@ -1,0 +1,105 @@
+"""Frames from Triton are those of the generator, to the bit, however the speech arrives."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from live_avatar.arrays import Array
+from live_avatar.generator import Generator
+from live_avatar_client import AvatarSession, Block
+from tests.conftest import noise_speech
+from tests.serving.conftest import generated
+
+Pacing = Callable[[Array], Iterator[Array]]
+
+
+def at_once(speech: Array) -> Iterator[Array]:
+    yield speech
+
+
+def slowly(speech: Array) -> Iterator[Array]:
+    """A block every 0.2 s: the pipe runs empty in between."""
+    for start in range(0, speech.size, 7680):
+        time.sleep(0.2)
+        yield speech[start : start + 7680]
+
+
+def with_jitter(speech: Array) -> Iterator[Array]:
+    """Chunks of 1 to 6,000 samples with pauses of 0 to 50 ms."""
+    generator = np.random.default_rng(5)
+    start = 0
+    while start < speech.size:
+        size = int(generator.integers(1, 6000))
+        time.sleep(float(generator.uniform(0, 0.05)))
+        yield speech[start : start + size]
+        start += size
+
+
+def received(url: str, picture: bytes, speech: Array, pacing: Pacing = at_once, seed: int = 3) -> list[Block]:
+    with AvatarSession(url, image=picture, prompt="hello", seed=seed) as session:
+        return list(session.stream(pacing(speech)))
+
+
+def frames_of(blocks: list[Block]) -> Array:
+    return np.concatenate([block.frames for block in blocks])
+
+
+@pytest.mark.parametrize("pacing", [at_once, slowly, with_jitter])
+def test_frames_equal_the_generators(url: str, picture: bytes, speech: Array, expected: Array, pacing: Pacing) -> None:
+    blocks = received(url, picture, speech, pacing)
+    assert [block.first_frame for block in blocks] == list(range(0, len(expected), 12))
+    assert np.array_equal(frames_of(blocks), expected)
+
+
+def test_seed_and_prompt_reach_the_model(url: str, picture: bytes, speech: Array, expected: Array) -> None:
+    assert not np.array_equal(frames_of(received(url, picture, speech[:7680], seed=4)), expected[:12])
+    with AvatarSession(url, image=picture, prompt="another", seed=3) as session:
+        (block,) = session.stream([speech[:7680]])
+    assert not np.array_equal(block.frames, expected[:12])
+
+
+def test_interleaved_sessions_do_not_meet(url: str, picture: bytes, oracle: Generator) -> None:
+    speeches = [noise_speech(2.9, seed) for seed in (11, 12, 13)]
+    got: dict[int, Array] = {}
+
+    def run(index: int) -> None:
+        got[index] = frames_of(received(url, picture, speeches[index], with_jitter, seed=index))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(speeches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, speech in enumerate(speeches):
+        assert np.array_equal(got[index], generated(oracle, picture, "hello", index, speech)), f"session {index}"
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(1, 1), (160, 1), (640, 1), (641, 2), (7680, 12), (7681, 13)])
+def test_as_many_frames_as_the_speech_needs(url: str, picture: bytes, samples: int, frames: int) -> None:
+    speech = noise_speech(1.0)[:samples]
+    assert len(frames_of(received(url, picture, speech))) == frames
+
+
+def test_jpeg_frames_show_the_same_pictures(url: str, picture: bytes, speech: Array, expected: Array) -> None:
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, frame_format="jpeg") as session:
+        (block,) = session.stream([speech[:7680]])
+    decoded = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in block.jpegs])
+    assert decoded.shape == expected[:12].shape
+    assert np.abs(decoded.astype(int) - expected[:12]).mean() < 30, "JPEG of noise loses much, but not the picture"
+
+
+def test_keep_alive_changes_nothing(url: str, picture: bytes, speech: Array, expected: Array) -> None:
+    def chunks(session: AvatarSession) -> Iterator[Array]:
+        for start in range(0, speech.size, 7680):
+            yield speech[start : start + 7680]
+            session.keep_alive()
+
+    with AvatarSession(url, image=picture, prompt="hello", seed=3) as session:
+        assert np.array_equal(frames_of(list(session.stream(chunks(session)))), expected)
