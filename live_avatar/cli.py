@@ -6,6 +6,7 @@ Ctrl-C with 130. Heavy imports stand inside the commands, so that `stream` start
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -15,17 +16,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from live_avatar.config import PRESETS, preset
+from live_avatar.config import PRESETS, Preset, preset
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
+from live_avatar_client.protocol import MAX_SEED
 
 if TYPE_CHECKING:
     from live_avatar.artifacts import Artifacts
+    from live_avatar.runtime import Runtime
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 USER_ERROR, INTERRUPTED = 2, 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FILE = click.Path(path_type=Path)
 
 
@@ -33,25 +37,42 @@ class _Commands(click.Group):
     """Turns the project's exceptions into one sentence on stderr."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
+        _catch_signals()
         try:
             super().main(*args, **{**kwargs, "standalone_mode": False})
         except (LiveAvatarError, AvatarError) as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(USER_ERROR)
-        except click.ClickException as error:
+            _fail(str(error))
+        except click.exceptions.NoArgsIsHelpError as error:
             error.show()
-            sys.exit(error.exit_code)
+            sys.exit(USER_ERROR)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "live-avatar"
+            _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`.")
+        except OSError as error:  # the file system, where no one closer to the file knew better; stdout included
+            place = error.filename or "standard output"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains about the unwritten rest at its end
+            _fail(f"{place}: {error.strerror}; use a path that exists and is writable, with room left.")
         except (KeyboardInterrupt, click.Abort):
             click.echo("Interrupted.", err=True)
             sys.exit(INTERRUPTED)
         sys.exit(0)
 
 
+def _fail(sentence: str) -> NoReturn:
+    click.echo(f"Error: {sentence}", err=True)
+    sys.exit(USER_ERROR)
+
+
+def _catch_signals() -> None:
+    """Ctrl-C, SIGTERM and a closed terminal (unless under nohup) all unwind."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
 def _interrupt(number: int, frame: object) -> NoReturn:
-    """The first Ctrl-C or SIGTERM unwinds; further ones must not break the cleaning up."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):
+    """The first signal unwinds; further ones must not break the cleaning up."""
+    for ignored in SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -63,7 +84,13 @@ def _speech_options(command: F) -> F:
             "--frames-output", type=FILE, help="Also write the raw frames, uint8 [frames, H, W, 3], to this .npy."
         ),
         click.option("--output", type=FILE, required=True, help="MP4 file to write: H.264 video, AAC speech."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same inputs: same frames."),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, MAX_SEED),
+            default=0,
+            show_default=True,
+            help="Same seed, same inputs: same frames.",
+        ),
         click.option("--prompt", default="", help="What the scene and the person are like."),
         click.option("--image", type=FILE, required=True, help="Picture of the person: PNG, JPEG or WebP."),
         click.option(
@@ -93,6 +120,34 @@ _checkpoint_option = click.option(
 )
 
 
+def _stream_options(command: F) -> F:
+    """How the stream of a preset runs; None keeps the preset's value."""
+    for option in (
+        click.option(
+            "--lookahead-ms",
+            type=click.IntRange(min=0),
+            help="Future speech that a frame may depend on, a multiple of 40; delays the video by as much.",
+        ),
+        click.option(
+            "--sink-update-block",
+            type=click.IntRange(min=0),
+            help="First block that attends to the model's own first frame: 2 is the paper's Algorithm 4, 5 costs no "
+            "wait in the pipeline, 0 never.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _chosen_preset(name: str, lookahead_ms: int | None, sink_update_block: int | None) -> Preset:
+    changes: dict[str, int | None] = {}
+    if lookahead_ms is not None:
+        changes["lookahead_ms"] = lookahead_ms
+    if sink_update_block is not None:
+        changes["sink_update_block"] = sink_update_block or None
+    return preset(name).with_stream(**changes)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
@@ -103,11 +158,14 @@ def main() -> None:
 @_preset_option
 @_checkpoint_option
 @_artifacts_option(required=False)
+@_stream_options
 @_speech_options
 def generate(
     preset_name: str,
     checkpoint: Path | None,
     artifacts: Path | None,
+    lookahead_ms: int | None,
+    sink_update_block: int | None,
     audio: Path,
     image: Path,
     prompt: str,
@@ -125,20 +183,24 @@ def generate(
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
 
+    if artifacts is not None and checkpoint is not None:
+        raise click.UsageError("--artifacts holds its own weights, so --checkpoint has no use; give one of the two")
     speech, picture = read_speech(audio), read_image_bytes(image)
-    if artifacts is not None:
-        from live_avatar.runtime.onnx_runtime import OnnxRuntime
-
-        runtime: Any = OnnxRuntime(_artifacts_of(artifacts, preset_name))
-    else:
-        from live_avatar.runtime.torch_runtime import TorchRuntime
-
-        runtime = TorchRuntime(preset(preset_name), checkpoint)
     with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        for block in Generator(runtime).generate(picture, prompt, seed, speech):
+        for block in Generator(_runtime(preset_name, checkpoint, artifacts)).generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
     click.echo(f"Wrote {output} ({video.expected_frames} frames).")
+
+
+def _runtime(preset_name: str, checkpoint: Path | None, artifacts: Path | None) -> Runtime:
+    if artifacts is not None:
+        from live_avatar.runtime.onnx_runtime import OnnxRuntime
+
+        return OnnxRuntime(_artifacts_of(artifacts, preset_name))
+    from live_avatar.runtime.torch_runtime import TorchRuntime
+
+    return TorchRuntime(preset(preset_name), checkpoint)
 
 
 def _artifacts_of(folder: Path, preset_name: str) -> Artifacts:
@@ -156,12 +218,15 @@ def _artifacts_of(folder: Path, preset_name: str) -> Artifacts:
 @main.command()
 @_preset_option
 @_checkpoint_option
+@_stream_options
 @click.option("--output", type=FILE, required=True, help="Artifacts folder to make, or to make again.")
-def export(preset_name: str, checkpoint: Path | None, output: Path) -> None:
+def export(
+    preset_name: str, checkpoint: Path | None, lookahead_ms: int | None, sink_update_block: int | None, output: Path
+) -> None:
     """Compile a preset to ONNX graphs, shared weights and a manifest."""
     from live_avatar.demo import export_with_progress
 
-    artifacts = export_with_progress(preset(preset_name), output, checkpoint)
+    artifacts = export_with_progress(_chosen_preset(preset_name, lookahead_ms, sink_update_block), output, checkpoint)
     click.echo(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 
 

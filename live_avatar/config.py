@@ -270,6 +270,10 @@ class Preset:
             f"the DiT takes text of width {self.dit.text_dim}; the text encoder gives {self.text.d_model}.",
         )
 
+    def with_stream(self, **changes: Any) -> Preset:
+        """The same preset with other fields of its `StreamConfig`."""
+        return dataclasses.replace(self, stream=dataclasses.replace(self.stream, **changes))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for the manifest of an artifacts folder."""
         return dataclasses.asdict(self)

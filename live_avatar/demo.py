@@ -7,7 +7,6 @@ goes), and reports. Knows the client, the server and the export; the core knows 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import click
 from tqdm import tqdm
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts, load_artifacts
+from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
 from live_avatar.config import SAMPLE_RATE_HZ, TINY, Preset
 from live_avatar.contract import contracts
@@ -28,6 +27,7 @@ from live_avatar.errors import ArtifactError
 from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
 from live_avatar_client import AvatarSession, Block, StreamStats
+from live_avatar_client.files import OutputFile
 from live_avatar_client.media import read_speech
 from live_avatar_client.video import SpeechVideo
 
@@ -84,11 +84,13 @@ def stream_to_file(
 def run_demo(artifacts: Path, output: Path, trace: Path | None) -> None:
     """The whole way, from nothing to a video; prints what was measured."""
     speech, image = read_speech(SPEECH), PORTRAIT.read_bytes()
+    _ready_place(OutputFile(output, "video"))
+    trace_file = OutputFile(trace, "trace") if trace is not None else None
+    if trace_file is not None:
+        _ready_place(trace_file)
     _ready_artifacts(artifacts)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    intervals = Path(tempfile.mkdtemp(prefix="live-avatar-trace-"))
-    try:
-        options = replace(ServerOptions(artifacts).on_free_ports(), trace=intervals if trace else None)
+    with tempfile.TemporaryDirectory(prefix="live-avatar-trace-") as intervals:
+        options = replace(ServerOptions(artifacts).on_free_ports(), trace=Path(intervals) if trace_file else None)
         click.echo(f"Starting Triton (profile {options.profile}).")
         with serving(options) as server:
             url = server.options.url
@@ -96,17 +98,35 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None) -> None:
                 live = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, True, video, bar.update)
             with frame_bar("as fast as it goes", video) as bar:
                 fast = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, False, None, bar.update)
-        if trace is not None:
-            _write_trace(intervals, trace)
-    finally:
-        shutil.rmtree(intervals)
+        if trace_file is not None:
+            _write_trace(Path(intervals), trace_file)
     _report(live, fast, output)
 
 
+def _held_preset(folder: Path) -> str | None:
+    """Name of the preset whose artifacts, of any version, are in `folder`."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text())["preset"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _ready_place(file: OutputFile) -> None:
+    """Makes the folder of an output file, and finds out now whether the file can be written."""
+    with file.explained():
+        file.target.parent.mkdir(parents=True, exist_ok=True)
+    file.check()
+
+
 def _ready_artifacts(folder: Path) -> None:
+    """Exports TINY to `folder` unless it is there; never over artifacts of another preset."""
     with suppress(ArtifactError):
         if load_artifacts(folder).preset == TINY:
             return
+    if (held := _held_preset(folder)) not in (None, TINY.name):
+        raise ArtifactError(
+            f"{folder} holds preset {held!r}, and the demo needs {TINY.name!r}; give other --artifacts."
+        )
     click.echo(f"Exporting preset {TINY.name} to {folder} (about a minute).")
     export_with_progress(TINY, folder, None)
 
@@ -116,13 +136,20 @@ def frame_bar(description: str, video: SpeechVideo) -> Any:
     return tqdm(total=video.expected_frames, unit="frame", desc=description, leave=False, disable=None)
 
 
-def _write_trace(intervals: Path, trace: Path) -> None:
+def _write_trace(intervals: Path, trace: OutputFile) -> None:
     read = read_trace(intervals)
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    trace.write_text(json.dumps(chrome_trace(read)))
+    trace.create()
+    try:
+        with trace.explained():
+            trace.partial.write_text(json.dumps(chrome_trace(read)))
+        trace.publish()
+    finally:
+        trace.discard()
     fast = [interval for interval in read if interval.session == read[-1].session]
     share = overlapped_share(fast)
-    click.echo(f"Trace: {trace} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)")
+    click.echo(
+        f"Trace: {trace.target} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)"
+    )
 
 
 def _report(live: StreamStats, fast: StreamStats, output: Path) -> None:

@@ -37,7 +37,7 @@ def decode_image(data: bytes, height: int, width: int) -> Array:
             pixels = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours, met in the header
         raise InputError(
-            f"the reference image is too large ({error}), more than {MAX_PIXELS} pixels in all; scale it down first."
+            f"the reference image has more than {MAX_PIXELS} pixels in all ({error}); scale it down first."
         ) from error
     except InputError:
         raise

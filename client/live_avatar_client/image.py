@@ -8,22 +8,20 @@ import os
 from pathlib import Path
 
 from .errors import InvalidInput, MediaError
+from .files import require_file
 from .protocol import MAX_IMAGE_BYTES
 
 
 def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
     """Read the encoded image at `path`; raise MediaError when it is no PNG, JPEG or WebP file."""
     file = Path(path)
-    if not file.exists():
-        raise MediaError(f"the image {str(file)!r} does not exist; pass the path of a PNG, JPEG or WebP file")
-    if not file.is_file():
-        raise MediaError(f"the image {str(file)!r} is not a file; pass the path of a PNG, JPEG or WebP file")
+    require_file(file, "image", "a PNG, JPEG or WebP file")
     try:
         # One byte beyond the limit tells a file that is too large without reading all of it.
         with file.open("rb") as stream:
             data = stream.read(MAX_IMAGE_BYTES + 1)
     except OSError as error:
-        raise MediaError(f"the image {str(file)!r} cannot be read: {error.strerror}") from error
+        raise MediaError(f"the image {str(file)!r} cannot be read: {error.strerror}; pass another file") from error
     if fault := _fault(data):
         raise MediaError(f"the image {str(file)!r} {fault}")
     return data

@@ -4,8 +4,8 @@ Knows files, samples and pixels. It knows no server and no session.
 """
 
 import contextlib
+import itertools
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +23,7 @@ except ImportError as error:
 
 from .core import Pixels, Samples, as_samples
 from .errors import InvalidInput, MediaError
+from .files import OutputFile, require_file
 from .image import read_image_bytes
 from .protocol import FPS, SAMPLE_RATE_HZ
 
@@ -30,21 +31,19 @@ __all__ = ["Mp4Writer", "read_image_bytes", "read_speech"]
 
 _VIDEO_OPTIONS: Final = {"crf": "18", "preset": "veryfast"}
 _AUDIO_BIT_RATE: Final = 96_000
+_FAULTS: Final = (av.FFmpegError, OSError)
 
 
 def read_speech(path: str | os.PathLike[str]) -> Samples:
     """Read the first audio stream of any media file as int16 samples, mono, 16 kHz."""
+    require_file(path, "speech", "an audio or video file")
     name = repr(os.fspath(path))
-    if not Path(path).exists():
-        raise MediaError(f"the speech {name} does not exist; pass the path of an audio or video file")
-    if not Path(path).is_file():
-        raise MediaError(f"the speech {name} is not a file; pass the path of an audio or video file")
     try:
         with av.open(os.fspath(path)) as container:
             if not container.streams.audio:
                 raise MediaError(f"the speech {name} has no audio stream; pass a file with sound")
             chunks = list(_resampled(container, name))
-    except (av.FFmpegError, OSError) as error:
+    except _FAULTS as error:
         raise MediaError(
             f"the speech {name} cannot be read as audio: {error.strerror}; pass a file that FFmpeg can read, "
             "such as WAV, FLAC, MP3, Ogg or M4A"
@@ -56,15 +55,21 @@ def read_speech(path: str | os.PathLike[str]) -> Samples:
 
 
 def _resampled(container: av.container.InputContainer, name: str) -> Iterator[Samples]:
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
-    for frame in container.decode(audio=0):
-        samples = frame.to_ndarray()
-        if samples.dtype.kind == "f" and not np.isfinite(samples).all():
-            raise MediaError(f"the speech {name} has NaN or infinite samples at {frame.time:.3f} s; mend it")
-        for converted in resampler.resample(frame):
+    # Files that were joined from several change their form on the way, and a resampler takes one form only.
+    for _, frames in itertools.groupby(container.decode(audio=0), _form):
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
+        for frame in frames:
+            samples = frame.to_ndarray()
+            if samples.dtype.kind == "f" and not np.isfinite(samples).all():
+                raise MediaError(f"the speech {name} has NaN or infinite samples at {frame.time:.3f} s; mend it")
+            for converted in resampler.resample(frame):
+                yield converted.to_ndarray()[0]
+        for converted in resampler.resample(None):
             yield converted.to_ndarray()[0]
-    for converted in resampler.resample(None):
-        yield converted.to_ndarray()[0]
+
+
+def _form(frame: av.AudioFrame) -> tuple[str, str, int]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
 
 
 class Mp4Writer:
@@ -93,6 +98,7 @@ class Mp4Writer:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._file = OutputFile(path, "video")
         self.frames = 0
         """How many frames were written."""
         self._shape = (height, width, 3)
@@ -104,18 +110,12 @@ class Mp4Writer:
             raise InvalidInput(f"the video has {width} x {height} pixels at {fps} fps; pass numbers above 0")
 
     def __enter__(self) -> Self:
-        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
-        with self._explained():
-            self._partial.touch()  # PyAV would find out at the first frame only
-            self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
-        self._container.metadata.update(self._metadata)
-        height, width, _ = self._shape
-        self._video = self._container.add_stream("libx264", rate=self._fps, options=_VIDEO_OPTIONS)
-        self._video.width, self._video.height = width + width % 2, height + height % 2
-        self._video.pix_fmt = "yuv420p"
-        if self._speech is not None:
-            self._audio = self._container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
-            self._audio.bit_rate = _AUDIO_BIT_RATE
+        self._file.create()
+        try:
+            self._open()
+        except BaseException:
+            self._file.discard()
+            raise
         return self
 
     def __exit__(
@@ -125,28 +125,30 @@ class Mp4Writer:
             if error is None:
                 self._finish()
         finally:
-            self._container.close()
-            self._partial.unlink(missing_ok=True)
+            with contextlib.suppress(*_FAULTS):  # what is abandoned may be incomplete
+                self._container.close()
+            self._file.discard()
 
     def write(self, frames: Pixels) -> None:
         """Append one frame [height, width, 3] or several [n, height, width, 3], as RGB uint8."""
         for frame in frames if frames.ndim == 4 else frames[np.newaxis]:
             if frame.shape != self._shape or frame.dtype != np.uint8:
                 raise InvalidInput(f"the frame is {frame.dtype} {list(frame.shape)}; pass uint8 {list(self._shape)}")
-            with self._explained():
+            with self._file.explained(_FAULTS):
                 self._write_frame(frame)
                 self._write_speech()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raise what FFmpeg and the file system report as MediaError."""
-        try:
-            yield
-        except (av.FFmpegError, OSError) as error:
-            raise MediaError(
-                f"the video {str(self.path)!r} cannot be written: {error.strerror}; pass a path in a folder "
-                "that exists, is writable and has room"
-            ) from error
+    def _open(self) -> None:
+        with self._file.explained(_FAULTS):
+            self._container = av.open(str(self._file.partial), "w", format="mp4", options={"movflags": "+faststart"})
+        self._container.metadata.update(self._metadata)
+        height, width, _ = self._shape
+        self._video = self._container.add_stream("libx264", rate=self._fps, options=_VIDEO_OPTIONS)
+        self._video.width, self._video.height = width + width % 2, height + height % 2
+        self._video.pix_fmt = "yuv420p"
+        if self._speech is not None:
+            self._audio = self._container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
+            self._audio.bit_rate = _AUDIO_BIT_RATE
 
     def _write_frame(self, frame: Pixels) -> None:
         height, width, _ = self._shape
@@ -173,9 +175,9 @@ class Mp4Writer:
     def _finish(self) -> None:
         if not self.frames:
             raise MediaError(f"the video {str(self.path)!r} got 0 frames; write at least one")
-        with self._explained():
+        with self._file.explained(_FAULTS):
             self._container.mux(self._video.encode(None))
             if self._speech is not None:
                 self._container.mux(self._audio.encode(None))
             self._container.close()
-            self._partial.replace(self.path)
+        self._file.publish()

@@ -6,16 +6,15 @@ and neither does after an exception.
 
 import contextlib
 import os
-import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from .core import Pixels, Samples
 from .errors import InvalidInput, MediaError
+from .files import OutputFile
 from .media import Mp4Writer
 from .protocol import SAMPLES_PER_FRAME
 
@@ -25,33 +24,29 @@ class NpyWriter:
 
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, int, int, int]) -> None:
         self.path = Path(path)
+        self._file = OutputFile(path, "frames")
         self._shape = shape
         self._written = 0
 
     def __enter__(self) -> Self:
-        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        self._file.create()
         try:
-            self._frames: npt.NDArray[np.uint8] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-                self._partial, mode="w+", dtype=np.uint8, shape=self._shape
-            )
-        except OSError as error:
-            raise MediaError(
-                f"the frames {str(self.path)!r} cannot be written: {error.strerror}; pass a path in a folder "
-                "that exists, is writable and has room"
-            ) from error
+            self._open()
+        except BaseException:
+            self._file.discard()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        complete = self._written == self._shape[0]
         try:
-            if error is None and complete:
-                self._partial.replace(self.path)
+            if error is None:
+                self._finish()
         finally:
-            self._partial.unlink(missing_ok=True)
-        if error is None and not complete:
-            raise MediaError(f"the frames {str(self.path)!r} got {self._written} frames; {self._shape[0]} were due")
+            with contextlib.suppress(OSError):  # what is abandoned may be incomplete
+                self._stream.close()
+            self._file.discard()
 
     def write(self, frames: Pixels) -> None:
         """Append frames [n, height, width, 3]."""
@@ -61,14 +56,28 @@ class NpyWriter:
                 f"frames {list(frames.shape)} after {self._written} do not fit into {list(self._shape)}; "
                 "pass the frames of this speech only"
             )
-        self._frames[self._written : stop] = frames
+        with self._file.explained():
+            self._stream.write(frames.tobytes())
         self._written = stop
+
+    def _open(self) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+        with self._file.explained():
+            self._stream = self._file.partial.open("wb")
+            np.lib.format.write_array_header_1_0(self._stream, header)  # type: ignore[no-untyped-call]
+
+    def _finish(self) -> None:
+        if self._written != self._shape[0]:
+            raise MediaError(f"the frames {str(self.path)!r} got {self._written} frames; {self._shape[0]} were due")
+        with self._file.explained():
+            self._stream.close()
+        self._file.publish()
 
 
 class SpeechVideo:
     """The video of a speech, int16 [samples] at 16 kHz: MP4 at `path`, raw frames at `frames_path` if given.
 
-    The frames' size is learnt from the first that is written.
+    Entering it finds out whether both can be written. The frames' size is learnt from the first that is written.
     """
 
     def __init__(
@@ -78,15 +87,28 @@ class SpeechVideo:
         self._speech = speech
         self._frames_path = frames_path
         self._writers: list[Mp4Writer | NpyWriter] = []
+        self._written = 0
         self.expected_frames = -(-len(speech) // SAMPLES_PER_FRAME)
 
     def __enter__(self) -> Self:
+        video = OutputFile(self._path, "video")
+        video.check()
+        if self._frames_path is not None:
+            frames = OutputFile(self._frames_path, "frames")
+            frames.check()
+            if frames.target == video.target:
+                raise InvalidInput(f"video and frames both go to {os.fspath(self._path)!r}; pass two paths")
         self._open = contextlib.ExitStack().__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None and self._written != self.expected_frames:
+            with self._open:
+                raise MediaError(
+                    f"the video {os.fspath(self._path)!r} got {self._written} frames; {self.expected_frames} were due"
+                )
         self._open.__exit__(kind, error, trace)
 
     def write(self, frames: Pixels) -> None:
@@ -95,9 +117,11 @@ class SpeechVideo:
             self._start(*frames.shape[1:3])
         for writer in self._writers:
             writer.write(frames)
+        self._written += len(frames)
 
     def _start(self, height: int, width: int) -> None:
-        self._writers.append(self._open.enter_context(Mp4Writer(self._path, width, height, speech=self._speech)))
         if self._frames_path is not None:
             shape = (self.expected_frames, height, width, 3)
             self._writers.append(self._open.enter_context(NpyWriter(self._frames_path, shape)))
+        # Left first, since finishing it can fail: then there are no frames either.
+        self._writers.append(self._open.enter_context(Mp4Writer(self._path, width, height, speech=self._speech)))

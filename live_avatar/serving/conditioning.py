@@ -137,9 +137,10 @@ class ConditioningStage:
 
     def _outputs(self, block: BlockInput | None, source: SinkSource | None) -> dict[str, Array]:
         stream, dit = self._stream, self._dit
-        height, width = stream.latent_height, stream.latent_width
         if source is None:
-            source = SinkSource(_rows(16, 1, height, width), _rows(16, 1, height, width), _rows(dit.text_dim))
+            channels, _, height, width = stream.latent_shape
+            nothing = _rows(channels, 1, height, width)
+            source = SinkSource(nothing, nothing, _rows(dit.text_dim))
         audio = block.audio if block else {"audio_local": _rows(1, dit.dim), "audio_global": _rows(dit.dim)}
         return {
             BLOCK: np.array([block.index if block else NO_BLOCK], dtype=np.int64),

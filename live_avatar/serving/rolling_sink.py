@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from live_avatar.arrays import Array
+from live_avatar.config import LATENT_CHANNELS
 from live_avatar.errors import InputError
 from live_avatar.serving.stage import SessionTable, StageRequest, StageResponse
 from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
@@ -17,7 +18,7 @@ from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
 PUT, TAKE, FAIL = "put", "take", "fail"
 READY, ABSENT, FAILED = "ready", "absent", "failed"
 
-NOTHING = np.zeros((0, 16, 1, 1, 1), dtype=np.float32)
+NOTHING = np.zeros((0, LATENT_CHANNELS, 1, 1, 1), dtype=np.float32)
 
 
 class SinkClient(Protocol):

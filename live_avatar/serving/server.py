@@ -32,6 +32,22 @@ MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 10.0
 POLL_S = 0.1
+# A proxy of the environment is for other machines.
+WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# Becomes the server ("$@"), and leaves a watcher in its process group: when the pipe on stdin closes, because the
+# process that started the server is gone, however it went, the watcher ends the group and removes the folder $0.
+WATCHED = """
+exec 3<&0 4</dev/null
+(
+  trap '' TERM
+  read _ <&3
+  kill -s TERM -- -$$
+  for _ in $(seq 100); do kill -s 0 $$ || break; sleep 0.1; done
+  rm -rf -- "$0"
+  kill -s KILL -- -$$
+) >/dev/null 2>&1 4<&- &
+exec "$@" <&4 3<&- 4<&-
+"""
 LOAD_FAILURE = re.compile(r'"(failed to (?:load|start) .*?)(\\n|")')
 
 
@@ -90,20 +106,19 @@ class TritonServer:
 
     def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
         """Ends the server and all its workers; those that do not end within `limit_s` are killed."""
-        if self.process.poll() is None:
+        try:
             self.process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # the group is the server's own: workers it left behind
+        finally:  # also if Ctrl-C comes while it waits
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # the group is the server's own: workers it left behind
+            self.process.wait()
 
     def _ready(self) -> bool:
         url = f"http://{self.options.address}:{self.options.http_port}/v2/health/ready"
         try:
-            with urllib.request.urlopen(url, timeout=1.0) as response:
+            with WITHOUT_PROXY.open(url, timeout=1.0) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -122,9 +137,9 @@ def serving(options: ServerOptions) -> Iterator[TritonServer]:
         command = _command(options, _backends(Path(scratch)))
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command,
+                ["/bin/sh", "-c", WATCHED, scratch, *command],
                 env=_environment(options),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # held open, never written to
                 stdout=None if options.verbose else output,
                 stderr=None if options.verbose else output,
                 start_new_session=True,  # Ctrl-C comes to us, and we end the server in order
@@ -135,6 +150,8 @@ def serving(options: ServerOptions) -> Iterator[TritonServer]:
             yield server
         finally:
             server.stop()
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 def _free_port() -> int:
@@ -148,24 +165,33 @@ def _check(options: ServerOptions) -> None:
     profiles = sorted(path.stem for path in options.model_repository.glob("live_avatar/configs/*.pbtxt"))
     if not profiles:
         raise ServerError(
-            f"{options.model_repository} is not the project's model repository; run from a checkout or give "
-            "--model-repository."
+            f"{options.model_repository} is not the project's model repository; run from a checkout of the project."
         )
     if options.profile not in profiles:
         raise ServerError(f"there is no profile {options.profile!r}; choose one of {', '.join(profiles)}.")
-    for option, port in (
-        ("--grpc-port", options.grpc_port),
-        ("--http-port", options.http_port),
-        ("--metrics-port", options.metrics_port),
-    ):
+    ports = {
+        "--grpc-port": options.grpc_port,
+        "--http-port": options.http_port,
+        "--metrics-port": options.metrics_port,
+    }
+    if len(set(ports.values())) < len(ports):
+        named = ", ".join(f"{option} {port}" for option, port in ports.items())
+        raise ServerError(f"{named}: two of these are the same; give each a port of its own.")
+    for option, port in ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((options.address, port))
             except OSError as error:
                 raise ServerError(
-                    f"cannot listen on {options.address}:{port} ({error.strerror}); choose another {option}."
+                    f"cannot listen on {options.address}:{port} ({error.strerror}); choose another {option} or "
+                    "--address."
                 ) from error
+    if options.trace is not None:
+        try:
+            options.trace.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServerError(f"cannot write to {options.trace} ({error.strerror}); choose another --trace.") from error
 
 
 def _bundled() -> Path | None:
@@ -231,7 +257,6 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     environment[FLOOR_VARIABLE] = str(options.stage_floor_s)
     environment["OMP_NUM_THREADS"] = "1"
     if options.trace is not None:
-        options.trace.mkdir(parents=True, exist_ok=True)
         environment[TRACE_VARIABLE] = str(options.trace.resolve())
     return environment
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from live_avatar.arrays import Array
+from live_avatar.artifacts import Artifacts, load_artifacts
 from live_avatar.generator import Generator
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving.server import ServerOptions, serving
 from live_avatar_client import AvatarSession, Block
 from tests.conftest import noise_speech
 from tests.serving.conftest import generated
@@ -103,3 +109,21 @@ def test_keep_alive_changes_nothing(url: str, picture: bytes, speech: Array, exp
 
     with AvatarSession(url, image=picture, prompt="hello", seed=3) as session:
         assert np.array_equal(frames_of(list(session.stream(chunks(session)))), expected)
+
+
+@pytest.mark.parametrize("changes", [{"lookahead_ms": 200}, {"sink_update_block": 2}, {"sink_update_block": None}])
+def test_other_streams_of_the_same_graphs(
+    artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array, expected: Array, changes: dict[str, int | None]
+) -> None:
+    """Look-ahead and the block of the sink's update are no part of the graphs; the server follows the manifest."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(artifacts.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["preset"]["stream"] |= changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    oracle = Generator(OnnxRuntime(load_artifacts(folder)))
+    frames = generated(oracle, picture, "hello", 3, speech)
+    assert frames.shape == expected.shape
+    assert not np.array_equal(frames, expected)
+    with serving(ServerOptions(folder).on_free_ports()) as server:
+        assert np.array_equal(frames_of(received(server.options.url, picture, speech)), frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -37,7 +38,7 @@ def test_every_stage_works_on_every_block_in_order(trace: list[Interval]) -> Non
 
 def test_a_block_passes_the_stages_in_order(trace: list[Interval]) -> None:
     stages = by_stage(trace)
-    for earlier, later in zip(CHAIN, CHAIN[1:], strict=False):
+    for earlier, later in itertools.pairwise(CHAIN):
         for before, after in zip(stages[earlier], stages[later], strict=True):
             assert before.end_s <= after.start_s, f"{later} began block {after.block} before {earlier} had ended it"
 

@@ -1,0 +1,76 @@
+"""Files of a user: inputs that are there, and outputs that appear whole or not at all.
+
+Knows paths and their mishaps; it knows no formats.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from .errors import MediaError
+
+Faults: TypeAlias = type[Exception] | tuple[type[Exception], ...]
+
+
+def require_file(path: str | os.PathLike[str], kind: str, wanted: str) -> None:
+    """Raise MediaError unless `path` leads to a regular file; `kind` and `wanted` name it in the message."""
+    try:
+        fault = "" if stat.S_ISREG(os.stat(path).st_mode) else "is not a file"
+    except FileNotFoundError:
+        fault = "does not exist"
+    except OSError as error:
+        fault = f"cannot be read: {error.strerror}"
+    if fault:
+        raise MediaError(f"the {kind} {os.fspath(path)!r} {fault}; pass the path of {wanted}")
+
+
+class OutputFile:
+    """A file that is written as `partial`, beside its place, and comes there by `publish`.
+
+    What is there before is replaced only then. A link stays one: what it leads to is replaced.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        self._name = f"the {kind} {os.fspath(path)!r}"
+        self.target = Path(os.path.realpath(path))
+        self.partial = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}.part"
+
+    @contextlib.contextmanager
+    def explained(self, faults: Faults = OSError) -> Iterator[None]:
+        """Raise what the file system, or a library, reports as MediaError."""
+        try:
+            yield
+        except faults as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MediaError(
+                f"{self._name} cannot be written: {reason}; pass a path in a folder that exists, is writable "
+                "and has room"
+            ) from error
+
+    def create(self) -> None:
+        """Make `partial`, empty; raise MediaError unless it can take its place."""
+        with self.explained():
+            if self.target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if self.target.exists() and not self.target.is_file():  # never replace a device or a pipe
+                raise OSError(errno.EINVAL, "Not a regular file")
+            self.partial.touch(exist_ok=False)
+
+    def check(self) -> None:
+        """Raise MediaError unless it could be made now."""
+        self.create()
+        self.discard()
+
+    def publish(self) -> None:
+        """Put what was written into its place."""
+        with self.explained():
+            self.partial.replace(self.target)
+
+    def discard(self) -> None:
+        """Remove what was written, unless it is in its place."""
+        self.partial.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""A client without manners: sends single requests of any shape to the ensemble and gives back what comes."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+
+from live_avatar.arrays import Array
+
+BLOCK = np.zeros(7680, dtype=np.int16)
+DATATYPES = {"int16": "INT16", "uint8": "UINT8", "object": "BYTES", "float32": "FP32", "int32": "INT32"}
+_ids = itertools.count(1000)
+
+
+class RawSession:
+    """One sequence id on one stream; `ask` waits for the answer of each request."""
+
+    def __init__(self, client: triton.InferenceServerClient, session: int) -> None:
+        self._client = client
+        self.session = session
+        self._answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+        client.start_stream(lambda result, error: self._answers.put((result, error)))
+
+    def ask(
+        self,
+        audio: Array | None = BLOCK,
+        image: bytes | None = None,
+        prompt: bytes | None = None,
+        start: bool = False,
+        end: bool = False,
+        **parameters: Any,
+    ) -> Any:
+        """The answer, or the words of the error."""
+        arrays = {
+            "AUDIO": audio,
+            "REFERENCE_IMAGE": None if image is None else np.frombuffer(image, dtype=np.uint8),
+            "PROMPT": None if prompt is None else np.array([prompt], dtype=np.object_),
+        }
+        inputs = []
+        for name, array in arrays.items():
+            if array is not None:
+                tensor = triton.InferInput(name, list(array.shape), DATATYPES[str(array.dtype)])
+                tensor.set_data_from_numpy(array)
+                inputs.append(tensor)
+        self._client.async_stream_infer(
+            "live_avatar",
+            inputs,
+            sequence_id=self.session,
+            sequence_start=start,
+            sequence_end=end,
+            parameters=parameters or None,
+        )
+        result, error = self._answers.get(timeout=30)
+        return str(error) if error else result
+
+    def close(self) -> None:
+        """Ends the sequence whatever state it is in."""
+        self.ask(np.zeros(0, dtype=np.int16), end=True)
+        self._client.stop_stream()
+
+
+@contextmanager
+def raw_session(url: str, session: int | None = None) -> Iterator[RawSession]:
+    with triton.InferenceServerClient(url) as client:
+        raw = RawSession(client, next(_ids) if session is None else session)
+        try:
+            yield raw
+        finally:
+            raw.close()
