@@ -62,7 +62,7 @@ format: $(INSTALLED) ## Format the code, and fix what the linter can fix
 
 .PHONY: export
 export: $(INSTALLED) ## Export the tiny avatar's graphs to artifacts/
-	@$(BIN)/live-avatar export
+	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
 
 .PHONY: clean
 clean: ## Remove what the commands made (out/, artifacts/, caches); .venv stays
