@@ -62,14 +62,15 @@ def load_artifacts(folder: Path) -> Artifacts:
     """
     export_again = f"make it with `live-avatar export --preset tiny --output {folder}`"
     if not folder.is_dir():
-        raise ArtifactError(f"artifacts folder {folder} does not exist; {export_again}.")
+        fault = "is not a folder" if folder.exists() else "does not exist"
+        raise ArtifactError(f"artifacts folder {folder} {fault}; {export_again}.")
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} has no {MANIFEST}, so it is not a complete artifacts folder; {export_again}.")
     try:
         manifest = json.loads(path.read_text())
         made_format, made_version = manifest["format"], manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is not a manifest ({error}); {export_again}.") from error
     if (made_format, made_version) != (FORMAT, __version__):
         raise ArtifactError(

@@ -33,6 +33,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FILE = click.Path(path_type=Path)
 
 
+class _Integer(click.IntRange):
+    name = "integer"  # click would say of 1.5 that it is no valid integer range
+
+
 class _Commands(click.Group):
     """Turns the project's exceptions into one sentence on stderr."""
 
@@ -49,8 +53,9 @@ class _Commands(click.Group):
             command = error.ctx.command_path if error.ctx else "live-avatar"
             _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`.")
         except OSError as error:  # the file system, where no one closer to the file knew better; stdout included
+            if error.filename is None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains about the unwritten rest at its end
             place = error.filename or "standard output"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains about the unwritten rest at its end
             _fail(f"{place}: {error.strerror}; use a path that exists and is writable, with room left.")
         except (KeyboardInterrupt, click.Abort):
             click.echo("Interrupted.", err=True)
@@ -86,7 +91,7 @@ def _speech_options(command: F) -> F:
         click.option("--output", type=FILE, required=True, help="MP4 file to write: H.264 video, AAC speech."),
         click.option(
             "--seed",
-            type=click.IntRange(0, MAX_SEED),
+            type=_Integer(0, MAX_SEED),
             default=0,
             show_default=True,
             help="Same seed, same inputs: same frames.",
@@ -125,12 +130,12 @@ def _stream_options(command: F) -> F:
     for option in (
         click.option(
             "--lookahead-ms",
-            type=click.IntRange(min=0),
+            type=_Integer(min=0),
             help="Future speech that a frame may depend on, a multiple of 40; delays the video by as much.",
         ),
         click.option(
             "--sink-update-block",
-            type=click.IntRange(min=0),
+            type=_Integer(min=0),
             help="First block that attends to the model's own first frame: 2 is the paper's Algorithm 4, 5 costs no "
             "wait in the pipeline, 0 never.",
         ),
@@ -183,24 +188,27 @@ def generate(
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
 
-    if artifacts is not None and checkpoint is not None:
-        raise click.UsageError("--artifacts holds its own weights, so --checkpoint has no use; give one of the two")
+    chosen = _chosen_preset(preset_name, lookahead_ms, sink_update_block)
+    if artifacts is not None and (checkpoint is not None or chosen != preset(preset_name)):
+        raise click.UsageError(
+            "--artifacts has its own --checkpoint, --lookahead-ms and --sink-update-block; leave these out"
+        )
     speech, picture = read_speech(audio), read_image_bytes(image)
     with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        for block in Generator(_runtime(preset_name, checkpoint, artifacts)).generate(picture, prompt, seed, speech):
+        for block in Generator(_runtime(chosen, checkpoint, artifacts)).generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
     click.echo(f"Wrote {output} ({video.expected_frames} frames).")
 
 
-def _runtime(preset_name: str, checkpoint: Path | None, artifacts: Path | None) -> Runtime:
+def _runtime(chosen: Preset, checkpoint: Path | None, artifacts: Path | None) -> Runtime:
     if artifacts is not None:
         from live_avatar.runtime.onnx_runtime import OnnxRuntime
 
-        return OnnxRuntime(_artifacts_of(artifacts, preset_name))
+        return OnnxRuntime(_artifacts_of(artifacts, chosen.name))
     from live_avatar.runtime.torch_runtime import TorchRuntime
 
-    return TorchRuntime(preset(preset_name), checkpoint)
+    return TorchRuntime(chosen, checkpoint)
 
 
 def _artifacts_of(folder: Path, preset_name: str) -> Artifacts:
@@ -234,12 +242,13 @@ def export(
 @_artifacts_option(required=True)
 @click.option("--profile", default="cpu", show_default=True, help="Hardware profile: which model runs where.")
 @click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True, help="Port of the stream.")
+@click.option("--grpc-port", type=_Integer(1, 65535), default=8001, show_default=True, help="Port of the stream.")
+@click.option("--http-port", type=_Integer(1, 65535), default=8000, show_default=True, help="Port of health checks.")
 @click.option(
-    "--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port of health checks."
+    "--metrics-port", type=_Integer(1, 65535), default=8002, show_default=True, help="Port of Prometheus metrics."
 )
 @click.option(
-    "--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True, help="Port of Prometheus metrics."
+    "--model-repository", type=FILE, help="Triton models to serve; without it those of the checkout this runs from."
 )
 @click.option("--trace", type=FILE, help="Folder in which each stage writes its busy intervals.")
 @click.option("--verbose", is_flag=True, help="Show all of Triton's own log.")
@@ -250,15 +259,24 @@ def serve(
     grpc_port: int,
     http_port: int,
     metrics_port: int,
+    model_repository: Path | None,
     trace: Path | None,
     verbose: bool,
 ) -> None:
     """Serve artifacts with Triton until Ctrl-C."""
     from live_avatar.errors import ServerError
-    from live_avatar.serving.server import ServerOptions, serving
+    from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, serving
 
     options = ServerOptions(
-        artifacts, profile, address, grpc_port, http_port, metrics_port, trace=trace, verbose=verbose
+        artifacts,
+        profile,
+        address,
+        grpc_port,
+        http_port,
+        metrics_port,
+        model_repository or MODEL_REPOSITORY,
+        trace=trace,
+        verbose=verbose,
     )
     try:
         with serving(options) as server:
@@ -307,4 +325,4 @@ def demo(artifacts: Path, output: Path, trace: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="live-avatar")

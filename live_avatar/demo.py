@@ -148,7 +148,7 @@ def _write_trace(intervals: Path, trace: OutputFile) -> None:
     fast = [interval for interval in read if interval.session == read[-1].session]
     share = overlapped_share(fast)
     click.echo(
-        f"Trace: {trace.target} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)"
+        f"Trace: {trace.path} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)"
     )
 
 

@@ -7,6 +7,7 @@ to wake up who waits. It opens no connection and never waits.
 import contextlib
 import operator
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Final, SupportsIndex, cast
@@ -20,6 +21,7 @@ from .image import image_bytes
 from .protocol import MAX_PROMPT_CHARS, MAX_SEED, FrameFormat
 
 CHANNEL_OPTIONS: Final = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+_LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|\[::1\]")
 
 CLOSE_GRACE_S: Final = 1.0
 """How long a closing session waits for the server to take note of the end before it cancels the stream."""
@@ -152,6 +154,12 @@ def parse_url(url: str) -> str:
     if not host or "/" in address or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InvalidInput(f"the address {url!r} is not host:port; pass one such as 'localhost:8001'")
     return address
+
+
+def channel_options(address: str) -> tuple[tuple[str, int], ...]:
+    """Return the options of the channel to `host:port`: to this machine, no proxy of the environment is used."""
+    host = address.rpartition(":")[0]
+    return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(not _LOOPBACK.fullmatch(host))))
 
 
 def _status(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:

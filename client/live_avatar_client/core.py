@@ -219,6 +219,7 @@ class SessionCore:
         self._unread: deque[Block] = deque()
         self._speech_sent: dict[int, _Sent] = {}
         self._opened = False
+        self._started = False
         self._keep_alive_due = False
         self._end_sent = False
         self._blocks_sent = 0
@@ -258,7 +259,7 @@ class SessionCore:
     def keep_alive(self) -> None:
         """Have a request without samples sent, so that the server does not take a pause for an end."""
         self._require_speaking()
-        self._keep_alive_due = self._blocks_sent > 0
+        self._keep_alive_due = True
 
     def end(self) -> None:
         """Take note that no more speech comes; a second call changes nothing."""
@@ -294,7 +295,10 @@ class SessionCore:
             return None
         if self._error is not None:
             # The server frees the sequence at END, even if it had refused it.
-            return self._request(None, end=True) if self._blocks_sent else None
+            return self._request(None, end=True) if self._started else None
+        if not self._started:
+            # Without waiting for speech: the server gets the picture ready while the first block is spoken.
+            return self._request(None, end=False) if self._opened else None
         if self._keep_alive_due:
             self._keep_alive_due = False
             return self._request(None, end=False)
@@ -312,14 +316,15 @@ class SessionCore:
         return block.samples
 
     def _request(self, audio: Samples | None, *, end: bool) -> Request:
-        is_first = self._blocks_sent == 0
+        opening = None if self._started else self._opening
+        self._started = True
         self._in_flight.append(_InFlight(audio is not None, self._clock()))
         self._blocks_sent += audio is not None
         self._end_sent = end
         return Request(
             self._sequence_id,
             _NO_SAMPLES if audio is None else audio,
-            self._opening if is_first else None,
+            opening,
             end,
         )
 

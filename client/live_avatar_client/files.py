@@ -36,6 +36,7 @@ class OutputFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        self.path = Path(path)
         self._name = f"the {kind} {os.fspath(path)!r}"
         self.target = Path(os.path.realpath(path))
         self.partial = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}.part"

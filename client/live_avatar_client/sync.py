@@ -16,7 +16,7 @@ import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import wire
-from .base import CHANNEL_OPTIONS, CLOSE_GRACE_S, BaseSession
+from .base import CLOSE_GRACE_S, BaseSession, channel_options
 from .core import Block, Pixels, Steps
 
 _T = TypeVar("_T")
@@ -37,7 +37,7 @@ class AvatarSession(BaseSession):
     def __enter__(self) -> Self:
         with self._update() as core:
             core.open()
-        self._channel = grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(self._address, options=channel_options(self._address))
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
             self._check_server(stub)

@@ -10,6 +10,7 @@ import onnxruntime
 
 from live_avatar.arrays import Array, Arrays
 from live_avatar.artifacts import Artifacts
+from live_avatar.errors import ArtifactError
 
 
 class OnnxGraph:
@@ -20,7 +21,10 @@ class OnnxGraph:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions have no common root
+            raise ArtifactError(f"{path} cannot be loaded ({error}); export it again.") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, Array]:

@@ -78,13 +78,12 @@ class ConditioningStage:
     def _handle(self, request: StageRequest) -> StageResponse:
         speech = self._speech(request.inputs)
         session = self._start(request) if request.start else self._continue(request)
+        opening = session.source if request.start else None
         if speech.size == 0:
-            return StageResponse(self._outputs(None, None))
+            return StageResponse(self._outputs(None, opening))
         block = self._conditioner.block(session.conditioning, speech)
-        if block.index == 0:
-            return StageResponse(self._outputs(block, session.source), block.index)
         if not takes_sink(block.index, self._stream):
-            return StageResponse(self._outputs(block, None), block.index)
+            return StageResponse(self._outputs(block, opening), block.index)
         waited_from = time.monotonic()
         replaced = session.source.replaced(self._await_sink(request.session))
         return StageResponse(self._outputs(block, replaced), block.index, time.monotonic() - waited_from)

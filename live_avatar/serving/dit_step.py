@@ -42,9 +42,9 @@ class DiTStepStage:
 
     def _handle(self, request: StageRequest, block: int) -> StageResponse:
         latent = request.inputs[LATENT]
+        state = self._state(request)
         if block == NO_BLOCK:
             return StageResponse({LATENT: latent})
-        state = self._state(request, block)
         expect_block(request.session, block, state.blocks)
         audio = {"audio_local": request.inputs[AUDIO_LOCAL], "audio_global": request.inputs[AUDIO_GLOBAL]}
         latent = self._denoiser.run(state, latent, audio)
@@ -52,13 +52,12 @@ class DiTStepStage:
             self._sinks.put(request.session, first_latent_frame(latent))
         return StageResponse({LATENT: latent}, block)
 
-    def _state(self, request: StageRequest, block: int) -> StepState:
-        reference = request.inputs[SINK_REFERENCE]
-        if not len(reference):
-            return self._sessions.get(request.session)
-        source = SinkSource(reference, request.inputs[SINK_MOTION], request.inputs[SINK_TEXT])
-        if block == 0:
+    def _state(self, request: StageRequest) -> StepState:
+        """The session's state: new at its start, with another sink when one comes along."""
+        source = SinkSource(*(request.inputs[name] for name in (SINK_REFERENCE, SINK_MOTION, SINK_TEXT)))
+        if request.start:
             return self._sessions.open(request.session, lambda: self._denoiser.open(source))
         state = self._sessions.get(request.session)
-        state.sink = self._denoiser.prefill(source)
+        if len(source.reference):
+            state.sink = self._denoiser.prefill(source)
         return state

@@ -32,10 +32,12 @@ MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 10.0
 POLL_S = 0.1
+SHARED_MEMORY = Path("/dev/shm")
 # A proxy of the environment is for other machines.
 WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Becomes the server ("$@"), and leaves a watcher in its process group: when the pipe on stdin closes, because the
-# process that started the server is gone, however it went, the watcher ends the group and removes the folder $0.
+# process that started the server is gone, however it went, the watcher ends the group, and removes the folder $0
+# and the shared memory that is named after it.
 WATCHED = """
 exec 3<&0 4</dev/null
 (
@@ -43,7 +45,7 @@ exec 3<&0 4</dev/null
   read _ <&3
   kill -s TERM -- -$$
   for _ in $(seq 100); do kill -s 0 $$ || break; sleep 0.1; done
-  rm -rf -- "$0"
+  rm -rf -- "$0" "/dev/shm/${0##*/}"*
   kill -s KILL -- -$$
 ) >/dev/null 2>&1 4<&- &
 exec "$@" <&4 3<&- 4<&-
@@ -134,7 +136,7 @@ def serving(options: ServerOptions) -> Iterator[TritonServer]:
     _check(options)
     with tempfile.TemporaryDirectory(prefix="live-avatar-") as scratch:
         log = Path(scratch) / "triton.log"
-        command = _command(options, _backends(Path(scratch)))
+        command = _command(options, _backends(Path(scratch)), Path(scratch).name)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", WATCHED, scratch, *command],
@@ -152,6 +154,8 @@ def serving(options: ServerOptions) -> Iterator[TritonServer]:
             server.stop()
             if process.stdin is not None:
                 process.stdin.close()
+            for region in SHARED_MEMORY.glob(f"{Path(scratch).name}*"):  # a server ended early leaves it behind
+                region.unlink(missing_ok=True)
 
 
 def _free_port() -> int:
@@ -165,7 +169,8 @@ def _check(options: ServerOptions) -> None:
     profiles = sorted(path.stem for path in options.model_repository.glob("live_avatar/configs/*.pbtxt"))
     if not profiles:
         raise ServerError(
-            f"{options.model_repository} is not the project's model repository; run from a checkout of the project."
+            f"{options.model_repository} is not the project's model repository; run from a checkout or give "
+            "--model-repository."
         )
     if options.profile not in profiles:
         raise ServerError(f"there is no profile {options.profile!r}; choose one of {', '.join(profiles)}.")
@@ -219,7 +224,7 @@ def _backends(scratch: Path) -> Path | None:
     return target.parent
 
 
-def _command(options: ServerOptions, backends: Path | None) -> list[str]:
+def _command(options: ServerOptions, backends: Path | None, memory: str) -> list[str]:
     bundled = _bundled()
     binary = str(bundled / "bin" / "tritonserver") if bundled else shutil.which("tritonserver")
     if binary is None:
@@ -230,6 +235,7 @@ def _command(options: ServerOptions, backends: Path | None) -> list[str]:
         f"--model-config-name={options.profile}",
         "--disable-auto-complete-config",
         "--exit-timeout-secs=5",
+        f"--backend-config=python,shm-region-prefix-name={memory}",
         f"--log-info={str(options.verbose).lower()}",
     ]
     if backends is not None:

@@ -22,10 +22,8 @@ JPEG_QUALITY = 90
 
 @dataclass
 class _Session:
-    """A session's frame format, and its decoder once block 1 has come."""
-
     frame_format: FrameFormat
-    decoder: DecoderState | None = None
+    decoder: DecoderState
     blocks: int = 0
 
 
@@ -55,15 +53,14 @@ class VAEDecoderStage:
         if block == NO_BLOCK:
             return StageResponse(self._outputs(self._no_frames, FrameFormat.RAW))
         expect_block(request.session, block, session.blocks)
-        if session.decoder is None:
-            session.decoder = self._decoder.open(request.inputs[SINK_MOTION])
         frames = self._decoder.decode(session.decoder, request.inputs[LATENT])
         session.blocks += 1
         return StageResponse(self._outputs(frames, session.frame_format), block)
 
     def _start(self, request: StageRequest) -> _Session:
         chosen = FrameFormat(str(request.parameters.get(FRAME_FORMAT_PARAMETER, FrameFormat.RAW.value)))
-        return self._sessions.open(request.session, lambda: _Session(chosen))
+        motion = request.inputs[SINK_MOTION]
+        return self._sessions.open(request.session, lambda: _Session(chosen, self._decoder.open(motion)))
 
     def _outputs(self, frames: Array, frame_format: FrameFormat) -> dict[str, Array]:
         if frame_format is FrameFormat.RAW:

@@ -13,7 +13,7 @@ from live_avatar.config import TINY, Preset
 from live_avatar.runtime import Graph, Runtime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 
-SMALL = replace(TINY, name="small", stream=replace(TINY.stream, height=64, width=64))
+SMALL = replace(TINY, name="small").with_stream(height=64, width=64)
 
 
 @dataclass
@@ -28,8 +28,7 @@ class Restreamed:
 
 
 def restreamed(runtime: Runtime, **changes: Any) -> Restreamed:
-    preset = runtime.preset
-    return Restreamed(replace(preset, stream=replace(preset.stream, **changes)), runtime)
+    return Restreamed(runtime.preset.with_stream(**changes), runtime)
 
 
 def randomised(module: nn.Module, seed: int = 3) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from live_avatar.conditioning import KNOWN_AVATARS, MAX_SEED, Conditioner, block_noise
+from live_avatar.conditioning import MAX_SEED, Conditioner, block_noise
 from live_avatar.config import MOTION_LATENTS
 from live_avatar.errors import InputError
 from live_avatar.runtime.torch_runtime import TorchRuntime
@@ -73,11 +73,12 @@ def test_a_prompt_that_is_no_utf8_makes_an_avatar_all_the_same(conditioner: Cond
     assert np.isfinite(conditioner.avatar(picture, "half \ud800").text).all()
 
 
-def test_the_longest_unused_avatar_is_forgotten_first(small_runtime: TorchRuntime, picture: bytes) -> None:
+def test_the_longest_unused_avatar_is_forgotten_first(
+    small_runtime: TorchRuntime, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("live_avatar.conditioning.KNOWN_AVATARS", 2)
     conditioner = Conditioner(small_runtime)
-    stored = {}
-    for number in range(KNOWN_AVATARS):
-        stored[number] = conditioner.avatar(picture, str(number))
+    stored = [conditioner.avatar(picture, str(number)) for number in range(2)]
     conditioner.avatar(picture, "0")  # used again, so now 1 is the oldest
     conditioner.avatar(picture, "new")
     assert conditioner.avatar(picture, "0") is stored[0]

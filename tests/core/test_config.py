@@ -79,13 +79,21 @@ def test_a_preset_survives_json(name: str) -> None:
 
 
 def test_a_changed_preset_survives_json() -> None:
-    changed = replace(TINY, weight_seed=1, stream=replace(TINY.stream, sink_update_block=None, lookahead_ms=120))
+    changed = replace(TINY, weight_seed=1).with_stream(sink_update_block=None, lookahead_ms=120)
     assert Preset.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed != TINY
 
 
 def test_a_preset_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         TINY.stream.height = 128  # type: ignore[misc]
+
+
+def test_with_stream_changes_the_stream_alone_and_checks_it() -> None:
+    changed = TINY.with_stream(steps=2)
+    assert changed.stream.steps == 2
+    assert changed.with_stream(steps=TINY.stream.steps) == TINY
+    with pytest.raises(ConfigError, match="steps is 0"):
+        TINY.with_stream(steps=0)
 
 
 DIT_ERRORS: list[tuple[dict[str, Any], str]] = [

@@ -183,8 +183,7 @@ def test_audio_is_heard_in_every_latent_frame_of_its_block(session: Session, vel
 
 
 def test_the_sinks_place_matters(session: Session, velocities: list[Tensor]) -> None:
-    stream = replace(session.preset.stream, sink_distance=4)
-    moved = streamed(replace(session, preset=replace(session.preset, stream=stream)))
+    moved = streamed(replace(session, preset=session.preset.with_stream(sink_distance=4)))
     assert torch.equal(velocities[0], streamed(session)[0])
     assert not torch.equal(velocities[1], moved[1])
 

@@ -36,7 +36,7 @@ def bands(width: int, height: int, *colours: tuple[int, ...], mode: str = "RGB")
 
 
 def colour(pixels: Array, row: int, column: int) -> tuple[int, ...]:
-    return tuple(int(round((float(value) + 1) * 127.5)) for value in pixels[:, row, column])
+    return tuple(round((float(value) + 1) * 127.5) for value in pixels[:, row, column])
 
 
 def png_header(width: int, height: int) -> bytes:

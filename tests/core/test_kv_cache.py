@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -17,7 +15,7 @@ BLOCKS = 7
 
 
 def preset_of(window: int) -> Preset:
-    return replace(SMALL, stream=replace(SMALL.stream, window_blocks=window))
+    return SMALL.with_stream(window_blocks=window)
 
 
 def block(preset: Preset, number: int) -> dict[str, Array]:

@@ -129,6 +129,17 @@ def test_slots_have_the_contracts_shapes_from_the_first_call_on(
         assert [tuple(slot.shape) for slot in state] == shapes
 
 
+def test_time_resampling_remembers_the_first_frame_when_encoding_and_not_when_decoding(
+    vae: VAE, latents: Tensor, frames: Tensor
+) -> None:
+    _, encoder = vae.encode(frames[:, :, :1], None)
+    assert [i for i, slot in enumerate(encoder) if slot.shape[2] == 1] == [9, 14]
+    assert all(slot[:, :, -1].any() for slot in encoder)
+    _, decoder = vae.decode(latents[:, :, :1], None)
+    assert [i for i, slot in enumerate(decoder) if not slot.any()] == [11, 18]  # spec section 13
+    assert all(not slot[:, :, 0].any() for slot in decoder)
+
+
 def test_the_14b_decoder_keeps_what_the_spec_says() -> None:
     shapes = vae_state_shapes(S2V_14B.vae, SIDE, SIDE, "decode")
     assert sum(torch.Size(shape).numel() for shape in shapes) == 151_328 * SIDE * SIDE  # spec section 13

@@ -1,0 +1,65 @@
+"""The least preset that has every component: its export takes about ten seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export.build import export_artifacts
+from live_avatar.artifacts import MANIFEST, Artifacts
+from live_avatar.config import TINY, VAEConfig
+
+LEAST = replace(
+    TINY,
+    name="least",
+    dit=replace(
+        TINY.dit,
+        dim=16,
+        num_heads=2,
+        num_layers=1,
+        ffn_dim=16,
+        text_dim=16,
+        text_len=8,
+        audio_dim=16,
+        audio_states=2,
+        audio_inject_layers=(0,),
+    ),
+    vae=VAEConfig(dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=0),
+    speech=replace(
+        TINY.speech,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    ),
+    text=replace(TINY.text, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+    stream=replace(TINY.stream, height=64, width=64, steps=1, sink_update_block=2),
+)
+
+
+def old_artifacts(folder: Path) -> Path:
+    """A folder as another version left it."""
+    folder.mkdir()
+    manifest = {"format": 0, "version": "0.0.1", "contracts": {}, "files": {}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "dit_step_99.onnx").write_bytes(b"old")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def least_told() -> list[str]:
+    """What the export of `least_artifacts` told of its progress."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def least_artifacts(tmp_path_factory: pytest.TempPathFactory, least_told: list[str]) -> Artifacts:
+    """The least preset, exported over what another version left; tests must not change it."""
+    folder = old_artifacts(tmp_path_factory.mktemp("least") / "artifacts")
+    return export_artifacts(LEAST, folder, None, least_told.append)

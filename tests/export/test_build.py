@@ -1,0 +1,112 @@
+"""An artifacts folder is made whole, in place of an old one, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from export.build import export_artifacts, weight_file
+from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
+from live_avatar.contract import contracts
+from live_avatar.errors import CheckpointError, ExportError
+from live_avatar.version import __version__
+from tests.export.conftest import LEAST, old_artifacts
+
+
+class InterruptedExportError(Exception):
+    """What a progress callback raises here, as Ctrl-C would."""
+
+
+def interrupt(component: str) -> None:
+    if component == "audio_tokens":  # the second: one graph has been written
+        raise InterruptedExportError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_old_artifacts_are_replaced_as_a_whole(least_artifacts: Artifacts) -> None:
+    folder = least_artifacts.folder
+    loaded = load_artifacts(folder)
+    loaded.verify()
+    assert loaded.preset == LEAST
+    expected = {MANIFEST, *(f"{name}.onnx" for name in contracts(LEAST)), *map(weight_file, contracts(LEAST))}
+    assert {path.name for path in folder.iterdir()} == expected
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_manifest_says_what_was_exported(least_artifacts: Artifacts) -> None:
+    manifest = least_artifacts.manifest
+    assert manifest["version"] == __version__
+    assert manifest["opset"] == 23
+    assert manifest["weights"] == f"random, seed {LEAST.weight_seed}"
+    assert set(manifest["made_with"]) == {"torch", "onnx", "onnxruntime"}
+    assert set(manifest["files"]) == {path.name for path in least_artifacts.folder.iterdir()} - {MANIFEST}
+    assert least_artifacts.contracts == contracts(LEAST)
+
+
+def test_every_component_is_told_once(least_artifacts: Artifacts, least_told: list[str]) -> None:
+    assert sorted(least_told) == sorted(least_artifacts.contracts)
+
+
+def test_an_interrupted_export_leaves_old_artifacts_and_nothing_else(tmp_path: Path) -> None:
+    folder = old_artifacts(tmp_path / "artifacts")
+    before = contents(tmp_path)
+    with pytest.raises(InterruptedExportError):
+        export_artifacts(LEAST, folder, None, interrupt)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["artifacts"]
+
+
+def test_an_interrupted_first_export_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedExportError):
+        export_artifacts(LEAST, tmp_path / "new" / "artifacts", None, interrupt)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", '{"name": "a web application", "icons": []}', "[1]", "not json"])
+def test_a_folder_of_something_else_is_refused_and_left(tmp_path: Path, manifest: str | None) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter1.txt").write_text("dear")
+    if manifest is not None:
+        (folder / MANIFEST).write_text(manifest)
+    before = contents(tmp_path)
+    message = r"thesis exists and is not an artifacts folder; choose another --output or remove it\."
+    with pytest.raises(ExportError, match=message):
+        export_artifacts(LEAST, folder, None, interrupt)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("dear")
+    with pytest.raises(ExportError, match=r"file exists and is not an artifacts folder"):
+        export_artifacts(LEAST, tmp_path / "file", None, interrupt)
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedExportError):  # it gets as far as exporting
+        export_artifacts(LEAST, tmp_path, None, interrupt)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    folder = old_artifacts(tmp_path / "artifacts")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"dit\.safetensors does not exist"):
+        export_artifacts(LEAST, folder, tmp_path / "nowhere", interrupt)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("component", "file"),
+    [
+        ("dit_prefill", "dit.weights"),
+        ("dit_step_4", "dit.weights"),
+        ("vae_decoder_first", "vae.weights"),
+        ("audio_tokens", "audio_tokens.weights"),
+    ],
+)
+def test_components_of_one_network_share_a_file(component: str, file: str) -> None:
+    assert weight_file(component) == file

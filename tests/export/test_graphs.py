@@ -1,0 +1,124 @@
+"""Every graph of the tiny preset keeps its contract, and a graph that does not is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export.graphs import OPSET, export_graph, random_inputs
+from live_avatar.artifacts import Artifacts
+from live_avatar.config import TINY
+from live_avatar.contract import FLOAT, INT64, Contract, TensorSpec, contracts
+from live_avatar.errors import ExportError
+
+COMPONENTS = list(contracts(TINY))
+ROOT = Path(__file__).parents[2]
+
+
+def graph_of(artifacts: Artifacts, component: str) -> onnx.ModelProto:
+    return onnx.load(artifacts.graph_path(component), load_external_data=False)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_graph_is_of_opset_23_and_of_the_standard_domain_alone(artifacts: Artifacts, component: str) -> None:
+    model = graph_of(artifacts, component)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23)]
+    assert OPSET == 23
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert len(model.functions) == 0
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_graph_has_its_contracts_names_types_and_shapes(artifacts: Artifacts, component: str) -> None:
+    model, contract = graph_of(artifacts, component), contracts(TINY)[component]
+    for values, specs in ((model.graph.input, contract.inputs), (model.graph.output, contract.outputs)):
+        assert [value.name for value in values] == [spec.name for spec in specs]
+        for value, spec in zip(values, specs, strict=True):
+            tensor = value.type.tensor_type
+            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == np.dtype(spec.dtype), spec.name
+            dims = tuple(d.dim_param if d.HasField("dim_param") else d.dim_value for d in tensor.shape.dim)
+            assert dims == spec.shape, spec.name
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_graph_holds_no_path_and_no_stack_trace(artifacts: Artifacts, component: str) -> None:
+    data = artifacts.graph_path(component).read_bytes()
+    for word in (str(ROOT), sys.prefix, str(Path.home()), "site-packages", ".py", "Traceback", "stack_trace"):
+        assert word.encode() not in data, word
+    model = graph_of(artifacts, component)
+    assert not model.doc_string
+    assert not model.metadata_props
+
+
+def test_the_four_steps_differ_in_their_constants_alone(artifacts: Artifacts) -> None:
+    operators = [[n.op_type for n in graph_of(artifacts, f"dit_step_{step}").graph.node] for step in (1, 2, 3, 4)]
+    assert operators[0] == operators[1] == operators[2] == operators[3]
+
+
+def test_random_inputs_follow_seed_and_extent() -> None:
+    contract = contracts(TINY)["dit_step_1"]
+    one, again, other = (random_inputs(contract, seed, 0) for seed in (1, 1, 2))
+    assert np.array_equal(one["latent"], again["latent"])
+    assert not np.array_equal(one["latent"], other["latent"])
+    lengths = [random_inputs(contract, 1, extent)["history_k.0"].shape[2] for extent in range(3)]
+    assert lengths == [0, 324, 324]
+
+
+class Scaled(nn.Module):
+    """[1, n] -> [1, n]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def spec(name: str, shape: tuple[int | str, ...] = (1, 4), dtype: str = FLOAT) -> TensorSpec:
+    return TensorSpec(name, dtype, shape)
+
+
+class TwoOutputs(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x.to(torch.int64)
+
+
+BROKEN: list[tuple[nn.Module, Contract, str]] = [
+    (
+        Scaled(),
+        Contract("scaled", (spec("x"),), (spec("y", (1, 5)),)),
+        r"scaled: y has a dimension of 4, expected \(1, 5\)\.",
+    ),
+    (Scaled(), Contract("scaled", (spec("x"),), (spec("y", (4,)),)), r"scaled: y has 2 dimensions, expected \(4,\)\."),
+    (
+        Scaled(),
+        Contract("scaled", (spec("x"),), (spec("y", dtype=INT64),)),
+        r"scaled: y is float32, expected int64\.",
+    ),
+    (
+        TwoOutputs(),
+        Contract("two", (spec("x"),), (spec("y"),)),
+        r"two: outputs are \['y', .*\], expected \['y'\]\.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "contract", "message"), BROKEN, ids=["dimension", "rank", "type", "surplus output"])
+def test_a_graph_that_breaks_its_contract_is_refused(module: nn.Module, contract: Contract, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_graph(module, contract)
+
+
+@pytest.fixture(scope="module")
+def scaled() -> onnx.ModelProto:
+    sizes = {"length": (2, 4, 8)}
+    return export_graph(Scaled(), Contract("scaled", (spec("x", (1, "length")),), (spec("y", (1, "length")),), sizes))
+
+
+def test_symbolic_dimensions_get_the_contracts_names(scaled: onnx.ModelProto) -> None:
+    for value in (scaled.graph.input[0], scaled.graph.output[0]):
+        assert [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] == [1, "length"]
+    assert not any(node.doc_string or node.metadata_props for node in scaled.graph.node)
