@@ -79,7 +79,7 @@ class AsyncAvatarSession(BaseSession):
             core.end()
 
     async def keep_alive(self) -> None:
-        """Tell the server in a long pause that more speech comes; does nothing before the first block."""
+        """Tell the server in a long pause that more speech comes."""
         with self._update() as core:
             core.keep_alive()
 

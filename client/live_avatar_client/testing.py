@@ -177,7 +177,8 @@ class FakeAvatarServer:
         if session is None:
             raise _RefusalError(ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} had no START; send it")
         if not len(audio):
-            session.keep_alives += not request.parameters["sequence_end"].bool_param
+            at_an_end = [request.parameters[name].bool_param for name in ("sequence_start", "sequence_end")]
+            session.keep_alives += not any(at_an_end)
             return self._response(request, [], session, first=0)
         number = len(session.blocks)
         if session.failed or number == self.fail_at_block:

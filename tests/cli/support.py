@@ -88,10 +88,14 @@ class Running:
 
     def left(self) -> list[str]:
         """The processes, temporary folders and shared memory that are still there."""
-        mark = f"TMPDIR={self._temporary}".encode()
         names = [path.name for path in self._temporary.glob("live-avatar-*")]
         memory = [region.name for region in Path("/dev/shm").glob("live-avatar-*") if _owner_is_gone(region.name)]
-        return [*_processes(mark), *names, *memory]
+        return [*(line for _, line in self._processes()), *names, *memory]
+
+    def kill_server(self) -> None:
+        """Kills Triton, as the kernel does when memory runs out."""
+        [server] = [number for number, line in self._processes() if "/tritonserver " in line.split(" --")[0] + " "]
+        os.kill(server, signal.SIGKILL)
 
     def kill(self) -> None:
         """Only for the end of a test that failed."""
@@ -99,15 +103,15 @@ class Running:
             self._process.kill()
         self._process.communicate()
 
-
-def _processes(mark: bytes) -> Iterator[str]:
-    """Those with an entry of their environment that is `mark`, zombies aside."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                yield (folder / "cmdline").read_text().replace("\0", " ")
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
+    def _processes(self) -> Iterator[tuple[int, str]]:
+        """Number and command line of each that has inherited the folder, zombies aside."""
+        mark = f"TMPDIR={self._temporary}".encode()
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    yield int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # it has ended meanwhile, or is another user's
+                continue
 
 
 def _owner_is_gone(region: str) -> bool:

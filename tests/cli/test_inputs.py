@@ -169,8 +169,14 @@ def half(image: Path) -> bytes:
     [
         (b"", "has 0 bytes; pass a PNG, JPEG or WebP file"),
         (b"Hello", "starts with b'Hello', which is no PNG, JPEG or WebP file; save it as one of these"),
-        (b"GIF89a" + bytes(50), "which is no PNG, JPEG or WebP file; save it as one of these"),
-        (b"BM" + bytes(50), "which is no PNG, JPEG or WebP file; save it as one of these"),
+        (
+            b"GIF89a" + bytes(50),
+            r"starts with b'GIF89a\x00\x00', which is no PNG, JPEG or WebP file; save it as one of these",
+        ),
+        (
+            b"BM" + bytes(50),
+            r"starts with b'BM\x00\x00\x00\x00\x00\x00', which is no PNG, JPEG or WebP file; save it as one of these",
+        ),
         (bytes(33 * 2**20), "has more than 33554432 bytes, the limit; save it smaller"),
     ],
     ids=["empty", "text", "gif", "bmp", "huge"],

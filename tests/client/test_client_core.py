@@ -161,7 +161,7 @@ def test_end_rides_on_the_last_block_once_the_lookahead_is_known() -> None:
     harness = Harness()
     harness.speak([sample_speech(BLOCK_SAMPLES), sample_speech(100)])
     harness.end()
-    assert [len(r.audio) for r in harness.requests] == [BLOCK_SAMPLES, BLOCK_SAMPLES]
+    assert [len(r.audio) for r in harness.requests] == [0, BLOCK_SAMPLES, BLOCK_SAMPLES]
     assert harness.requests[-1].end
 
 
@@ -169,18 +169,26 @@ def test_end_goes_alone_when_the_last_block_is_already_sent() -> None:
     harness = Harness()
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     harness.end()
-    assert [len(r.audio) for r in harness.requests] == [BLOCK_SAMPLES, 0]
+    assert [len(r.audio) for r in harness.requests] == [0, BLOCK_SAMPLES, 0]
 
 
-def test_keep_alive_only_after_the_first_block() -> None:
+def test_the_session_starts_without_waiting_for_speech() -> None:
+    harness = Harness()
+    harness.flush()
+    (start,) = harness.requests
+    assert start.opening is not None
+    assert len(start.audio) == 0
+
+
+def test_keep_alive() -> None:
     harness = Harness()
     harness.core.keep_alive()
     harness.flush()
-    assert harness.requests == []
+    assert [r.opening is not None for r in harness.requests] == [True, False]
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     harness.core.keep_alive()
     harness.flush()
-    assert [len(r.audio) for r in harness.requests] == [BLOCK_SAMPLES, 0]
+    assert [len(r.audio) for r in harness.requests] == [0, 0, BLOCK_SAMPLES, 0]
     assert not harness.requests[-1].end
 
 
@@ -235,7 +243,7 @@ def test_limits_hold_and_a_stuck_send_gives_up() -> None:
     harness = Harness(in_flight=3, unread=4)
     with pytest.raises(SendTimeout) as caught:
         harness.speak([sample_speech(10 * BLOCK_SAMPLES)])
-    assert len(harness.requests) == 4
+    assert sum(len(r.audio) > 0 for r in harness.requests) == 4
     assert str(caught.value).startswith(
         "no block could be sent for 5 s: 0 of at most 3 blocks are sent but unanswered, and 4 of at most 4 "
         "are answered but unread; read blocks from another thread or task"
@@ -278,7 +286,7 @@ def test_an_error_ends_the_sequence(code: ErrorCode, error: type[SessionRefused]
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     harness.core.receive_error(f"in ensemble 'live_avatar', [request id: 1] [{code}] sorry; go home")
     harness.flush()
-    assert [(len(r.audio), r.end) for r in harness.requests] == [(BLOCK_SAMPLES, False), (0, True)]
+    assert [(len(r.audio), r.end) for r in harness.requests] == [(0, False), (BLOCK_SAMPLES, False), (0, True)]
     with pytest.raises(error, match=r"^the server (refused|ended) the session: sorry; go home$") as caught:
         harness.blocks()
     assert caught.value.code is code
@@ -306,6 +314,7 @@ def test_a_late_refusal_is_a_failure() -> None:
 )
 def test_a_wrong_first_answer(frames: int, first: int, message: str) -> None:
     harness = Harness()
+    harness.flush()
     harness.hold = True
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     with pytest.raises(ServerIncompatible, match=message):

@@ -255,7 +255,7 @@ def test_a_chunk_of_the_wrong_kind(play: Play) -> None:
 def test_no_speech(play: Play) -> None:
     with FakeAvatarServer() as server, pytest.raises(InvalidInput, match="nothing to say"):
         play(server.url, [])
-    assert server.sessions == []
+    assert [session.blocks for session in server.sessions] == [[]]
 
 
 def test_leaving_early_ends_the_session() -> None:

@@ -88,13 +88,23 @@ def test_zero_rows_pass_through(pipe: Pipe, opening: dict[str, Array]) -> None:
     assert len(tensors[LATENT]) == len(tensors[SINK_REFERENCE]) == 0
 
 
+def test_a_start_without_speech_prepares_every_stage(
+    pipe: Pipe, opening: dict[str, Array], speech: Array, expected: Array
+) -> None:
+    tensors = pipe.condition(NOTHING, start=True, **opening)
+    assert tensors[BLOCK] == NO_BLOCK
+    assert len(tensors[SINK_REFERENCE]) == 1
+    pipe.decoder.handle(StageRequest(SESSION, True, False, pipe.denoise(tensors, start=True)))
+    assert np.array_equal(pipe.run(speech[:7680]), expected[:12])
+
+
 def test_the_sink_travels_with_the_blocks_that_need_it(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
     carried = []
     for block in range(6):
         given = opening if block == 0 else {}
         tensors = pipe.condition(speech[7680 * block : 7680 * (block + 1)], start=block == 0, **given)
         carried.append(len(tensors[SINK_REFERENCE]))
-        pipe.denoise(tensors)
+        pipe.denoise(tensors, start=block == 0)
     update = TINY.stream.sink_update_block
     assert update is not None
     assert [block + 1 for block, rows in enumerate(carried) if rows] == [1, update]
@@ -103,7 +113,7 @@ def test_the_sink_travels_with_the_blocks_that_need_it(pipe: Pipe, opening: dict
 def test_a_failed_stage_remembers_and_tells_conditioning(
     pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe.denoise(pipe.condition(speech[:7680], start=True, **opening))
+    pipe.denoise(pipe.condition(speech[:7680], start=True, **opening), start=True)
     pipe.sinks.take(SESSION)
     tensors = pipe.condition(speech[7680 : 2 * 7680])
 
