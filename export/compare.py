@@ -19,7 +19,7 @@ from live_avatar.errors import LiveAvatarError
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 
-RELATIVE_TOLERANCE = 2e-5  # float32, of the largest value of an output
+RELATIVE_TOLERANCE = 1e-4  # float32, of the largest value of an output
 PIXEL_TOLERANCE = 1.0  # a value on the edge of two pixel levels may fall to either side
 
 

@@ -56,6 +56,7 @@ class Running:
     def __init__(self, temporary: Path, *arguments: object) -> None:
         temporary.mkdir()
         self._temporary = temporary
+        self._servers: list[str] = []  # a server's folder and its shared memory have one name
         self._process = subprocess.Popen(
             command(*arguments),
             env={**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"},
@@ -77,6 +78,7 @@ class Running:
 
     def end(self, *numbers: signal.Signals) -> tuple[int, str]:
         """Sends signals, 50 ms apart, and returns the exit code and what stderr said."""
+        self._servers = [path.name for path in self._temporary.glob("live-avatar-*")]
         for number in numbers:
             self._process.send_signal(number)
             time.sleep(0.05)
@@ -89,7 +91,7 @@ class Running:
     def left(self) -> list[str]:
         """The processes, temporary folders and shared memory that are still there."""
         names = [path.name for path in self._temporary.glob("live-avatar-*")]
-        memory = [region.name for region in Path("/dev/shm").glob("live-avatar-*") if _owner_is_gone(region.name)]
+        memory = [region.name for name in self._servers for region in Path("/dev/shm").glob(f"{name}*")]
         return [*(line for _, line in self._processes()), *names, *memory]
 
     def kill_server(self) -> None:
@@ -114,19 +116,6 @@ class Running:
                 continue
 
 
-def _owner_is_gone(region: str) -> bool:
-    """Whether no server runs that has this shared memory; others may, beside the test."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            said = (folder / "cmdline").read_text()
-        except OSError:
-            continue
-        prefix = said.partition("shm-region-prefix-name=")[2].partition("\0")[0]
-        if prefix and region.startswith(prefix):
-            return False
-    return True
-
-
 def wait_until(condition: Callable[[], object], limit_s: float = PATIENCE_S) -> None:
     deadline_s = time.monotonic() + limit_s
     while not condition():
@@ -148,7 +137,8 @@ def unprivileged() -> Iterator[None]:
 
 def tone(seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> Array:
     """300 Hz, float64 [samples] in -0.4..0.4."""
-    return np.sin(np.arange(round(seconds * rate_hz)) * 2 * np.pi * 300 / rate_hz) * 0.4
+    wave: Array = np.sin(np.arange(round(seconds * rate_hz)) * 2 * np.pi * 300 / rate_hz) * 0.4
+    return wave
 
 
 def write_audio(path: Path, samples: Array, codec: str, rate_hz: int = SAMPLE_RATE_HZ, layout: str = "mono") -> Path:

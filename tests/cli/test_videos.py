@@ -27,7 +27,8 @@ def assert_in_sync(path: Path, frames: int) -> None:
     with av.open(str(path)) as container:
         video, audio = container.streams.video[0], container.streams.audio[0]
         assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
-        assert (video.average_rate, audio.rate, audio.channels) == (25, 16_000, 1)
+        assert video.average_rate == 25
+        assert (audio.rate, audio.channels) == (16_000, 1)
         assert (video.width, video.height) == (TINY.stream.width, TINY.stream.height)
         assert (video.start_time, audio.start_time) == (0, 0)
         times = [picture.time for picture in container.decode(video=0)]
