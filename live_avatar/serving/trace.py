@@ -41,6 +41,10 @@ class TraceWriter:
         if self._file and block != NO_BLOCK:
             self._file.write(json.dumps(asdict(Interval(self._stage, session, block, start_s, end_s))) + "\n")
 
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
 
 def read_trace(folder: Path) -> list[Interval]:
     """All intervals of a folder, by start."""
