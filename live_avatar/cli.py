@@ -317,11 +317,12 @@ def stream(
 @click.option("--artifacts", type=FILE, default="artifacts/tiny", show_default=True, help="Made if it is not there.")
 @click.option("--output", type=FILE, default="out/demo.mp4", show_default=True, help="MP4 file to write.")
 @click.option("--trace", type=FILE, help="Also write the stages' busy intervals as a Chrome trace (JSON).")
-def demo(artifacts: Path, output: Path, trace: Path | None) -> None:
+@click.option("--report", type=FILE, help="Also write what was measured, and on what, as JSON.")
+def demo(artifacts: Path, output: Path, trace: Path | None, report: Path | None) -> None:
     """Export, serve, stream the shipped speech and picture, and report."""
     from live_avatar.demo import run_demo
 
-    run_demo(artifacts, output, trace)
+    run_demo(artifacts, output, trace, report)
 
 
 if __name__ == "__main__":

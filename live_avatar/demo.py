@@ -7,11 +7,13 @@ goes), and reports. Knows the client, the server and the export; the core knows 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from live_avatar.contract import contracts
 from live_avatar.errors import ArtifactError
 from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
+from live_avatar.version import __version__
 from live_avatar_client import AvatarSession, Block, StreamStats
 from live_avatar_client.files import OutputFile
 from live_avatar_client.media import read_speech
@@ -81,16 +84,16 @@ def stream_to_file(
         return StreamStats.from_blocks(written(session.stream(spoken(speech) if realtime else [speech])))
 
 
-def run_demo(artifacts: Path, output: Path, trace: Path | None) -> None:
-    """The whole way, from nothing to a video; prints what was measured."""
+def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | None) -> None:
+    """The whole way, from nothing to a video; prints what was measured, and writes it to `report`."""
     speech, image = read_speech(SPEECH), PORTRAIT.read_bytes()
-    _ready_place(OutputFile(output, "video"))
-    trace_file = OutputFile(trace, "trace") if trace is not None else None
-    if trace_file is not None:
-        _ready_place(trace_file)
+    named = {"video": output, "trace": trace, "report": report}
+    files = {kind: OutputFile(path, kind) for kind, path in named.items() if path is not None}
+    for file in files.values():
+        _ready_place(file)
     _ready_artifacts(artifacts)
     with tempfile.TemporaryDirectory(prefix="live-avatar-trace-") as intervals:
-        options = replace(ServerOptions(artifacts).on_free_ports(), trace=Path(intervals) if trace_file else None)
+        options = replace(ServerOptions(artifacts).on_free_ports(), trace=Path(intervals) if trace else None)
         click.echo(f"Starting Triton (profile {options.profile}).")
         with serving(options) as server:
             url = server.options.url
@@ -98,8 +101,10 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None) -> None:
                 live = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, True, video, bar.update)
             with frame_bar("as fast as it goes", video) as bar:
                 fast = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, False, None, bar.update)
-        if trace_file is not None:
-            _write_trace(Path(intervals), trace_file)
+        if "trace" in files:
+            _write_trace(Path(intervals), files["trace"])
+    if "report" in files:
+        _write_json(files["report"], _figures(load_artifacts(artifacts), live, fast))
     _report(live, fast, output)
 
 
@@ -138,18 +143,43 @@ def frame_bar(description: str, video: SpeechVideo) -> Any:
 
 def _write_trace(intervals: Path, trace: OutputFile) -> None:
     read = read_trace(intervals)
-    trace.create()
-    try:
-        with trace.explained():
-            trace.partial.write_text(json.dumps(chrome_trace(read)))
-        trace.publish()
-    finally:
-        trace.discard()
+    _write_json(trace, chrome_trace(read))
     fast = [interval for interval in read if interval.session == read[-1].session]
     share = overlapped_share(fast)
     click.echo(
         f"Trace: {trace.path} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)"
     )
+
+
+def _write_json(file: OutputFile, document: object) -> None:
+    try:
+        file.create()
+        with file.explained():
+            file.partial.write_text(json.dumps(document, indent=1))
+        file.publish()
+    finally:
+        file.discard()
+
+
+def _figures(artifacts: Artifacts, live: StreamStats, fast: StreamStats) -> dict[str, object]:
+    """What was measured, on what, and by which command."""
+    return {
+        "command": "live-avatar demo --report FILE",
+        "version": __version__,
+        "artifacts": {"preset": artifacts.preset.name, "fingerprint": artifacts.fingerprint},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "as_spoken": asdict(live),
+        "as_fast_as_it_goes": asdict(fast),
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _report(live: StreamStats, fast: StreamStats, output: Path) -> None:

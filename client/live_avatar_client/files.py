@@ -64,8 +64,10 @@ class OutputFile:
 
     def check(self) -> None:
         """Raise MediaError unless it could be made now."""
-        self.create()
-        self.discard()
+        try:
+            self.create()
+        finally:
+            self.discard()
 
     def publish(self) -> None:
         """Put what was written into its place."""
@@ -74,4 +76,5 @@ class OutputFile:
 
     def discard(self) -> None:
         """Remove what was written, unless it is in its place."""
-        self.partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may never have been there
+            self.partial.unlink()

@@ -110,8 +110,8 @@ class Mp4Writer:
             raise InvalidInput(f"the video has {width} x {height} pixels at {fps} fps; pass numbers above 0")
 
     def __enter__(self) -> Self:
-        self._file.create()
         try:
+            self._file.create()
             self._open()
         except BaseException:
             self._file.discard()

@@ -29,8 +29,8 @@ class NpyWriter:
         self._written = 0
 
     def __enter__(self) -> Self:
-        self._file.create()
         try:
+            self._file.create()
             self._open()
         except BaseException:
             self._file.discard()

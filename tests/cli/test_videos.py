@@ -139,8 +139,8 @@ def test_a_proxy_does_not_come_between_a_machine_and_itself(
 
 
 def test_the_demo_from_end_to_end(tmp_path: Path, artifacts: Artifacts) -> None:
-    video, trace = tmp_path / "new" / "demo.mp4", tmp_path / "new" / "trace.json"
-    result = run("demo", "--artifacts", artifacts.folder, "--output", video, "--trace", trace)
+    video, trace, report = (tmp_path / "new" / name for name in ("demo.mp4", "trace.json", "report.json"))
+    result = run("demo", "--artifacts", artifacts.folder, "--output", video, "--trace", trace, "--report", report)
     assert (result.returncode, result.stderr) == (0, "")
     frames = frames_of(len(read_speech(SPEECH)))
     said = {line.split("  ")[0] for line in result.stdout.splitlines()}
@@ -149,4 +149,8 @@ def test_the_demo_from_end_to_end(tmp_path: Path, artifacts: Artifacts) -> None:
     assert_in_sync(video, frames)
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["tid"] for event in events} >= {"conditioning", "dit_step_1", "dit_step_4", "vae_decoder"}
-    assert sorted(path.name for path in video.parent.iterdir()) == ["demo.mp4", "trace.json"]
+    figures = json.loads(report.read_text())
+    assert figures["artifacts"] == {"preset": "tiny", "fingerprint": artifacts.fingerprint}
+    assert figures["as_spoken"]["frames"] == figures["as_fast_as_it_goes"]["frames"] == 148
+    assert figures["as_fast_as_it_goes"]["fps"] > 0
+    assert sorted(path.name for path in video.parent.iterdir()) == ["demo.mp4", "report.json", "trace.json"]
