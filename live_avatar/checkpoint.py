@@ -22,8 +22,14 @@ from live_avatar.errors import CheckpointError
 def load_networks(preset: Preset, folder: Path | None = None) -> Networks:
     """Networks with the weights of `folder`; without one, with random weights of `preset.weight_seed`.
 
-    Raises `CheckpointError` for a missing file and for missing, surplus or wrong-shaped tensors.
+    Raises `CheckpointError` for a missing file, for missing, surplus or wrong-shaped tensors, and for a preset
+    whose official files this version cannot read.
     """
+    if preset.text.tokenizer != "bytes":
+        raise CheckpointError(
+            f"preset {preset.name} needs the official checkpoint and its tokenizer, which this version cannot read yet; "
+            "use preset tiny."
+        )
     networks = build_networks(preset)
     for index, (name, module) in enumerate(networks.parts().items()):
         if folder is None:

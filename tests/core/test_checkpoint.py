@@ -12,7 +12,7 @@ from torch import Tensor
 
 from live_avatar.checkpoint import load_networks
 from live_avatar.components import Networks
-from live_avatar.config import TINY
+from live_avatar.config import S2V_14B, TINY
 from live_avatar.errors import CheckpointError
 
 
@@ -112,3 +112,8 @@ def test_half_a_file_is_named(folder: Path, kept: int) -> None:
         CheckpointError, match=r"dit\.safetensors is not a whole safetensors file \(.*\); fetch it again"
     ):
         load_networks(TINY, folder)
+
+
+def test_the_large_preset_is_refused_before_its_memory_is_taken() -> None:
+    with pytest.raises(CheckpointError, match=r"preset s2v-14b needs the official checkpoint.*; use preset tiny\."):
+        load_networks(S2V_14B)
