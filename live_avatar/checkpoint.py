@@ -27,7 +27,7 @@ def load_networks(preset: Preset, folder: Path | None = None) -> Networks:
     """
     if preset.text.tokenizer != "bytes":
         raise CheckpointError(
-            f"preset {preset.name} needs the official checkpoint and its tokenizer, which this version cannot read yet; "
+            f"preset {preset.name} needs the official checkpoint and its tokenizer, which this version cannot read; "
             "use preset tiny."
         )
     networks = build_networks(preset)
