@@ -8,6 +8,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from live_avatar import conditioning, config, image, text
 from live_avatar.config import TINY
 from live_avatar.serving.server import MODEL_REPOSITORY
 from live_avatar_client import protocol
@@ -96,3 +97,15 @@ def test_model_files_only_re_export(model: str) -> None:
     assert len(code) == 1
     assert code[0].startswith("from live_avatar.serving.triton_model import ")
     assert code[0].endswith(" as TritonPythonModel")
+
+
+def test_core_and_client_state_the_same_numbers() -> None:
+    """Neither may import the other, so each has its own; here they meet."""
+    assert image.MAX_BYTES == protocol.MAX_IMAGE_BYTES
+    assert image.MAX_PIXELS == protocol.MAX_IMAGE_PIXELS
+    assert text.MAX_CHARS == protocol.MAX_PROMPT_CHARS
+    assert conditioning.MAX_SEED == protocol.MAX_SEED
+    assert (config.SAMPLE_RATE_HZ, config.FPS) == (protocol.SAMPLE_RATE_HZ, protocol.FPS)
+    for preset in config.PRESETS.values():
+        assert preset.stream.block_samples == protocol.BLOCK_SAMPLES
+        assert preset.stream.block_frames == protocol.FRAMES_PER_BLOCK
