@@ -7,7 +7,6 @@ Ctrl-C with 130. Heavy imports stand inside the commands, so that `stream` start
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from live_avatar import interrupts
 from live_avatar.config import PRESETS, Preset, preset
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 USER_ERROR, INTERRUPTED = 2, 130
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FILE = click.Path(path_type=Path)
 
 
@@ -41,7 +40,7 @@ class _Commands(click.Group):
     """Turns the project's exceptions into one sentence on stderr."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _catch_signals()
+        interrupts.catch()
         try:
             super().main(*args, **{**kwargs, "standalone_mode": False})
         except (LiveAvatarError, AvatarError) as error:
@@ -66,20 +65,6 @@ class _Commands(click.Group):
 def _fail(sentence: str) -> NoReturn:
     click.echo(f"Error: {sentence}", err=True)
     sys.exit(USER_ERROR)
-
-
-def _catch_signals() -> None:
-    """Ctrl-C, SIGTERM and a closed terminal (unless under nohup) all unwind."""
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    """The first signal unwinds; further ones must not break the cleaning up."""
-    for ignored in SIGNALS:
-        signal.signal(ignored, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _speech_options(command: F) -> F:
@@ -198,6 +183,7 @@ def generate(
         for block in Generator(_runtime(chosen, checkpoint, artifacts)).generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
+            interrupts.check()
     click.echo(f"Wrote {output} ({video.expected_frames} frames).")
 
 

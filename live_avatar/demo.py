@@ -20,6 +20,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from live_avatar import interrupts
 from live_avatar.arrays import Array
 from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
@@ -78,6 +79,7 @@ def stream_to_file(
             if video is not None:
                 video.write(block.frames)
             progress(len(block))
+            interrupts.check()
             yield block
 
     with AvatarSession(url, image=image, prompt=prompt, seed=seed) as session:

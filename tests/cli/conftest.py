@@ -12,7 +12,7 @@ import pytest
 from live_avatar.arrays import Array
 from live_avatar.artifacts import Artifacts
 from live_avatar.assets import PORTRAIT
-from live_avatar.cli import SIGNALS
+from live_avatar.interrupts import SIGNALS
 from live_avatar.serving.server import ServerOptions, serving
 from tests.cli.support import Running, invoke, write_audio
 from tests.conftest import noise_speech

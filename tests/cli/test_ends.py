@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from live_avatar import interrupts
 from live_avatar.artifacts import Artifacts
+from live_avatar.interrupts import SIGNALS
 from live_avatar.serving.server import ServerOptions
 from tests.cli.support import Running, assert_refused, invoke, run, wait_until
 
@@ -26,6 +28,19 @@ def ports(folder: Path) -> list[object]:
 def ended(running: Running, *numbers: signal.Signals) -> tuple[int, str]:
     code, said = running.end(*numbers)
     return code, said.strip()
+
+
+def test_an_interruption_that_was_swallowed_is_raised_again() -> None:
+    interrupts.catch()
+    interrupts.check()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    for number in SIGNALS:
+        signal.raise_signal(number)  # nothing: the first is being dealt with
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+    interrupts.catch()
+    interrupts.check()
 
 
 @ENDS
