@@ -8,9 +8,11 @@ import errno
 import os
 import secrets
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from types import TracebackType
+from typing import Self, TypeAlias
 
 from .errors import MediaError
 
@@ -78,3 +80,41 @@ class OutputFile:
         """Remove what was written, unless it is in its place."""
         with contextlib.suppress(OSError):  # it may never have been there
             self.partial.unlink()
+
+
+class FileWriter(ABC):
+    """Fills an OutputFile in a `with` statement: published when that ends normally, gone after an exception."""
+
+    def __init__(self, file: OutputFile) -> None:
+        self._file = file
+
+    def __enter__(self) -> Self:
+        try:
+            self._file.create()
+            self._open()
+        except BaseException:
+            self._file.discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._abandon()
+            self._file.discard()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Begin the contents; the partial file is there."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Complete the contents and publish them."""
+
+    @abstractmethod
+    def _abandon(self) -> None:
+        """Close what `_open` opened, in whatever state it is; never raises."""

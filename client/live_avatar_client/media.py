@@ -9,8 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 
@@ -23,7 +22,7 @@ except ImportError as error:
 
 from .core import Pixels, Samples, as_samples
 from .errors import InvalidInput, MediaError
-from .files import OutputFile, require_file
+from .files import FileWriter, OutputFile, require_file
 from .image import read_image_bytes
 from .protocol import FPS, SAMPLE_RATE_HZ
 
@@ -72,7 +71,7 @@ def _form(frame: av.AudioFrame) -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
 
 
-class Mp4Writer:
+class Mp4Writer(FileWriter):
     """Writes an MP4 file of H.264 video and AAC speech, piece by piece, in a `with` statement.
 
     The file appears under its name when the statement is left normally; after an exception there is none.
@@ -98,7 +97,7 @@ class Mp4Writer:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
-        self._file = OutputFile(path, "video")
+        super().__init__(OutputFile(path, "video"))
         self.frames = 0
         """How many frames were written."""
         self._shape = (height, width, 3)
@@ -108,26 +107,6 @@ class Mp4Writer:
         self._metadata = dict(metadata or {})
         if min(width, height, fps) < 1:
             raise InvalidInput(f"the video has {width} x {height} pixels at {fps} fps; pass numbers above 0")
-
-    def __enter__(self) -> Self:
-        try:
-            self._file.create()
-            self._open()
-        except BaseException:
-            self._file.discard()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            with contextlib.suppress(*_FAULTS):  # what is abandoned may be incomplete
-                self._container.close()
-            self._file.discard()
 
     def write(self, frames: Pixels) -> None:
         """Append one frame [height, width, 3] or several [n, height, width, 3], as RGB uint8."""
@@ -171,6 +150,10 @@ class Mp4Writer:
         sound.pts, sound.time_base = start, Fraction(1, SAMPLE_RATE_HZ)
         self._container.mux(self._audio.encode(sound))
         self._samples_written += len(chunk)
+
+    def _abandon(self) -> None:
+        with contextlib.suppress(*_FAULTS):  # what is abandoned may be incomplete
+            self._container.close()
 
     def _finish(self) -> None:
         if not self.frames:

@@ -14,39 +14,19 @@ import numpy as np
 
 from .core import Pixels, Samples
 from .errors import InvalidInput, MediaError
-from .files import OutputFile
+from .files import FileWriter, OutputFile
 from .media import Mp4Writer
 from .protocol import SAMPLES_PER_FRAME
 
 
-class NpyWriter:
+class NpyWriter(FileWriter):
     """Writes a known number of frames to a `.npy` file, uint8 [frames, height, width, 3], as they come."""
 
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, int, int, int]) -> None:
         self.path = Path(path)
-        self._file = OutputFile(path, "frames")
+        super().__init__(OutputFile(path, "frames"))
         self._shape = shape
         self._written = 0
-
-    def __enter__(self) -> Self:
-        try:
-            self._file.create()
-            self._open()
-        except BaseException:
-            self._file.discard()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            with contextlib.suppress(OSError):  # what is abandoned may be incomplete
-                self._stream.close()
-            self._file.discard()
 
     def write(self, frames: Pixels) -> None:
         """Append frames [n, height, width, 3]."""
@@ -65,6 +45,10 @@ class NpyWriter:
         with self._file.explained():
             self._stream = self._file.partial.open("wb")
             np.lib.format.write_array_header_1_0(self._stream, header)  # type: ignore[no-untyped-call]
+
+    def _abandon(self) -> None:
+        with contextlib.suppress(OSError):  # what is abandoned may be incomplete
+            self._stream.close()
 
     def _finish(self) -> None:
         if self._written != self._shape[0]:
