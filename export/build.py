@@ -6,28 +6,33 @@ export leaves no half-made artifacts behind. Knows presets, graphs and files; kn
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import nn
+from torch import Tensor
 
-from export.graphs import OPSET, export_graph
-from export.weights import SharedWeights
-from live_avatar.artifacts import FORMAT, MANIFEST, Artifacts, file_sha256, load_artifacts
-from live_avatar.checkpoint import load_networks
+from export.graphs import OPSET, TracedGraph, Tracer
+from export.weights import WeightFile, tensor_bytes
+from live_avatar.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, file_sha256, load_artifacts
+from live_avatar.checkpoint import outline_networks
 from live_avatar.components import build_components
-from live_avatar.config import Preset
-from live_avatar.contract import Contract, contracts
+from live_avatar.contract import contracts
 from live_avatar.errors import ExportError
 from live_avatar.version import __version__
+from live_avatar.weights import Checkpoint
 
+LEAST_BYTES = 1024  # constants smaller than this stay in the graph
 Progress = Callable[[str], None]
 
 
@@ -37,23 +42,22 @@ def weight_file(component: str) -> str:
     return f"{group}.weights"
 
 
-def export_artifacts(preset: Preset, output: Path, checkpoint: Path | None, progress: Progress) -> Artifacts:
-    """Exports every component of a preset into the folder `output`, replacing artifacts that stand there.
+def export_artifacts(checkpoint: Checkpoint, output: Path, progress: Progress) -> Artifacts:
+    """Exports every component of a checkpoint into the folder `output`, replacing artifacts that stand there.
 
-    `progress` is told each component's name before its export. Raises `ExportError` if `output` exists and is not an
-    artifacts folder, and `CheckpointError` for unusable weights.
+    `progress` is told each component's name before its export. Host memory holds one weight at a time. Raises
+    `ExportError` if `output` exists and is not an artifacts folder, and `CheckpointError` for unusable weights.
     """
     if output.exists() and not _replaceable(output):
         raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
-    parts = build_components(preset, load_networks(preset, checkpoint))
-    agreed = contracts(preset)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
         folder = Path(unfinished) / output.name
         folder.mkdir()
-        _write_graphs(parts, agreed, folder, progress)
-        manifest = _manifest(preset, agreed, folder, checkpoint)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _write_graphs(checkpoint, folder, progress)
+        if checkpoint.tokenizer is not None:
+            shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
+        (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder), indent=1))
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
@@ -71,37 +75,68 @@ def _replaceable(output: Path) -> bool:
     return isinstance(manifest, dict) and {"format", "contracts", "files"} <= manifest.keys()
 
 
-def _write_graphs(parts: dict[str, nn.Module], agreed: dict[str, Contract], folder: Path, progress: Progress) -> None:
+def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
+    agreed = contracts(checkpoint.preset)
+    components = build_components(checkpoint.preset, outline_networks(checkpoint))
+    tracer = Tracer(components)
     by_file: dict[str, list[str]] = {}
     for name in agreed:
         by_file.setdefault(weight_file(name), []).append(name)
     for file, names in by_file.items():
-        with SharedWeights(folder / file) as weights:
+        with WeightFile(folder / file) as weights:
             for name in names:
                 progress(name)
-                model = export_graph(parts[name], agreed[name])
-                weights.move(model)
-                onnx.save(model, folder / f"{name}.onnx")
+                graph = tracer.trace(agreed[name])
+                _place(graph, checkpoint, weights)
+                onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")
     for name in agreed:
         onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
 
 
-def _manifest(preset: Preset, agreed: dict[str, Contract], folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+def _place(graph: TracedGraph, checkpoint: Checkpoint, file: WeightFile) -> None:
+    """Gives every initializer of the graph its value: a place in the file, unless it is small."""
+    named = {value: name for name, value in graph.weights}
+    for value in graph.model.graph.initializers.values():
+        name = named.get(value)
+        if name in graph.constants:
+            value.const_value = _constant(graph.constants[name], value, file)
+        elif name is not None:
+            value.const_value = file.place(name, value, partial(_read, checkpoint, name, value))
+        elif not isinstance(value.const_value, ir.ExternalTensor):  # not placed yet; components may share a model
+            assert value.const_value is not None
+            value.const_value = _constant(torch.from_numpy(np.array(value.const_value.numpy())), value, file)
+
+
+def _constant(tensor: Tensor, value: ir.Value, file: WeightFile) -> ir.TensorProtocol:
+    """A constant is known by what it is, since its name may mean another value in another component."""
+    if tensor.nbytes < LEAST_BYTES:
+        return ir.tensor(tensor.numpy(), name=value.name)
+    key = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    return file.place(key, value, lambda: tensor)
+
+
+def _read(checkpoint: Checkpoint, name: str, value: ir.Value) -> Tensor:
+    """A weight in the type of the graph; parameters are called `part.name in the state dict`."""
+    part, _, official = name.partition(".")
+    assert value.dtype is not None
+    return checkpoint.parts[part].read(official).to(getattr(torch, str(value.dtype.numpy())))
+
+
+def _manifest(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+    preset = checkpoint.preset
     files = sorted(path for path in folder.iterdir())
-    weights = (
-        {path.name: file_sha256(path) for path in sorted(checkpoint.glob("*.safetensors"))} if checkpoint else None
-    )
+    sources = sorted({path for weights in checkpoint.parts.values() for path in weights.files})
     return {
         "format": FORMAT,
         "version": __version__,
         "preset": preset.to_dict(),
-        "weights": weights or f"random, seed {preset.weight_seed}",
+        "weights": {path.name: file_sha256(path) for path in sources} or f"random, seed {preset.weight_seed}",
         "opset": OPSET,
         "made_with": {
             "torch": torch.__version__,
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
         },
-        "contracts": {name: contract.to_dict() for name, contract in agreed.items()},
+        "contracts": {name: contract.to_dict() for name, contract in contracts(preset).items()},
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files},
     }

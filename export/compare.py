@@ -6,7 +6,7 @@ torch than its tolerance. Symbolic dimensions are tried at their least, usual an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,9 @@ import numpy as np
 
 from export.graphs import random_inputs
 from live_avatar.artifacts import load_artifacts
+from live_avatar.checkpoint import open_checkpoint
 from live_avatar.errors import LiveAvatarError
+from live_avatar.lora import LoRA
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 
@@ -36,11 +38,18 @@ class Difference:
         return self.relative <= RELATIVE_TOLERANCE and self.pixels <= PIXEL_TOLERANCE
 
 
-def compare(artifacts: Path, checkpoint: Path | None, seed: int) -> Iterator[Difference]:
-    """Yields a difference per component, at the widest over the extents of its symbolic dimensions."""
+def compare(
+    artifacts: Path,
+    checkpoint: Path | None,
+    seed: int,
+    components: Sequence[str] = (),
+    lora: LoRA | None = None,
+) -> Iterator[Difference]:
+    """Yields the widest difference of each component (all, if none is named) over its symbolic dimensions' extents."""
     loaded = load_artifacts(artifacts)
-    exported, oracle = OnnxRuntime(loaded), TorchRuntime(loaded.preset, checkpoint)
-    for name, contract in loaded.contracts.items():
+    exported, oracle = OnnxRuntime(loaded), TorchRuntime(open_checkpoint(loaded.preset, checkpoint, lora))
+    for name in components or loaded.contracts:
+        contract = loaded.contracts[name]
         ours, theirs = exported.graph(name), oracle.graph(name)
         relative = pixels = 0.0
         for extent in range(3 if contract.ranges else 1):

@@ -1,30 +1,32 @@
-"""Weights of several graphs in one external file, each tensor once.
+"""The external weights of several graphs in one file, each tensor once and one in memory at a time.
 
-The four steps and the prefill share the transformer's weights; equal tensors are found by content, so
-it does not matter how the exporter named or transposed them. Knows ONNX files only.
+The four steps and the prefill share the transformer's weights; a tensor is known by its name in the state dict.
+Knows arrays and files; knows no network.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import onnx
-from onnx import TensorProto, external_data_helper, numpy_helper
+import onnx_ir as ir
+import torch
+from torch import Tensor
 
-LEAST_BYTES = 1024  # smaller tensors stay in the graph
+from live_avatar.arrays import Array
+
 ALIGNMENT = 4096  # so that a tensor can be memory-mapped
 
 
-class SharedWeights:
+class WeightFile:
     """An external data file being written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb")
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._placed: dict[str, ir.ExternalTensor] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -34,22 +36,26 @@ class SharedWeights:
     ) -> None:
         self._file.close()
 
-    def move(self, model: onnx.ModelProto) -> None:
-        """Moves the model's large initializers into the file; the model then refers to it by its name."""
-        for tensor in model.graph.initializer:
-            data = numpy_helper.to_array(tensor).tobytes()
-            if len(data) >= LEAST_BYTES:
-                offset, length = self._place(data)
-                tensor.raw_data = b""  # set_external_data wants the field to be there
-                external_data_helper.set_external_data(tensor, self._path.name, offset=offset, length=length)
-                for field in ("raw_data", "float_data", "int64_data", "int32_data"):
-                    tensor.ClearField(field)
-                tensor.data_location = TensorProto.EXTERNAL
+    def place(self, key: str, value: ir.Value, read: Callable[[], Tensor]) -> ir.ExternalTensor:
+        """Where the tensor `key` stands in the file, for the initializer `value`; it is read and written once."""
+        if key not in self._placed:
+            assert value.dtype is not None
+            offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
+            self._file.write(b"\0" * (offset - self._file.tell()))
+            data = tensor_bytes(read())
+            self._file.write(data.data)
+            self._placed[key] = ir.ExternalTensor(
+                self._path.name,
+                offset,
+                len(data),
+                value.dtype,
+                shape=ir.Shape(value.shape or ()),
+                name=value.name or key,
+                base_dir=self._path.parent,
+            )
+        return self._placed[key]
 
-    def _place(self, data: bytes) -> tuple[int, int]:
-        key = hashlib.sha256(data).digest()
-        if key not in self._places:
-            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-            self._places[key] = (self._file.tell(), len(data))
-            self._file.write(data)
-        return self._places[key]
+
+def tensor_bytes(tensor: Tensor) -> Array:
+    """The tensor's memory, row by row, uint8 [n]; numpy has no bfloat16, so it is seen as bytes."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -18,7 +18,8 @@ from live_avatar.errors import ArtifactError, ConfigError
 from live_avatar.version import __version__
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+TOKENIZER = "tokenizer.json"
+FORMAT = 2
 
 
 def file_sha256(path: Path) -> str:
@@ -40,6 +41,11 @@ class Artifacts:
         """Hash of everything in the folder, short; the name of this exact model in logs and reports."""
         files = json.dumps(self.manifest["files"], sort_keys=True)
         return hashlib.sha256(files.encode()).hexdigest()[:12]
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer's file; none where the preset needs none."""
+        return self.folder / TOKENIZER if TOKENIZER in self.manifest["files"] else None
 
     def graph_path(self, component: str) -> Path:
         if component not in self.contracts:

@@ -1,6 +1,7 @@
 """Multi-head attention as all networks of the DiT use it: normalised queries and keys, heads outside.
 
-Knows no cache and no positions: keys and values come in ready, rotated or not.
+Knows no cache and no positions: keys and values come in ready, rotated or not. The linears here are those that
+may run in 16 bits (`Preset.precision`); norms and rotations are computed in float32 whatever they are.
 """
 
 from __future__ import annotations
@@ -10,16 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Linear(nn.Linear):
+    """A linear whose weights' type decides the type it computes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] of any floating type -> [..., out] of the weights' type."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     """Projections q, k, v, o with an RMSNorm over all channels on queries and keys (spec section 2)."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.o = Linear(dim, dim)
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
 
@@ -28,22 +37,40 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def query(self, x: Tensor) -> Tensor:
-        """[B, L, C] -> [B, N, L, D]."""
-        return self._split(self.norm_q(self.q(x)))
+        """[B, L, C] -> [B, N, L, D] float32."""
+        return self._split(self.norm_q(self.q(x).float()))
+
+    def key(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> normalised keys [B, N, L, D] float32, not rotated."""
+        return self._split(self.norm_k(self.k(x).float()))
+
+    def value(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, N, L, D] in the type of caches."""
+        return self._split(self.v(x))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, L, C] -> keys (normalised, not rotated) and values, [B, N, L, D] each."""
-        return self._split(self.norm_k(self.k(x))), self._split(self.v(x))
+        """[B, L, C] -> keys (normalised, not rotated) and values, [B, N, L, D] each, in the type of caches."""
+        value = self.value(x)
+        return self.key(x).to(value.dtype), value
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries [B, N, L, D] over keys and values [B, N, M, D] -> [B, L, C], no mask."""
-        out = F.scaled_dot_product_attention(query, key, value)
-        return self.o(out.transpose(1, 2).flatten(2))
+        return self.o(attend(query, key, value).transpose(1, 2).flatten(2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of [B, N, L, D] over [B, N, M, D], in the values' type.
+
+    Queries are scaled here and not inside: TensorRT's fused attention takes no scale.
+    """
+    query = (query * query.shape[-1] ** -0.5).to(value.dtype)
+    return F.scaled_dot_product_attention(query, key.to(value.dtype), value, scale=1.0)
 
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:
-    """Turns adjacent channel pairs of x [B, N, L, D] by the phases [2, L, D / 2] (spec section 4)."""
-    pairs = x.unflatten(-1, (-1, 2))
+    """Turns adjacent channel pairs of x [B, N, L, D] by the phases [2, L, D / 2] in float32 (spec section 4)."""
+    pairs = x.float().unflatten(-1, (-1, 2))
     real, imaginary = pairs[..., 0], pairs[..., 1]
     cosine, sine = phase[0], phase[1]
-    return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1).flatten(-2)
+    turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

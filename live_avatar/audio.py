@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from live_avatar.attention import Attention
+from live_avatar.attention import Attention, Linear
 from live_avatar.config import TEMPORAL_STRIDE, DiTConfig
 
 PREFIX_COLUMNS = 1
@@ -115,11 +115,11 @@ class AdaIN(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, 2 * dim)
+        self.linear = Linear(dim, 2 * dim)
 
     def forward(self, x: Tensor, globe: Tensor) -> Tensor:
         """x [F, S, C], globe [F, C] -> [F, S, C]."""
-        shift, scale = self.linear(F.silu(globe))[:, None].chunk(2, dim=-1)
+        shift, scale = self.linear(F.silu(globe)).float()[:, None].chunk(2, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=ADAIN_EPS) * (1 + scale) + shift
 
 

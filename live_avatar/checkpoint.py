@@ -1,85 +1,102 @@
-"""Weights of a preset: from a folder of safetensors files, or drawn from the preset's fixed seed.
+"""From files (or a seed) to networks with weights.
 
-Parameter names are the official state dict's. A folder holds `dit.safetensors`, `vae.safetensors`,
-`speech.safetensors` and `text.safetensors`; every tensor must be there, none may be left over. The
-module knows no graphs. (Sharded official downloads and LoRA are not read yet.)
+A checkpoint folder is the official download (`official.py`), or four files of the project's own, `dit.safetensors`,
+`vae.safetensors`, `speech.safetensors` and `text.safetensors`, with the official parameter names. Every tensor must
+be there, none may be left over. Without a folder the weights are drawn from the preset's seed. A LoRA is merged on
+the way in. Knows no graphs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from live_avatar.components import Networks, build_networks
-from live_avatar.config import Preset
+from live_avatar.components import Networks, outline, replace_parameters
+from live_avatar.config import TINY, Preset
 from live_avatar.errors import CheckpointError
+from live_avatar.lora import LoRA, MergedWeights
+from live_avatar.official import is_official, open_official
+from live_avatar.weights import Checkpoint, RandomWeights, SafetensorsWeights, Weights, account, shapes_of
+
+# What the modulation of a timestep is made of (spec section 3, steps 2, 4, 5).
+MODULATION = ("time_embedding", "time_projection", "modulation")
 
 
-def load_networks(preset: Preset, folder: Path | None = None) -> Networks:
-    """Networks with the weights of `folder`; without one, with random weights of `preset.weight_seed`.
+def open_checkpoint(preset: Preset | None = None, folder: Path | None = None, lora: LoRA | None = None) -> Checkpoint:
+    """Finds and accounts for every tensor; reads none.
 
-    Raises `CheckpointError` for a missing file, for missing, surplus or wrong-shaped tensors, and for a preset
-    whose official files this version cannot read.
+    The preset may be left out: then it is the one that an official folder describes, or `TINY`. Raises
+    `CheckpointError` for a missing file, for missing, surplus or wrong-shaped tensors, and for a preset whose
+    networks are not those of the folder.
     """
+    if folder is not None and not folder.is_dir():
+        fault = "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint {folder} {fault}; give the folder that holds the weights.")
+    if folder is not None and is_official(folder):
+        checkpoint = _as_preset(open_official(folder), preset, folder)
+    else:
+        checkpoint = _own(preset or TINY, folder)
+    for part, network in outline(checkpoint.preset).parts().items():
+        account(checkpoint.parts[part], shapes_of(network))
+    if lora is None:
+        return checkpoint
+    return dataclasses.replace(
+        checkpoint, parts={**checkpoint.parts, "dit": MergedWeights(checkpoint.parts["dit"], lora)}
+    )
+
+
+def _as_preset(found: Checkpoint, wanted: Preset | None, folder: Path) -> Checkpoint:
+    """The checkpoint under the wanted preset, if its networks are the same."""
+    if wanted is None:
+        return found
+    for part in ("dit", "vae", "speech", "text"):
+        ours, theirs = getattr(wanted, part), getattr(found.preset, part)
+        for field in dataclasses.fields(ours):
+            expected, value = getattr(ours, field.name), getattr(theirs, field.name)
+            if expected != value:
+                raise CheckpointError(
+                    f"{folder} has {part} {field.name} {value}, but preset {wanted.name} has {expected}; leave "
+                    "--preset out to take the sizes from the folder."
+                )
+    return dataclasses.replace(found, preset=wanted)
+
+
+def _own(preset: Preset, folder: Path | None) -> Checkpoint:
     if preset.text.tokenizer != "bytes":
         raise CheckpointError(
-            f"preset {preset.name} needs the official checkpoint and its tokenizer, which this version cannot read; "
-            "use preset tiny."
+            f"preset {preset.name} needs the official checkpoint and its tokenizer; give the folder with --checkpoint, "
+            "or make one with random weights: python -m export.synthetic --help."
         )
-    networks = build_networks(preset)
-    for index, (name, module) in enumerate(networks.parts().items()):
+    parts: dict[str, Weights] = {}
+    for index, (name, network) in enumerate(outline(preset).parts().items()):
         if folder is None:
-            _draw(module, seed=preset.weight_seed + index)
+            parts[name] = RandomWeights(shapes_of(network), preset.weight_seed + index)
         else:
-            _load(module, folder / f"{name}.safetensors")
-        module.requires_grad_(False)
+            parts[name] = SafetensorsWeights(folder / f"{name}.safetensors")
+    return Checkpoint(preset, parts)
+
+
+def load_networks(checkpoint: Checkpoint) -> Networks:
+    """Networks with all their weights in memory, in the types of the preset."""
+    networks = outline(checkpoint.preset)
+    for part, network in networks.parts().items():
+        _fill(network, checkpoint.parts[part])
     return networks
 
 
-def _load(module: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint file {path} does not exist; expected a folder with {path.name} in it.")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); fetch it again.") from error
-    expected = module.state_dict()
-    for problem, names in (
-        ("lacks", expected.keys() - weights.keys()),
-        ("has unknown", weights.keys() - expected.keys()),
-    ):
-        if names:
-            raise CheckpointError(
-                f"{path} {problem} {len(names)} tensors, such as {sorted(names)[0]!r}; is it of another preset?"
-            )
-    for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {list(weights[name].shape)}, expected {list(tensor.shape)}; "
-                "is it of another preset?"
-            )
-    module.load_state_dict(weights)
+def outline_networks(checkpoint: Checkpoint) -> Networks:
+    """Networks on the meta device, but for what the modulation of a timestep is made of: that has its weights."""
+    networks = outline(checkpoint.preset)
+    _fill(networks.dit, checkpoint.parts["dit"], MODULATION)
+    return networks
 
 
-def _draw(module: nn.Module, seed: int) -> None:
-    """Random weights that keep activations of size about 1, the same on every machine."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
-            parameter.copy_(_drawn(name, parameter, generator))
+def _fill(network: nn.Module, weights: Weights, only: Sequence[str] | None = None) -> None:
+    def filled(name: str, parameter: Tensor) -> Tensor:
+        wanted = only is None or any(part in only for part in name.split("."))
+        return weights.read(name).to(parameter.dtype) if wanted else parameter
 
-
-def _drawn(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(parameter.shape, generator=generator)
-    if name.endswith(("gamma", "original0")) or ("norm" in name and name.endswith("weight")):
-        return 1 + 0.1 * noise
-    if parameter.dim() < 2:
-        return 0.1 * noise
-    if parameter.dim() == 2 or name.endswith(("weight", "original1")):
-        fan_in = parameter[0].numel()
-        return noise * fan_in**-0.5
-    return 0.3 * noise
+    replace_parameters(network, filled)

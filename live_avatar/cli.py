@@ -6,6 +6,7 @@ Ctrl-C with 130. Heavy imports stand inside the commands, so that `stream` start
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from live_avatar import interrupts
-from live_avatar.config import PRESETS, Preset, preset
+from live_avatar.config import PRECISIONS, PRESETS, Preset, preset
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
@@ -25,6 +26,7 @@ from live_avatar_client.protocol import MAX_SEED
 if TYPE_CHECKING:
     from live_avatar.artifacts import Artifacts
     from live_avatar.runtime import Runtime
+    from live_avatar.weights import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,17 +99,37 @@ def _artifacts_option(required: bool) -> Callable[[F], F]:
     )
 
 
-_preset_option = click.option(
-    "--preset",
-    "preset_name",
-    type=click.Choice(sorted(PRESETS)),
-    default="tiny",
-    show_default=True,
-    help="Which system.",
-)
-_checkpoint_option = click.option(
-    "--checkpoint", type=FILE, help="Folder with the weights; without it they are random, from the preset's seed."
-)
+def _model_options(command: F) -> F:
+    """Which networks, with which weights, at which size; None keeps what the preset says."""
+    for option in (
+        click.option(
+            "--like",
+            type=FILE,
+            help="Take height and width from this picture: its shape, in steps of 64 pixels, within the preset's area.",
+        ),
+        click.option("--width", type=_Integer(min=1), help="Width of the video in pixels, a multiple of 16."),
+        click.option("--height", type=_Integer(min=1), help="Height of the video in pixels, a multiple of 16."),
+        click.option(
+            "--precision", type=click.Choice(PRECISIONS), help="Type of large weights, activations and caches."
+        ),
+        click.option(
+            "--lora-alpha", type=float, help="The adapter's alpha, where the file does not say it (64 for the release)."
+        ),
+        click.option("--lora", type=FILE, help="Adapter (safetensors) to merge into the transformer's weights."),
+        click.option(
+            "--checkpoint",
+            type=FILE,
+            help="Folder with the weights, such as the official download; without it they are random.",
+        ),
+        click.option(
+            "--preset",
+            "preset_name",
+            type=click.Choice(sorted(PRESETS)),
+            help="Which system; without it the one that --checkpoint describes, or tiny.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def _stream_options(command: F) -> F:
@@ -129,13 +151,53 @@ def _stream_options(command: F) -> F:
     return command
 
 
-def _chosen_preset(name: str, lookahead_ms: int | None, sink_update_block: int | None) -> Preset:
-    changes: dict[str, int | None] = {}
+def _opened(
+    preset_name: str | None,
+    checkpoint: Path | None,
+    lora: Path | None,
+    lora_alpha: float | None,
+    precision: str | None,
+    height: int | None,
+    width: int | None,
+    like: Path | None,
+    **stream: Any,
+) -> Checkpoint:
+    """The checkpoint that the options of `_model_options` and `_stream_options` choose."""
+    from live_avatar.checkpoint import open_checkpoint
+    from live_avatar.lora import LoRA
+
+    if lora is None and lora_alpha is not None:
+        raise click.UsageError("--lora-alpha is nothing without --lora; give the adapter's file")
+    found = open_checkpoint(
+        None if preset_name is None else preset(preset_name),
+        checkpoint,
+        None if lora is None else LoRA(lora, alpha=lora_alpha),
+    )
+    size = _size(found.preset, height, width, like)
+    chosen = found.preset.with_stream(**size, **_stream_changes(**stream))
+    return dataclasses.replace(found, preset=chosen.with_precision(precision or chosen.precision))
+
+
+def _size(chosen: Preset, height: int | None, width: int | None, like: Path | None) -> dict[str, int]:
+    if like is not None:
+        from live_avatar.image import area_size, picture_size
+        from live_avatar_client.media import read_image_bytes
+
+        if height is not None or width is not None:
+            raise click.UsageError("--like decides height and width; leave --height and --width out")
+        area = chosen.stream.height * chosen.stream.width
+        height, width = area_size(*picture_size(read_image_bytes(like)), area)
+    given = {"height": height, "width": width}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _stream_changes(lookahead_ms: int | None, sink_update_block: int | None) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
     if lookahead_ms is not None:
         changes["lookahead_ms"] = lookahead_ms
     if sink_update_block is not None:
         changes["sink_update_block"] = sink_update_block or None
-    return preset(name).with_stream(**changes)
+    return changes
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -145,23 +207,19 @@ def main() -> None:
 
 
 @main.command()
-@_preset_option
-@_checkpoint_option
+@_model_options
 @_artifacts_option(required=False)
 @_stream_options
 @_speech_options
 def generate(
-    preset_name: str,
-    checkpoint: Path | None,
     artifacts: Path | None,
-    lookahead_ms: int | None,
-    sink_update_block: int | None,
     audio: Path,
     image: Path,
     prompt: str,
     seed: int,
     output: Path,
     frames_output: Path | None,
+    **model: Any,
 ) -> None:
     """Make a video in this process, without a server (Algorithm 3).
 
@@ -173,35 +231,33 @@ def generate(
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
 
-    chosen = _chosen_preset(preset_name, lookahead_ms, sink_update_block)
-    if artifacts is not None and (checkpoint is not None or chosen != preset(preset_name)):
-        raise click.UsageError(
-            "--artifacts has its own --checkpoint, --lookahead-ms and --sink-update-block; leave these out"
-        )
+    given = [f"--{name.replace('_', '-')}" for name, value in model.items() if value and name != "preset_name"]
+    if artifacts is not None and given:
+        raise click.UsageError(f"--artifacts were exported with their own {', '.join(given)}; leave that out")
     speech, picture = read_speech(audio), read_image_bytes(image)
     with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        for block in Generator(_runtime(chosen, checkpoint, artifacts)).generate(picture, prompt, seed, speech):
+        for block in Generator(_runtime(artifacts, model)).generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
             interrupts.check()
     click.echo(f"Wrote {output} ({video.expected_frames} frames).")
 
 
-def _runtime(chosen: Preset, checkpoint: Path | None, artifacts: Path | None) -> Runtime:
+def _runtime(artifacts: Path | None, model: dict[str, Any]) -> Runtime:
     if artifacts is not None:
         from live_avatar.runtime.onnx_runtime import OnnxRuntime
 
-        return OnnxRuntime(_artifacts_of(artifacts, chosen.name))
+        return OnnxRuntime(_artifacts_of(artifacts, model["preset_name"]))
     from live_avatar.runtime.torch_runtime import TorchRuntime
 
-    return TorchRuntime(chosen, checkpoint)
+    return TorchRuntime(_opened(**model))
 
 
-def _artifacts_of(folder: Path, preset_name: str) -> Artifacts:
+def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
     from live_avatar.artifacts import load_artifacts
 
     artifacts = load_artifacts(folder)
-    if artifacts.preset.name != preset_name:
+    if preset_name not in (None, artifacts.preset.name):
         raise ArtifactError(
             f"{folder} holds preset {artifacts.preset.name!r}, not {preset_name!r}; "
             f"give --preset {artifacts.preset.name} or export {preset_name}."
@@ -210,17 +266,14 @@ def _artifacts_of(folder: Path, preset_name: str) -> Artifacts:
 
 
 @main.command()
-@_preset_option
-@_checkpoint_option
+@_model_options
 @_stream_options
 @click.option("--output", type=FILE, required=True, help="Artifacts folder to make, or to make again.")
-def export(
-    preset_name: str, checkpoint: Path | None, lookahead_ms: int | None, sink_update_block: int | None, output: Path
-) -> None:
+def export(output: Path, **model: Any) -> None:
     """Compile a preset to ONNX graphs, shared weights and a manifest."""
     from live_avatar.demo import export_with_progress
 
-    artifacts = export_with_progress(_chosen_preset(preset_name, lookahead_ms, sink_update_block), output, checkpoint)
+    artifacts = export_with_progress(_opened(**model), output)
     click.echo(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 
 

@@ -6,6 +6,7 @@ Thin: each puts positions, shapes and pixel types around one network of `dit.py`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from live_avatar import rope
+from live_avatar.attention import Linear
 from live_avatar.audio import AudioTokens
 from live_avatar.config import Preset, SpeechEncoderConfig, StreamConfig, TextEncoderConfig
 from live_avatar.contract import contracts, step_name
-from live_avatar.dit import KV, CausalDiT, Conditions
+from live_avatar.dit import KV, CausalDiT, Conditions, Modulation
 from live_avatar.schedule import make_schedule
 from live_avatar.vae import VAE
 
@@ -58,14 +60,36 @@ def text_network(config: TextEncoderConfig) -> nn.Module:
     return UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu", use_cache=False)).eval()
 
 
-def build_networks(preset: Preset) -> Networks:
-    """Networks of the preset's sizes; weights as their constructors leave them."""
-    return Networks(
-        CausalDiT(preset.dit).eval(),
-        VAE(preset.vae).eval(),
-        speech_network(preset.speech),
-        text_network(preset.text),
-    )
+def outline(preset: Preset) -> Networks:
+    """Networks of the preset's sizes and types on torch's meta device: no weights, and no memory for them."""
+    with torch.device("meta"):
+        networks = Networks(
+            CausalDiT(preset.dit).eval(),
+            VAE(preset.vae).eval(),
+            speech_network(preset.speech),
+            text_network(preset.text),
+        )
+    large = getattr(torch, preset.precision)
+    for module in networks.dit.modules():
+        if isinstance(module, Linear):
+            module.to(large)
+    for parameter in networks.vae.parameters():
+        parameter.data = parameter.data.to(large)
+    if preset.precision != "float16":  # UMT5's activations leave the range of float16
+        networks.text.to(large)
+    return networks
+
+
+def replace_parameters(module: nn.Module, made: Callable[[str, Tensor], Tensor]) -> None:
+    """Puts `made(name, parameter)` in the place of every parameter; tied ones stay tied, under their first name."""
+    new = {
+        id(parameter): nn.Parameter(made(name, parameter), requires_grad=False)
+        for name, parameter in module.named_parameters()
+    }
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = new[id(parameter)]
 
 
 def _pairs(flat: tuple[Tensor, ...]) -> KV:
@@ -92,10 +116,10 @@ class AudioTokenizer(nn.Module):
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
-        self.encoder = networks.dit.casual_audio_encoder
+        self.dit = networks.dit
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(states)
+        return self.dit.casual_audio_encoder(states)
 
 
 class TextEncoder(nn.Module):
@@ -106,7 +130,7 @@ class TextEncoder(nn.Module):
         self.text = networks.text
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        features = self.text(input_ids=token_ids, attention_mask=token_mask).last_hidden_state[0]
+        features = self.text(input_ids=token_ids, attention_mask=token_mask).last_hidden_state[0].float()
         return features * token_mask[0, :, None].to(features.dtype)
 
 
@@ -189,9 +213,13 @@ class _Folded(nn.Module):
     def __init__(self, dit: CausalDiT, timestep: float) -> None:
         super().__init__()
         with torch.no_grad():
-            self.value = dit.modulation(timestep)
-        self.register_buffer("layers", self.value.layers, persistent=False)
-        self.register_buffer("head", self.value.head, persistent=False)
+            value = dit.modulation(timestep)
+        self.register_buffer("layers", value.layers, persistent=False)
+        self.register_buffer("head", value.head, persistent=False)
+
+    @property
+    def value(self) -> Modulation:
+        return Modulation(self.layers, self.head)
 
 
 class DiTPrefill(nn.Module):

@@ -19,7 +19,6 @@ from live_avatar.image import decode_image
 from live_avatar.runtime import Runtime
 from live_avatar.sink import SinkSource
 from live_avatar.speech import SpeechWindow, interpolate
-from live_avatar.text import tokenize
 
 MAX_SEED = 2**63 - 1
 KNOWN_AVATARS = 16
@@ -58,6 +57,7 @@ class Conditioner:
 
     def __init__(self, runtime: Runtime) -> None:
         self.preset: Preset = runtime.preset
+        self._tokenizer = runtime.tokenizer
         names = ("vae_encoder_first", "vae_encoder", "text_encoder", "speech_encoder", "audio_tokens")
         self._graphs = {name: runtime.graph(name) for name in names}
         self._avatars: OrderedDict[str, SinkSource] = OrderedDict()
@@ -92,7 +92,7 @@ class Conditioner:
     def _encode(self, image: bytes, prompt: str) -> SinkSource:
         stream = self.preset.stream
         frame = decode_image(image, stream.height, stream.width)[None, :, None]
-        token_ids, token_mask = tokenize(prompt, self.preset)
+        token_ids, token_mask = self._tokenizer.encode(prompt)
         text = self._graphs["text_encoder"].run({"token_ids": token_ids, "token_mask": token_mask})["text"]
         latents = self._encode_still(frame)
         return SinkSource(latents[:, :, :1], latents, text)

@@ -9,7 +9,7 @@ profile). The module knows no runtime and no weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from live_avatar.config import (
@@ -28,11 +28,16 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: its name, numpy type name and shape."""
+    """One input or output: its name, numpy type name and shape.
+
+    `resident`: it stays with the stage from call to call (caches, the state of a stream), so a runtime on a GPU
+    keeps it there and never copies it to the host.
+    """
 
     name: str
     dtype: str
     shape: Shape
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Contract:
 
     def to_dict(self) -> dict[str, Any]:
         specs = {
-            side: [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in getattr(self, side)]
+            side: [{**asdict(spec), "shape": list(spec.shape)} for spec in getattr(self, side)]
             for side in ("inputs", "outputs")
         }
         return {"name": self.name, **specs, "ranges": {k: list(v) for k, v in self.ranges.items()}}
@@ -54,7 +59,7 @@ class Contract:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Contract:
         def specs(side: str) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in values[side])
+            return tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[side])
 
         ranges = {k: (v[0], v[1], v[2]) for k, v in values["ranges"].items()}
         return cls(values["name"], specs("inputs"), specs("outputs"), ranges)
@@ -70,10 +75,6 @@ def step_name(step: int) -> str:
     return f"dit_step_{step}"
 
 
-def state_specs(prefix: str, shapes: list[tuple[int, ...]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(f"{prefix}.{i}", FLOAT, shape) for i, shape in enumerate(shapes))
-
-
 def vae_state_shapes(config: VAEConfig, latent_height: int, latent_width: int, part: str) -> list[tuple[int, ...]]:
     """Shapes of the slots of a stream through the VAE's `part`, "encode" or "decode", read off a dry run."""
     import torch  # here alone: a serving process reads shapes from the manifest and needs no torch
@@ -81,7 +82,7 @@ def vae_state_shapes(config: VAEConfig, latent_height: int, latent_width: int, p
     from live_avatar.vae import VAE
 
     with torch.device("meta"):
-        vae = VAE(config)
+        vae = VAE(config).to("meta")
         if part == "encode":
             frame = torch.empty(1, 3, 1, SPATIAL_STRIDE * latent_height, SPATIAL_STRIDE * latent_width)
             _, state = vae.encode(frame, None)
@@ -93,7 +94,7 @@ def vae_state_shapes(config: VAEConfig, latent_height: int, latent_width: int, p
 def _kv_specs(preset: Preset, prefix: str, tokens: int | str) -> tuple[TensorSpec, ...]:
     dit = preset.dit
     shape = (1, dit.num_heads, tokens, dit.head_dim)
-    return tuple(TensorSpec(name, FLOAT, shape) for name in kv_names(prefix, dit.num_layers))
+    return tuple(TensorSpec(name, preset.precision, shape, resident=True) for name in kv_names(prefix, dit.num_layers))
 
 
 def _speech_encoder(preset: Preset) -> Contract:
@@ -141,7 +142,8 @@ def _latent_shape(preset: Preset, frames: int) -> Shape:
 
 def _vae_states(preset: Preset, part: str, prefix: str) -> tuple[TensorSpec, ...]:
     stream = preset.stream
-    return state_specs(prefix, vae_state_shapes(preset.vae, stream.latent_height, stream.latent_width, part))
+    shapes = vae_state_shapes(preset.vae, stream.latent_height, stream.latent_width, part)
+    return tuple(TensorSpec(f"{prefix}.{i}", preset.precision, shape, True) for i, shape in enumerate(shapes))
 
 
 def _vae_encoder(preset: Preset, first: bool) -> Contract:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from live_avatar import interrupts
 from live_avatar.arrays import Array
 from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
-from live_avatar.config import SAMPLE_RATE_HZ, TINY, Preset
+from live_avatar.config import SAMPLE_RATE_HZ, TINY
 from live_avatar.contract import contracts
 from live_avatar.errors import ArtifactError
 from live_avatar.serving.server import ServerOptions, serving
@@ -35,21 +35,24 @@ from live_avatar_client.files import OutputFile
 from live_avatar_client.media import read_speech
 from live_avatar_client.video import SpeechVideo
 
+if TYPE_CHECKING:
+    from live_avatar.weights import Checkpoint
+
 CHUNK_S = 0.02
 SEED = 0
 
 
-def export_with_progress(preset: Preset, output: Path, checkpoint: Path | None) -> Artifacts:
+def export_with_progress(checkpoint: Checkpoint, output: Path) -> Artifacts:
     """`export_artifacts` behind a progress bar."""
     from export.build import export_artifacts
 
-    with tqdm(total=len(contracts(preset)), unit="graph", desc="export", leave=False, disable=None) as bar:
+    with tqdm(total=len(contracts(checkpoint.preset)), unit="graph", desc="export", leave=False, disable=None) as bar:
 
         def progress(component: str) -> None:
             bar.set_postfix_str(component)
             bar.update()
 
-        return export_artifacts(preset, output, checkpoint, progress)
+        return export_artifacts(checkpoint, output, progress)
 
 
 def spoken(speech: Array) -> Iterator[Array]:
@@ -135,7 +138,9 @@ def _ready_artifacts(folder: Path) -> None:
             f"{folder} holds preset {held!r}, and the demo needs {TINY.name!r}; give other --artifacts."
         )
     click.echo(f"Exporting preset {TINY.name} to {folder} (about a minute).")
-    export_with_progress(TINY, folder, None)
+    from live_avatar.checkpoint import open_checkpoint
+
+    export_with_progress(open_checkpoint(TINY), folder)
 
 
 def frame_bar(description: str, video: SpeechVideo) -> Any:

@@ -34,6 +34,7 @@ class DenoisingStep:
     def __init__(self, runtime: Runtime, step: int) -> None:
         self.preset = runtime.preset
         self.step = step
+        self._zeros = runtime.zeros
         stream = self.preset.stream
         self._schedule = make_schedule(stream.steps, stream.schedule_shift)
         self._graph = runtime.graph(step_name(step))
@@ -46,7 +47,7 @@ class DenoisingStep:
 
     def open(self, source: SinkSource) -> StepState:
         """State of a new session."""
-        return StepState(KVRing(self.preset), self.prefill(source))
+        return StepState(KVRing(self.preset, self._zeros), self.prefill(source))
 
     def run(self, state: StepState, latent: Array, audio: dict[str, Array], distance: int | None = None) -> Array:
         """Moves the session's next block [1, 16, F, h, w] one noise level down and writes its ring.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from live_avatar.attention import Attention, rotate
+from live_avatar.attention import Attention, Linear, rotate
 from live_avatar.audio import AudioEncoder, AudioInjector, AudioTokens
 from live_avatar.config import PATCH, DiTConfig
 from live_avatar.motion import FramePacker
@@ -64,9 +64,9 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = Attention(config.dim, config.num_heads, config.eps)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
+            Linear(config.dim, config.ffn_dim),
             nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
+            Linear(config.ffn_dim, config.dim),
         )
 
     def forward(
@@ -79,19 +79,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """x [1, L, C], modulation [6, C], phase [2, L, D/2], past: rotated keys and values seen beside x.
 
-        Returns x, its (un-rotated keys, values), and its rotated keys.
+        Returns x (float32), its (un-rotated keys, values), and its rotated keys, in the type of caches.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(0)
         attention = self.self_attn
         normed = _modulated(x, shift1, scale1, self.eps)
-        key, value = attention.key_value(normed)
-        rotated = rotate(key, phase)
+        key, value = attention.key(normed), attention.value(normed)
+        rotated = rotate(key, phase).to(value.dtype)
         keys = torch.cat([*(k for k, _ in past), rotated], dim=2)
         values = torch.cat([*(v for _, v in past), value], dim=2)
         x = x + gate1 * attention(rotate(attention.query(normed), phase), keys, values)
         x = x + self.cross_attn(self.cross_attn.query(self.norm3(x)), *text)
         x = x + gate2 * self.ffn(_modulated(x, shift2, scale2, self.eps))
-        return x, (key, value), rotated
+        return x, (key.to(value.dtype), value), rotated
 
 
 class Head(nn.Module):
@@ -117,9 +117,7 @@ class CausalDiT(nn.Module):
         dim, patch = config.dim, (1, PATCH, PATCH)
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch)
         self.cond_encoder = nn.Conv3d(config.cond_dim, dim, kernel_size=patch, stride=patch)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.trainable_cond_mask = nn.Embedding(3, dim)

@@ -1,29 +1,29 @@
 """The rolling key/value cache of one step of one session (spec section 5).
 
 The window is L blocks with the current one; the ring stores the L - 1 past ones, because the step itself
-brings the current block's keys and values. That is the reference's ring less the slot it is about to
-overwrite, and a quarter less memory. Knows arrays; knows no graph and no step number.
+brings the current block's keys and values. That is the reference's ring less the slot it is about to overwrite,
+and a quarter less memory. The runtime gives the memory, which may be a GPU's. Knows arrays; knows no graph and no
+step number.
 """
 
 from __future__ import annotations
 
-import numpy as np
-
 from live_avatar.arrays import Array, Arrays
 from live_avatar.config import Preset
 from live_avatar.contract import kv_names
+from live_avatar.runtime import Zeros
 
 
 class KVRing:
     """Keys (rotated) and values of the last `past_blocks` blocks in every layer."""
 
-    def __init__(self, preset: Preset) -> None:
+    def __init__(self, preset: Preset, zeros: Zeros) -> None:
         stream, dit = preset.stream, preset.dit
         self._slots = stream.past_blocks
         self._tokens = stream.block_tokens
         self._names = dict(zip(kv_names("block", dit.num_layers), kv_names("history", dit.num_layers), strict=True))
         shape = (1, dit.num_heads, self._slots * self._tokens, dit.head_dim)
-        self._rings = {history: np.zeros(shape, dtype=np.float32) for history in self._names.values()}
+        self._rings = {history: zeros(shape, preset.precision) for history in self._names.values()}
         self._written = 0
 
     def history(self) -> dict[str, Array]:

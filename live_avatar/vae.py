@@ -1,9 +1,9 @@
 """The causal video VAE as two streams: frames -> latents and latents -> frames (spec section 13).
 
 Official parameter names; the state of a stream is a list of tensors that the caller passes in and gets
-back, never on the module, so any number of streams share one VAE. Each half has two calls: `first` for
-the first frame (or latent) of a stream, which time resampling leaves alone, and `forward` for all
-later ones. It knows nothing of sessions or of pixels' types.
+back, never on the module, so any number of streams share one VAE. A stream begins with state None and one
+frame (or latent), which time resampling leaves alone. State has the type of the weights; frames and latents
+are float32. It knows nothing of sessions or of pixels' types.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from live_avatar.attention import attend
 from live_avatar.config import LATENT_CHANNELS, VAEConfig
 
 LATENT_MEAN = (
@@ -86,8 +87,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * trailing))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return x * (self.scale / length.clamp(min=EPS)) * self.gamma
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        return (wide * (self.scale / length.clamp(min=EPS)) * self.gamma).to(x.dtype)
 
 
 class Residual(nn.Module):
@@ -126,7 +128,7 @@ class SpatialAttention(nn.Module):
         """[1, C, T, h, w] -> the same."""
         frames = x[0].transpose(0, 1)  # [T, C, h, w]
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None]  # [T, 1, h * w, 3C]
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        out = attend(*qkv.chunk(3, dim=-1))
         out = self.proj(out[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:]))
         return x + out.transpose(0, 1)[None]
 
@@ -149,14 +151,20 @@ class Downsample(nn.Module):
         return self.time_conv.stream(x, stream)
 
 
+class Twice(nn.Module):
+    """Nearest neighbours at twice the size, through float32: TensorRT resizes no bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C, h, w] -> [T, C, 2h, 2w]."""
+        return F.interpolate(x.float(), scale_factor=2.0, mode="nearest").to(x.dtype)
+
+
 class Upsample(nn.Module):
     """Twice the space with half the channels, and with `time` twice the frames."""
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(channels, channels // 2, 3, padding=1)
-        )
+        self.resample = nn.Sequential(Twice(), nn.Conv2d(channels, channels // 2, 3, padding=1))
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time else None
 
     def stream(self, x: Tensor, stream: Stream) -> Tensor:
@@ -250,8 +258,9 @@ class VAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
         shape = (1, LATENT_CHANNELS, 1, 1, 1)
-        self.register_buffer("mean", torch.tensor(LATENT_MEAN).reshape(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(LATENT_STD).reshape(shape), persistent=False)
+        # On the CPU, also where the weights stand on the meta device: these are numbers of the format, not weights.
+        for name, values in (("mean", LATENT_MEAN), ("std", LATENT_STD)):
+            self.register_buffer(name, torch.tensor(values, device="cpu").reshape(shape), persistent=False)
 
     def encode(self, frames: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Frames [1, 3, T, 8h, 8w] in -1..1 -> latents [1, 16, T', h, w] and the stream's new state.
@@ -259,7 +268,7 @@ class VAE(nn.Module):
         With state None T is 1 and T' is 1: the first frame of a stream. Later T is a multiple of 4 and T' = T / 4.
         """
         stream = Stream(state)
-        moments = self.conv1(self.encoder.stream(frames, stream))
+        moments = self.conv1(self.encoder.stream(frames.to(self.conv1.weight.dtype), stream)).float()
         return (moments[:, : self.config.z_dim] - self.mean) / self.std, stream.out
 
     def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
@@ -268,5 +277,5 @@ class VAE(nn.Module):
         With state None T is 1 and T' is 1: the first latent of a stream. Later T' = 4 T.
         """
         stream = Stream(state)
-        frames = self.decoder.stream(self.conv2(latents * self.std + self.mean), stream)
-        return frames, stream.out
+        denormalised = (latents * self.std + self.mean).to(self.conv2.weight.dtype)
+        return self.decoder.stream(self.conv2(denormalised), stream).float(), stream.out

@@ -25,6 +25,7 @@ import numpy as np
 from live_avatar.arrays import Array
 from live_avatar.artifacts import load_artifacts
 from live_avatar.assets import SPEECH
+from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, TINY, StreamConfig
 from live_avatar.errors import ConfigError, InputError, LiveAvatarError
 from live_avatar.generator import cut_blocks
@@ -146,7 +147,7 @@ def main(
     """Compare streamed speech features with whole-file ones."""
     try:
         speech = read_speech(audio)
-        runtime: Runtime = OnnxRuntime(load_artifacts(artifacts)) if artifacts else TorchRuntime(TINY)
+        runtime: Runtime = OnnxRuntime(load_artifacts(artifacts)) if artifacts else TorchRuntime(open_checkpoint(TINY))
         found = measure(runtime, speech, windows_blocks, lookahead_ms)
     except (LiveAvatarError, AvatarError) as error:
         raise click.ClickException(str(error)) from error

@@ -12,6 +12,7 @@ from export.build import export_artifacts
 from live_avatar.arrays import Array
 from live_avatar.artifacts import Artifacts
 from live_avatar.assets import PORTRAIT
+from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
@@ -21,13 +22,15 @@ SEED = 7
 
 @pytest.fixture(scope="session")
 def torch_runtime() -> TorchRuntime:
-    return TorchRuntime(TINY)
+    return TorchRuntime(open_checkpoint(TINY))
 
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """The tiny preset, exported."""
-    return export_artifacts(TINY, tmp_path_factory.mktemp("artifacts") / "tiny", None, lambda component: None)
+    return export_artifacts(
+        open_checkpoint(TINY), tmp_path_factory.mktemp("artifacts") / "tiny", lambda component: None
+    )
 
 
 @pytest.fixture(scope="session")

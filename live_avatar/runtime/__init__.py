@@ -1,7 +1,9 @@
 """Running a component's graph: one interface, several engines.
 
-A `Runtime` gives graphs by component name; a graph maps named numpy arrays to named numpy arrays. Stages
-are written against these two protocols and do not know which engine answers.
+A `Runtime` gives graphs by component name; a graph maps named arrays to named arrays. Stages are written against
+these protocols and do not know which engine answers. Arrays are numpy's, but for the resident ones of a contract
+(caches and states, which a stage only keeps, slices and hands back): those are of the runtime's own kind, and on a
+GPU they never leave it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Protocol
 
 from live_avatar.arrays import Array, Arrays
 from live_avatar.config import Preset
+from live_avatar.text import Tokenizer
 
 
 class Graph(Protocol):
@@ -18,8 +21,16 @@ class Graph(Protocol):
         ...
 
 
+class Zeros(Protocol):
+    def __call__(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """A new resident array of zeros; `dtype` as contracts name it."""
+        ...
+
+
 class Runtime(Protocol):
     preset: Preset
+    tokenizer: Tokenizer
+    zeros: Zeros
 
     def graph(self, component: str) -> Graph:
         """The component's graph, ready to run. Loading may take long; keep what you get."""

@@ -11,6 +11,8 @@ import onnxruntime
 from live_avatar.arrays import Array, Arrays
 from live_avatar.artifacts import Artifacts
 from live_avatar.errors import ArtifactError
+from live_avatar.runtime.host import host_zeros
+from live_avatar.text import make_tokenizer
 
 
 class OnnxGraph:
@@ -35,8 +37,11 @@ class OnnxGraph:
 class OnnxRuntime:
     """The graphs of an artifacts folder."""
 
+    zeros = staticmethod(host_zeros)
+
     def __init__(self, artifacts: Artifacts) -> None:
         self.preset = artifacts.preset
+        self.tokenizer = make_tokenizer(self.preset, artifacts.tokenizer)
         self._artifacts = artifacts
 
     def graph(self, component: str) -> OnnxGraph:

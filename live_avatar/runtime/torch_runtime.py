@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import ml_dtypes
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from live_avatar.arrays import Array, Arrays
 from live_avatar.checkpoint import load_networks
 from live_avatar.components import build_components
-from live_avatar.config import Preset
 from live_avatar.contract import Contract, contracts
+from live_avatar.runtime.host import host_zeros
+from live_avatar.text import make_tokenizer
+from live_avatar.weights import Checkpoint
 
 
 class TorchGraph:
@@ -23,20 +24,36 @@ class TorchGraph:
         self._contract = contract
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
-        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self._contract.inputs]
+        tensors = [_to_torch(inputs[spec.name]) for spec in self._contract.inputs]
         with torch.inference_mode():
             results = self._module(*tensors)
         results = results if isinstance(results, tuple) else (results,)
-        return {spec.name: r.numpy() for spec, r in zip(self._contract.outputs, results, strict=True)}
+        return {spec.name: _to_numpy(r) for spec, r in zip(self._contract.outputs, results, strict=True)}
+
+
+def _to_torch(array: Array) -> Tensor:
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:  # a type that numpy and torch know each in its own way
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _to_numpy(tensor: Tensor) -> Array:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 class TorchRuntime:
-    """All components of a preset, with the weights of `checkpoint` or the preset's random ones."""
+    """All components of a checkpoint."""
 
-    def __init__(self, preset: Preset, checkpoint: Path | None = None) -> None:
-        self.preset = preset
-        self._contracts = contracts(preset)
-        self._components = build_components(preset, load_networks(preset, checkpoint))
+    zeros = staticmethod(host_zeros)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.preset = checkpoint.preset
+        self.tokenizer = make_tokenizer(self.preset, checkpoint.tokenizer)
+        self._contracts = contracts(self.preset)
+        self._components = build_components(self.preset, load_networks(checkpoint))
 
     def graph(self, component: str) -> TorchGraph:
         return TorchGraph(self._components[component], self._contracts[component])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY, Preset
 from live_avatar.runtime import Graph, Runtime
 from live_avatar.runtime.torch_runtime import TorchRuntime
@@ -22,6 +23,10 @@ class Restreamed:
 
     preset: Preset
     runtime: Runtime
+
+    def __post_init__(self) -> None:
+        self.tokenizer = self.runtime.tokenizer
+        self.zeros = self.runtime.zeros
 
     def graph(self, component: str) -> Graph:
         return self.runtime.graph(component)
@@ -42,4 +47,4 @@ def randomised(module: nn.Module, seed: int = 3) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def small_runtime() -> TorchRuntime:
-    return TorchRuntime(SMALL)
+    return TorchRuntime(open_checkpoint(SMALL))

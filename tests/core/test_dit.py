@@ -17,6 +17,7 @@ from live_avatar.config import MOTION_LATENTS, Preset
 from live_avatar.contract import kv_names
 from live_avatar.dit import KV, CausalDiT, Conditions, Modulation, unpatchify
 from live_avatar.kv_cache import KVRing
+from live_avatar.runtime.host import host_zeros
 from tests.core.conftest import SMALL, randomised
 from tests.tolerances import STREAMED
 
@@ -81,7 +82,7 @@ class Session:
 
 def streamed(session: Session) -> list[Tensor]:
     """Velocities of all blocks, one after another through the ring."""
-    preset, ring = session.preset, KVRing(session.preset)
+    preset, ring = session.preset, KVRing(session.preset, host_zeros)
     names, frames = kv_names("block", preset.dit.num_layers), preset.stream.frames_per_block
     velocities = []
     for block, (latent, audio) in enumerate(zip(session.latents, session.audio, strict=True)):

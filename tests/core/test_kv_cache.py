@@ -9,6 +9,7 @@ from live_avatar.arrays import Array
 from live_avatar.config import Preset
 from live_avatar.contract import kv_names
 from live_avatar.kv_cache import KVRing
+from live_avatar.runtime.host import host_zeros
 from tests.core.conftest import SMALL
 
 BLOCKS = 7
@@ -31,7 +32,7 @@ def block(preset: Preset, number: int) -> dict[str, Array]:
 def test_the_ring_holds_exactly_the_last_blocks_of_the_window(window: int, count: int) -> None:
     preset = preset_of(window)
     blocks = [block(preset, number) for number in range(count)]
-    ring = KVRing(preset)
+    ring = KVRing(preset, host_zeros)
     for outputs in blocks:
         ring.append(outputs)
     history = ring.history()
@@ -46,7 +47,7 @@ def test_the_ring_holds_exactly_the_last_blocks_of_the_window(window: int, count
 
 def test_what_is_appended_is_copied() -> None:
     preset = preset_of(3)
-    ring, outputs = KVRing(preset), block(preset, 1)
+    ring, outputs = KVRing(preset, host_zeros), block(preset, 1)
     ring.append(outputs)
     before = ring.history()["history_k.0"].copy()
     outputs["block_k.0"][:] = -1
@@ -55,7 +56,7 @@ def test_what_is_appended_is_copied() -> None:
 
 def test_two_rings_share_nothing() -> None:
     preset = preset_of(3)
-    first, second = KVRing(preset), KVRing(preset)
+    first, second = KVRing(preset, host_zeros), KVRing(preset, host_zeros)
     first.append(block(preset, 1))
     assert all(held.shape[2] == 0 for held in second.history().values())
     second.append(block(preset, 2))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from export.build import export_artifacts, weight_file
 from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
+from live_avatar.checkpoint import open_checkpoint
 from live_avatar.contract import contracts
 from live_avatar.errors import CheckpointError, ExportError
 from live_avatar.version import __version__
+from live_avatar.weights import SafetensorsWeights
 from tests.export.conftest import LEAST, old_artifacts
 
 
@@ -55,14 +58,14 @@ def test_an_interrupted_export_leaves_old_artifacts_and_nothing_else(tmp_path: P
     folder = old_artifacts(tmp_path / "artifacts")
     before = contents(tmp_path)
     with pytest.raises(InterruptedExportError):
-        export_artifacts(LEAST, folder, None, interrupt)
+        export_artifacts(open_checkpoint(LEAST), folder, interrupt)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["artifacts"]
 
 
 def test_an_interrupted_first_export_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InterruptedExportError):
-        export_artifacts(LEAST, tmp_path / "new" / "artifacts", None, interrupt)
+        export_artifacts(open_checkpoint(LEAST), tmp_path / "new" / "artifacts", interrupt)
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -76,26 +79,27 @@ def test_a_folder_of_something_else_is_refused_and_left(tmp_path: Path, manifest
     before = contents(tmp_path)
     message = r"thesis exists and is not an artifacts folder; choose another --output or remove it\."
     with pytest.raises(ExportError, match=message):
-        export_artifacts(LEAST, folder, None, interrupt)
+        export_artifacts(open_checkpoint(LEAST), folder, interrupt)
     assert contents(tmp_path) == before
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     with pytest.raises(ExportError, match=r"file exists and is not an artifacts folder"):
-        export_artifacts(LEAST, tmp_path / "file", None, interrupt)
+        export_artifacts(open_checkpoint(LEAST), tmp_path / "file", interrupt)
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with pytest.raises(InterruptedExportError):  # it gets as far as exporting
-        export_artifacts(LEAST, tmp_path, None, interrupt)
+        export_artifacts(open_checkpoint(LEAST), tmp_path, interrupt)
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     folder = old_artifacts(tmp_path / "artifacts")
     before = contents(tmp_path)
+    broken = replace(open_checkpoint(LEAST), parts={"dit": SafetensorsWeights(tmp_path / "dit.safetensors")})
     with pytest.raises(CheckpointError, match=r"dit\.safetensors does not exist"):
-        export_artifacts(LEAST, folder, tmp_path / "nowhere", interrupt)
+        export_artifacts(broken, folder, interrupt)
     assert contents(tmp_path) == before
 
 

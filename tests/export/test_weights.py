@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
+from torch import Tensor
 
-from export.weights import ALIGNMENT, LEAST_BYTES, SharedWeights
-from live_avatar.arrays import Array
+from export.build import LEAST_BYTES
+from export.weights import ALIGNMENT, WeightFile
 from live_avatar.artifacts import Artifacts
-from live_avatar.checkpoint import load_networks
+from live_avatar.checkpoint import load_networks, open_checkpoint
 from live_avatar.config import TINY
 
 
-def model_of(**tensors: Array) -> onnx.ModelProto:
-    """A graph that hands out its initializers."""
-    initializers = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
-    outputs = [onnx.helper.make_tensor_value_info(f"{t.name}_out", t.data_type, t.dims) for t in initializers]
-    nodes = [onnx.helper.make_node("Identity", [t.name], [f"{t.name}_out"]) for t in initializers]
-    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], outputs, initializers))
+def value(name: str, *shape: int, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    """An initializer without a value."""
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
 def places(model: onnx.ModelProto) -> Iterator[tuple[str, str, int, int]]:
@@ -38,24 +39,34 @@ def size_of(placed: set[tuple[int, int]]) -> int:
     return sum(length for _, length in placed)
 
 
-def test_tensors_come_back_and_equal_ones_share_a_place(tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    one, other = (draw.standard_normal((20, 30)).astype(np.float32) for _ in range(2))
-    small = np.arange(3, dtype=np.int64)
-    first, second = model_of(a=one, b=other, c=small), model_of(d=one.copy(), e=one.T.copy())
-    with SharedWeights(tmp_path / "x.weights") as weights:
-        for name, model in (("first", first), ("second", second)):
-            weights.move(model)
-            onnx.save(model, tmp_path / f"{name}.onnx")
-    found = {name: place for model in (first, second) for name, *place in places(model)}
-    assert set(found) == {"a", "b", "d", "e"}  # the small one stays inside
-    assert found["a"] == found["d"] != found["b"]
-    assert all(place[0] == "x.weights" and place[1] % ALIGNMENT == 0 for place in found.values())
-    loaded = onnx.load(tmp_path / "first.onnx")
-    back = {tensor.name: numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer}
-    for name, expected in (("a", one), ("b", other), ("c", small)):
-        assert np.array_equal(back[name], expected)
-    assert (tmp_path / "x.weights").stat().st_size == 2 * ALIGNMENT + one.nbytes  # a, b, and e
+def test_tensors_come_back_and_one_name_is_read_and_written_once(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    stored = {name: torch.randn(20, 30, generator=draw) for name in ("a", "b")}
+    read = []
+
+    def reader(name: str) -> Tensor:
+        read.append(name)
+        return stored[name]
+
+    with WeightFile(tmp_path / "x.weights") as weights:
+        places = [weights.place(name, value(name, 20, 30), partial(reader, name)) for name in "aba"]
+    assert read == ["a", "b"]
+    assert places[0] is places[2]
+    assert [(place.location, place.offset, place.length) for place in places[:2]] == [
+        ("x.weights", 0, 2400),
+        ("x.weights", ALIGNMENT, 2400),
+    ]
+    for place, name in zip(places, "aba", strict=True):
+        assert np.array_equal(place.numpy(), stored[name].numpy())
+    assert (tmp_path / "x.weights").stat().st_size == ALIGNMENT + 2400
+
+
+def test_bfloat16_is_stored_as_it_is(tmp_path: Path) -> None:
+    stored = torch.tensor([[1.0, -2.5], [1e-30, 3e38]], dtype=torch.bfloat16).t()  # not contiguous
+    with WeightFile(tmp_path / "x.weights") as weights:
+        place = weights.place("w", value("w", 2, 2, dtype=ir.DataType.BFLOAT16), lambda: stored)
+    assert place.length == 8
+    assert np.array_equal(place.numpy().astype(np.float32), stored.float().numpy())
 
 
 def test_the_steps_and_the_prefill_share_the_transformers_weights(artifacts: Artifacts) -> None:
@@ -69,7 +80,7 @@ def test_the_steps_and_the_prefill_share_the_transformers_weights(artifacts: Art
     assert size_of(shared) > 0.95 * size_of(set.union(*steps))  # all but what is folded for each timestep
     assert size_of(shared & prefill) > 0.5 * size_of(shared)  # all but text, audio and head
     size = (artifacts.folder / "dit.weights").stat().st_size
-    parameters = sum(parameter.numel() * 4 for parameter in load_networks(TINY).dit.parameters())
+    parameters = sum(parameter.numel() * 4 for parameter in load_networks(open_checkpoint(TINY)).dit.parameters())
     assert size < 1.5 * parameters
 
 
@@ -77,12 +88,24 @@ def test_no_weight_is_stored_twice(artifacts: Artifacts) -> None:
     stored: dict[bytes, set[tuple[str, int]]] = {}
     for path in artifacts.folder.glob("*.onnx"):
         for name, file, offset, length in places(onnx.load(path, load_external_data=False)):
-            assert length >= LEAST_BYTES, name
             data = (artifacts.folder / file).read_bytes()[offset : offset + length]
             assert len(data) == length, name
             stored.setdefault(hashlib.sha256(data).digest(), set()).add((file, offset))
     assert len(stored) > 100
     assert [where for where in stored.values() if len(where) > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("component", "part"), [("dit_step_3", "dit"), ("vae_decoder", "vae"), ("speech_encoder", "speech")]
+)
+def test_weights_are_called_as_in_the_checkpoint(artifacts: Artifacts, component: str, part: str) -> None:
+    weights = open_checkpoint(TINY).parts[part]
+    model = onnx.load(artifacts.graph_path(component))
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    named = [name for name in weights.shapes() if f"{part}.{name}" in stored]
+    assert len(named) > 15
+    for name in named:
+        assert np.array_equal(numpy_helper.to_array(stored[f"{part}.{name}"]), weights.read(name).numpy()), name
 
 
 def test_no_graph_carries_large_weights_itself(artifacts: Artifacts) -> None:
