@@ -15,12 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import Tensor
 
 from export.graphs import OPSET, TracedGraph, Tracer
 from export.weights import WeightFile, tensor_bytes
@@ -98,28 +96,28 @@ def _place(graph: TracedGraph, checkpoint: Checkpoint, file: WeightFile) -> None
     named = {value: name for name, value in graph.weights}
     for value in graph.model.graph.initializers.values():
         name = named.get(value)
-        if name in graph.constants:
-            value.const_value = _constant(graph.constants[name], value, file)
+        if name is not None and name in graph.constants:
+            value.const_value = _constant(ir.tensor(graph.constants[name].numpy(), name=value.name), value, file)
         elif name is not None:
             value.const_value = file.place(name, value, partial(_read, checkpoint, name, value))
         elif not isinstance(value.const_value, ir.ExternalTensor):  # not placed yet; components may share a model
             assert value.const_value is not None
-            value.const_value = _constant(torch.from_numpy(np.array(value.const_value.numpy())), value, file)
+            value.const_value = _constant(value.const_value, value, file)
 
 
-def _constant(tensor: Tensor, value: ir.Value, file: WeightFile) -> ir.TensorProtocol:
+def _constant(constant: ir.TensorProtocol, value: ir.Value, file: WeightFile) -> ir.TensorProtocol:
     """A constant is known by what it is, since its name may mean another value in another component."""
-    if tensor.nbytes < LEAST_BYTES:
-        return ir.tensor(tensor.numpy(), name=value.name)
-    key = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-    return file.place(key, value, lambda: tensor)
+    if constant.nbytes < LEAST_BYTES:
+        return constant
+    data = constant.tobytes()
+    return file.place(hashlib.sha256(data).hexdigest(), value, lambda: data)
 
 
-def _read(checkpoint: Checkpoint, name: str, value: ir.Value) -> Tensor:
-    """A weight in the type of the graph; parameters are called `part.name in the state dict`."""
+def _read(checkpoint: Checkpoint, name: str, value: ir.Value) -> memoryview:
+    """A weight in the type of the graph, as bytes; parameters are called `part.name in the state dict`."""
     part, _, official = name.partition(".")
     assert value.dtype is not None
-    return checkpoint.parts[part].read(official).to(getattr(torch, str(value.dtype.numpy())))
+    return tensor_bytes(checkpoint.parts[part].read(official).to(getattr(torch, str(value.dtype.numpy()))))
 
 
 def _manifest(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:

@@ -15,8 +15,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from live_avatar.arrays import Array
-
 ALIGNMENT = 4096  # so that a tensor can be memory-mapped
 
 
@@ -36,14 +34,14 @@ class WeightFile:
     ) -> None:
         self._file.close()
 
-    def place(self, key: str, value: ir.Value, read: Callable[[], Tensor]) -> ir.ExternalTensor:
+    def place(self, key: str, value: ir.Value, read: Callable[[], bytes | memoryview]) -> ir.ExternalTensor:
         """Where the tensor `key` stands in the file, for the initializer `value`; it is read and written once."""
         if key not in self._placed:
             assert value.dtype is not None
             offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
             self._file.write(b"\0" * (offset - self._file.tell()))
-            data = tensor_bytes(read())
-            self._file.write(data.data)
+            data = read()
+            self._file.write(data)
             self._placed[key] = ir.ExternalTensor(
                 self._path.name,
                 offset,
@@ -56,6 +54,6 @@ class WeightFile:
         return self._placed[key]
 
 
-def tensor_bytes(tensor: Tensor) -> Array:
-    """The tensor's memory, row by row, uint8 [n]; numpy has no bfloat16, so it is seen as bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, row by row; numpy has no bfloat16, so it is seen as bytes."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

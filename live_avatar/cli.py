@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from live_avatar import interrupts
-from live_avatar.config import PRECISIONS, PRESETS, Preset, preset
+from live_avatar.config import PRECISIONS, PRESETS, Preset, StreamConfig, preset
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
@@ -132,6 +132,13 @@ def _model_options(command: F) -> F:
     return command
 
 
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(float(word) for word in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of numbers, such as 1,0.5,0") from error
+
+
 def _stream_options(command: F) -> F:
     """How the stream of a preset runs; None keeps the preset's value."""
     for option in (
@@ -146,6 +153,13 @@ def _stream_options(command: F) -> F:
             help="First block that attends to the model's own first frame: 2 is the paper's Algorithm 4, 5 costs no "
             "wait in the pipeline, 0 never.",
         ),
+        click.option("--steps", type=_Integer(min=1), help="Denoising steps, with the released schedule for as many."),
+        click.option(
+            "--sigmas",
+            callback=_numbers,
+            help="Noise levels instead, from at most 1 falling to 0: one more than steps, such as 1,0.8577,0.6022,0.",
+        ),
+        click.option("--drop-idle-step", is_flag=True, help="Without the last step, which hardly moves: one GPU less."),
     ):
         command = option(command)
     return command
@@ -174,7 +188,7 @@ def _opened(
         None if lora is None else LoRA(lora, alpha=lora_alpha),
     )
     size = _size(found.preset, height, width, like)
-    chosen = found.preset.with_stream(**size, **_stream_changes(**stream))
+    chosen = found.preset.with_stream(**size, **_stream_changes(found.preset.stream, **stream))
     return dataclasses.replace(found, preset=chosen.with_precision(precision or chosen.precision))
 
 
@@ -191,12 +205,30 @@ def _size(chosen: Preset, height: int | None, width: int | None, like: Path | No
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _stream_changes(lookahead_ms: int | None, sink_update_block: int | None) -> dict[str, Any]:
+def _stream_changes(
+    stream: StreamConfig,
+    lookahead_ms: int | None,
+    sink_update_block: int | None,
+    steps: int | None,
+    sigmas: tuple[float, ...] | None,
+    drop_idle_step: bool,
+) -> dict[str, Any]:
+    if sum((steps is not None, sigmas is not None, drop_idle_step)) > 1:
+        raise click.UsageError("--steps, --sigmas and --drop-idle-step each settle the schedule; give one of them")
     changes: dict[str, Any] = {}
     if lookahead_ms is not None:
         changes["lookahead_ms"] = lookahead_ms
     if sink_update_block is not None:
         changes["sink_update_block"] = sink_update_block or None
+    if steps is not None:
+        changes |= {"steps": steps, "sigmas": None}
+    if sigmas is not None:
+        changes |= {"steps": len(sigmas) - 1, "sigmas": sigmas}
+    if drop_idle_step:
+        from live_avatar.schedule import without_idle_step
+
+        shorter = without_idle_step(stream)
+        changes |= {"steps": shorter.steps, "sigmas": shorter.sigmas}
     return changes
 
 
@@ -231,7 +263,7 @@ def generate(
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
 
-    given = [f"--{name.replace('_', '-')}" for name, value in model.items() if value and name != "preset_name"]
+    given = [f"--{name.replace('_', '-')}" for name, value in model.items() if value not in (None, False) and name != "preset_name"]
     if artifacts is not None and given:
         raise click.UsageError(f"--artifacts were exported with their own {', '.join(given)}; leave that out")
     speech, picture = read_speech(audio), read_image_bytes(image)

@@ -69,6 +69,7 @@ def outline(preset: Preset) -> Networks:
             speech_network(preset.speech),
             text_network(preset.text),
         )
+    networks.speech.to("meta")  # transformers makes `masked_spec_embed` on the CPU whatever the device
     large = getattr(torch, preset.precision)
     for module in networks.dit.modules():
         if isinstance(module, Linear):
@@ -280,7 +281,7 @@ def _thirds(kv: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
 
 def build_components(preset: Preset, networks: Networks) -> dict[str, nn.Module]:
     """Every component of the preset by its contract's name."""
-    schedule = make_schedule(preset.stream.steps, preset.stream.schedule_shift)
+    schedule = make_schedule(preset.stream)
     encoder = VAEEncoder(networks)
     components: dict[str, nn.Module] = {
         "speech_encoder": SpeechEncoder(networks),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from live_avatar.errors import ConfigError
@@ -26,6 +27,7 @@ TEMPORAL_STRIDE = 4  # video frames per latent frame
 PATCH = 2  # latent pixels per token side
 MOTION_LATENTS = 19  # latent frames that the frame packer looks at (spec section 6)
 MOTION_FRAMES = 1 + TEMPORAL_STRIDE * (MOTION_LATENTS - 1)  # 73 video frames
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -129,6 +131,19 @@ class TextEncoderConfig:
     tokenizer: str = "umt5"  # "umt5": the official sentencepiece folder; "bytes": UTF-8 bytes, no file
 
 
+def _check_sigmas(sigmas: tuple[float, ...], steps: int) -> None:
+    falling = all(a > b for a, b in pairwise(sigmas))
+    _require(
+        len(sigmas) >= 2 and falling and sigmas[0] <= 1.0 and sigmas[-1] == 0.0,
+        f"sigmas {sigmas} must fall from at most 1 to exactly 0; give at least two.",
+    )
+    _require(
+        len(sigmas) == steps + 1,
+        f"sigmas {sigmas} are of {len(sigmas) - 1} steps, but steps is {steps}; give one value more than there are "
+        "steps.",
+    )
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """How a stream runs: geometry, schedule, caches, sink and speech window."""
@@ -137,6 +152,8 @@ class StreamConfig:
     width: int
     steps: int = 4
     schedule_shift: float = 3.0
+    sigmas: tuple[float, ...] | None = None
+    """Noise levels before each step and after the last, which is 0; None takes the released schedule of `steps`."""
     frames_per_block: int = 3
     window_blocks: int = 4
     sink_distance: int = 30
@@ -162,7 +179,10 @@ class StreamConfig:
             min(self.height, self.width) >= smallest,
             f"picture {self.width}x{self.height} is below {smallest} pixels a side, the packer's largest kernel.",
         )
+        if self.sigmas is not None:
+            _check_sigmas(self.sigmas, self.steps)
         _require(self.steps >= 1, f"steps is {self.steps}; at least one denoising step is needed.")
+        _require(self.schedule_shift > 0, f"schedule_shift is {self.schedule_shift}; it must be above 0.")
         _require(
             self.window_blocks >= 2,
             f"window_blocks is {self.window_blocks}; 2 is the least (one past block).",
@@ -257,8 +277,15 @@ class Preset:
     stream: StreamConfig
     weight_seed: int = field(default=20_26)
     """Seed of the random weights that stand in where no trained ones exist."""
+    precision: str = "float32"
+    """Type of the large weights, of what goes into linears and convolutions, and of the caches. The residual stream,
+    norms, modulation, head and both audio networks are float32 in any case (spec section 16)."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.precision in PRECISIONS,
+            f"precision {self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.",
+        )
         _require(
             self.dit.audio_dim == self.speech.hidden_size
             and self.dit.audio_states == self.speech.num_hidden_layers + 1,
@@ -273,6 +300,10 @@ class Preset:
     def with_stream(self, **changes: Any) -> Preset:
         """The same preset with other fields of its `StreamConfig`."""
         return dataclasses.replace(self, stream=dataclasses.replace(self.stream, **changes))
+
+    def with_precision(self, precision: str) -> Preset:
+        """The same preset with weights, activations and caches of another type."""
+        return dataclasses.replace(self, precision=precision)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for the manifest of an artifacts folder."""

@@ -7,8 +7,6 @@ goes), and reports. Knows the client, the server and the export; the core knows 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +24,10 @@ from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
 from live_avatar.config import SAMPLE_RATE_HZ, TINY
 from live_avatar.contract import contracts
+from live_avatar.environment import environment
 from live_avatar.errors import ArtifactError
 from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
-from live_avatar.version import __version__
 from live_avatar_client import AvatarSession, Block, StreamStats
 from live_avatar_client.files import OutputFile
 from live_avatar_client.media import read_speech
@@ -172,21 +170,11 @@ def _figures(artifacts: Artifacts, live: StreamStats, fast: StreamStats) -> dict
     """What was measured, on what, and by which command."""
     return {
         "command": "live-avatar demo --report FILE",
-        "version": __version__,
+        "environment": environment(),
         "artifacts": {"preset": artifacts.preset.name, "fingerprint": artifacts.fingerprint},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "as_spoken": asdict(live),
         "as_fast_as_it_goes": asdict(fast),
     }
-
-
-def _processor() -> str:
-    """The processor's name as Linux gives it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _report(live: StreamStats, fast: StreamStats, output: Path) -> None:

@@ -35,8 +35,7 @@ class DenoisingStep:
         self.preset = runtime.preset
         self.step = step
         self._zeros = runtime.zeros
-        stream = self.preset.stream
-        self._schedule = make_schedule(stream.steps, stream.schedule_shift)
+        self._schedule = make_schedule(self.preset.stream)
         self._graph = runtime.graph(step_name(step))
         self._prefill = runtime.graph("dit_prefill")
 

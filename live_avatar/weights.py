@@ -80,13 +80,14 @@ class RandomWeights:
 
 
 def _drawn(name: str, noise: Tensor) -> Tensor:
+    """Scales in place: the largest tensors take gigabytes."""
     if name.endswith(("gamma", "original0")) or ("norm" in name and name.endswith("weight")):
-        return 1 + 0.1 * noise
+        return noise.mul_(0.1).add_(1)
     if noise.dim() < 2:
-        return 0.1 * noise
+        return noise.mul_(0.1)
     if noise.dim() == 2 or name.endswith(("weight", "original1")):
-        return noise * noise[0].numel() ** -0.5
-    return 0.3 * noise
+        return noise.mul_(noise[0].numel() ** -0.5)
+    return noise.mul_(0.3)
 
 
 class SafetensorsWeights:
@@ -116,6 +117,12 @@ class SafetensorsWeights:
         for name, path in placed.items():
             if name not in held[path]:
                 raise CheckpointError(f"{path} lacks tensor {name!r} of {self._path.name}; fetch both again.")
+        for path, names in held.items():
+            for name in sorted(names):
+                if placed.get(name) != path:
+                    raise CheckpointError(
+                        f"{path} has tensor {name!r}, which {self._path.name} does not place there; fetch both again."
+                    )
         return placed
 
     @property
@@ -174,7 +181,11 @@ class TorchFileWeights:
             )
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds objects that are no tensors, and code is not run; fetch the official file."
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} is not a whole torch file ({reason}); fetch it again.") from error
         if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):

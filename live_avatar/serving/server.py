@@ -1,7 +1,8 @@
 """Starting and ending Triton: the server that the `nvidia-pytriton` wheel carries, or one on the PATH.
 
 Prepares a private copy of the python backend with the stub for this Python, the environment that the
-stages need, and the command line; watches over the process. Knows no models but by folder.
+stages need, the models of the profile, and the command line; watches over the process. Knows of the models what
+the ensemble's file says.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from live_avatar.artifacts import load_artifacts
 from live_avatar.errors import ServerError
 from live_avatar.serving import ARTIFACTS_VARIABLE, FLOOR_VARIABLE, TRACE_VARIABLE
+from live_avatar_client.protocol import MODEL_NAME
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 START_LIMIT_S = 300.0
@@ -51,6 +53,8 @@ exec 3<&0 4</dev/null
 exec "$@" <&4 3<&- 4<&-
 """
 LOAD_FAILURE = re.compile(r'"(failed to (?:load|start) .*?)(\\n|")')
+NO_SUCH_GPU = re.compile(r"unsupported gpu id (\d+)\. GPUs with .*? are: ([\d, ]*)")
+CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class TritonServer:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
+                self._expect_gpus()
                 raise ServerError(
                     f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}"
                 )
@@ -117,6 +122,16 @@ class TritonServer:
                 os.killpg(self.process.pid, signal.SIGKILL)  # the group is the server's own: workers it left behind
             self.process.wait()
 
+    def _expect_gpus(self) -> None:
+        missing = NO_SUCH_GPU.findall(self._log.read_text(errors="replace"))
+        if missing:
+            wanted = ", ".join(sorted({number for number, _ in missing}, key=int))
+            present = ", ".join(missing[0][1].split()) or "none"
+            raise ServerError(
+                f"profile {self.options.profile} needs GPU {wanted}, but Triton sees {present} on this machine; serve "
+                "where there are enough of them, or choose another --profile."
+            )
+
     def _ready(self) -> bool:
         url = f"http://{self.options.address}:{self.options.http_port}/v2/health/ready"
         try:
@@ -130,13 +145,14 @@ class TritonServer:
 def serving(options: ServerOptions) -> Iterator[TritonServer]:
     """A server that is ready inside the `with` and gone after it, workers and temporary files included.
 
-    Raises `ArtifactError` for unusable artifacts and `ServerError` for a taken port, an unknown profile, or a
-    server that does not come up.
+    Raises `ArtifactError` for unusable artifacts and `ServerError` for a taken port, a profile that is unknown, has
+    another number of steps than the artifacts, or needs GPUs that are not there, or a server that does not come up.
     """
     _check(options)
     with tempfile.TemporaryDirectory(prefix="live-avatar-") as scratch:
         log = Path(scratch) / "triton.log"
-        command = _command(options, _backends(Path(scratch)), Path(scratch).name)
+        models = _models(options, Path(scratch))
+        command = _command(options, models, _backends(Path(scratch)), Path(scratch).name)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", WATCHED, scratch, *command],
@@ -165,8 +181,8 @@ def _free_port() -> int:
 
 
 def _check(options: ServerOptions) -> None:
-    load_artifacts(options.artifacts)
-    profiles = sorted(path.stem for path in options.model_repository.glob("live_avatar/configs/*.pbtxt"))
+    artifacts = load_artifacts(options.artifacts)
+    profiles = sorted(path.stem for path in options.model_repository.glob(f"{MODEL_NAME}/configs/*.pbtxt"))
     if not profiles:
         raise ServerError(
             f"{options.model_repository} is not the project's model repository; run from a checkout or give "
@@ -174,6 +190,7 @@ def _check(options: ServerOptions) -> None:
         )
     if options.profile not in profiles:
         raise ServerError(f"there is no profile {options.profile!r}; choose one of {', '.join(profiles)}.")
+    _check_steps(options, profiles, artifacts.preset.stream.steps)
     ports = {
         "--grpc-port": options.grpc_port,
         "--http-port": options.http_port,
@@ -197,6 +214,38 @@ def _check(options: ServerOptions) -> None:
             options.trace.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ServerError(f"cannot write to {options.trace} ({error.strerror}); choose another --trace.") from error
+
+
+def _check_steps(options: ServerOptions, profiles: list[str], exported: int) -> None:
+    steps = {profile: _steps(_chain(options.model_repository, profile)) for profile in profiles}
+    if steps[options.profile] != exported:
+        fitting = [profile for profile in profiles if steps[profile] == exported]
+        choose = f"choose --profile {' or '.join(fitting)}, or " if fitting else ""
+        raise ServerError(
+            f"profile {options.profile} serves {steps[options.profile]} denoising steps, but {options.artifacts} was "
+            f"exported with {exported}; {choose}export with {steps[options.profile]} (`live-avatar export --help`)."
+        )
+
+
+def _steps(chain: list[str]) -> int:
+    return sum(model.startswith("dit_step_") for model in chain)
+
+
+def _chain(repository: Path, profile: str) -> list[str]:
+    """The models that a profile's ensemble calls, in order."""
+    return CHAIN_MODEL.findall((repository / MODEL_NAME / "configs" / f"{profile}.pbtxt").read_text())
+
+
+def _models(options: ServerOptions, scratch: Path) -> Path:
+    """A folder of links to the models of the profile, and to no other: Triton loads all that it finds.
+
+    Its explicit mode, which loads models by name, would let any client unload them.
+    """
+    folder = scratch / "models"
+    folder.mkdir()
+    for model in (MODEL_NAME, "rolling_sink", *_chain(options.model_repository, options.profile)):
+        (folder / model).symlink_to(options.model_repository.resolve() / model)
+    return folder
 
 
 def _bundled() -> Path | None:
@@ -224,14 +273,14 @@ def _backends(scratch: Path) -> Path | None:
     return target.parent
 
 
-def _command(options: ServerOptions, backends: Path | None, memory: str) -> list[str]:
+def _command(options: ServerOptions, models: Path, backends: Path | None, memory: str) -> list[str]:
     bundled = _bundled()
     binary = str(bundled / "bin" / "tritonserver") if bundled else shutil.which("tritonserver")
     if binary is None:
         raise ServerError("there is no Triton server: install nvidia-pytriton, or run in Triton's container.")
     command = [
         binary,
-        f"--model-repository={options.model_repository}",
+        f"--model-repository={models}",
         f"--model-config-name={options.profile}",
         "--disable-auto-complete-config",
         "--exit-timeout-secs=5",

@@ -82,6 +82,7 @@ class StageModel:
         self._input_names = [spec["name"] for spec in self._config["input"]]
         self._trace = TraceWriter.from_environment(self.name, os.environ.get(TRACE_VARIABLE))
         self._floor_s = float(os.environ.get(FLOOR_VARIABLE, "0"))
+        self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self._stage = self.make_stage()
 
     def make_stage(self) -> Stage:
@@ -134,8 +135,13 @@ class StageModel:
     # What stages are made of.
 
     def runtime(self) -> Runtime:
-        """The artifacts that `live-avatar serve` names in the environment, on ONNX Runtime."""
-        return OnnxRuntime(load_artifacts(Path(os.environ[ARTIFACTS_VARIABLE])))
+        """The artifacts that `live-avatar serve` names in the environment, on the instance's GPU or on the CPU."""
+        artifacts = load_artifacts(Path(os.environ[ARTIFACTS_VARIABLE]))
+        if self._gpu is None:
+            return OnnxRuntime(artifacts)
+        from live_avatar.runtime.tensorrt_runtime import TensorRTRuntime
+
+        return TensorRTRuntime(artifacts, self._gpu)
 
     def parameter(self, name: str) -> str:
         return str(self._config["parameters"][name]["string_value"])

@@ -79,8 +79,12 @@ def test_a_preset_survives_json(name: str) -> None:
 
 
 def test_a_changed_preset_survives_json() -> None:
-    changed = replace(TINY, weight_seed=1).with_stream(sink_update_block=None, lookahead_ms=120)
-    assert Preset.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed != TINY
+    sigmas = (1.0, 0.857692301273346, 1 / 3, 0.0)
+    changed = replace(TINY, weight_seed=1).with_stream(sink_update_block=None, lookahead_ms=120, steps=3, sigmas=sigmas)
+    again = Preset.from_dict(json.loads(json.dumps(changed.to_dict())))
+    assert again == changed != TINY
+    assert again.stream.sigmas == sigmas
+    assert isinstance(hash(again), int), "a list would have no hash"
 
 
 def test_a_preset_cannot_be_changed() -> None:
@@ -114,6 +118,11 @@ STREAM_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"width": -16}, r"width -16 is not a positive multiple of 16 pixels; a token covers 16x16\."),
     ({"width": 48}, r"picture 48x96 is below 64 pixels a side, the packer's largest kernel\."),
     ({"steps": 0}, r"steps is 0; at least one denoising step is needed\."),
+    ({"schedule_shift": 0.0}, r"schedule_shift is 0\.0; it must be above 0\."),
+    (
+        {"sigmas": (1.0, 0.5, 0.0)},
+        r"sigmas \(1\.0, 0\.5, 0\.0\) are of 2 steps, but steps is 4; give one value more than there are steps\.",
+    ),
     ({"frames_per_block": 0}, r"frames_per_block is 0; at least 1 latent frame is needed\."),
     ({"window_blocks": 1}, r"window_blocks is 1; 2 is the least \(one past block\)\."),
     ({"sink_distance": 3}, r"sink_distance 3 is outside 4\.\.30, the range of training"),
@@ -136,6 +145,26 @@ STREAM_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"decoder_warmup_latents": -2}, r"decoder_warmup_latents -2 must be 1 \+ a multiple of 3, at most 19\."),
     ({"speech_window_blocks": 0}, r"speech_window_blocks is 0; at least 1 is needed\."),
 ]
+
+
+NOT_FALLING = [
+    (),
+    (0.0,),
+    (1.0,),
+    (1.0, 0.5),
+    (0.5, 0.7, 0.0),
+    (0.5, 0.5, 0.0),
+    (1.1, 0.0),
+    (1.0, 0.0, -0.1),
+    (float("nan"), 0.0),
+    (float("inf"), 0.0),
+]
+
+
+@pytest.mark.parametrize("sigmas", NOT_FALLING)
+def test_sigmas_that_do_not_fall_to_zero_are_refused(sigmas: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"sigmas \(.*\) must fall from at most 1 to exactly 0; give at least two\."):
+        replace(TINY.stream, steps=len(sigmas) - 1, sigmas=sigmas)
 
 
 @pytest.mark.parametrize(("changes", "message"), DIT_ERRORS)

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from live_avatar.arrays import Array
-from live_avatar.errors import InputError
-from live_avatar.image import MAX_BYTES, decode_image
+from live_avatar.errors import ConfigError, InputError
+from live_avatar.image import MAX_BYTES, area_size, decode_image, picture_size
 
 HEIGHT, WIDTH = 64, 96
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -204,3 +206,57 @@ def test_a_bomb_is_refused_by_its_header() -> None:
         decode_image(data, HEIGHT, WIDTH)
     assert time.perf_counter() - started_s < 0.5
     assert peak_memory_kib() - before_kib < 64 * 1024  # its pixels would be 7 GiB
+
+
+def test_the_size_of_a_picture_is_that_of_its_upright_view() -> None:
+    exif = Image.Exif()
+    assert picture_size(encoded(bands(300, 100, RED))) == (100, 300)
+    exif[0x0112] = 6
+    assert picture_size(encoded(bands(300, 100, RED), "JPEG", exif=exif)) == (300, 100)
+    with pytest.raises(InputError, match=r"is not a PNG, JPEG or WebP; convert it"):
+        picture_size(b"hello, I am a picture")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "budget", "expected"),
+    [
+        (704, 384, 704 * 384, (704, 384)),  # fits as it is
+        (300, 200, 720 * 400, (320, 256)),  # smaller than the budget: sides rounded up, not enlarged
+        (720, 400, 720 * 400, (704, 384)),  # 768 x 448 at scale 1; 704 x 384 below 385 / 400
+        (1024, 1024, 720 * 400, (512, 512)),  # 576 x 576 is too large; 512 x 512 below 513 / 1024
+        (720, 1280, 720 * 400, (384, 704)),  # 448 x 640 fits below 641 / 1280, but 384 x 704 already below 385 / 720
+        (1280, 720, 720 * 400, (704, 384)),
+        (3000, 2000, 64 * 64, (64, 64)),
+        (1, 288_000, 720 * 400, (64, 4480)),  # a strip: 64 rows leave 4500 columns
+        (4_000_000, 16, 64 * 64, (64, 64)),
+    ],
+)
+def test_the_size_within_an_area(height: int, width: int, budget: int, expected: tuple[int, int]) -> None:
+    assert area_size(height, width, budget) == expected
+
+
+SIDES = st.integers(1, 20_000)
+
+
+@given(SIDES, SIDES, st.integers(64 * 64, 2_000_000))
+def test_a_size_is_in_steps_of_64_within_the_area_and_turns_with_the_picture(
+    height: int, width: int, budget: int
+) -> None:
+    size = area_size(height, width, budget)
+    assert min(size) >= 64
+    assert all(side % 64 == 0 for side in size)
+    assert size[0] * size[1] <= budget
+    assert area_size(width, height, budget) == size[::-1]
+
+
+def test_a_picture_of_whole_steps_within_the_area_keeps_its_size() -> None:
+    for height in range(64, 1000, 64):
+        for width in range(64, 288_000 // height + 1, 64):
+            assert area_size(height, width, 288_000) == (height, width)
+
+
+def test_an_area_below_one_step_and_an_empty_picture_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"an area of 4095 pixels is below 64x64, the smallest video; raise it\."):
+        area_size(100, 100, 4095)
+    with pytest.raises(InputError, match=r"the picture is 0x100 pixels; each side needs at least 1\."):
+        area_size(100, 0, 288_000)

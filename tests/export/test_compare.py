@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from export.compare import RELATIVE_TOLERANCE, Difference, compare, main
 from live_avatar.artifacts import MANIFEST, Artifacts
+from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY
 from live_avatar.contract import contracts
 from live_avatar.generator import GeneratedBlock, Generator
@@ -25,7 +26,7 @@ COMPONENTS = list(contracts(TINY))
 
 @pytest.fixture(scope="module")
 def differences(artifacts: Artifacts) -> dict[str, Difference]:
-    return {difference.component: difference for difference in compare(artifacts.folder, None, seed=5)}
+    return {difference.component: difference for difference in compare(artifacts, open_checkpoint(TINY), seed=5)}
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

@@ -13,10 +13,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
-from torch import Tensor
 
 from export.build import LEAST_BYTES
-from export.weights import ALIGNMENT, WeightFile
+from export.weights import ALIGNMENT, WeightFile, tensor_bytes
 from live_avatar.artifacts import Artifacts
 from live_avatar.checkpoint import load_networks, open_checkpoint
 from live_avatar.config import TINY
@@ -44,9 +43,9 @@ def test_tensors_come_back_and_one_name_is_read_and_written_once(tmp_path: Path)
     stored = {name: torch.randn(20, 30, generator=draw) for name in ("a", "b")}
     read = []
 
-    def reader(name: str) -> Tensor:
+    def reader(name: str) -> memoryview:
         read.append(name)
-        return stored[name]
+        return tensor_bytes(stored[name])
 
     with WeightFile(tmp_path / "x.weights") as weights:
         places = [weights.place(name, value(name, 20, 30), partial(reader, name)) for name in "aba"]
@@ -64,7 +63,7 @@ def test_tensors_come_back_and_one_name_is_read_and_written_once(tmp_path: Path)
 def test_bfloat16_is_stored_as_it_is(tmp_path: Path) -> None:
     stored = torch.tensor([[1.0, -2.5], [1e-30, 3e38]], dtype=torch.bfloat16).t()  # not contiguous
     with WeightFile(tmp_path / "x.weights") as weights:
-        place = weights.place("w", value("w", 2, 2, dtype=ir.DataType.BFLOAT16), lambda: stored)
+        place = weights.place("w", value("w", 2, 2, dtype=ir.DataType.BFLOAT16), lambda: tensor_bytes(stored))
     assert place.length == 8
     assert np.array_equal(place.numpy().astype(np.float32), stored.float().numpy())
 

@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from live_avatar.config import TINY
 from live_avatar.dit import CausalDiT
 from live_avatar.schedule import make_schedule
 from tests.golden.conftest import Golden
 from tests.golden.trace import Geometry, Trace, audio_tokens, prefill, token_major
 from tests.tolerances import PORT, ROLLOUT
 
-STEPS = 4
-
 
 def test_schedule(rollout: Golden) -> None:
-    schedule = make_schedule(STEPS, shift=3.0)
+    schedule = make_schedule(TINY.stream)
     rollout.check("scheduler/timesteps", torch.tensor(schedule.timesteps), PORT)
     rollout.check("scheduler/sigmas", torch.tensor(schedule.sigmas), 1e-7)
 
@@ -26,7 +25,7 @@ def test_schedule(rollout: Golden) -> None:
 @pytest.mark.parametrize("variant", ["none", "tpp", "alg3", "tpp_randdist"])
 def test_rollout(dit: CausalDiT, rollout: Golden, golden_config: dict[str, Any], variant: str) -> None:
     geometry = Geometry.of(golden_config, dit)
-    schedule = make_schedule(STEPS, shift=3.0)
+    schedule = make_schedule(TINY.stream)
     replaced_before = json.loads(rollout.metadata["sink_replaced_before_block"])[variant]
     motion = rollout["in/motion_latents"]
     text, sink = prefill(dit, geometry, rollout["in/context"], rollout["in/ref_latents"], motion)

@@ -9,18 +9,32 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from live_avatar import conditioning, config, image, text
-from live_avatar.config import TINY
 from live_avatar.serving.server import MODEL_REPOSITORY
 from live_avatar_client import protocol
 
 MODELS = sorted(path.name for path in MODEL_REPOSITORY.iterdir() if path.is_dir())
-PROFILES = sorted(path.stem for path in (MODEL_REPOSITORY / "live_avatar" / "configs").glob("*.pbtxt"))
-STAGES = [name for name in MODELS if name != "live_avatar"]
+# Steps and placement of every profile: the GPU of each step, then that of conditioning and the decoder; None: a CPU.
+PROFILES: dict[str, tuple[tuple[int | None, ...], int | None]] = {
+    "cpu": ((None, None, None, None), None),
+    "cpu-3-steps": ((None, None, None), None),
+    "h800x1": ((0, 0, 0, 0), 0),
+    "h800x4": ((0, 1, 2), 3),
+    "h800x5": ((0, 1, 2, 3), 4),
+}
+SINK = "rolling_sink"
 
 
 def parsed(model: str, profile: str) -> model_config_pb2.ModelConfig:
     text = (MODEL_REPOSITORY / model / "configs" / f"{profile}.pbtxt").read_text()
     return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def chain(profile: str) -> list[str]:
+    return [step.model_name for step in parsed(protocol.MODEL_NAME, profile).ensemble_scheduling.step]
+
+
+def stages(profile: str) -> list[str]:
+    return [*chain(profile), SINK]
 
 
 def signature(specs: object) -> dict[str, tuple[str, tuple[int, ...], bool]]:
@@ -34,11 +48,19 @@ def signature(specs: object) -> dict[str, tuple[str, tuple[int, ...], bool]]:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_model_has_every_profile(model: str, profile: str) -> None:
-    config = parsed(model, profile)
-    assert config.max_batch_size == 0
-    assert config.platform == "ensemble" or config.backend == "python"
+def test_the_models_of_a_profile_have_its_file_and_no_other_model_has(profile: str) -> None:
+    """Triton falls back to config.pbtxt in silence where the file is missing."""
+    having = {path.parents[1].name for path in MODEL_REPOSITORY.glob(f"*/configs/{profile}.pbtxt")}
+    assert having == {protocol.MODEL_NAME, *stages(profile)}
+    for model in having:
+        config = parsed(model, profile)
+        assert config.max_batch_size == 0
+        assert config.platform == "ensemble" or config.backend == "python"
+
+
+def test_there_are_no_files_but_those_of_the_profiles() -> None:
+    assert {path.stem for path in MODEL_REPOSITORY.glob("*/configs/*")} == set(PROFILES)
+    assert set(MODELS) == {protocol.MODEL_NAME, *stages("cpu")}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -50,14 +72,14 @@ def test_the_default_is_the_cpu_profile(model: str) -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_ensemble_keeps_the_clients_protocol(profile: str) -> None:
-    config = parsed("live_avatar", profile)
+    config = parsed(protocol.MODEL_NAME, profile)
     for specs, promised in ((config.input, protocol.INPUTS), (config.output, protocol.OUTPUTS)):
         assert signature(specs) == {t.name: (t.datatype, t.dims, t.optional) for t in promised}
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_wiring_connects_tensors_of_one_type(profile: str) -> None:
-    ensemble = parsed("live_avatar", profile)
+    ensemble = parsed(protocol.MODEL_NAME, profile)
     known = signature(ensemble.input)
     for step in ensemble.ensemble_scheduling.step:
         model = parsed(step.model_name, profile)
@@ -71,26 +93,42 @@ def test_the_wiring_connects_tensors_of_one_type(profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_the_chain_has_a_model_for_every_step(profile: str) -> None:
-    chain = [step.model_name for step in parsed("live_avatar", profile).ensemble_scheduling.step]
-    steps = [f"dit_step_{i}" for i in range(1, TINY.stream.steps + 1)]
-    assert chain == ["conditioning", *steps, "vae_decoder"]
-    assert set(STAGES) == {*chain, "rolling_sink"}
+def test_every_model_stands_in_its_place(profile: str) -> None:
+    steps, ends = PROFILES[profile]
+    places = [ends, *steps, ends, None]
+    models = ["conditioning", *(f"dit_step_{i}" for i in range(1, len(steps) + 1)), "vae_decoder", SINK]
+    assert stages(profile) == models
+    for model, gpu in zip(models, places, strict=True):
+        [group] = parsed(model, profile).instance_group
+        kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
+        assert (kind, list(group.gpus), group.count) == (
+            ("KIND_CPU", [], 1) if gpu is None else ("KIND_GPU", [gpu], 1)
+        ), model
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_differ_in_place_and_number_of_sessions_alone(profile: str) -> None:
+    for model in stages(profile):
+        ours, cpu = parsed(model, profile), parsed(model, "cpu")
+        for one in (ours, cpu):
+            one.ClearField("instance_group")
+            one.parameters.pop("max_sessions", None)
+        assert ours == cpu, model
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_limits_agree(profile: str) -> None:
     """One idle limit everywhere; candidates far above the sessions, so that the one too many is refused aloud."""
-    configs = {model: parsed(model, profile) for model in STAGES}
+    configs = {model: parsed(model, profile) for model in stages(profile)}
     sequences = {model: c.sequence_batching for model, c in configs.items() if c.HasField("sequence_batching")}
-    assert set(sequences) == set(STAGES) - {"rolling_sink"}
+    assert list(sequences) == chain(profile)
     idle_s = {s.max_sequence_idle_microseconds / 1e6 for s in sequences.values()}
-    assert idle_s == {float(configs["rolling_sink"].parameters["idle_limit_s"].string_value)}
+    assert idle_s == {float(configs[SINK].parameters["idle_limit_s"].string_value)}
     sessions = int(configs["conditioning"].parameters["max_sessions"].string_value)
     assert all(s.oldest.max_candidate_sequences >= 4 * sessions for s in sequences.values())
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", stages("cpu"))
 def test_model_files_only_re_export(model: str) -> None:
     lines = (Path(MODEL_REPOSITORY) / model / "1" / "model.py").read_text().split("\n")
     code = [line for line in lines if line and not line.startswith("__all__")]
