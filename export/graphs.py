@@ -38,14 +38,10 @@ def random_inputs(contract: Contract, seed: int, extent: int = 1) -> dict[str, A
 
 
 def _random(spec: TensorSpec, contract: Contract, generator: np.random.Generator, extent: int) -> Array:
-    shape = _shape(spec, contract, extent)
+    shape = contract.shape(spec, extent)
     if spec.dtype == "int64":
         return generator.integers(0, 2, shape, dtype=np.int64)
     return generator.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(spec.dtype))
-
-
-def _shape(spec: TensorSpec, contract: Contract, extent: int) -> list[int]:
-    return [contract.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape]
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def _first_names(component: nn.Module) -> dict[str, str]:
 
 
 def _fake(spec: TensorSpec, contract: Contract) -> Tensor:
-    return torch.empty(_shape(spec, contract, extent=1), dtype=getattr(torch, spec.dtype))
+    return torch.empty(contract.shape(spec, extent=1), dtype=getattr(torch, spec.dtype))
 
 
 @contextmanager

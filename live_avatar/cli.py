@@ -263,7 +263,11 @@ def generate(
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
 
-    given = [f"--{name.replace('_', '-')}" for name, value in model.items() if value not in (None, False) and name != "preset_name"]
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in model.items()
+        if name != "preset_name" and value is not None and value is not False
+    ]
     if artifacts is not None and given:
         raise click.UsageError(f"--artifacts were exported with their own {', '.join(given)}; leave that out")
     speech, picture = read_speech(audio), read_image_bytes(image)

@@ -49,6 +49,10 @@ class Contract:
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
+    def shape(self, spec: TensorSpec, extent: int) -> tuple[int, ...]:
+        """The shape with entry `extent` of (least, usual, greatest) for symbolic dimensions."""
+        return tuple(self.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
+
     def to_dict(self) -> dict[str, Any]:
         specs = {
             side: [{**asdict(spec), "shape": list(spec.shape)} for spec in getattr(self, side)]

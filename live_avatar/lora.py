@@ -42,11 +42,13 @@ class _Adapter:
 class MergedWeights:
     """Weights with an adapter merged into each tensor when it is read.
 
-    Raises `CheckpointError` at once for a key that belongs to no tensor, a factor without its partner, wrong shapes,
-    and a rank or alpha that is unknown or contradicted.
+    Raises `CheckpointError` at once for a key that belongs to no tensor or to one that has a key already, a factor
+    without its partner, wrong shapes, a rank that is contradicted, and an alpha that is unknown or not positive.
     """
 
     def __init__(self, base: Weights, lora: LoRA) -> None:
+        if not lora.path.is_file():
+            raise CheckpointError(f"adapter {lora.path} is not a file; give the safetensors file of an adapter.")
         self._base = base
         self._file = SafetensorsWeights(lora.path)
         self.origin = f"{base.origin} with {lora.path}"
@@ -60,19 +62,20 @@ class MergedWeights:
     @property
     def merged(self) -> Sequence[str]:
         """Names of the tensors that the adapter changes."""
-        return sorted([*(f"{module}.weight" for module in self._adapter.factors), *self._adapter.whole])
+        return sorted({*(f"{module}.weight" for module in self._adapter.factors), *self._adapter.whole})
 
     def shapes(self) -> Shapes:
         return self._base.shapes()
 
     def read(self, name: str) -> Tensor:
+        base = self._base.read(name)
         whole = self._adapter.whole.get(name)
-        tensor = self._base.read(name) if whole is None else self._file.read(whole).to(self._base.read(name).dtype)
+        tensor = base if whole is None else self._file.read(whole)
         factors = self._adapter.factors.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if factors is None:
-            return tensor
-        down, up = self._file.read(factors["A"]).float(), self._file.read(factors["B"]).float()
-        return tensor.float().addmm_(up, down, alpha=self.scale).to(tensor.dtype)
+        if factors is not None:
+            down, up = self._file.read(factors["A"]).float(), self._file.read(factors["B"]).float()
+            tensor = tensor.float().addmm_(up, down, alpha=self.scale)
+        return tensor.to(base.dtype)
 
 
 def _sorted(file: SafetensorsWeights, shapes: Shapes) -> _Adapter:
@@ -83,14 +86,19 @@ def _sorted(file: SafetensorsWeights, shapes: Shapes) -> _Adapter:
         name = key.removeprefix(PREFIX)
         match = FACTOR.match(name)
         if match and f"{match['module']}.weight" in shapes and TARGET.search(match["module"]):
-            factors.setdefault(match["module"], {})[match["side"]] = key
+            keys, part = factors.setdefault(match["module"], {}), match["side"]
         elif name.replace(".base_layer.", ".") in shapes:
-            whole[name.replace(".base_layer.", ".")] = key
+            keys, part = whole, name.replace(".base_layer.", ".")
         else:
             raise CheckpointError(
                 f"{file.origin} has key {key!r}, which belongs to no adapted layer (q, k, v, o, ffn.0, ffn.2) and to "
                 "no tensor of the network; is the adapter of another model?"
             )
+        if part in keys:
+            raise CheckpointError(
+                f"{file.origin} has keys {keys[part]!r} and {key!r} for one tensor; take the wrong one out."
+            )
+        keys[part] = key
     for sides in factors.values():
         if len(sides) < 2:
             raise CheckpointError(
@@ -104,7 +112,8 @@ def _sorted(file: SafetensorsWeights, shapes: Shapes) -> _Adapter:
 def _rank(file: SafetensorsWeights, adapter: _Adapter, shapes: Shapes) -> int:
     """The rank of all factors, 0 if there are none; every shape is checked against the weights."""
     given = file.shapes()
-    rank = next((given[sides["A"]][0] for sides in adapter.factors.values()), 0)
+    # At least 1, so that an empty factor has a wrong shape.
+    rank = next((max((1, *given[sides["A"]][:1])) for sides in adapter.factors.values()), 0)
     for module, sides in adapter.factors.items():
         out_features, in_features = shapes[f"{module}.weight"]
         for side, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
@@ -124,20 +133,16 @@ def _rank(file: SafetensorsWeights, adapter: _Adapter, shapes: Shapes) -> int:
 
 def _alpha(file: SafetensorsWeights, lora: LoRA) -> float:
     beside = lora.path.with_name("adapter_config.json")
-    stated = file.metadata.get("lora_alpha", file.metadata.get("alpha"))
-    try:
-        if stated is None and beside.is_file():
-            stated = json.loads(beside.read_text())["lora_alpha"]
-        known = None if stated is None else float(stated)
-        if known is not None and not 0 < known < math.inf:
-            raise ValueError(f"it is {known}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{lora.path}: its lora_alpha cannot be read ({error!r}); give --lora-alpha.") from error
-    if lora.alpha is not None:
-        return lora.alpha
-    if known is None:
+    stated = lora.alpha if lora.alpha is not None else file.metadata.get("lora_alpha", file.metadata.get("alpha"))
+    if stated is None and not beside.is_file():
         raise CheckpointError(
             f"{lora.path} does not say its alpha, and there is no {beside.name} beside it; give --lora-alpha "
             "(64 for the released adapter of rank 128)."
         )
-    return known
+    try:
+        alpha = float(json.loads(beside.read_text())["lora_alpha"] if stated is None else stated)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{lora.path}: its lora_alpha cannot be read ({error!r}); give --lora-alpha.") from error
+    if not 0 < alpha < math.inf:
+        raise CheckpointError(f"{lora.path}: lora_alpha is {alpha}, expected a positive number; give --lora-alpha.")
+    return alpha

@@ -87,7 +87,7 @@ FAULTS: dict[Callable[[Path], object], str] = {
     half_a_manifest: "is not a manifest (",
     binary_manifest: "is not a manifest (",
     list_as_manifest: "is not a manifest (",
-    other_version: "was made by version 0.0.9 (format 1); this is version",
+    other_version: "was made by version 0.0.9 (format 2); this is version",
     other_format: "(format 99); this is version",
     unknown_field: "does not describe a preset of this version (",
     impossible_size: "does not describe a preset of this version (dim 128 is not a multiple of 3 heads",
@@ -122,13 +122,23 @@ def test_another_preset_than_asked_for(artifacts: Artifacts, inputs: Path, image
     assert_refused(result, "holds preset 'tiny', not 's2v-14b'; give --preset tiny or export s2v-14b.")
 
 
-@pytest.mark.parametrize("words", [("--checkpoint", "weights"), ("--lookahead-ms", "40"), ("--sink-update-block", "2")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--checkpoint", "weights"),
+        ("--lora", "adapter.safetensors"),
+        ("--precision", "float16"),
+        ("--lookahead-ms", "40"),
+        ("--sink-update-block", "0"),
+        ("--drop-idle-step",),
+    ],
+)
 def test_options_that_artifacts_settle(
-    artifacts: Artifacts, inputs: Path, image: Path, tmp_path: Path, words: tuple[str, str]
+    artifacts: Artifacts, inputs: Path, image: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     files = ("--audio", inputs / "short.wav", "--image", image, "--output", tmp_path / "a.mp4")
     result = invoke("generate", "--artifacts", artifacts.folder, *files, *words)
-    assert_refused(result, "--artifacts has its own", words[0], "leave these out")
+    assert_refused(result, f"--artifacts were exported with their own {words[0]}; leave that out")
 
 
 def test_the_demo_does_not_export_over_another_preset(copy: Path, tmp_path: Path) -> None:
@@ -147,5 +157,5 @@ def test_export_does_not_replace_what_is_no_artifacts_folder(tmp_path: Path) -> 
     result = invoke("export", "--output", tmp_path / "letters" / "dear.txt" / "tiny")
     assert_refused(result, "dear.txt: File exists; use a path that exists and is writable, with room left.")
     result = invoke("export", "--output", tmp_path / "a", "--checkpoint", tmp_path / "none")
-    assert_refused(result, "does not exist; expected a folder with")
+    assert_refused(result, "checkpoint", "none does not exist; give the folder that holds the weights.")
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]

@@ -88,6 +88,8 @@ dit_debug = _file_fixture("dit_debug")
 dit_extra = _file_fixture("dit_extra")
 rollout = _file_fixture("rollout")
 audio = _file_fixture("audio")
+lora = _file_fixture("lora")
+lora_out = _file_fixture("lora_out")
 vae = _file_fixture("vae")
 
 

@@ -1,0 +1,337 @@
+"""Artifacts on TensorRT: engines built on this machine, run on one GPU; torch tensors are the device's memory.
+
+What crosses between host and GPU. Resident tensors (caches, states) come in and go out as torch tensors of the GPU.
+All others are numpy arrays: they are copied into buffers that stay where they are, and results are copied out.
+
+Two paths. A graph with a symbolic dimension (a step with its history) has a steady state, in which every symbolic
+dimension is at its greatest: there its call is captured into a CUDA graph, once for each set of resident tensors,
+that is for each session, and replayed as long as the same tensors come. Everything else (the first blocks of a
+session, whose histories are copied to be contiguous; graphs of fixed shapes, which run at the start of a session or
+are few large kernels) is enqueued as it is. A captured call has an execution context of its own, and all contexts of
+a graph share one block of activation memory, as TensorRT's documentation recommends.
+
+Outputs. A graph with a symbolic dimension writes its resident outputs into buffers of its own, which the next run
+overwrites: a ring copies them at once. The resident outputs of other graphs are new tensors that belong to the
+caller, because a state comes back as the next input while its successor is written, and a sink stays for long.
+
+Weights. TensorRT gives every engine its own copy of its weights, and neither refitting nor a second optimization
+profile shares them between two networks, so a process that runs a step and the prefill holds the transformer twice
+(`memory.py` says what that is). An engine built with its weights on the host keeps none of them on the GPU and
+streams them in every run: that is for the prefill, which runs when a session begins and when its sink is replaced.
+
+One runtime serves one thread. It has one stream, on which everything that it enqueues is in order; a run starts
+after what its caller has enqueued, and has ended when it returns. Knows no session.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from live_avatar.artifacts import Artifacts
+from live_avatar.contract import Contract, TensorSpec
+from live_avatar.engines import Engine, Machine, build_command, engine_path, fault, read_engines
+from live_avatar.errors import ArtifactError
+from live_avatar.runtime import Zeros
+from live_avatar.text import make_tokenizer
+
+LEAST_VERSION = (10, 15)  # the first that reads every operator of opset 23 that the graphs use
+ALIGNMENT = 256  # bytes, of every address that is bound (TensorRT documentation of setTensorAddress)
+KEPT_CAPTURES = 8  # of one graph: the sessions that take turns at a step
+GREATEST = 2  # entry of a symbolic dimension's range
+REASONS = 3  # last errors of TensorRT's log that a message quotes
+
+Inputs = Mapping[str, Any]
+"""Arrays by name: numpy's, or torch tensors of the GPU for the resident ones."""
+
+
+class Device(Protocol):
+    """The GPU, and the one stream on which a runtime enqueues its work."""
+
+    torch_device: torch.device
+    gpu: str
+    compute_capability: str
+    stream: int
+    """Handle of the stream."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """A `with` block whose torch calls go to the stream, after all that was enqueued before; waits at its end."""
+        ...
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """Records what `enqueue` would enqueue, without doing it; returns what enqueues it as one."""
+        ...
+
+
+class CudaDevice:
+    """GPU number `index`. Raises `ArtifactError` if there is none."""
+
+    def __init__(self, index: int) -> None:
+        count = torch.cuda.device_count()
+        if index >= count:
+            raise ArtifactError(
+                f"GPU {index} does not exist, torch {torch.__version__} sees {count} GPUs; run this on a machine with "
+                "an NVIDIA GPU, its driver and torch for CUDA."
+            )
+        self.torch_device = torch.device("cuda", index)
+        self.gpu = torch.cuda.get_device_name(index)
+        self.compute_capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
+        self._stream = torch.cuda.Stream(self.torch_device)
+        self.stream: int = self._stream.cuda_stream
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(self._stream):
+            yield
+            self._stream.synchronize()
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            enqueue()
+        return graph.replay
+
+
+def load_tensorrt() -> Any:
+    """The module `tensorrt`. Raises `ArtifactError` if there is none, or one that is too old for the graphs."""
+    least = ".".join(map(str, LEAST_VERSION))
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        raise ArtifactError(
+            f"TensorRT cannot be imported ({error}); install tensorrt {least} or newer, or run this in NVIDIA's "
+            "container of Triton."
+        ) from error
+    if tuple(int(part) for part in tensorrt.__version__.split(".")[:2]) < LEAST_VERSION:
+        raise ArtifactError(
+            f"this is TensorRT {tensorrt.__version__}, too old for the graphs; install {least} or newer."
+        )
+    return tensorrt
+
+
+def make_logger(trt: Any) -> Any:
+    """TensorRT's log, of which the last errors are kept for a message: `reason()` gives them."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._errors: deque[str] = deque(maxlen=REASONS)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self._errors.append(msg.strip())
+
+        def reason(self) -> str:
+            return "; ".join(self._errors) or "it gave no reason"
+
+    return Logger()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """TensorRT on one GPU: the module, its log, what loads engines (and must live as long as they), and the GPU."""
+
+    trt: Any
+    logger: Any
+    runtime: Any
+    device: Device
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.trt.__version__, self.device.gpu, self.device.compute_capability)
+
+    def types(self) -> dict[str, Any]:
+        """TensorRT's type for every type name of a contract."""
+        types = self.trt.DataType
+        return {
+            "float32": types.FLOAT,
+            "float16": types.HALF,
+            "bfloat16": types.BF16,
+            "int64": types.INT64,
+            "uint8": types.UINT8,
+        }
+
+
+def open_backend(device: int, open_device: Callable[[int], Device] = CudaDevice) -> Backend:
+    """Raises `ArtifactError` without TensorRT or without that GPU."""
+    trt = load_tensorrt()
+    logger = make_logger(trt)
+    return Backend(trt, logger, trt.Runtime(logger), open_device(device))
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A call that can be replayed; the context must live as long as it."""
+
+    context: Any
+    outputs: Mapping[str, Tensor]
+    replay: Callable[[], None]
+
+
+class TensorRTGraph:
+    """One engine and the buffers around it."""
+
+    def __init__(self, backend: Backend, engine: Any, contract: Contract) -> None:
+        self._backend = backend
+        self._device = backend.device
+        self._engine = engine
+        self._contract = contract
+        kept = [spec for spec in contract.inputs if not spec.resident]
+        kept += [spec for spec in contract.outputs if not spec.resident or contract.ranges]
+        self._buffers = {spec.name: self._empty(contract.shape(spec, GREATEST), spec.dtype) for spec in kept}
+        self._nothing = self._empty((ALIGNMENT,), "uint8")
+        self._activations = self._empty((max(engine.device_memory_size_v2, ALIGNMENT),), "uint8")
+        self._context = self._new_context()
+        self._captured: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
+
+    def run(self, inputs: Inputs) -> dict[str, Any]:
+        """Outputs by name. The head of the module says which of them the next run overwrites.
+
+        Raises `ArtifactError` for inputs that are not as the contract says.
+        """
+        steady = self._check(inputs)
+        with self._device.working():
+            bound = {spec.name: self._input(spec, inputs[spec.name]) for spec in self._contract.inputs}
+            outputs = self._replay(bound) if steady else self._launch(self._context, bound)
+            return {
+                spec.name: outputs[spec.name] if spec.resident else outputs[spec.name].to("cpu", copy=True).numpy()
+                for spec in self._contract.outputs
+            }
+
+    def _check(self, inputs: Inputs) -> bool:
+        """Compares inputs with the contract; tells whether this is the steady state of a graph that has one."""
+        extents: dict[str, int] = {}
+        for spec in self._contract.inputs:
+            shape = tuple(inputs[spec.name].shape)
+            dtype = str(inputs[spec.name].dtype).removeprefix("torch.")
+            for extent, found in zip(spec.shape, shape, strict=False):
+                if isinstance(extent, str):
+                    extents.setdefault(extent, found)
+            expected = tuple(extents.get(d, 0) if isinstance(d, str) else d for d in spec.shape)
+            if (shape, dtype) != (expected, spec.dtype):
+                raise ArtifactError(
+                    f"{self._contract.name}: {spec.name} is {dtype} {list(shape)}, expected {spec.dtype} "
+                    f"{list(spec.shape)}; use artifacts and a program of one version."
+                )
+        return bool(extents) and all(n == self._contract.ranges[name][GREATEST] for name, n in extents.items())
+
+    def _replay(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        key = tuple(inputs[spec.name].data_ptr() for spec in self._contract.inputs if spec.resident)
+        if key in self._captured:
+            self._captured.move_to_end(key)
+            self._captured[key].replay()
+        else:
+            self._captured[key] = self._capture(inputs)
+            if len(self._captured) > KEPT_CAPTURES:
+                self._captured.popitem(last=False)
+        return self._captured[key].outputs
+
+    def _capture(self, inputs: Mapping[str, Tensor]) -> _Captured:
+        """Runs once as it is, which also makes TensorRT settle what depends on shapes, and then captures."""
+        context = self._new_context()
+        outputs = self._launch(context, inputs)
+        return _Captured(context, outputs, self._device.capture(lambda: self._enqueue(context)))
+
+    def _launch(self, context: Any, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gives the context shapes and addresses of all tensors, and enqueues it; returns the outputs."""
+        for spec in self._contract.inputs:
+            if any(isinstance(extent, str) for extent in spec.shape):
+                self._demand(context.set_input_shape(spec.name, tuple(inputs[spec.name].shape)))
+        outputs = {
+            spec.name: self._output(spec, tuple(context.get_tensor_shape(spec.name))) for spec in self._contract.outputs
+        }
+        for name, tensor in (*inputs.items(), *outputs.items()):
+            bound = tensor if tensor.numel() else self._nothing  # an empty tensor needs an address, too
+            self._demand(context.set_tensor_address(name, bound.data_ptr()))
+        self._enqueue(context)
+        return outputs
+
+    def _enqueue(self, context: Any) -> None:
+        self._demand(context.execute_async_v3(self._device.stream))
+
+    def _demand(self, done: bool) -> None:
+        if not done:
+            raise ArtifactError(
+                f"{self._contract.name} cannot run on {self._device.gpu}: {self._backend.logger.reason()}; "
+                "build the engine again."
+            )
+
+    def _input(self, spec: TensorSpec, array: Any) -> Tensor:
+        if spec.resident:
+            return array.contiguous()
+        return self._view(spec, array.shape).copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
+
+    def _output(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+        return self._view(spec, shape) if spec.name in self._buffers else self._empty(shape, spec.dtype)
+
+    def _view(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+        """The spec's buffer, as much of it as the shape takes."""
+        return self._buffers[spec.name].flatten()[: math.prod(shape)].view(shape)
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device.torch_device)
+
+    def _new_context(self) -> Any:
+        strategy = self._backend.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        context.set_device_memory(self._activations.data_ptr(), self._activations.numel())
+        return context
+
+
+def _zeros(device: torch.device, shape: tuple[int, ...], dtype: str) -> Any:
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+
+
+class TensorRTRuntime:
+    """The engines of an artifacts folder on GPU number `device`."""
+
+    def __init__(
+        self, artifacts: Artifacts, device: int = 0, open_device: Callable[[int], Device] = CudaDevice
+    ) -> None:
+        """Raises `ArtifactError` without TensorRT or without that GPU."""
+        self.preset = artifacts.preset
+        self.tokenizer = make_tokenizer(self.preset, artifacts.tokenizer)
+        self._artifacts = artifacts
+        self._backend = open_backend(device, open_device)
+        self.zeros: Zeros = partial(_zeros, self._backend.device.torch_device)
+        self._engines = read_engines(artifacts)
+
+    def graph(self, component: str) -> TensorRTGraph:
+        """Loads the component's engine. Raises `ArtifactError` for one of another TensorRT, GPU or graph."""
+        engine = self._engines.get(component)
+        reason = fault(self._artifacts, component, engine, self._backend.machine)
+        if engine is None or reason is not None:
+            raise self._refusal(component, reason or "has not been built")
+        with self._backend.device.working():
+            loaded = self._load(component, engine)
+            return TensorRTGraph(self._backend, loaded, self._artifacts.contracts[component])
+
+    def _load(self, component: str, engine: Engine) -> Any:
+        path = engine_path(self._artifacts, component)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            loaded = self._backend.runtime.deserialize_cuda_engine(plan)
+        if loaded is None:
+            raise self._refusal(component, f"cannot be loaded ({self._backend.logger.reason()})")
+        if engine.weights_on_host:
+            loaded.weight_streaming_budget_v2 = 0  # must stand before the first context
+        contract, types = self._artifacts.contracts[component], self._backend.types()
+        expected = {spec.name: types[spec.dtype] for spec in (*contract.inputs, *contract.outputs)}
+        names = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
+        if {name: loaded.get_tensor_dtype(name) for name in names} != expected:
+            raise self._refusal(component, "has other inputs and outputs than its contract")
+        return loaded
+
+    def _refusal(self, component: str, reason: str) -> ArtifactError:
+        path, command = engine_path(self._artifacts, component), build_command(self._artifacts)
+        return ArtifactError(f"engine {path} {reason}; run {command} on this machine.")

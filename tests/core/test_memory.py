@@ -1,0 +1,115 @@
+"""Sums of GPU memory against the sizes that the reference states, and against real graphs and caches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import onnx
+import pytest
+
+from live_avatar.artifacts import Artifacts
+from live_avatar.config import S2V_14B, TINY, Preset
+from live_avatar.denoiser import DenoisingStep
+from live_avatar.errors import CapacityError
+from live_avatar.memory import GIB, WORKSPACE_BYTES, Memory, decoder_memory, require_room, step_memory
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from tests.core.test_tensorrt_runtime import source
+
+LARGE = S2V_14B.with_precision("bfloat16")
+SIZES = {1: 4, 16: 2, 7: 8, 9: 1}  # of ONNX types
+
+
+def test_a_ring_of_the_large_model_is_three_quarters_of_the_references() -> None:
+    """Spec section 11: 10.4 GB for 4 blocks of 3168 tokens, of which ours stores the 3 past ones."""
+    assert step_memory(LARGE).per_session["ring"] == 12_672 * 5120 * 2 * 2 * 40 * 3 // 4
+    assert step_memory(LARGE).per_session["ring"] == pytest.approx(10.4e9 * 3 / 4, rel=0.01)
+
+
+def test_a_sink_of_the_large_model_is_the_references_condition_cache() -> None:
+    """Spec section 11: 2640 tokens, 2.2 GB; the text keys and values of 512 tokens are counted with it."""
+    assert step_memory(LARGE).per_session["sink and text"] == (2640 + 512) * 5120 * 2 * 2 * 40
+    assert step_memory(LARGE).per_session["sink and text"] * 2640 / 3152 == pytest.approx(2.2e9, rel=0.02)
+
+
+def test_a_decoder_state_of_the_large_model_is_the_references() -> None:
+    """Spec section 13: 151,328 numbers for each latent pixel, about 1.28 GB in bf16 at 704x384."""
+    assert decoder_memory(LARGE).per_session["state"] == 151_328 * 88 * 48 * 2
+    assert decoder_memory(LARGE).per_session["state"] == pytest.approx(1.28e9, rel=0.01)
+
+
+def test_weights_of_the_large_model() -> None:
+    """Of 16.30 billion parameters of the transformer a step needs 13.85, a prefill 14.15."""
+    shared = step_memory(LARGE).shared
+    assert shared["weights of the step"] == pytest.approx(27.7e9, rel=0.01)
+    assert shared["weights of the prefill"] == pytest.approx(28.3e9, rel=0.01)
+    assert decoder_memory(LARGE).shared["weights of two engines"] < 2 * 126_892_531 * 2
+
+
+def graph_bytes(artifacts: Artifacts, component: str) -> int:
+    graph = onnx.load(artifacts.graph_path(component), load_external_data=False).graph
+    return sum(math.prod(tensor.dims) * SIZES[tensor.data_type] for tensor in graph.initializer)
+
+
+def test_weights_are_those_of_the_graphs(artifacts: Artifacts) -> None:
+    """Within 2 %: a graph has some constants more. The prefill's last layer only makes keys and values."""
+    step, decoder = step_memory(TINY).shared, decoder_memory(TINY).shared
+    assert step["weights of the step"] == pytest.approx(graph_bytes(artifacts, "dit_step_1"), rel=0.02)
+    assert decoder["weights of two engines"] == pytest.approx(2 * graph_bytes(artifacts, "vae_decoder"), rel=0.02)
+    last_layer = step["weights of the prefill"] / TINY.dit.num_layers
+    assert 0 <= step["weights of the prefill"] - graph_bytes(artifacts, "dit_prefill") < last_layer
+
+
+def test_a_session_takes_what_its_caches_have(onnx_runtime: OnnxRuntime) -> None:
+    step = DenoisingStep(onnx_runtime, 1)
+    state = step.open(source(TINY, 1))
+    memory = step_memory(TINY).per_session
+    assert memory["sink and text"] == sum(array.nbytes for array in state.sink.values())
+    tokens = TINY.stream.past_blocks * TINY.stream.block_tokens
+    assert memory["ring"] == 2 * TINY.dit.num_layers * tokens * TINY.dit.dim * 4
+
+
+def test_sixteen_bits_halve_the_caches() -> None:
+    full, half = step_memory(TINY), step_memory(TINY.with_precision("bfloat16"))
+    assert [2 * size for size in half.per_session.values()] == list(full.per_session.values())
+
+
+def test_the_sum_is_spelled_out() -> None:
+    memory = Memory("a stage", {"weights": 2 * GIB}, {"ring": GIB // 2})
+    assert memory.spelled(3) == "weights 2.00 + 3 x ring 0.50 = 3.50 GiB"
+    assert memory.total(3) == 3.5 * GIB
+    assert memory.sessions(4 * GIB) == 4
+    assert memory.sessions(GIB) < 0
+
+
+def test_a_prefill_on_the_host_leaves_the_gpu() -> None:
+    with_it, without = step_memory(LARGE), step_memory(LARGE, prefill_on_host=True)
+    assert with_it.total(1) - without.total(1) == with_it.shared["weights of the prefill"]
+    assert with_it.shared["scratch space of two engines"] == 2 * WORKSPACE_BYTES
+
+
+def test_what_fits_is_accepted() -> None:
+    require_room(LARGE, 79.6, 1)
+    require_room(LARGE, 79.6, 4, ("dit_prefill",))
+
+
+@pytest.mark.parametrize(
+    ("preset", "memory_gib", "sessions", "on_host", "stage"),
+    [
+        (LARGE, 79.6, 2, (), "a denoising step"),
+        (LARGE, 79.6, 5, ("dit_prefill",), "a denoising step"),
+        (S2V_14B, 79.6, 1, (), "a denoising step"),
+        (replace(LARGE, dit=TINY.dit, speech=TINY.speech, text=TINY.text), 5, 1, (), "the VAE decoder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_sum(
+    preset: Preset, memory_gib: float, sessions: int, on_host: tuple[str, ...], stage: str
+) -> None:
+    message = (
+        rf"{stage} of preset s2v-14b with {sessions} sessions does not fit {memory_gib:g} GiB: weights of .* \+ .* \+ "
+        rf"{sessions} x .* = [\d.]+ GiB; take a larger GPU, fewer sessions or 16 bits"
+    )
+    with pytest.raises(CapacityError, match=message) as caught:
+        require_room(preset, memory_gib, sessions, on_host)
+    may_move = stage == "a denoising step" and not on_host
+    assert ("--weights-on-host dit_prefill" in str(caught.value)) == may_move

@@ -1,0 +1,108 @@
+"""Writes `tensorrt_api.json`: what TensorRT's own Python bindings offer, by version, class, member and argument.
+
+`python -m tests.export.data.make_tensorrt_api 10.15.1.29 11.0.0.114 11.4.0.106` downloads the wheels
+`tensorrt-cu13-bindings`, about 1.2 MB each, and imports each in a process of its own, with empty libraries in the place
+of TensorRT's (no wheel has those; they are needed for calling, not for looking). Needs pip and a C compiler, which is
+why the result is kept here and the wheels are no dependency of the tests: two versions cannot be installed at once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "tensorrt-cu13-bindings"
+TARGET = Path(__file__).with_name("tensorrt_api.json")
+LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
+FUNCTIONS = (
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+)
+# pybind11 begins a docstring with the signature, or lists one for every overload.
+LOOK = r"""
+import json, re, sys
+import tensorrt_bindings
+
+def arguments(function, name):
+    signatures = re.findall(rf"^(?:\d+\. )?{name}\((.*)\) -> ", function.__doc__ or "", re.MULTILINE)
+    return [re.findall(r"(?:^|, )(\w+):", inside) for inside in signatures]
+
+def look(cls):
+    seen = {}
+    for name in dir(cls):
+        member = getattr(cls, name)
+        if name == "__init__" or not name.startswith("_"):
+            is_class = isinstance(member, type)
+            seen[name] = look(member) if is_class else arguments(member, name) if callable(member) else None
+    return seen
+
+print(json.dumps({name: look(getattr(tensorrt_bindings, name)) for name in json.loads(sys.argv[1])}))
+"""
+CLASSES = (
+    "Builder",
+    "BuilderFlag",
+    "DataType",
+    "ExecutionContextAllocationStrategy",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "ILogger",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "ITimingCache",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParser",
+    "ParserError",
+    "Runtime",
+)
+
+
+def look(version: str, folder: Path) -> dict[str, object]:
+    """Classes of one version: for a property or enumerator null, for a method its arguments, by overload."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*pip, f"{PACKAGE}=={version}"], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder)
+    source = folder / "empty.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in FUNCTIONS))
+    for library in LIBRARIES:
+        name = f"lib{library}.so.{version.split('.')[0]}"
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
+        subprocess.run(command, check=True)
+    seen = subprocess.run(
+        [sys.executable, "-c", LOOK, json.dumps(CLASSES)],
+        env={"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(seen.stdout)
+
+
+def main(versions: list[str]) -> None:
+    api = {}
+    for version in versions:
+        with tempfile.TemporaryDirectory() as folder:
+            api[version] = look(version, Path(folder))
+    source = f"{PACKAGE} on PyPI; made by python -m tests.export.data.make_tensorrt_api {' '.join(versions)}"
+    lines = [f'"source": {json.dumps(source)}']
+    for version, classes in api.items():
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(members)}" for name, members in classes.items())
+        lines.append(f'"{version}": {{\n{rows}\n }}')
+    TARGET.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

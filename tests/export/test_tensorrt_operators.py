@@ -1,0 +1,230 @@
+"""Every operator of every graph, with its types, is one that TensorRT's parser reads.
+
+The list is `data/tensorrt_operators.json`, which names its source. The types checked are those of the operator's
+first type variable in the ONNX standard (an index or a shape has a type of its own), and both of a cast's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from export.graphs import OPSET, Tracer
+from live_avatar.artifacts import Artifacts
+from live_avatar.components import build_components, outline
+from live_avatar.config import S2V_14B, Preset
+from live_avatar.contract import contracts
+from tests.export.conftest import LEAST
+
+LIST = json.loads((Path(__file__).parent / "data" / "tensorrt_operators.json").read_text())
+TYPES = {1: "FP32", 10: "FP16", 16: "BF16", 6: "INT32", 7: "INT64", 2: "UINT8", 9: "BOOL", 11: "DOUBLE", 17: "FP8"}
+TWO_TYPES = ("Cast", "ConstantOfShape")  # what they give is a type of its own
+COORDINATES = (b"half_pixel", b"pytorch_half_pixel", b"tf_half_pixel_for_nn", b"asymmetric", b"align_corners")
+NEAREST = (b"floor", b"ceil", b"round_prefer_floor", b"round_prefer_ceil")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph with the type and the rank of every value."""
+
+    name: str
+    proto: onnx.GraphProto
+    types: Mapping[str, str]
+    ranks: Mapping[str, int]
+    constants: frozenset[str]
+
+    @classmethod
+    def of(cls, name: str, model: onnx.ModelProto) -> Graph:
+        graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+        values = [*graph.input, *graph.output, *graph.value_info]
+        types = {value.name: TYPES[value.type.tensor_type.elem_type] for value in values}
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+        types |= {tensor.name: TYPES[tensor.data_type] for tensor in graph.initializer}
+        ranks |= {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+        constants = frozenset(tensor.name for tensor in graph.initializer)
+        return cls(name, graph, types, ranks, constants)
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def attention(graph: Graph, node: onnx.NodeProto) -> bool:
+    given = attributes(node)
+    return (
+        all(graph.ranks[name] == 4 for name in node.input if name)
+        and len([name for name in node.input if name]) <= 4
+        and len(node.output) == 1
+        and given.get("softcap", 0) == 0
+        and given.get("qk_matmul_output_mode", 0) == 0
+        and "softmax_precision" not in given
+    )
+
+
+def resize(graph: Graph, node: onnx.NodeProto) -> bool:
+    given = attributes(node)
+    return (
+        graph.types[node.input[0]] in ("FP32", "FP16")
+        and given["mode"] in (b"nearest", b"linear")
+        and given["coordinate_transformation_mode"] in COORDINATES
+        and given["nearest_mode"] in NEAREST
+        and given["keep_aspect_ratio_policy"] == b"stretch"
+        and given["antialias"] == 0
+        and "axes" not in given
+    )
+
+
+def first_output_only(graph: Graph, node: onnx.NodeProto) -> bool:
+    return len(node.output) == 1
+
+
+def constant_axes(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Axes are an initializer; `Squeeze` may have none, and then takes those of length 1."""
+    return len(node.input) < 2 or node.input[1] in graph.constants
+
+
+def no_special_constant(graph: Graph, node: onnx.NodeProto) -> bool:
+    return not attributes(node).keys() & {"sparse_value", "value_string", "value_strings"}
+
+
+def no_zero_point(graph: Graph, node: onnx.NodeProto) -> bool:
+    """One of 0 would be allowed, too; nothing here writes it."""
+    return len(node.input) < 3
+
+
+RULES: Mapping[str, Callable[[Graph, onnx.NodeProto], bool]] = {
+    "Attention": attention,
+    "Constant": no_special_constant,
+    "DequantizeLinear": no_zero_point,
+    "LayerNormalization": first_output_only,
+    "QuantizeLinear": no_zero_point,
+    "ReduceL2": constant_axes,
+    "ReduceMean": constant_axes,
+    "ReduceSum": constant_axes,
+    "Resize": resize,
+    "Squeeze": constant_axes,
+    "Unsqueeze": constant_axes,
+}
+
+
+def typed_values(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the inputs and outputs that have the operator's own type."""
+    schema = onnx.defs.get_schema(node.op_type, OPSET)
+    own = schema.inputs[0].type_str
+    for names, formals in ((node.input, schema.inputs), (node.output, schema.outputs)):
+        for index, name in enumerate(names):
+            if name and formals[min(index, len(formals) - 1)].type_str == own:
+                yield name
+    if node.op_type in TWO_TYPES:
+        yield node.output[0]
+
+
+def faults(graph: Graph) -> Iterator[str]:
+    """What TensorRT would not read, as sentences."""
+    ends = {value.name for value in (*graph.proto.input, *graph.proto.output)}
+    for node in graph.proto.node:
+        place = f"{graph.name}: {node.op_type} {node.name}"
+        if node.domain or node.op_type not in LIST["types"]:
+            yield f"{place} is not in the list"
+            continue
+        allowed = LIST["types"][node.op_type].split()
+        yield from (
+            f"{place} has {graph.types[name]}, the list has {allowed}"
+            for name in typed_values(node)
+            if graph.types[name] not in allowed
+        )
+        if node.op_type in LIST["restrictions"]:
+            rule = RULES.get(node.op_type)
+            if rule is None or not rule(graph, node):
+                yield f"{place} breaks (or nothing here checks): {LIST['restrictions'][node.op_type]}"
+        yield from (
+            f"{place} has UINT8 inside the graph, where TensorRT has none"
+            for name in (*node.input, *node.output)
+            if name and graph.types[name] == "UINT8" and name not in ends
+        )
+        made, source = graph.types[node.output[0]], graph.types[node.input[0]] if node.input else ""
+        if made == "UINT8" and source not in ("FP32", "FP16"):
+            yield f"{place} makes UINT8 of {source}, which must be FP32 or FP16"
+
+
+def traced(preset: Preset) -> Iterator[Graph]:
+    """Graphs without weights in memory or on disk."""
+    tracer = Tracer(build_components(preset, outline(preset)))
+    for name, contract in contracts(preset).items():
+        graph = tracer.trace(contract)
+        for _, value in graph.weights:
+            value.const_value = ir.ExternalTensor("absent", 0, 0, value.dtype, shape=value.shape, name=value.name)
+        yield Graph.of(name, ir.to_proto(graph.model))
+
+
+def test_the_opset_is_one_that_tensorrt_reads() -> None:
+    least, most = LIST["opsets"]
+    assert least <= OPSET <= most
+
+
+def test_every_exported_graph_is_readable(artifacts: Artifacts) -> None:
+    graphs = [
+        Graph.of(name, onnx.load(artifacts.graph_path(name), load_external_data=False)) for name in artifacts.contracts
+    ]
+    assert [fault for graph in graphs for fault in faults(graph)] == []
+    assert {"Attention", "Resize", "Cast"} <= {node.op_type for graph in graphs for node in graph.proto.node}
+
+
+def test_every_graph_in_bfloat16_is_readable() -> None:
+    graphs = list(traced(LEAST.with_precision("bfloat16")))
+    assert [fault for graph in graphs for fault in faults(graph)] == []
+    assert {"BF16"} <= {kind for graph in graphs for kind in graph.types.values()}
+
+
+@pytest.mark.slow
+def test_every_graph_of_the_large_model_is_readable() -> None:
+    """Full widths and picture, two layers; nothing in a graph depends on the number of layers but its length."""
+    full = S2V_14B.with_precision("bfloat16")
+    cut = replace(
+        full,
+        dit=replace(full.dit, num_layers=2, audio_inject_layers=(0,), audio_states=2),
+        speech=replace(full.speech, num_hidden_layers=1),
+        text=replace(full.text, num_layers=1),
+    ).with_stream(steps=1, sink_update_block=2)
+    assert [fault for graph in traced(cut) for fault in faults(graph)] == []
+
+
+def node_model(node: onnx.NodeProto, inputs: Mapping[str, tuple[int, list[int]]], output: int) -> onnx.ModelProto:
+    """A graph of one node; inputs by name as (type, shape)."""
+    values = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
+    outputs = [onnx.helper.make_tensor_value_info(name, output, None) for name in node.output[:1]]
+    graph = onnx.helper.make_graph([node], "one", values, outputs)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
+
+
+QKV = {name: (1, [1, 2, 4, 8]) for name in ("q", "k", "v")}
+UNREADABLE = {
+    "softcap": node_model(onnx.helper.make_node("Attention", ["q", "k", "v"], ["y"], softcap=2.0), QKV, 1),
+    "flat": node_model(
+        onnx.helper.make_node("Attention", ["q", "k", "v"], ["y"], q_num_heads=2, kv_num_heads=2),
+        {name: (1, [1, 4, 16]) for name in ("q", "k", "v")},
+        1,
+    ),
+    "past": node_model(
+        onnx.helper.make_node("Attention", ["q", "k", "v", "", "pk", "pv"], ["y", "nk", "nv"]),
+        {**QKV, "pk": (1, [1, 2, 3, 8]), "pv": (1, [1, 2, 3, 8])},
+        1,
+    ),
+    "unknown": node_model(onnx.helper.make_node("Det", ["x"], ["y"]), {"x": (1, [2, 2])}, 1),
+    "type": node_model(onnx.helper.make_node("Sigmoid", ["x"], ["y"]), {"x": (11, [2])}, 11),
+    "axes": node_model(onnx.helper.make_node("ReduceMean", ["x", "a"], ["y"]), {"x": (1, [2, 2]), "a": (7, [1])}, 1),
+    "bytes": node_model(onnx.helper.make_node("Cast", ["x"], ["y"], to=2), {"x": (7, [2])}, 2),
+    "unchecked": node_model(onnx.helper.make_node("CumSum", ["x", "a"], ["y"]), {"x": (1, [2]), "a": (7, [])}, 1),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_found(name: str) -> None:
+    assert list(faults(Graph.of(name, UNREADABLE[name]))) != []
