@@ -27,8 +27,9 @@ from live_avatar.checkpoint import outline_networks
 from live_avatar.components import build_components
 from live_avatar.contract import contracts
 from live_avatar.errors import ExportError
+from live_avatar.lora import MergedWeights
 from live_avatar.version import __version__
-from live_avatar.weights import Checkpoint
+from live_avatar.weights import Checkpoint, Weights
 
 LEAST_BYTES = 1024  # constants smaller than this stay in the graph
 Progress = Callable[[str], None]
@@ -120,15 +121,22 @@ def _read(checkpoint: Checkpoint, name: str, value: ir.Value) -> memoryview:
     return tensor_bytes(checkpoint.parts[part].read(official).to(getattr(torch, str(value.dtype.numpy()))))
 
 
+def _provenance(weights: Weights) -> dict[str, Any]:
+    """What a network's weights are: the files by name, and how much of an adapter; or the seed they are drawn from."""
+    if not weights.files:
+        return {"origin": weights.origin}
+    lora = {"lora_scale": weights.scale} if isinstance(weights, MergedWeights) else {}
+    return {"files": {path.name: file_sha256(path) for path in weights.files}, **lora}
+
+
 def _manifest(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     preset = checkpoint.preset
     files = sorted(path for path in folder.iterdir())
-    sources = sorted({path for weights in checkpoint.parts.values() for path in weights.files})
     return {
         "format": FORMAT,
         "version": __version__,
         "preset": preset.to_dict(),
-        "weights": {path.name: file_sha256(path) for path in sources} or f"random, seed {preset.weight_seed}",
+        "weights": {part: _provenance(weights) for part, weights in checkpoint.parts.items()},
         "opset": OPSET,
         "made_with": {
             "torch": torch.__version__,

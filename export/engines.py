@@ -69,10 +69,7 @@ def build_engines(
             raise ExportError(f"{folder} has no component {name!r}; it has {', '.join(sorted(artifacts.contracts))}.")
     if options.gpu_memory_gib is not None:
         require_room(artifacts.preset, options.gpu_memory_gib, options.sessions, options.weights_on_host)
-    try:
-        backend = open_backend(options.device, open_device)
-    except ArtifactError as error:
-        raise ExportError(f"engines cannot be built here: {error}") from error
+    backend = require_tensorrt(options.device, open_device)
     (folder / FOLDER).mkdir(exist_ok=True)
     with _locked(folder / FOLDER / LOCK, progress):
         engines = read_engines(artifacts)
@@ -87,6 +84,17 @@ def build_engines(
             write_engines(artifacts, engines)
             progress(f"{name}: {engines[name].bytes} bytes in {engines[name].build_s} s")
         return engines
+
+
+def require_tensorrt(device: int = 0, open_device: Callable[[int], Device] = CudaDevice) -> Backend:
+    """TensorRT and a GPU. Raises `ExportError`, with the remedy, where one of them is missing."""
+    try:
+        return open_backend(device, open_device)
+    except ArtifactError as error:
+        raise ExportError(
+            f"engines cannot be built here: {error} Or export here with --target onnx --precision bfloat16, and build "
+            "them there with `python -m export.engines`."
+        ) from error
 
 
 @contextmanager

@@ -304,12 +304,37 @@ def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
 @main.command()
 @_model_options
 @_stream_options
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "tensorrt"]),
+    default="onnx",
+    show_default=True,
+    help="tensorrt: bfloat16 graphs, and engines for the GPU of this machine beside them.",
+)
+@click.option(
+    "--gpu-memory-gib",
+    type=float,
+    help="With tensorrt, memory of one GPU: what would not fit is refused at the start, and the prefill's weights stay "
+    "on the host if that is what makes it fit.",
+)
 @click.option("--output", type=FILE, required=True, help="Artifacts folder to make, or to make again.")
-def export(output: Path, **model: Any) -> None:
-    """Compile a preset to ONNX graphs, shared weights and a manifest."""
+def export(target: str, gpu_memory_gib: float | None, output: Path, **model: Any) -> None:
+    """Compile a preset to ONNX graphs, shared weights and a manifest, and for GPUs to TensorRT engines."""
     from live_avatar.demo import export_with_progress
 
-    artifacts = export_with_progress(_opened(**model), output)
+    if target == "onnx":
+        if gpu_memory_gib is not None:
+            raise click.UsageError("--gpu-memory-gib is for --target tensorrt; leave it out")
+        artifacts = export_with_progress(_opened(**model), output)
+    else:
+        from export.engines import EngineOptions, build_engines, require_tensorrt
+        from live_avatar.memory import fitting_on_host
+
+        checkpoint = _opened(**{**model, "precision": model["precision"] or "bfloat16"})
+        on_host = fitting_on_host(checkpoint.preset, gpu_memory_gib, sessions=1)
+        require_tensorrt()
+        artifacts = export_with_progress(checkpoint, output)
+        build_engines(output, EngineOptions(weights_on_host=on_host), click.echo)
     click.echo(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 
 

@@ -24,7 +24,11 @@ FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$"
 
 @dataclass(frozen=True)
 class LoRA:
-    """An adapter file. `rank` and `alpha` None: taken from the file, or from `adapter_config.json` beside it."""
+    """An adapter file.
+
+    `alpha` None: as the file's header or `adapter_config.json` beside it says. The rank is that of the factors; one
+    given here is compared with it.
+    """
 
     path: Path
     rank: int | None = None
@@ -131,6 +135,18 @@ def _rank(file: SafetensorsWeights, adapter: _Adapter, shapes: Shapes) -> int:
     return rank
 
 
+def _configured(path: Path) -> float:
+    """The alpha of peft's `adapter_config.json`. Raises `CheckpointError` for other rules of scaling."""
+    config = json.loads(path.read_text())
+    for rule in ("use_rslora", "alpha_pattern", "rank_pattern"):
+        if config.get(rule):
+            raise CheckpointError(
+                f"{path} has {rule} {config[rule]!r}, but the scale here is alpha / rank for every layer; "
+                "merge this adapter with peft."
+            )
+    return config["lora_alpha"]
+
+
 def _alpha(file: SafetensorsWeights, lora: LoRA) -> float:
     beside = lora.path.with_name("adapter_config.json")
     stated = lora.alpha if lora.alpha is not None else file.metadata.get("lora_alpha", file.metadata.get("alpha"))
@@ -140,8 +156,8 @@ def _alpha(file: SafetensorsWeights, lora: LoRA) -> float:
             "(64 for the released adapter of rank 128)."
         )
     try:
-        alpha = float(json.loads(beside.read_text())["lora_alpha"] if stated is None else stated)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        alpha = float(_configured(beside) if stated is None else stated)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{lora.path}: its lora_alpha cannot be read ({error!r}); give --lora-alpha.") from error
     if not 0 < alpha < math.inf:
         raise CheckpointError(f"{lora.path}: lora_alpha is {alpha}, expected a positive number; give --lora-alpha.")

@@ -8,6 +8,7 @@ limit of its scratch space. Knows no GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from live_avatar.errors import CapacityError
 GIB = 2**30
 WORKSPACE_BYTES = 2 * GIB
 """Most scratch space that an engine may take beside its weights and tensors."""
+GREATEST = 2  # entry of a symbolic dimension's range
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 
 # Parts of the transformer that a graph does without; its modulation is a constant of the graph.
@@ -115,15 +117,26 @@ def require_room(preset: Preset, gpu_memory_gib: float, sessions: int, weights_o
             )
 
 
+def fitting_on_host(preset: Preset, gpu_memory_gib: float | None, sessions: int) -> tuple[str, ...]:
+    """Components whose weights must stay on the host for that many sessions to fit a GPU; none if its size is unknown.
+
+    Raises `CapacityError`, with the sum, if they do not fit in any case.
+    """
+    if gpu_memory_gib is None or step_memory(preset).total(sessions) <= gpu_memory_gib * GIB:
+        on_host: tuple[str, ...] = ()
+    else:
+        on_host = ("dit_prefill",)
+    if gpu_memory_gib is not None:
+        require_room(preset, gpu_memory_gib, sessions, on_host)
+    return on_host
+
+
 def _bytes(specs: Iterable[TensorSpec], contract: Contract) -> int:
     """Bytes of the resident tensors among these, at the greatest extents."""
     total = 0
     for spec in specs:
         if spec.resident:
-            size = BYTES[spec.dtype]
-            for extent in spec.shape:
-                size *= contract.ranges[extent][2] if isinstance(extent, str) else extent
-            total += size
+            total += BYTES[spec.dtype] * math.prod(contract.shape(spec, GREATEST))
     return total
 
 

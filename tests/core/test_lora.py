@@ -228,6 +228,17 @@ def test_damaged_settings_beside_the_file_are_named(tmp_path: Path, content: str
         MergedWeights(BASE, lora)
 
 
+@pytest.mark.parametrize(("rule", "value"), [("use_rslora", True), ("alpha_pattern", {"blocks.0": 8})])
+def test_another_rule_of_scaling_is_refused(tmp_path: Path, rule: str, value: object) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, rule: value}))
+    lora = adapter(tmp_path, factors(QUERY))
+    message = (
+        f"adapter_config.json has {rule} {value!r}, but the scale here is alpha / rank for every layer; merge this"
+    )
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        MergedWeights(BASE, lora)
+
+
 def test_a_rank_that_the_file_contradicts_is_named(tmp_path: Path) -> None:
     assert MergedWeights(BASE, adapter(tmp_path, factors(QUERY), ALPHA, rank=RANK)).scale == 1.5
     refused(adapter(tmp_path, factors(QUERY), ALPHA, rank=3), " has rank 2, not 3; leave the rank out.")

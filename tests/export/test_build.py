@@ -44,7 +44,8 @@ def test_the_manifest_says_what_was_exported(least_artifacts: Artifacts) -> None
     manifest = least_artifacts.manifest
     assert manifest["version"] == __version__
     assert manifest["opset"] == 23
-    assert manifest["weights"] == f"random, seed {LEAST.weight_seed}"
+    assert manifest["weights"]["dit"] == {"origin": f"random weights of seed {LEAST.weight_seed}"}
+    assert set(manifest["weights"]) == {"dit", "vae", "speech", "text"}
     assert set(manifest["made_with"]) == {"torch", "onnx", "onnxruntime"}
     assert set(manifest["files"]) == {path.name for path in least_artifacts.folder.iterdir()} - {MANIFEST}
     assert least_artifacts.contracts == contracts(LEAST)

@@ -1,0 +1,49 @@
+"""Options of `live-avatar export` that decide before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from export.synthetic import official_preset, write_checkpoint
+from live_avatar.assets import PORTRAIT
+from live_avatar.config import TINY
+from tests.cli.support import assert_refused, invoke
+
+
+def test_engines_need_tensorrt_and_the_export_says_what_to_do_without(tmp_path: Path) -> None:
+    result = invoke("export", "--target", "tensorrt", "--output", tmp_path / "a")
+    words = ("engines cannot be built here: TensorRT cannot be imported", "--target onnx --precision bfloat16")
+    assert_refused(result, *words, "python -m export.engines")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_a_gpu_is_refused_with_the_sum(tmp_path: Path) -> None:
+    result = invoke("export", "--target", "tensorrt", "--gpu-memory-gib", "0.5", "--output", tmp_path / "a")
+    assert_refused(result, "of preset tiny with 1 sessions does not fit 0.5 GiB", " = ", "take a larger GPU")
+
+
+def test_gpu_memory_without_engines_is_a_mistake(tmp_path: Path) -> None:
+    result = invoke("export", "--gpu-memory-gib", "80", "--output", tmp_path / "a")
+    assert_refused(result, "--gpu-memory-gib is for --target tensorrt; leave it out")
+
+
+def test_an_alpha_without_an_adapter_is_a_mistake(tmp_path: Path) -> None:
+    result = invoke("export", "--lora-alpha", "64", "--output", tmp_path / "a")
+    assert_refused(result, "--lora-alpha is nothing without --lora; give the adapter's file")
+
+
+def test_a_picture_and_a_size_contradict(tmp_path: Path) -> None:
+    result = invoke("export", "--like", PORTRAIT, "--height", "96", "--output", tmp_path / "a")
+    assert_refused(result, "--like decides height and width; leave --height and --width out")
+
+
+def test_the_14b_preset_asks_for_its_files(tmp_path: Path) -> None:
+    result = invoke("export", "--preset", "s2v-14b", "--output", tmp_path / "a")
+    assert_refused(result, "preset s2v-14b needs the official checkpoint", "--checkpoint", "python -m export.synthetic")
+
+
+def test_a_preset_of_other_sizes_than_the_folder_names_the_size(tmp_path: Path) -> None:
+    write_checkpoint(official_preset(TINY, {"layers": 1}), tmp_path / "weights", seed=None)
+    words = ("--checkpoint", tmp_path / "weights", "--output", tmp_path / "a")
+    result = invoke("export", "--preset", "s2v-14b", *words)
+    assert_refused(result, "has dit dim 128, but preset s2v-14b has 5120; leave --preset out")
