@@ -19,7 +19,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 
+from export.fp8 import Calibration, quantise_checkpoint, quantise_graph
 from export.graphs import OPSET, TracedGraph, Tracer
 from export.weights import WeightFile, tensor_bytes
 from live_avatar.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, file_sha256, load_artifacts
@@ -41,11 +43,14 @@ def weight_file(component: str) -> str:
     return f"{group}.weights"
 
 
-def export_artifacts(checkpoint: Checkpoint, output: Path, progress: Progress) -> Artifacts:
+def export_artifacts(
+    checkpoint: Checkpoint, output: Path, progress: Progress, calibration: Calibration | None = None
+) -> Artifacts:
     """Exports every component of a checkpoint into the folder `output`, replacing artifacts that stand there.
 
-    `progress` is told each component's name before its export. Host memory holds one weight at a time. Raises
-    `ExportError` if `output` exists and is not an artifacts folder, and `CheckpointError` for unusable weights.
+    `progress` is told each component's name before its export. With a calibration the transformer's large linears are
+    in FP8. Host memory holds one weight at a time. Raises `ExportError` if `output` exists and is not an artifacts
+    folder, or if the calibration is of other graphs, and `CheckpointError` for unusable weights.
     """
     if output.exists() and not _replaceable(output):
         raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
@@ -53,10 +58,10 @@ def export_artifacts(checkpoint: Checkpoint, output: Path, progress: Progress) -
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
         folder = Path(unfinished) / output.name
         folder.mkdir()
-        _write_graphs(checkpoint, folder, progress)
+        _write_graphs(checkpoint, folder, progress, calibration)
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
-        (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder), indent=1))
+        (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, calibration), indent=1))
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
@@ -74,10 +79,12 @@ def _replaceable(output: Path) -> bool:
     return isinstance(manifest, dict) and {"format", "contracts", "files"} <= manifest.keys()
 
 
-def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
+def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress, calibration: Calibration | None) -> None:
     agreed = contracts(checkpoint.preset)
     components = build_components(checkpoint.preset, outline_networks(checkpoint))
     tracer = Tracer(components)
+    if calibration is not None:
+        checkpoint = quantise_checkpoint(checkpoint, calibration)
     by_file: dict[str, list[str]] = {}
     for name in agreed:
         by_file.setdefault(weight_file(name), []).append(name)
@@ -86,6 +93,8 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress) -> N
             for name in names:
                 progress(name)
                 graph = tracer.trace(agreed[name])
+                if calibration is not None and name.startswith("dit_"):
+                    graph = quantise_graph(graph, name, calibration)
                 _place(graph, checkpoint, weights)
                 onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")
     for name in agreed:
@@ -98,7 +107,7 @@ def _place(graph: TracedGraph, checkpoint: Checkpoint, file: WeightFile) -> None
     for value in graph.model.graph.initializers.values():
         name = named.get(value)
         if name is not None and name in graph.constants:
-            value.const_value = _constant(ir.tensor(graph.constants[name].numpy(), name=value.name), value, file)
+            value.const_value = _constant(TorchTensor(graph.constants[name], name=value.name), value, file)
         elif name is not None:
             value.const_value = file.place(name, value, partial(_read, checkpoint, name, value))
         elif not isinstance(value.const_value, ir.ExternalTensor):  # not placed yet; components may share a model
@@ -129,7 +138,7 @@ def _provenance(weights: Weights) -> dict[str, Any]:
     return {"files": {path.name: file_sha256(path) for path in weights.files}, **lora}
 
 
-def _manifest(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | None) -> dict[str, Any]:
     preset = checkpoint.preset
     files = sorted(path for path in folder.iterdir())
     return {
@@ -138,6 +147,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         "preset": preset.to_dict(),
         "weights": {part: _provenance(weights) for part, weights in checkpoint.parts.items()},
         "opset": OPSET,
+        "fp8": None if calibration is None else {"calibrated_on_blocks": calibration.blocks},
         "made_with": {
             "torch": torch.__version__,
             "onnx": onnx.__version__,

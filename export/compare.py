@@ -25,7 +25,12 @@ from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights import Checkpoint
 
 RELATIVE_TOLERANCE = 1e-4  # float32, of the largest value of an output
+FLOAT16_TOLERANCE = 1e-2
+# FP8: what quantising costs, and no error of the export (`python -m perf.fp8_error` measures it). The VAE in float16: its
+# norms divide by the length of vectors, small ones too, which magnifies rounding, and two engines round differently.
+COARSE_TOLERANCE = 0.2
 PIXEL_TOLERANCE = 1.0  # a value on the edge of two pixel levels may fall to either side
+COARSE_PIXEL_TOLERANCE = 8.0
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,21 @@ class Difference:
     component: str
     relative: float
     pixels: float
+    tolerance: float = RELATIVE_TOLERANCE
 
     @property
     def within(self) -> bool:
-        return self.relative <= RELATIVE_TOLERANCE and self.pixels <= PIXEL_TOLERANCE
+        levels = COARSE_PIXEL_TOLERANCE if self.tolerance == COARSE_TOLERANCE else PIXEL_TOLERANCE
+        return self.relative <= self.tolerance and self.pixels <= levels
+
+
+def tolerance(artifacts: Artifacts, component: str) -> float:
+    """Of the relative difference, by what the export did to the component's numbers."""
+    network = component.split("_")[0]
+    float16 = artifacts.preset.precision == "float16"
+    if (network == "dit" and artifacts.manifest["fp8"] is not None) or (network == "vae" and float16):
+        return COARSE_TOLERANCE
+    return FLOAT16_TOLERANCE if network == "dit" and float16 else RELATIVE_TOLERANCE
 
 
 def compare(
@@ -56,7 +72,8 @@ def compare(
     exported = OnnxRuntime(artifacts)
     for name, several in inputs.items():
         graph = exported.graph(name)
-        yield _difference(name, [graph.run(given) for given in several], expected[name])
+        relative, pixels = _difference([graph.run(given) for given in several], expected[name])
+        yield Difference(name, relative, pixels, tolerance(artifacts, name))
 
 
 def _inputs(contract: Contract, seed: int) -> list[dict[str, Array]]:
@@ -65,7 +82,8 @@ def _inputs(contract: Contract, seed: int) -> list[dict[str, Array]]:
     return [random_inputs(contract, seed + extent, extent) for extent in extents.values()]
 
 
-def _difference(component: str, ours: list[dict[str, Array]], theirs: list[dict[str, Array]]) -> Difference:
+def _difference(ours: list[dict[str, Array]], theirs: list[dict[str, Array]]) -> tuple[float, float]:
+    """Over all outputs: relative to the largest value for numbers, in levels for pixels."""
     relative = pixels = 0.0
     for results, expected in zip(ours, theirs, strict=True):
         for output, array in expected.items():
@@ -75,7 +93,7 @@ def _difference(component: str, ours: list[dict[str, Array]], theirs: list[dict[
                 pixels = max(pixels, float(error))
             else:
                 relative = max(relative, float(error / max(np.abs(wide).max(initial=0.0), 1e-6)))
-    return Difference(component, relative, pixels)
+    return relative, pixels
 
 
 @click.command()
@@ -114,7 +132,7 @@ def main(
         raise click.ClickException(str(error)) from error
     if failed:
         raise click.ClickException(
-            f"{', '.join(failed)} differ from torch by more than {RELATIVE_TOLERANCE:.0e}; export again."
+            f"{', '.join(failed)} differ from torch by more than what their precision allows; export again."
         )
 
 

@@ -68,7 +68,8 @@ def build_engines(
         if name not in artifacts.contracts:
             raise ExportError(f"{folder} has no component {name!r}; it has {', '.join(sorted(artifacts.contracts))}.")
     if options.gpu_memory_gib is not None:
-        require_room(artifacts.preset, options.gpu_memory_gib, options.sessions, options.weights_on_host)
+        fp8 = artifacts.manifest["fp8"] is not None
+        require_room(artifacts.preset, options.gpu_memory_gib, options.sessions, options.weights_on_host, fp8)
     backend = require_tensorrt(options.device, open_device)
     (folder / FOLDER).mkdir(exist_ok=True)
     with _locked(folder / FOLDER / LOCK, progress):

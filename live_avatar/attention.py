@@ -61,7 +61,7 @@ class Attention(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention of [B, N, L, D] over [B, N, M, D], in the values' type.
 
-    Queries are scaled here and not inside: TensorRT's fused attention takes no scale.
+    Queries are scaled here and not inside: TensorRT's attention layer takes no scale.
     """
     query = (query * query.shape[-1] ** -0.5).to(value.dtype)
     return F.scaled_dot_product_attention(query, key.to(value.dtype), value, scale=1.0)

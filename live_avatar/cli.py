@@ -317,23 +317,30 @@ def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
     help="With tensorrt, memory of one GPU: what would not fit is refused at the start, and the prefill's weights stay "
     "on the host if that is what makes it fit.",
 )
+@click.option(
+    "--fp8",
+    type=FILE,
+    help="Calibration made by `python -m export.calibrate`: the transformer's large linears become FP8.",
+)
 @click.option("--output", type=FILE, required=True, help="Artifacts folder to make, or to make again.")
-def export(target: str, gpu_memory_gib: float | None, output: Path, **model: Any) -> None:
+def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: Path, **model: Any) -> None:
     """Compile a preset to ONNX graphs, shared weights and a manifest, and for GPUs to TensorRT engines."""
+    from export.fp8 import Calibration
     from live_avatar.demo import export_with_progress
 
+    calibration = None if fp8 is None else Calibration.read(fp8)
     if target == "onnx":
         if gpu_memory_gib is not None:
             raise click.UsageError("--gpu-memory-gib is for --target tensorrt; leave it out")
-        artifacts = export_with_progress(_opened(**model), output)
+        artifacts = export_with_progress(_opened(**model), output, calibration)
     else:
         from export.engines import EngineOptions, build_engines, require_tensorrt
         from live_avatar.memory import fitting_on_host
 
         checkpoint = _opened(**{**model, "precision": model["precision"] or "bfloat16"})
-        on_host = fitting_on_host(checkpoint.preset, gpu_memory_gib, sessions=1)
+        on_host = fitting_on_host(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=calibration is not None)
         require_tensorrt()
-        artifacts = export_with_progress(checkpoint, output)
+        artifacts = export_with_progress(checkpoint, output, calibration)
         build_engines(output, EngineOptions(weights_on_host=on_host), click.echo)
     click.echo(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 

@@ -34,13 +34,14 @@ from live_avatar_client.media import read_speech
 from live_avatar_client.video import SpeechVideo
 
 if TYPE_CHECKING:
+    from export.fp8 import Calibration
     from live_avatar.weights import Checkpoint
 
 CHUNK_S = 0.02
 SEED = 0
 
 
-def export_with_progress(checkpoint: Checkpoint, output: Path) -> Artifacts:
+def export_with_progress(checkpoint: Checkpoint, output: Path, calibration: Calibration | None = None) -> Artifacts:
     """`export_artifacts` behind a progress bar."""
     from export.build import export_artifacts
 
@@ -50,7 +51,7 @@ def export_with_progress(checkpoint: Checkpoint, output: Path) -> Artifacts:
             bar.set_postfix_str(component)
             bar.update()
 
-        return export_artifacts(checkpoint, output, progress)
+        return export_artifacts(checkpoint, output, progress, calibration)
 
 
 def spoken(speech: Array) -> Iterator[Array]:

@@ -9,7 +9,7 @@ limit of its scratch space. Knows no GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -69,8 +69,8 @@ class Memory:
         return f"{' + '.join(terms)} = {self.total(sessions) / GIB:.2f} GiB"
 
 
-def step_memory(preset: Preset, prefill_on_host: bool = False) -> Memory:
-    """A denoising step with its prefill."""
+def step_memory(preset: Preset, prefill_on_host: bool = False, fp8: bool = False) -> Memory:
+    """A denoising step with its prefill; with `fp8` their large linears take a byte per weight."""
     agreed = contracts(preset)
     step, prefill = agreed[step_name(1)], agreed["dit_prefill"]
     blocks = _bytes(step.outputs, step)
@@ -79,8 +79,8 @@ def step_memory(preset: Preset, prefill_on_host: bool = False) -> Memory:
     return Memory(
         "a denoising step",
         {
-            "weights of the step": _dit_bytes(preset, NOT_IN_STEP),
-            **({} if prefill_on_host else {"weights of the prefill": _dit_bytes(preset, NOT_IN_PREFILL)}),
+            "weights of the step": _dit_bytes(preset, NOT_IN_STEP, fp8),
+            **({} if prefill_on_host else {"weights of the prefill": _dit_bytes(preset, NOT_IN_PREFILL, fp8)}),
             "keys and values of the current block": blocks,
             "copies of a history that is not full": ring - blocks,
             "sink that replaces another": sink,
@@ -97,7 +97,7 @@ def decoder_memory(preset: Preset) -> Memory:
     return Memory(
         "the VAE decoder",
         {
-            "weights of two engines": 2 * _weight_bytes(preset, "vae", "decoder"),
+            "weights of two engines": 2 * sum(size for _, size in _weights(preset, "vae", "decoder")),
             "state that replaces another": state,
             "scratch space of two engines": 2 * WORKSPACE_BYTES,
         },
@@ -105,11 +105,13 @@ def decoder_memory(preset: Preset) -> Memory:
     )
 
 
-def require_room(preset: Preset, gpu_memory_gib: float, sessions: int, weights_on_host: Collection[str] = ()) -> None:
+def require_room(
+    preset: Preset, gpu_memory_gib: float, sessions: int, weights_on_host: Collection[str] = (), fp8: bool = False
+) -> None:
     """Raises `CapacityError`, with the sum, if a step or the decoder with that many sessions outgrows a GPU."""
     on_host = "dit_prefill" in weights_on_host
     remedy = "" if on_host else ", or the prefill's weights on the host (--weights-on-host dit_prefill)"
-    for memory, more in ((step_memory(preset, on_host), remedy), (decoder_memory(preset), "")):
+    for memory, more in ((step_memory(preset, on_host, fp8), remedy), (decoder_memory(preset), "")):
         if memory.total(sessions) > gpu_memory_gib * GIB:
             raise CapacityError(
                 f"{memory.stage} of preset {preset.name} with {sessions} sessions does not fit {gpu_memory_gib:g} GiB: "
@@ -117,17 +119,17 @@ def require_room(preset: Preset, gpu_memory_gib: float, sessions: int, weights_o
             )
 
 
-def fitting_on_host(preset: Preset, gpu_memory_gib: float | None, sessions: int) -> tuple[str, ...]:
+def fitting_on_host(preset: Preset, gpu_memory_gib: float | None, sessions: int, fp8: bool = False) -> tuple[str, ...]:
     """Components whose weights must stay on the host for that many sessions to fit a GPU; none if its size is unknown.
 
     Raises `CapacityError`, with the sum, if they do not fit in any case.
     """
-    if gpu_memory_gib is None or step_memory(preset).total(sessions) <= gpu_memory_gib * GIB:
+    if gpu_memory_gib is None or step_memory(preset, fp8=fp8).total(sessions) <= gpu_memory_gib * GIB:
         on_host: tuple[str, ...] = ()
     else:
         on_host = ("dit_prefill",)
     if gpu_memory_gib is not None:
-        require_room(preset, gpu_memory_gib, sessions, on_host)
+        require_room(preset, gpu_memory_gib, sessions, on_host, fp8)
     return on_host
 
 
@@ -140,19 +142,28 @@ def _bytes(specs: Iterable[TensorSpec], contract: Contract) -> int:
     return total
 
 
-def _dit_bytes(preset: Preset, without: Collection[str]) -> int:
+def _dit_bytes(preset: Preset, without: Collection[str], fp8: bool) -> int:
     """Weights of the transformer but for some parts, and the modulation of a timestep, which is float32."""
     dit = preset.dit
     modulation = (6 * dit.num_layers + (0 if "head" in without else 2)) * dit.dim * BYTES["float32"]
-    return modulation + _weight_bytes(preset, "dit", without=without)
-
-
-def _weight_bytes(preset: Preset, part: str, only: str = "", without: Collection[str] = ()) -> int:
-    return sum(
-        size
-        for name, size in _parameters(preset)[part].items()
-        if name.startswith(only) and not any(f".{unused}." in f".{name}." for unused in without)
+    shrunk = BYTES[preset.precision] if fp8 else 1
+    return modulation + sum(
+        size // shrunk if _is_quantised(name) else size for name, size in _weights(preset, "dit", without=without)
     )
+
+
+def _is_quantised(name: str) -> bool:
+    """Whether an FP8 export makes a byte of every number of this weight (`export/fp8.py`)."""
+    from live_avatar.lora import TARGET  # here alone: it needs torch
+
+    return name.endswith(".weight") and TARGET.search(name.removesuffix(".weight")) is not None
+
+
+def _weights(preset: Preset, part: str, only: str = "", without: Collection[str] = ()) -> Iterator[tuple[str, int]]:
+    """Names and bytes of a network's parameters."""
+    for name, size in _parameters(preset)[part].items():
+        if name.startswith(only) and not any(f".{unused}." in f".{name}." for unused in without):
+            yield name, size
 
 
 @cache

@@ -23,6 +23,7 @@ class OnnxGraph:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # it would make INT8 operators of FP8
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions have no common root
@@ -40,6 +41,12 @@ class OnnxRuntime:
     zeros = staticmethod(host_zeros)
 
     def __init__(self, artifacts: Artifacts) -> None:
+        """Raises `ArtifactError` for a precision that ONNX Runtime's CPU kernels do not have."""
+        if artifacts.preset.precision == "bfloat16":
+            raise ArtifactError(
+                f"{artifacts.folder} is in bfloat16, which ONNX Runtime does not run on a CPU; export it with "
+                "--precision float32, or serve it with a GPU profile."
+            )
         self.preset = artifacts.preset
         self.tokenizer = make_tokenizer(self.preset, artifacts.tokenizer)
         self._artifacts = artifacts

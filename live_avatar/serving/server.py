@@ -31,7 +31,7 @@ from live_avatar.serving import ARTIFACTS_VARIABLE, FLOOR_VARIABLE, TRACE_VARIAB
 from live_avatar_client.protocol import MODEL_NAME
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
-START_LIMIT_S = 300.0
+START_LIMIT_S = 1800.0  # a stage of the 14B model loads tens of gigabytes
 STOP_LIMIT_S = 10.0
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from export.compare import RELATIVE_TOLERANCE, Difference, compare, main
+from export.build import export_artifacts
+from export.compare import COARSE_TOLERANCE, FLOAT16_TOLERANCE, RELATIVE_TOLERANCE, Difference, compare, main
 from live_avatar.artifacts import MANIFEST, Artifacts
 from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY
@@ -19,6 +20,7 @@ from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.conftest import SEED, noise_speech
+from tests.export.conftest import LEAST
 from tests.tolerances import EXPORT, EXPORTED_STREAM, OTHER_LEVEL_SHARE
 
 COMPONENTS = list(contracts(TINY))
@@ -86,7 +88,19 @@ def test_the_command_finds_graphs_with_other_weights(least_artifacts: Artifacts,
     assert result.exit_code == 1
     marked = {row.split()[0] for row in result.output.splitlines() if row.endswith("TOO LARGE")}
     assert marked == {"dit_prefill", "dit_step_1"}
-    assert f"dit_prefill, dit_step_1 differ from torch by more than {EXPORT:.0e}; export again." in result.output
+    assert (
+        "dit_prefill, dit_step_1 differ from torch by more than what their precision allows; export again."
+        in result.output
+    )
+
+
+def test_16_bits_have_a_tolerance_of_their_own(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(LEAST.with_precision("float16"))
+    low = export_artifacts(checkpoint, tmp_path / "low", lambda component: None)
+    found = {difference.component: difference for difference in compare(low, checkpoint, seed=5)}
+    assert all(difference.within for difference in found.values()), found
+    tolerances = [found[name].tolerance for name in ("vae_decoder", "dit_step_1", "speech_encoder")]
+    assert tolerances == [COARSE_TOLERANCE, FLOAT16_TOLERANCE, RELATIVE_TOLERANCE]
 
 
 def test_the_command_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:

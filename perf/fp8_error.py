@@ -1,0 +1,222 @@
+"""How far FP8 moves the velocity from float32's: `python -m perf.fp8_error`.
+
+One stream is run in float32. Each variant then gets the very latents and audio tokens of it, block by block, and keeps
+its own caches, sink and text keys and values; so a block's error is that of the networks and of all that a variant
+remembers, and not of latents that have drifted apart. The sink stays that of the picture. From block 4 on the ring is
+full. FP8 is calibrated on a stream of another seed.
+
+The weights are random, and random weights have no outliers. So the figures bound the arithmetic; they say nothing about
+pictures made with trained weights.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shlex
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+from torch import Tensor, nn
+
+from export.build import export_artifacts
+from export.calibrate import calibrate
+from live_avatar import fp8
+from live_avatar.arrays import Array, Arrays
+from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
+from live_avatar.checkpoint import open_checkpoint
+from live_avatar.conditioning import Conditioner
+from live_avatar.config import S2V_14B, TINY, Preset
+from live_avatar.contract import step_name
+from live_avatar.denoiser import DenoisingStep
+from live_avatar.environment import environment
+from live_avatar.errors import LiveAvatarError
+from live_avatar.generator import cut_blocks
+from live_avatar.runtime import Graph, Runtime
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.sink import SinkSource
+from live_avatar.weights import Checkpoint
+from live_avatar_client.media import read_speech
+
+SEED, CALIBRATION_SEED = 0, 1
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the float32 networks were given and made: per block its audio tokens, per step and block the rest."""
+
+    source: SinkSource
+    audio: Sequence[dict[str, Array]]
+    latents: Mapping[int, Sequence[Array]]
+    velocities: Mapping[int, Sequence[Array]]
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of one block's velocity [1, 16, F, h, w], counted from 1, at one step."""
+
+    variant: str
+    step: int
+    block: int
+    relative_rms: float
+    cosine: float
+
+
+class _Heard:
+    """A runtime that keeps the velocities that its graphs give."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.preset, self.tokenizer, self.zeros = runtime.preset, runtime.tokenizer, runtime.zeros
+        self._runtime = runtime
+        self.velocities: defaultdict[str, list[Array]] = defaultdict(list)
+
+    def graph(self, component: str) -> Graph:
+        return _HeardGraph(self._runtime.graph(component), self.velocities[component])
+
+
+class _HeardGraph:
+    def __init__(self, graph: Graph, velocities: list[Array]) -> None:
+        self._graph, self._velocities = graph, velocities
+
+    def run(self, inputs: Arrays) -> dict[str, Array]:
+        outputs = self._graph.run(inputs)
+        if "velocity" in outputs:
+            self._velocities.append(outputs["velocity"])
+        return outputs
+
+
+class ReleasedFP8(TorchRuntime):
+    """The released code's FP8 linears (spec section 15) in float32: nothing else is rounded."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        for name, module in self._components["dit_prefill"].named_modules():
+            if isinstance(module, nn.Linear) and fp8.quantised_in_release(name):
+                module.weight.data = fp8.rounded(module.weight.data)
+                module.register_forward_pre_hook(_round_input)
+
+
+def _round_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(fp8.rounded(x) for x in args)
+
+
+def record(runtime: Runtime, speech: Array, blocks: int) -> Stream:
+    """The first blocks of a stream, all steps."""
+    heard, preset = _Heard(runtime), runtime.preset
+    conditioner = Conditioner(heard)
+    source, conditioning = conditioner.avatar(PORTRAIT.read_bytes(), DEMO_PROMPT), conditioner.open(SEED)
+    steps = [DenoisingStep(heard, step) for step in range(1, preset.stream.steps + 1)]
+    states = [step.open(source) for step in steps]
+    audio, latents = [], defaultdict(list)
+    for samples in [*cut_blocks(speech, preset.stream)][:blocks]:
+        given = conditioner.block(conditioning, samples)
+        audio.append(given.audio)
+        latent = given.noise
+        for step, state in zip(steps, states, strict=True):
+            latents[step.step].append(latent)
+            latent = step.run(state, latent, given.audio)
+    return Stream(source, audio, latents, {step.step: heard.velocities[step_name(step.step)] for step in steps})
+
+
+def replay(runtime: Runtime, stream: Stream) -> Iterator[tuple[int, list[Array]]]:
+    """Velocities of every block at every step, for the latents of `stream`."""
+    for step, latents in stream.latents.items():
+        heard = _Heard(runtime)
+        stage = DenoisingStep(heard, step)
+        state = stage.open(stream.source)
+        for latent, audio in zip(latents, stream.audio, strict=True):
+            stage.run(state, latent, audio)
+        yield step, heard.velocities[step_name(step)]
+
+
+def errors(variant: str, runtime: Runtime, stream: Stream) -> Iterator[Error]:
+    for step, velocities in replay(runtime, stream):
+        for block, (got, expected) in enumerate(zip(velocities, stream.velocities[step], strict=True), start=1):
+            ours, theirs = got.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+            size = np.linalg.norm(theirs)
+            yield Error(
+                variant,
+                step,
+                block,
+                relative_rms=float(np.linalg.norm(ours - theirs) / size),
+                cosine=float(ours @ theirs / (np.linalg.norm(ours) * size)),
+            )
+
+
+def measure(preset: Preset, blocks: int) -> list[Error]:
+    """Every variant against float32; one after the other, so that one has its weights in memory."""
+    checkpoint, speech = open_checkpoint(preset), read_speech(SPEECH)
+    narrow = Checkpoint(preset.with_precision("bfloat16"), checkpoint.parts, checkpoint.tokenizer)
+    stream = record(TorchRuntime(checkpoint), speech, blocks)
+    found = [*errors("bfloat16", TorchRuntime(narrow), stream)]
+    found += errors("FP8 as released", ReleasedFP8(checkpoint), stream)
+    seen = max(blocks, preset.stream.sink_update_block or 1)
+    calibration = calibrate(checkpoint, PORTRAIT.read_bytes(), DEMO_PROMPT, speech, seen, CALIBRATION_SEED)
+    with tempfile.TemporaryDirectory() as folder:
+        artifacts = export_artifacts(checkpoint, Path(folder) / "artifacts", lambda component: None, calibration)
+        found += errors("FP8 in ONNX", OnnxRuntime(artifacts), stream)
+    return found
+
+
+def cut(dim: int, layers: int, side: int) -> Preset:
+    """The 14B transformer cut in depth (and width), one step, a square picture; all other networks are small."""
+    heads, ffn_dim = dim // S2V_14B.dit.head_dim, S2V_14B.dit.ffn_dim * dim // S2V_14B.dit.dim
+    dit = replace(S2V_14B.dit, dim=dim, num_heads=heads, num_layers=layers, ffn_dim=ffn_dim, audio_inject_layers=(0,))
+    speech = replace(
+        TINY.speech, hidden_size=dit.audio_dim, num_hidden_layers=dit.audio_states - 1, num_attention_heads=16
+    )
+    stream = replace(TINY.stream, height=side, width=side, steps=1, sink_update_block=2)
+    text = replace(TINY.text, d_model=dit.text_dim)
+    return Preset(f"s2v-14b cut to {dim} x {layers}", dit, TINY.vae, speech, text, stream)
+
+
+def table(found: Sequence[Error]) -> str:
+    """Markdown: a row per step and block; per variant, relative RMS error and cosine."""
+    variants = list(dict.fromkeys(error.variant for error in found))
+    by_place = {(error.variant, error.step, error.block): error for error in found}
+    rows = [["step", "block", *variants], ["---"] * (2 + len(variants))]
+    for step, block in dict.fromkeys((error.step, error.block) for error in found):
+        cells = [by_place[variant, step, block] for variant in variants]
+        rows.append([str(step), str(block), *(f"{cell.relative_rms:.4f} / {cell.cosine:.5f}" for cell in cells)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+@click.command()
+@click.option("--dim", type=click.IntRange(min=128), help="Width of a cut of the 14B transformer, a multiple of 128.")
+@click.option("--layers", type=click.IntRange(min=1), default=1, show_default=True, help="Layers of the cut.")
+@click.option("--side", type=click.IntRange(min=64), default=256, show_default=True, help="Picture of the cut, pixels.")
+@click.option("--blocks", type=click.IntRange(min=1), default=6, show_default=True, help="Blocks of the stream.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+def main(dim: int | None, layers: int, side: int, blocks: int, json_path: Path | None) -> None:
+    """Compare velocities of bfloat16 and FP8 with float32, on the tiny preset or on a cut of the 14B one."""
+    try:
+        preset = TINY if dim is None else cut(dim, layers, side)
+        found = measure(preset, blocks)
+    except LiveAvatarError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(table(found))
+    click.echo("Relative RMS error / cosine of the velocity, against float32; random weights.")
+    report = {
+        "command": shlex.join(["python", "-m", "perf.fp8_error", *sys.argv[1:]]),
+        "preset": preset.name,
+        "dit": asdict(preset.dit),
+        "picture": f"{preset.stream.width}x{preset.stream.height}",
+        "weights": f"random, seed {preset.weight_seed}",
+        "environment": environment("torch", "onnxruntime"),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+        "results": [asdict(error) for error in found],
+    }
+    if json_path:
+        json_path.write_text(json.dumps(report, indent=1) + "\n")
+    click.echo(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

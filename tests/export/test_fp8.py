@@ -1,0 +1,331 @@
+"""The FP8 recipe: which linears, which numbers, which nodes, and that the graphs compute what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+from export.build import export_artifacts
+from export.calibrate import ObservedRuntime, calibrate, main
+from export.fp8 import (
+    HEADROOM,
+    INPUT_SCALE,
+    PART,
+    WEIGHT,
+    WEIGHT_SCALE,
+    Calibration,
+    QuantisedWeights,
+    quantise_checkpoint,
+    quantise_graph,
+    quantised,
+    scale,
+    weight,
+)
+from export.graphs import TracedGraph, Tracer, random_inputs
+from live_avatar import fp8
+from live_avatar.artifacts import Artifacts
+from live_avatar.checkpoint import open_checkpoint
+from live_avatar.components import build_components, outline
+from live_avatar.config import S2V_14B
+from live_avatar.contract import contracts
+from live_avatar.dit import CausalDiT
+from live_avatar.errors import ExportError
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights import Checkpoint
+from tests.conftest import noise_speech
+from tests.export.conftest import LEAST
+from tests.export.test_tensorrt_operators import Graph, faults
+from tests.tolerances import EXPORT
+
+BLOCKS = 2
+TWO_STEPS = LEAST.with_stream(steps=2)
+
+
+def linears(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.fixture(scope="module")
+def calibration(picture: bytes) -> Calibration:
+    return calibrate(open_checkpoint(TWO_STEPS), picture, "", noise_speech(0.48 * BLOCKS), BLOCKS, seed=1)
+
+
+def traced(precision: str, calibration: Calibration, *components: str) -> dict[str, TracedGraph]:
+    preset = TWO_STEPS.with_precision(precision)
+    tracer, agreed = Tracer(build_components(preset, outline(preset))), contracts(preset)
+    return {name: quantise_graph(tracer.trace(agreed[name]), name, calibration) for name in components}
+
+
+@pytest.fixture(scope="module")
+def float32_graphs(calibration: Calibration) -> dict[str, TracedGraph]:
+    return traced("float32", calibration, "dit_step_1", "dit_step_2")
+
+
+@pytest.fixture(scope="module")
+def bfloat16_graphs(calibration: Calibration) -> dict[str, TracedGraph]:
+    return traced("bfloat16", calibration, "dit_prefill", "dit_step_1")
+
+
+def test_the_release_quantises_the_same_linears_and_adaln() -> None:
+    with torch.device("meta"):
+        names = linears(CausalDiT(S2V_14B.dit))
+    ours = {name for name in names if quantised(name)}
+    assert len(ours) == 448
+    left = {name for name in names if fp8.quantised_in_release(name)} - ours
+    assert left == {f"audio_injector.injector_adain_layers.{i}.linear" for i in range(12)}
+    assert not [name for name in ours if not fp8.quantised_in_release(name)]
+
+
+def test_a_scale_is_the_released_one_rounded_up_to_bfloat16() -> None:
+    amax = torch.logspace(-14, 6, 500)
+    ours, released = scale(amax), 1 / fp8.factor(amax)
+    assert torch.equal(ours, ours.bfloat16().float())
+    assert bool((ours >= released).all())
+    assert bool((ours <= released * (1 + 2**-7)).all())
+    assert bool((amax / ours <= fp8.LARGEST).all())
+
+
+def test_a_weight_comes_back_transposed_and_within_half_a_step() -> None:
+    stored = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    numbers, counts = weight(stored)
+    assert numbers.dtype == torch.float8_e4m3fn
+    assert numbers.shape == (32, 24)
+    error = (fp8.dequantise(numbers, counts).t() - stored).abs()
+    assert bool((error <= torch.maximum(stored.abs() * 2**-4, counts * 2**-10)).all())
+
+
+class Counted:
+    """Weights that note what is read."""
+
+    origin = "test"
+    files = ()
+
+    def __init__(self) -> None:
+        self.was_read: list[str] = []
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {"blocks.0.ffn.0.weight": (3, 2), "blocks.0.ffn.0.bias": (3,), "blocks.0.self_attn.norm_q.weight": (2,)}
+
+    def read(self, name: str) -> Tensor:
+        self.was_read.append(name)
+        return torch.full(self.shapes()[name], 7.0)
+
+
+def test_weights_are_read_once_and_all_but_the_quantised_as_they_are() -> None:
+    stored = Counted()
+    weights = QuantisedWeights(stored)
+    assert weights.shapes() == {
+        "blocks.0.ffn.0.weight": (2, 3),
+        "blocks.0.ffn.0.weight_scale": (),
+        "blocks.0.ffn.0.bias": (3,),
+        "blocks.0.self_attn.norm_q.weight": (2,),
+    }
+    read = {name: weights.read(name) for name in weights.shapes()}
+    assert stored.was_read == list(stored.shapes())
+    numbers, counts = read["blocks.0.ffn.0.weight"], read["blocks.0.ffn.0.weight_scale"]
+    assert torch.equal(fp8.dequantise(numbers, counts), 448 * counts.expand(2, 3))
+    assert torch.equal(read["blocks.0.ffn.0.bias"], torch.full((3,), 7.0))
+    assert torch.equal(QuantisedWeights(Counted()).read("blocks.0.ffn.0.weight_scale"), counts)
+
+
+def test_every_quantised_linear_is_a_product_of_dequantised_numbers(bfloat16_graphs: dict[str, TracedGraph]) -> None:
+    graph = bfloat16_graphs["dit_step_1"]
+    products = 0
+    for name, value in graph.weights:
+        linear = name.removesuffix(WEIGHT).removeprefix(PART)
+        if not (name.startswith(PART) and name.endswith(WEIGHT) and quantised(linear)):
+            assert value.dtype != ir.DataType.FLOAT8E4M3FN, name
+            continue
+        assert value.dtype == ir.DataType.FLOAT8E4M3FN, name
+        (dequantised,) = [use.node for use in value.uses()]
+        (product,) = [use.node for use in dequantised.outputs[0].uses()]
+        source = product.inputs[0]
+        assert source is not None
+        assert (dequantised.op_type, product.op_type) == ("DequantizeLinear", "MatMul")
+        numbers = source.producer()
+        assert numbers is not None
+        assert numbers.op_type == "DequantizeLinear"
+        assert len(list(source.uses())) == 1, "every product has a DequantizeLinear of its own"
+        for node, kind in ((dequantised, WEIGHT_SCALE), (numbers, INPUT_SCALE)):
+            counts = node.inputs[1]
+            assert counts is not None
+            assert counts.name is not None
+            assert counts.name.endswith(kind)
+            assert counts.dtype == ir.DataType.BFLOAT16
+            assert counts.shape == ()
+        products += 1
+    assert products == 8 + 4  # of the layer, without the text's keys and values, and of the audio injector
+
+
+def test_linears_of_one_input_share_its_numbers(float32_graphs: dict[str, TracedGraph]) -> None:
+    quantisers = [node for node in float32_graphs["dit_step_1"].model.graph if node.op_type == "QuantizeLinear"]
+    assert sorted(len(list(node.outputs[0].uses())) for node in quantisers) == [1, 1, 1, 1, 1, 1, 1, 2, 3]
+
+
+def test_steps_share_a_model_and_have_their_own_scales(
+    float32_graphs: dict[str, TracedGraph], calibration: Calibration
+) -> None:
+    first, second = float32_graphs["dit_step_1"], float32_graphs["dit_step_2"]
+    assert first.model is second.model
+    assert [name for name, _ in first.weights] == [name for name, _ in second.weights]
+    for component, graph in float32_graphs.items():
+        scales = {name: value for name, value in graph.constants.items() if name.endswith(INPUT_SCALE)}
+        assert len(scales) == 9
+        for name, value in scales.items():
+            amax = calibration.amax[component][name.removesuffix(INPUT_SCALE)]
+            assert value == scale(torch.tensor(HEADROOM * amax))
+    name = "dit.blocks.0.ffn.2" + INPUT_SCALE
+    assert first.constants[name] != second.constants[name]
+
+
+def test_tensorrt_reads_every_operator(bfloat16_graphs: dict[str, TracedGraph]) -> None:
+    for name, graph in bfloat16_graphs.items():
+        for _, value in graph.weights:
+            value.const_value = ir.ExternalTensor("absent", 0, 0, value.dtype, shape=value.shape, name=value.name)
+        model = ir.to_proto(graph.model)
+        assert list(faults(Graph.of(name, model))) == []
+        assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
+
+
+def test_a_linear_without_calibration_is_refused(calibration: Calibration) -> None:
+    bare = replace(calibration, amax={"dit_prefill": calibration.amax["dit_prefill"]})
+    with pytest.raises(ExportError, match=r"dit_step_1: the calibration has no input of dit\.blocks\.0\..*calibrate"):
+        traced("float32", bare, "dit_step_1")
+
+
+def test_a_calibration_of_another_preset_is_refused(calibration: Calibration) -> None:
+    with pytest.raises(ExportError, match=r"the calibration is of preset tiny, expected least; calibrate that one"):
+        quantise_checkpoint(open_checkpoint(LEAST), replace(calibration, preset="tiny"))
+
+
+def test_a_linear_of_other_operators_is_refused(calibration: Calibration) -> None:
+    x, w = (
+        ir.Value(name=name, shape=ir.Shape((4, 4)), type=ir.TensorType(ir.DataType.FLOAT))
+        for name in ("x", "dit.blocks.0.ffn.0.weight")
+    )
+    node = ir.node("Gemm", [x, w], {"transB": 1})
+    model = ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 23}), ir_version=10)
+    with pytest.raises(ExportError, match=r"dit\.blocks\.0\.ffn\.0 is made of Gemm, expected Transpose, MatMul; leave"):
+        quantise_graph(TracedGraph(model, [("dit.blocks.0.ffn.0.weight", w)], {}), "dit_step_1", calibration)
+
+
+def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    calibration.write(path)
+    assert Calibration.read(path) == calibration
+    path.write_text('{"preset": "tiny", "blocks": 2, "amax": [1]}')
+    with pytest.raises(ExportError, match=r"calibration\.json is not a calibration \(.*make one with"):
+        Calibration.read(path)
+    with pytest.raises(ExportError, match=r"absent\.json is not a calibration \(.*No such file"):
+        Calibration.read(tmp_path / "absent.json")
+
+
+def test_calibration_sees_every_quantised_linear(calibration: Calibration) -> None:
+    with torch.device("meta"):
+        names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if quantised(name)}
+    text = {f"{PART}blocks.0.cross_attn.{part}" for part in "kv"}
+    audio = {name for name in names if "audio" in name}
+    assert calibration.blocks == BLOCKS
+    assert {component: set(amax) for component, amax in calibration.amax.items()} == {
+        "dit_step_1": names - text,
+        "dit_step_2": names - text,
+        "dit_prefill": names - audio,
+    }
+    for amax in calibration.amax.values():
+        assert min(amax.values()) > 0
+        assert amax["dit.blocks.0.self_attn.q"] == amax["dit.blocks.0.self_attn.k"] == amax["dit.blocks.0.self_attn.v"]
+
+
+def test_the_largest_input_of_all_runs_is_kept_and_no_hook_is_left() -> None:
+    runtime = ObservedRuntime(open_checkpoint(LEAST))
+    graph, contract = runtime.graph("dit_step_1"), contracts(LEAST)["dit_step_1"]
+    small, large = random_inputs(contract, seed=1), random_inputs(contract, seed=2)
+    large["audio_local"] = 100 * large["audio_local"]
+    for inputs in (small, large, small):
+        graph.run(inputs)
+    seen = runtime.amax["dit_step_1"]["dit.audio_injector.injector.0.k"]
+    assert seen == np.abs(large["audio_local"]).max()
+    for component in runtime.amax:
+        modules = runtime._components[component].modules()
+        assert not [module for module in modules if module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (1, r"1 blocks are too few: the sink is replaced at block 2; calibrate on more\."),
+        (3, r"the speech has 2 blocks, 3 were asked for; give a longer one or ask for less\."),
+    ],
+)
+def test_a_stream_that_is_too_short_is_refused(picture: bytes, blocks: int, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        calibrate(open_checkpoint(LEAST), picture, "", noise_speech(0.9), blocks, seed=0)
+
+
+def test_the_command_explains_mistakes(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["--output", str(tmp_path / "c.json"), "--preset", "tiny", "--blocks", "4"])
+    assert result.exit_code == 1
+    assert "4 blocks are too few: the sink is replaced at block 5" in result.output
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(TWO_STEPS)
+
+
+@pytest.fixture(scope="module")
+def fp8_artifacts(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint, calibration: Calibration
+) -> Artifacts:
+    return export_artifacts(checkpoint, tmp_path_factory.mktemp("fp8") / "fp8", lambda component: None, calibration)
+
+
+def emulated(checkpoint: Checkpoint, amax: Mapping[str, float]) -> TorchRuntime:
+    """The recipe in torch, with the input scales of one component."""
+    runtime = TorchRuntime(checkpoint)
+    for name, module in runtime._components["dit_prefill"].named_modules():
+        if name in amax:
+            assert isinstance(module, nn.Linear)
+            numbers, counts = weight(module.weight.data)
+            module.weight.data = fp8.dequantise(numbers, counts).t().contiguous()
+            module.register_forward_pre_hook(static(scale(torch.tensor(HEADROOM * amax[name]))))
+    return runtime
+
+
+def static(counts: Tensor):
+    return lambda _, args: (fp8.dequantise(fp8.saturated(args[0] / counts), counts),)
+
+
+@pytest.mark.parametrize("component", ["dit_prefill", "dit_step_2"])
+def test_onnx_computes_what_the_recipe_says(
+    fp8_artifacts: Artifacts, checkpoint: Checkpoint, calibration: Calibration, component: str
+) -> None:
+    inputs = random_inputs(contracts(TWO_STEPS)[component], seed=3)
+    got = OnnxRuntime(fp8_artifacts).graph(component).run(inputs)
+    expected = emulated(checkpoint, calibration.amax[component]).graph(component).run(inputs)
+    plain = TorchRuntime(checkpoint).graph(component).run(inputs)
+    for name, value in expected.items():
+        allowed = EXPORT * np.abs(value).max()
+        assert np.abs(got[name] - value).max() <= allowed, name
+        assert np.abs(plain[name] - value).max() > allowed, name
+
+
+def test_the_weights_of_a_linear_stand_once_in_a_quarter_of_the_bytes(fp8_artifacts: Artifacts) -> None:
+    places = []
+    for component in ("dit_prefill", "dit_step_1", "dit_step_2"):
+        model = onnx.load(fp8_artifacts.graph_path(component), load_external_data=False)
+        (tensor,) = [t for t in model.graph.initializer if t.name == "dit.blocks.0.self_attn.k.weight"]
+        assert tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN
+        places.append({entry.key: entry.value for entry in tensor.external_data})
+    assert places[0] == places[1] == places[2]
+    assert int(places[0]["length"]) == TWO_STEPS.dit.dim**2
