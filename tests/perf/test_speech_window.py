@@ -48,7 +48,7 @@ def test_a_speech_inside_one_window_differs_by_nothing_once_it_is_all_heard(torc
 def test_the_longest_lookahead_still_gives_every_frame(torch_runtime: TorchRuntime) -> None:
     found = measure(torch_runtime, noise_speech(0.5), [4], [1440])
     assert [(entry.window_blocks, entry.lookahead_ms) for entry in found] == [(4, 1440)]
-    assert found[0].cosine > 0.9
+    assert found[0].cosine > 0.5
     assert "| 4 (1.92 s) |" in table(found)
 
 
