@@ -9,10 +9,18 @@ import onnx
 import pytest
 
 from live_avatar.artifacts import Artifacts
-from live_avatar.config import S2V_14B, TINY, Preset
+from live_avatar.config import S2V_14B, TINY, DiTConfig, Preset
 from live_avatar.denoiser import DenoisingStep
 from live_avatar.errors import CapacityError
-from live_avatar.memory import GIB, WORKSPACE_BYTES, Memory, decoder_memory, require_room, step_memory
+from live_avatar.memory import (
+    GIB,
+    WORKSPACE_BYTES,
+    Memory,
+    decoder_memory,
+    fitting_on_host,
+    require_room,
+    step_memory,
+)
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from tests.core.test_tensorrt_runtime import source
 
@@ -44,6 +52,25 @@ def test_weights_of_the_large_model() -> None:
     assert shared["weights of the step"] == pytest.approx(27.7e9, rel=0.01)
     assert shared["weights of the prefill"] == pytest.approx(28.3e9, rel=0.01)
     assert decoder_memory(LARGE).shared["weights of two engines"] < 2 * 126_892_531 * 2
+
+
+def test_fp8_takes_a_byte_for_each_weight_that_it_quantises() -> None:
+    """Per step and layer 6 of the 8 attention projections and the feed-forward; 12 injectors of 4 projections."""
+    dit = LARGE.dit
+    quantised = dit.num_layers * (6 * dim_square(dit) + 2 * dit.dim * dit.ffn_dim) + 12 * 4 * dim_square(dit)
+    low, high = step_memory(LARGE, fp8=True), step_memory(LARGE)
+    assert high.shared["weights of the step"] - low.shared["weights of the step"] == quantised
+    assert {**low.shared, **high.shared} == dict(high.shared)
+    assert low.per_session == high.per_session
+    assert fitting_on_host(LARGE, 60, sessions=1, fp8=True) == ()
+    assert fitting_on_host(LARGE, 60, sessions=1) == ("dit_prefill",)
+    assert fitting_on_host(LARGE, None, sessions=1) == ()
+    with pytest.raises(CapacityError, match=r"does not fit 40 GiB: .* = 49\.11 GiB; take a larger GPU"):
+        fitting_on_host(LARGE, 40, sessions=1)
+
+
+def dim_square(dit: DiTConfig) -> int:
+    return dit.dim * dit.dim
 
 
 def graph_bytes(artifacts: Artifacts, component: str) -> int:
