@@ -52,6 +52,7 @@ exec 3<&0 4</dev/null
 ) >/dev/null 2>&1 4<&- &
 exec "$@" <&4 3<&- 4<&-
 """
+FAILED_MODEL = re.compile(r"failed to (?:load|start) ('.*?')(?: version \d+)?: (?:\w+: )*(.*)")
 LOAD_FAILURE = re.compile(r'"(failed to (?:load|start) .*?)(\\n|")')
 NO_SUCH_GPU = re.compile(r"unsupported gpu id (\d+)\. GPUs with .*? are: ([\d, ]*)")
 CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
@@ -108,8 +109,13 @@ class TritonServer:
     def errors(self, lines: int = 12) -> str:
         """What the log says went wrong, without Python's tracebacks; its last lines if it says nothing."""
         said = self._log.read_text(errors="replace")
-        wrong = [cause for cause, _ in LOAD_FAILURE.findall(said)]
-        return "\n".join(dict.fromkeys(wrong)) or "\n".join(said.splitlines()[-lines:])
+        models: dict[str, list[str]] = {}
+        for failure, _ in LOAD_FAILURE.findall(said):
+            named = FAILED_MODEL.match(failure)
+            model, cause = (named[1], named[2]) if named else ("the server", failure)
+            models.setdefault(cause, []).append(model)
+        wrong = [f"failed to load {', '.join(sorted(set(names)))}: {cause}" for cause, names in models.items()]
+        return "\n".join(wrong) or "\n".join(said.splitlines()[-lines:])
 
     def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
         """Ends the server and all its workers; those that do not end within `limit_s` are killed."""
