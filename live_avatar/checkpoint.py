@@ -70,6 +70,11 @@ def _own(preset: Preset, folder: Path | None) -> Checkpoint:
             f"preset {preset.name} needs the official checkpoint and its tokenizer; give the folder with --checkpoint, "
             "or make one with random weights: python -m export.synthetic --help."
         )
+    if folder is not None and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"checkpoint {folder} has neither the official files (config.json and others) nor dit.safetensors; give "
+            "the folder that holds the weights."
+        )
     parts: dict[str, Weights] = {}
     for index, (name, network) in enumerate(outline(preset).parts().items()):
         if folder is None:

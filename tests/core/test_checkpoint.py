@@ -170,6 +170,12 @@ def test_an_outline_needs_no_memory_for_the_released_model() -> None:
 # --- faults
 
 
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    message = f"checkpoint {tmp_path} has neither the official files (config.json and others) nor dit.safetensors;"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        open_checkpoint(TINY, tmp_path)
+
+
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "vae.safetensors").unlink()
     message = (
