@@ -278,8 +278,9 @@ class Preset:
     weight_seed: int = field(default=20_26)
     """Seed of the random weights that stand in where no trained ones exist."""
     precision: str = "float32"
-    """Type of the large weights, of what goes into linears and convolutions, and of the caches. The residual stream,
-    norms, modulation, head and both audio networks are float32 in any case (spec section 16)."""
+    """Type of the transformer's large linears, of the VAE and of the caches, and of the text encoder if it is bfloat16.
+    The transformer's residual stream, norms, modulation and head, and both audio networks, are float32 in any case
+    (spec section 16)."""
 
     def __post_init__(self) -> None:
         _require(

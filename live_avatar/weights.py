@@ -132,7 +132,7 @@ class SafetensorsWeights:
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:
-        """The free text of the (first) file's header."""
+        """The free text of the file's header; of the last shard's, where there are several."""
         with _opened(self.files[-1]) as file:
             return file.metadata() or {}
 
