@@ -214,8 +214,8 @@ def _write(path: Path, data: Any) -> None:
 )
 @click.option("--rebuild", is_flag=True, help="Build engines that are up to date, too.")
 @click.option("--gpu-memory-gib", type=float, help="Memory of the GPU: refuse before building what would not fit.")
-@click.option("--sessions", default=1, show_default=True, help="Sessions at once that must fit.")
-@click.option("--device", default=0, show_default=True, help="Number of the GPU.")
+@click.option("--sessions", type=click.IntRange(1), default=1, show_default=True, help="Sessions at once that fit.")
+@click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Number of the GPU.")
 def main(artifacts: Path, **options: Any) -> None:
     """Build the TensorRT engines of an artifacts folder on this machine."""
     try:

@@ -15,7 +15,7 @@ from functools import cache
 
 from live_avatar.config import Preset
 from live_avatar.contract import Contract, TensorSpec, contracts, step_name
-from live_avatar.errors import CapacityError
+from live_avatar.errors import CapacityError, ConfigError
 
 GIB = 2**30
 WORKSPACE_BYTES = 2 * GIB
@@ -56,11 +56,6 @@ class Memory:
 
     def total(self, sessions: int) -> int:
         return sum(self.shared.values()) + sessions * sum(self.per_session.values())
-
-    def sessions(self, gpu_bytes: int) -> int:
-        """Sessions that fit beside what is shared; below 0 if even that does not fit."""
-        left = gpu_bytes - self.total(0)
-        return left // sum(self.per_session.values()) if self.per_session else left
 
     def spelled(self, sessions: int) -> str:
         """The sum in GiB, term by term."""
@@ -108,7 +103,14 @@ def decoder_memory(preset: Preset) -> Memory:
 def require_room(
     preset: Preset, gpu_memory_gib: float, sessions: int, weights_on_host: Collection[str] = (), fp8: bool = False
 ) -> None:
-    """Raises `CapacityError`, with the sum, if a step or the decoder with that many sessions outgrows a GPU."""
+    """Raises `CapacityError`, with the sum, if a step or the decoder with that many sessions outgrows a GPU.
+
+    Raises `ConfigError` for a memory or a number of sessions that is not positive.
+    """
+    if not gpu_memory_gib > 0 or sessions < 1:  # so written that NaN is refused
+        raise ConfigError(
+            f"{sessions} sessions on a GPU of {gpu_memory_gib:g} GiB; expected at least 1 session and more than 0 GiB."
+        )
     on_host = "dit_prefill" in weights_on_host
     remedy = "" if on_host else ", or the prefill's weights on the host (--weights-on-host dit_prefill)"
     for memory, more in ((step_memory(preset, on_host, fp8), remedy), (decoder_memory(preset), "")):

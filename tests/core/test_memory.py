@@ -11,7 +11,7 @@ import pytest
 from live_avatar.artifacts import Artifacts
 from live_avatar.config import S2V_14B, TINY, DiTConfig, Preset
 from live_avatar.denoiser import DenoisingStep
-from live_avatar.errors import CapacityError
+from live_avatar.errors import CapacityError, ConfigError
 from live_avatar.memory import (
     GIB,
     WORKSPACE_BYTES,
@@ -105,14 +105,21 @@ def test_the_sum_is_spelled_out() -> None:
     memory = Memory("a stage", {"weights": 2 * GIB}, {"ring": GIB // 2})
     assert memory.spelled(3) == "weights 2.00 + 3 x ring 0.50 = 3.50 GiB"
     assert memory.total(3) == 3.5 * GIB
-    assert memory.sessions(4 * GIB) == 4
-    assert memory.sessions(GIB) < 0
 
 
 def test_a_prefill_on_the_host_leaves_the_gpu() -> None:
     with_it, without = step_memory(LARGE), step_memory(LARGE, prefill_on_host=True)
     assert with_it.total(1) - without.total(1) == with_it.shared["weights of the prefill"]
     assert with_it.shared["scratch space of two engines"] == 2 * WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize(("memory_gib", "sessions"), [(math.nan, 1), (0.0, 1), (-8.0, 1), (80.0, 0)])
+def test_numbers_that_mean_nothing_are_refused(memory_gib: float, sessions: int) -> None:
+    message = (
+        rf"^{sessions} sessions on a GPU of {memory_gib:g} GiB; expected at least 1 session and more than 0 GiB\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        fitting_on_host(TINY, memory_gib, sessions)
 
 
 def test_what_fits_is_accepted() -> None:
