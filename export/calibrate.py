@@ -6,6 +6,7 @@ and notes what goes into each linear in each component. Knows no graph; `export/
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from functools import partial
 from itertools import islice
@@ -64,7 +65,13 @@ class _ObservedGraph(TorchGraph):
                 hook.remove()
 
     def _note(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._amax[name] = max(self._amax.get(name, 0.0), args[0].abs().max().item())
+        largest = args[0].abs().max().item()
+        if not math.isfinite(largest):
+            raise ExportError(
+                f"{name} was given an input of {largest}, so there is no range to calibrate; try --precision float32 "
+                "or other weights."
+            )
+        self._amax[name] = max(self._amax.get(name, 0.0), largest)
 
 
 def calibrate(checkpoint: Checkpoint, image: bytes, prompt: str, speech: Array, blocks: int, seed: int) -> Calibration:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ class Calibration:
                 str(component): {str(linear): float(value) for linear, value in inputs.items()}
                 for component, inputs in values["amax"].items()
             }
+            wrong = [value for inputs in amax.values() for value in inputs.values() if not 0 <= value < math.inf]
+            if wrong:
+                raise ValueError(f"a largest input is {wrong[0]}, expected a number of at least 0")
             return cls(str(values["preset"]), int(values["blocks"]), amax)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExportError(

@@ -41,7 +41,7 @@ from live_avatar.dit import CausalDiT
 from live_avatar.errors import ExportError
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
-from live_avatar.weights import Checkpoint
+from live_avatar.weights import Checkpoint, RenamedWeights, Weights
 from tests.conftest import noise_speech
 from tests.export.conftest import LEAST
 from tests.export.test_tensorrt_operators import Graph, faults
@@ -226,6 +226,12 @@ def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Pat
     path.write_text('{"preset": "tiny", "blocks": 2, "amax": [1]}')
     with pytest.raises(ExportError, match=r"calibration\.json is not a calibration \(.*make one with"):
         Calibration.read(path)
+    for wrong in ("NaN", "Infinity", "-1"):
+        path.write_text(f'{{"preset": "tiny", "blocks": 2, "amax": {{"dit_step_1": {{"dit.head": {wrong}}}}}}}')
+        with pytest.raises(
+            ExportError, match=r"calibration \(a largest input is .*, expected a number of at least 0\)"
+        ):
+            Calibration.read(path)
     with pytest.raises(ExportError, match=r"absent\.json is not a calibration \(.*No such file"):
         Calibration.read(tmp_path / "absent.json")
 
@@ -244,6 +250,28 @@ def test_calibration_sees_every_quantised_linear(calibration: Calibration) -> No
     for amax in calibration.amax.values():
         assert min(amax.values()) > 0
         assert amax["dit.blocks.0.self_attn.q"] == amax["dit.blocks.0.self_attn.k"] == amax["dit.blocks.0.self_attn.v"]
+
+
+def test_an_input_that_is_no_number_ends_a_calibration(picture: bytes) -> None:
+    """A maximum over Python floats would pass NaN by."""
+    checkpoint = open_checkpoint(TWO_STEPS)
+    broken = BrokenWeights(checkpoint.parts["dit"])
+    lost = replace(checkpoint, parts={**checkpoint.parts, "dit": broken})
+    with pytest.raises(
+        ExportError, match=r"^dit\.audio_injector\..* was given an input of nan, .*try --precision float32"
+    ):
+        calibrate(lost, picture, "", noise_speech(0.48 * BLOCKS), BLOCKS, seed=1)
+
+
+class BrokenWeights(RenamedWeights):
+    """Weights with one number lost."""
+
+    def __init__(self, stored: Weights) -> None:
+        super().__init__(stored, {name: name for name in stored.shapes()})
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        return tensor.fill_(torch.nan) if name == "blocks.0.ffn.2.bias" else tensor
 
 
 def test_the_largest_input_of_all_runs_is_kept_and_no_hook_is_left() -> None:
