@@ -2,7 +2,7 @@
 
 A `Weights` knows the names and shapes of its tensors without reading them; `read` brings one into memory.
 So a model of any size can be checked, merged and exported with room for one tensor. Files are memory-mapped.
-The module knows no preset and no graph; `checkpoint.py` says which files make which network.
+A `Checkpoint` gathers those of a preset; `checkpoint.py` says which files make which network. Knows no graph.
 """
 
 from __future__ import annotations

@@ -109,12 +109,12 @@ class TritonServer:
     def errors(self, lines: int = 12) -> str:
         """What the log says went wrong, without Python's tracebacks; its last lines if it says nothing."""
         said = self._log.read_text(errors="replace")
-        models: dict[str, list[str]] = {}
-        for failure, _ in LOAD_FAILURE.findall(said):
-            named = FAILED_MODEL.match(failure)
-            model, cause = (named[1], named[2]) if named else ("the server", failure)
-            models.setdefault(cause, []).append(model)
-        wrong = [f"failed to load {', '.join(sorted(set(names)))}: {cause}" for cause, names in models.items()]
+        failures = [failure for failure, _ in LOAD_FAILURE.findall(said)]
+        models: dict[str, set[str]] = {}
+        for named in filter(None, map(FAILED_MODEL.match, failures)):
+            models.setdefault(named[2], set()).add(named[1])
+        wrong = [f"failed to load {', '.join(sorted(names))}: {cause}" for cause, names in models.items()]
+        wrong += dict.fromkeys(failure for failure in failures if not FAILED_MODEL.match(failure))
         return "\n".join(wrong) or "\n".join(said.splitlines()[-lines:])
 
     def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
