@@ -1,4 +1,4 @@
-"""The command line: `live-avatar generate | export | serve | stream | demo`.
+"""The command line: `live-avatar generate | export | serve | stream | doctor | demo`.
 
 Thin: each command turns options into one call. A mistake of the user ends with one sentence and exit code 2,
 Ctrl-C with 130. Heavy imports stand inside the commands, so that `stream` starts without torch.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from live_avatar import interrupts
-from live_avatar.config import PRECISIONS, PRESETS, Preset, StreamConfig, preset
+from live_avatar.config import KNOWN_AVATARS, PRECISIONS, PRESETS, Preset, StreamConfig, preset
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
@@ -26,6 +26,7 @@ from live_avatar_client.protocol import MAX_SEED
 if TYPE_CHECKING:
     from live_avatar.artifacts import Artifacts
     from live_avatar.runtime import Runtime
+    from live_avatar.serving.server import TritonServer
     from live_avatar.weights import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -91,6 +92,38 @@ def _speech_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def _connection_options(command: F) -> F:
+    """How `stream` and `doctor` reach a server that asks for a key or speaks TLS."""
+    for option in (
+        click.option("--tls-key", type=FILE, help="Private key of --tls-certificate (PEM)."),
+        click.option(
+            "--tls-certificate", type=FILE, help="Certificate of this client, if the server asks for one (PEM)."
+        ),
+        click.option(
+            "--tls-ca",
+            type=FILE,
+            help="Authority of the server's certificate (PEM); for a public one put grpcs:// in front of the address.",
+        ),
+        click.option("--api-key-file", type=FILE, help="File with the server's API key."),
+    ):
+        command = option(command)
+    return command
+
+
+def _connection(
+    api_key_file: Path | None, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None
+) -> dict[str, Any]:
+    """The client's `api_key` and `tls`."""
+    from live_avatar.serving.access import read_key
+    from live_avatar_client.tls import TLS
+
+    given = any(path is not None for path in (tls_ca, tls_certificate, tls_key))
+    return {
+        "api_key": None if api_key_file is None else read_key(api_key_file),
+        "tls": TLS(tls_ca, tls_certificate, tls_key) if given else None,
+    }
 
 
 def _artifacts_option(required: bool) -> Callable[[F], F]:
@@ -357,42 +390,84 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
 @click.option(
     "--model-repository", type=FILE, help="Triton models to serve; without it those of the checkout this runs from."
 )
+@click.option("--max-sessions", type=_Integer(min=1), help="Sessions at once; without it as the profile says.")
+@click.option(
+    "--known-avatars",
+    type=_Integer(min=0),
+    default=KNOWN_AVATARS,
+    show_default=True,
+    help="Avatars that each stage remembers, so that they start sooner.",
+)
+@click.option(
+    "--idle-seconds",
+    type=float,
+    help="A session that sends nothing for so long is dropped; without it as the profile says (30).",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="At SIGTERM, how long live sessions may run on.",
+)
+@click.option("--label-font", type=FILE, help="Font for visible labels, if they need letters beyond ASCII.")
+@click.option("--api-key-file", type=FILE, help="File with the key that callers must send.")
+@click.option("--admin-key-file", type=FILE, help="File with the key that statistics, logging and trace need.")
+@click.option("--tls-certificate", type=FILE, help="The server's certificate (PEM): gRPC speaks TLS.")
+@click.option("--tls-key", type=FILE, help="Its private key (PEM).")
+@click.option("--tls-client-ca", type=FILE, help="Authority (PEM) that must have signed every client's certificate.")
 @click.option("--trace", type=FILE, help="Folder in which each stage writes its busy intervals.")
 @click.option("--verbose", is_flag=True, help="Show all of Triton's own log.")
 def serve(
     artifacts: Path,
-    profile: str,
-    address: str,
-    grpc_port: int,
-    http_port: int,
-    metrics_port: int,
+    drain_seconds: float,
     model_repository: Path | None,
-    trace: Path | None,
-    verbose: bool,
+    api_key_file: Path | None,
+    admin_key_file: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    **options: Any,
 ) -> None:
-    """Serve artifacts with Triton until Ctrl-C."""
-    from live_avatar.errors import ServerError
-    from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, serving
+    """Serve artifacts with Triton until Ctrl-C, or until SIGTERM and the end of the live sessions."""
+    from live_avatar.serving.access import Access, access_warnings
+    from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, is_for_operators, serving
 
-    options = ServerOptions(
-        artifacts,
-        profile,
-        address,
-        grpc_port,
-        http_port,
-        metrics_port,
-        model_repository or MODEL_REPOSITORY,
-        trace=trace,
-        verbose=verbose,
-    )
+    access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
+    chosen = ServerOptions(artifacts, model_repository=model_repository or MODEL_REPOSITORY, access=access, **options)
+    ready = False
+
+    def echo(line: str) -> None:
+        if chosen.verbose or (ready and is_for_operators(line)):
+            click.echo(line, err=True)
+
     try:
-        with serving(options) as server:
-            click.echo(f"Serving {artifacts} with profile {profile} on {options.url} (Ctrl-C ends it).")
-            while server.process.poll() is None:
-                time.sleep(0.2)
-            raise ServerError(f"Triton ended by itself with code {server.process.returncode}:\n{server.errors()}")
+        with serving(chosen, echo) as server:
+            ready = True
+            for warning in access_warnings(access, chosen.address):
+                click.echo(f"Warning: {warning}", err=True)
+            click.echo(f"Serving {artifacts} with profile {chosen.profile} on {chosen.url} (Ctrl-C ends it).")
+            _watch(server, drain_seconds)
     except KeyboardInterrupt:
-        click.echo("Stopped.")
+        pass
+    click.echo("Stopped.")
+
+
+def _watch(server: TritonServer, drain_seconds: float) -> None:
+    """Until Ctrl-C; SIGTERM drains first, and a further signal ends that."""
+    from live_avatar.errors import ServerError
+
+    try:
+        while server.is_running():
+            time.sleep(0.2)
+        raise ServerError(f"Triton ended by itself with code {server.process.returncode}:\n{server.errors()}")
+    except KeyboardInterrupt:
+        if not interrupts.is_termination():
+            raise
+        interrupts.catch()
+        click.echo(f"Draining: no new sessions, and {drain_seconds:g} s for the live ones.")
+        ended = server.drain(drain_seconds)
+        click.echo("All sessions have ended." if ended else "The time is up; the last sessions were told to reconnect.")
 
 
 @main.command()
@@ -404,20 +479,50 @@ def serve(
     show_default=True,
     help="Send the speech at once, or as it would be spoken, in chunks of 20 ms.",
 )
+@click.option("--label", default="", help="Text to draw on every frame, such as AI-generated.")
+@_connection_options
 @_speech_options
 def stream(
-    url: str, pace: str, audio: Path, image: Path, prompt: str, seed: int, output: Path, frames_output: Path | None
+    url: str,
+    pace: str,
+    label: str,
+    audio: Path,
+    image: Path,
+    prompt: str,
+    seed: int,
+    output: Path,
+    frames_output: Path | None,
+    **connection: Path | None,
 ) -> None:
     """Send speech to a server and write the video that comes back."""
-    from live_avatar.demo import frame_bar, stream_to_file
+    from live_avatar.demo import frame_bar, session_video, stream_to_file
     from live_avatar_client.media import read_image_bytes, read_speech
-    from live_avatar_client.video import SpeechVideo
+    from live_avatar_client.sync import AvatarSession
 
     speech, picture = read_speech(audio), read_image_bytes(image)
-    with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        stats = stream_to_file(url, speech, picture, prompt, seed, pace == "realtime", video, bar.update)
+    session = AvatarSession(url, image=picture, prompt=prompt, seed=seed, label=label, **_connection(**connection))
+    with session_video(session, output, speech, frames_output) as video, frame_bar("video", video) as bar:
+        stats = stream_to_file(session, speech, pace == "realtime", video, bar.update)
     click.echo(f"Wrote {output} ({stats.frames} frames).")
     click.echo(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")
+
+
+@main.command()
+@click.argument("url")
+@_connection_options
+@click.option("--json", "for_scripts", is_flag=True, help="Print JSON, with null for what is not known.")
+def doctor(url: str, for_scripts: bool, **connection: Path | None) -> None:
+    """Say how the server at URL (host:port of its gRPC port) is.
+
+    Exit code 0: a session could be opened now. 1: the server is up, but not ready, full, shutting down, or wants
+    a key or another one. 2: no server answers, or an option is wrong.
+    """
+    from live_avatar.doctor import as_json, as_lines, exit_code
+    from live_avatar_client.status import server_status
+
+    status = server_status(url, **_connection(**connection))
+    click.echo(as_json(status) if for_scripts else "\n".join(as_lines(status)))
+    sys.exit(exit_code(status))
 
 
 @main.command()

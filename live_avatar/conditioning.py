@@ -1,13 +1,12 @@
 """The front end: picture, prompt, seed and speech become what the denoising steps take.
 
-`Conditioner` holds graphs and a small cache of known avatars; the state of a session is a
-`Conditioning` that it opens and is handed back. Knows no server and no denoising.
+`Conditioner` holds graphs; the state of a session is a `Conditioning` that it opens and is handed back. Avatars are
+remembered by who uses it, under `avatar_key`. Knows no server and no denoising.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,11 @@ from live_avatar.sink import SinkSource
 from live_avatar.speech import SpeechWindow, interpolate
 
 MAX_SEED = 2**63 - 1
-KNOWN_AVATARS = 16
+
+
+def avatar_key(image: bytes, prompt: str) -> bytes:
+    """What a picture and prompt are remembered by: a hash of their contents, 32 bytes."""
+    return hashlib.sha256(hashlib.sha256(image).digest() + prompt.encode(errors="surrogatepass")).digest()
 
 
 def block_noise(seed: int, block: int, shape: tuple[int, ...]) -> Array:
@@ -60,7 +63,6 @@ class Conditioner:
         self._tokenizer = runtime.tokenizer
         names = ("vae_encoder_first", "vae_encoder", "text_encoder", "speech_encoder", "audio_tokens")
         self._graphs = {name: runtime.graph(name) for name in names}
-        self._avatars: OrderedDict[str, SinkSource] = OrderedDict()
 
     def open(self, seed: int) -> Conditioning:
         """State of a new session. Raises `InputError` for a seed outside 0..2^63 - 1."""
@@ -69,14 +71,13 @@ class Conditioner:
         return Conditioning(seed, SpeechWindow(self.preset.stream))
 
     def avatar(self, image: bytes, prompt: str) -> SinkSource:
-        """Latents and text features of a picture and prompt; the latest `KNOWN_AVATARS` are remembered."""
-        key = hashlib.sha256(hashlib.sha256(image).digest() + prompt.encode(errors="surrogatepass")).hexdigest()
-        if key not in self._avatars:
-            self._avatars[key] = self._encode(image, prompt)
-            if len(self._avatars) > KNOWN_AVATARS:
-                self._avatars.popitem(last=False)
-        self._avatars.move_to_end(key)
-        return self._avatars[key]
+        """Latents and text features of a picture and prompt. Raises `InputError` for what cannot be used."""
+        stream = self.preset.stream
+        frame = decode_image(image, stream.height, stream.width)[None, :, None]
+        token_ids, token_mask = self._tokenizer.encode(prompt)
+        text = self._graphs["text_encoder"].run({"token_ids": token_ids, "token_mask": token_mask})["text"]
+        latents = self._encode_still(frame)
+        return SinkSource(latents[:, :, :1], latents, text)
 
     def block(self, state: Conditioning, samples: Array) -> BlockInput:
         """The next block of the session, from its int16 [block_samples] of speech."""
@@ -88,14 +89,6 @@ class Conditioner:
         made = BlockInput(state.blocks, state.speech.first_frame, noise, audio)
         state.blocks += 1
         return made
-
-    def _encode(self, image: bytes, prompt: str) -> SinkSource:
-        stream = self.preset.stream
-        frame = decode_image(image, stream.height, stream.width)[None, :, None]
-        token_ids, token_mask = self._tokenizer.encode(prompt)
-        text = self._graphs["text_encoder"].run({"token_ids": token_ids, "token_mask": token_mask})["text"]
-        latents = self._encode_still(frame)
-        return SinkSource(latents[:, :, :1], latents, text)
 
     def _encode_still(self, frame: Array) -> Array:
         """[1, 3, 1, H, W] -> the latents [1, 16, 19, h, w] of that frame held for 73 frames.

@@ -17,7 +17,7 @@ from live_avatar.runtime import Runtime
 
 @dataclass
 class DecoderState:
-    """Slots of the streaming decoder, `state.0` ... by name."""
+    """Slots of the streaming decoder, `state.0` ... by name; replaced by every block, never written."""
 
     slots: dict[str, Array]
 
@@ -30,8 +30,8 @@ class FrameDecoder:
         self._first = runtime.graph("vae_decoder_first")
         self._next = runtime.graph("vae_decoder")
 
-    def open(self, motion: Array) -> DecoderState:
-        """State of a stream whose past is the still picture: its motion latents [1, 16, 19, h, w].
+    def warm_up(self, motion: Array) -> dict[str, Array]:
+        """Slots of a stream whose past is the still picture: its motion latents [1, 16, 19, h, w].
 
         The warm-up frames are thrown away, and all frames of block 1 are kept: the released code drops three
         of them, which puts its video 0.12 s ahead of the sound (quirk Q14).
@@ -40,7 +40,7 @@ class FrameDecoder:
         state = DecoderState(carried(self._first.run({"latents": np.ascontiguousarray(motion[:, :, :1])})))
         for start in range(1, self._stream.decoder_warmup_latents, step):
             self.decode(state, np.ascontiguousarray(motion[:, :, start : start + step]))
-        return state
+        return state.slots
 
     def decode(self, state: DecoderState, latents: Array) -> Array:
         """Latents [1, 16, F, h, w] of the stream's next block -> frames uint8 [4F, H, W, 3]."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
 from live_avatar_client import AvatarSession, Block, StreamStats
 from live_avatar_client.files import OutputFile
-from live_avatar_client.media import read_speech
+from live_avatar_client.media import provenance_metadata, read_speech
 from live_avatar_client.video import SpeechVideo
 
 if TYPE_CHECKING:
@@ -65,16 +66,16 @@ def spoken(speech: Array) -> Iterator[Array]:
 
 
 def stream_to_file(
-    url: str,
+    session: AvatarSession,
     speech: Array,
-    image: bytes,
-    prompt: str,
-    seed: int,
     realtime: bool,
     video: SpeechVideo | None,
     progress: Callable[[int], object],
 ) -> StreamStats:
-    """Streams a speech and writes what comes back; `progress` is told the frames of each block."""
+    """Streams a speech over a session that is not open yet, and writes what comes back, with its provenance.
+
+    `progress` is told the frames of each block.
+    """
 
     def written(blocks: Iterator[Block]) -> Iterator[Block]:
         for block in blocks:
@@ -84,8 +85,15 @@ def stream_to_file(
             interrupts.check()
             yield block
 
-    with AvatarSession(url, image=image, prompt=prompt, seed=seed) as session:
+    with session:
         return StreamStats.from_blocks(written(session.stream(spoken(speech) if realtime else [speech])))
+
+
+def session_video(
+    session: AvatarSession, output: Path, speech: Array, frames_output: Path | None = None
+) -> SpeechVideo:
+    """The video of a session's speech; it will say what made it, as soon as the server has told."""
+    return SpeechVideo(output, speech, frames_output, metadata=lambda: provenance_metadata(session.provenance or {}))
 
 
 def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | None) -> None:
@@ -100,11 +108,12 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | N
         options = replace(ServerOptions(artifacts).on_free_ports(), trace=Path(intervals) if trace else None)
         click.echo(f"Starting Triton (profile {options.profile}).")
         with serving(options) as server:
-            url = server.options.url
-            with SpeechVideo(output, speech) as video, frame_bar("as spoken", video) as bar:
-                live = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, True, video, bar.update)
+            session = partial(AvatarSession, server.options.url, image=image, prompt=DEMO_PROMPT, seed=SEED)
+            first = session()
+            with session_video(first, output, speech) as video, frame_bar("as spoken", video) as bar:
+                live = stream_to_file(first, speech, True, video, bar.update)
             with frame_bar("as fast as it goes", video) as bar:
-                fast = stream_to_file(url, speech, image, DEMO_PROMPT, SEED, False, None, bar.update)
+                fast = stream_to_file(session(), speech, False, None, bar.update)
         if "trace" in files:
             _write_trace(Path(intervals), files["trace"])
     if "report" in files:

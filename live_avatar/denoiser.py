@@ -21,7 +21,8 @@ from live_avatar.sink import SinkSource
 
 @dataclass
 class StepState:
-    """Caches of one session at one step; `sink` has the prefill's outputs by name."""
+    """Caches of one session at one step; `sink` has the prefill's outputs by name, and may be shared: it is replaced,
+    never written."""
 
     ring: KVRing
     sink: dict[str, Array]
@@ -44,9 +45,9 @@ class DenoisingStep:
         inputs = {"reference": source.reference, "motion": source.motion, "text": source.text}
         return self._prefill.run(inputs)
 
-    def open(self, source: SinkSource) -> StepState:
-        """State of a new session."""
-        return StepState(KVRing(self.preset, self._zeros), self.prefill(source))
+    def open(self, sink: dict[str, Array]) -> StepState:
+        """State of a new session, from what `prefill` gave."""
+        return StepState(KVRing(self.preset, self._zeros), sink)
 
     def run(self, state: StepState, latent: Array, audio: dict[str, Array], distance: int | None = None) -> Array:
         """Moves the session's next block [1, 16, F, h, w] one noise level down and writes its ring.

@@ -35,7 +35,11 @@ class SessionError(LiveAvatarError):
 
 
 class CapacityError(LiveAvatarError):
-    """All sessions are taken."""
+    """No room for another session: all are taken, or memory is."""
+
+
+class ShutdownError(CapacityError):
+    """The server is about to end, and takes or keeps no sessions."""
 
 
 class ServerError(LiveAvatarError):

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.conditioning import Conditioner
-from live_avatar.config import SAMPLES_PER_FRAME, Preset, StreamConfig
-from live_avatar.decoder import FrameDecoder
+from live_avatar.conditioning import Conditioner, avatar_key
+from live_avatar.config import KNOWN_AVATARS, SAMPLES_PER_FRAME, Preset, StreamConfig
+from live_avatar.decoder import DecoderState, FrameDecoder
 from live_avatar.denoiser import DenoisingStep
 from live_avatar.errors import InputError
+from live_avatar.lru import LRU
 from live_avatar.runtime import Runtime
-from live_avatar.sink import first_latent_frame, gives_sink, takes_sink
+from live_avatar.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 
 Distance = Callable[[int, int], int]
 """Rolling distance of the sink for (block counted from 0, step counted from 1)."""
@@ -49,6 +50,7 @@ class Generator:
         self._conditioner = Conditioner(runtime)
         self._steps = [DenoisingStep(runtime, step) for step in range(1, self.preset.stream.steps + 1)]
         self._decoder = FrameDecoder(runtime)
+        self._avatars: LRU[SinkSource] = LRU(KNOWN_AVATARS)
 
     def stream(
         self,
@@ -60,10 +62,10 @@ class Generator:
     ) -> Iterator[GeneratedBlock]:
         """Yields a block for every block of speech, without end if `blocks` has none."""
         stream = self.preset.stream
-        source = self._conditioner.avatar(image, prompt)
+        source = self._avatars.get(avatar_key(image, prompt), lambda: self._conditioner.avatar(image, prompt))
         conditioning = self._conditioner.open(seed)
-        states = [step.open(source) for step in self._steps]
-        decoding = self._decoder.open(source.motion)
+        states = [step.open(step.prefill(source)) for step in self._steps]
+        decoding = DecoderState(self._decoder.warm_up(source.motion))
         first_clean = None
         for samples in blocks:
             given = self._conditioner.block(conditioning, samples)

@@ -10,13 +10,13 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_come = False
+_come: int | None = None
 
 
 def catch() -> None:
     """From now on Ctrl-C, SIGTERM and a closed terminal (unless under nohup) raise KeyboardInterrupt, once."""
     global _come
-    _come = False
+    _come = None
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -24,13 +24,18 @@ def catch() -> None:
 
 def check() -> None:
     """Raises KeyboardInterrupt if a signal has come: PyAV, interrupted while it encodes, swallows the exception."""
-    if _come:
+    if _come is not None:
         raise KeyboardInterrupt
+
+
+def is_termination() -> bool:
+    """Whether the signal was SIGTERM, with which an orchestrator asks for an orderly end."""
+    return _come == signal.SIGTERM
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     global _come
-    _come = True
+    _come = number
     for ignored in SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     raise KeyboardInterrupt

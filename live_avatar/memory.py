@@ -1,27 +1,35 @@
-"""GPU memory of a preset, in bytes, from its sizes alone: what each process holds once, and what each session adds.
+"""Memory of a preset, in bytes, from its sizes alone: what each process holds once, what each session adds, and what
+each avatar that it remembers.
 
 For engines (`runtime/tensorrt_runtime.py`): every engine has its own copy of its weights, so a step's process holds
 the transformer twice, for the step and for the prefill (of the released model in bfloat16 26 GiB each), unless the
 prefill keeps its weights on the host. TensorRT's activation memory is known only to a built engine; here stands the
-limit of its scratch space. Knows no GPU.
+limit of its scratch space. Knows no GPU; of the host it knows what is free.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
-from live_avatar.config import Preset
+from live_avatar.config import LATENT_CHANNELS, MOTION_LATENTS, Preset
 from live_avatar.contract import Contract, TensorSpec, contracts, step_name
 from live_avatar.errors import CapacityError, ConfigError
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 WORKSPACE_BYTES = 2 * GIB
 """Most scratch space that an engine may take beside its weights and tensors."""
 GREATEST = 2  # entry of a symbolic dimension's range
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
+SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
+
+# Stages by the names of their models in Triton; the denoising steps have their components' names.
+CONDITIONING, DECODER = "conditioning", "vae_decoder"
 
 # Parts of the transformer that a graph does without; its modulation is a constant of the graph.
 NOT_IN_STEP = (
@@ -48,56 +56,184 @@ NOT_IN_PREFILL = (
 
 @dataclass(frozen=True)
 class Memory:
-    """One process: bytes that it holds in any case, and bytes that every session adds, by what they are."""
+    """One process: bytes that it holds in any case, that every session adds, and every avatar that it remembers beside
+    them, by what they are."""
 
     stage: str
     shared: Mapping[str, int]
     per_session: Mapping[str, int]
+    per_avatar: Mapping[str, int] = field(default_factory=dict)
 
-    def total(self, sessions: int) -> int:
-        return sum(self.shared.values()) + sessions * sum(self.per_session.values())
+    def total(self, sessions: int, avatars: int = 0) -> int:
+        each = sessions * sum(self.per_session.values()) + avatars * sum(self.per_avatar.values())
+        return sum(self.shared.values()) + each
 
-    def spelled(self, sessions: int) -> str:
-        """The sum in GiB, term by term."""
-        terms = [f"{name} {size / GIB:.2f}" for name, size in self.shared.items()]
-        terms += [f"{sessions} x {name} {size / GIB:.2f}" for name, size in self.per_session.items()]
-        return f"{' + '.join(terms)} = {self.total(sessions) / GIB:.2f} GiB"
+    def spelled(self, sessions: int, avatars: int = 0) -> str:
+        """The sum, term by term, in GiB; in MiB if it is less than one."""
+        total = self.total(sessions, avatars)
+        unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
+        terms = [f"{part} {size / unit:.2f}" for part, size in self.shared.items()]
+        terms += [f"{sessions} x {part} {size / unit:.2f}" for part, size in self.per_session.items()]
+        if avatars:
+            terms += [f"{avatars} x {part} of an avatar {size / unit:.2f}" for part, size in self.per_avatar.items()]
+        return f"{' + '.join(terms)} = {total / unit:.2f} {name}"
+
+    def beside(self, loaded: Mapping[str, int]) -> Memory:
+        """The same process with what it has loaded."""
+        return replace(self, shared={**loaded, **self.shared})
 
 
 def step_memory(preset: Preset, prefill_on_host: bool = False, fp8: bool = False) -> Memory:
     """A denoising step with its prefill; with `fp8` their large linears take a byte per weight."""
-    agreed = contracts(preset)
-    step, prefill = agreed[step_name(1)], agreed["dit_prefill"]
+    prefill = {} if prefill_on_host else {"weights of the prefill": _dit_bytes(preset, NOT_IN_PREFILL, fp8)}
+    return session_memory(preset, step_name(1), _contracts(preset)).beside(
+        {
+            "weights of the step": _dit_bytes(preset, NOT_IN_STEP, fp8),
+            **prefill,
+            "scratch space of two engines": 2 * WORKSPACE_BYTES,
+        }
+    )
+
+
+def decoder_memory(preset: Preset) -> Memory:
+    """The VAE's decoder; its state is there twice while it is renewed."""
+    return session_memory(preset, DECODER, _contracts(preset)).beside(
+        {
+            "weights of two engines": 2 * sum(size for _, size in _weights(preset, "vae", "decoder")),
+            "scratch space of two engines": 2 * WORKSPACE_BYTES,
+        }
+    )
+
+
+def session_memory(preset: Preset, stage: str, agreed: Mapping[str, Contract]) -> Memory:
+    """What the sessions cost a stage after it has loaded: their states, and the tensors of the request in work.
+
+    A session shares an avatar's memory until it has its own, but may keep that of one no longer remembered, so both are
+    counted in full. `agreed` are the preset's contracts; those in a manifest need no torch. Raises `ConfigError` for a
+    stage that the preset does not have.
+    """
+    if stage == CONDITIONING:
+        return _conditioning_sessions(preset)
+    if stage == DECODER:
+        return _decoder_sessions(agreed[DECODER])
+    if stage not in _stages(preset):
+        raise ConfigError(f"there is no stage {stage!r}; preset {preset.name} has {', '.join(_stages(preset))}.")
+    return _step_sessions(agreed[stage], agreed["dit_prefill"])
+
+
+def require_sessions(
+    preset: Preset,
+    sessions: int,
+    known_avatars: int,
+    available_bytes: int,
+    stages: Collection[str] = (),
+    agreed: Mapping[str, Contract] | None = None,
+) -> None:
+    """Raises `CapacityError`, with the sum, if so many sessions and remembered avatars outgrow a memory.
+
+    `available_bytes` is what that memory has free when the weights are loaded; `stages` are those that live in it (none
+    named: all, on one host). `agreed` as in `session_memory`; without it torch works the contracts out. Raises
+    `ConfigError` for numbers that mean nothing.
+    """
+    if sessions < 1 or known_avatars < 0:
+        raise ConfigError(
+            f"{sessions} sessions and {known_avatars} known avatars; expected at least 1 session and 0 known avatars."
+        )
+    agreed = agreed or _contracts(preset)
+    memories = [session_memory(preset, stage, agreed) for stage in stages or _stages(preset)]
+    needed = sum(memory.total(sessions, known_avatars) for memory in memories)
+    if needed > available_bytes:
+        room = available_bytes - sum(memory.total(0, known_avatars) for memory in memories)
+        fitting = max(0, room // sum(memory.total(1) - memory.total(0) for memory in memories))
+        raise CapacityError(
+            f"{sessions} sessions and {known_avatars} known avatars of preset {preset.name} need {_readable(needed)}, "
+            f"but {_readable(available_bytes)} are free, enough for {fitting} sessions: "
+            f"{_spelled(memories, sessions, known_avatars)}; take fewer sessions (--max-sessions), fewer known avatars "
+            "(--known-avatars) or more memory."
+        )
+
+
+def host_available_bytes(root: Path = Path("/")) -> int:
+    """Memory of this machine that this process and its children may still take, in bytes.
+
+    What Linux counts as available, or less if a control group (v1 or v2), its own or one above it, leaves less. `root`
+    is where /proc and /sys are found.
+    """
+    fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return max(0, min([available, *_group_bytes(root)]))
+
+
+def _stages(preset: Preset) -> list[str]:
+    return [CONDITIONING, *(step_name(i) for i in range(1, preset.stream.steps + 1)), DECODER]
+
+
+def _step_sessions(step: Contract, prefill: Contract) -> Memory:
     blocks = _bytes(step.outputs, step)
     ring = _bytes((spec for spec in step.inputs if spec.name.startswith("history")), step)
     sink = _bytes(prefill.outputs, prefill)
     return Memory(
         "a denoising step",
         {
-            "weights of the step": _dit_bytes(preset, NOT_IN_STEP, fp8),
-            **({} if prefill_on_host else {"weights of the prefill": _dit_bytes(preset, NOT_IN_PREFILL, fp8)}),
             "keys and values of the current block": blocks,
             "copies of a history that is not full": ring - blocks,
             "sink that replaces another": sink,
-            "scratch space of two engines": 2 * WORKSPACE_BYTES,
         },
         {"ring": ring, "sink and text": sink},
+        {"sink and text": sink},
     )
 
 
-def decoder_memory(preset: Preset) -> Memory:
-    """The VAE's decoder; its state is there twice while it is renewed."""
-    decoder = contracts(preset)["vae_decoder"]
+def _decoder_sessions(decoder: Contract) -> Memory:
     state = _bytes(decoder.outputs, decoder)
-    return Memory(
-        "the VAE decoder",
-        {
-            "weights of two engines": 2 * sum(size for _, size in _weights(preset, "vae", "decoder")),
-            "state that replaces another": state,
-            "scratch space of two engines": 2 * WORKSPACE_BYTES,
-        },
-        {"state": state},
+    return Memory("the VAE decoder", {"state that replaces another": state}, {"state": state}, {"state": state})
+
+
+def _conditioning_sessions(preset: Preset) -> Memory:
+    """Its graphs keep nothing from call to call; their memory while they run is not counted."""
+    stream, dit = preset.stream, preset.dit
+    motion = LATENT_CHANNELS * MOTION_LATENTS * stream.latent_height * stream.latent_width
+    avatar = {"latents and text": (motion + dit.text_len * dit.text_dim) * BYTES["float32"]}
+    speech = SAMPLE_BYTES * stream.speech_window_blocks * stream.block_samples
+    return Memory("conditioning", {}, {"speech": speech, **avatar}, avatar)
+
+
+def _spelled(memories: Iterable[Memory], sessions: int, avatars: int) -> str:
+    """The sums of several stages; equal ones, as those of the steps are, once."""
+    counts = Counter((memory.stage, memory.spelled(sessions, avatars)) for memory in memories)
+    return "; ".join(
+        f"{stage}: {spelled}" if count == 1 else f"{count} times {stage}: {spelled}"
+        for (stage, spelled), count in counts.items()
     )
+
+
+def _readable(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
+
+
+def _group_bytes(root: Path) -> Iterator[int]:
+    """What each control group that this process is in leaves free; pages of files that it can drop count as free."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                names = ("memory.max", "memory.current", "inactive_file")
+                yield from _left(root / "sys/fs/cgroup", path, *names)
+            elif "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                yield from _left(root / "sys/fs/cgroup/memory", path, *names)
+
+
+def _left(mount: Path, group: str, limit: str, usage: str, droppable: str) -> Iterator[int]:
+    """From a group to the top; inside a container only the top may be there, and is the container's own."""
+    folder = mount / group.lstrip("/")
+    for place in (folder, *folder.parents):
+        with suppress(OSError, ValueError, KeyError):  # the top has no limit in v2, and "max" is none
+            facts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            used = int((place / usage).read_text()) - int(facts[droppable])
+            yield int((place / limit).read_text()) - used
+        if place == mount:
+            return
 
 
 def require_room(
@@ -166,6 +302,11 @@ def _weights(preset: Preset, part: str, only: str = "", without: Collection[str]
     for name, size in _parameters(preset)[part].items():
         if name.startswith(only) and not any(f".{unused}." in f".{name}." for unused in without):
             yield name, size
+
+
+@cache
+def _contracts(preset: Preset) -> Mapping[str, Contract]:
+    return contracts(preset)
 
 
 @cache

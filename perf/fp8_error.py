@@ -74,6 +74,7 @@ class _Heard:
 
     def __init__(self, runtime: Runtime) -> None:
         self.preset, self.tokenizer, self.zeros = runtime.preset, runtime.tokenizer, runtime.zeros
+        self.free_bytes = runtime.free_bytes
         self._runtime = runtime
         self.velocities: defaultdict[str, list[Array]] = defaultdict(list)
 
@@ -113,7 +114,7 @@ def record(runtime: Runtime, speech: Array, blocks: int) -> Stream:
     conditioner = Conditioner(heard)
     source, conditioning = conditioner.avatar(PORTRAIT.read_bytes(), DEMO_PROMPT), conditioner.open(SEED)
     steps = [DenoisingStep(heard, step) for step in range(1, preset.stream.steps + 1)]
-    states = [step.open(source) for step in steps]
+    states = [step.open(step.prefill(source)) for step in steps]
     audio, latents = [], defaultdict(list)
     for samples in [*cut_blocks(speech, preset.stream)][:blocks]:
         given = conditioner.block(conditioning, samples)
@@ -130,7 +131,7 @@ def replay(runtime: Runtime, stream: Stream) -> Iterator[tuple[int, list[Array]]
     for step, latents in stream.latents.items():
         heard = _Heard(runtime)
         stage = DenoisingStep(heard, step)
-        state = stage.open(stream.source)
+        state = stage.open(stage.prefill(stream.source))
         for latent, audio in zip(latents, stream.audio, strict=True):
             stage.run(state, latent, audio)
         yield step, heard.velocities[step_name(step)]

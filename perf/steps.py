@@ -103,7 +103,7 @@ def rollout(checkpoint: Checkpoint, inputs: Mapping[str, Array]) -> list[Array]:
     text = np.pad(context, ((0, dit.text_len - len(context)), (0, 0)))
     source = SinkSource(inputs["in/ref_latents"], inputs["in/motion_latents"], text)
     steps = [DenoisingStep(runtime, number) for number in range(1, stream.steps + 1)]
-    states = [step.open(source) for step in steps]
+    states = [step.open(step.prefill(source)) for step in steps]
     tokens = runtime.graph("audio_tokens")
     clean: list[Array] = []
     for block in range(sum(name.startswith("in/noise/") for name in inputs)):

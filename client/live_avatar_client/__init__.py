@@ -21,18 +21,21 @@ if TYPE_CHECKING:
         SendTimeout,
         ServerError,
         ServerIncompatible,
+        SessionBusy,
         SessionClosed,
         SessionFailed,
         SessionRefused,
     )
     from .image import read_image_bytes
-    from .protocol import ErrorCode, FrameFormat
+    from .protocol import EndReason, ErrorCode, FrameFormat
     from .stats import StreamStats
     from .sync import AvatarSession
+    from .tls import TLS
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
     "AnswerTimeout",
     "AsyncAvatarSession",
     "AvatarError",
@@ -40,6 +43,7 @@ __all__ = [
     "Block",
     "ConnectFailed",
     "ConnectionLost",
+    "EndReason",
     "ErrorCode",
     "FrameFormat",
     "InvalidInput",
@@ -47,6 +51,7 @@ __all__ = [
     "SendTimeout",
     "ServerError",
     "ServerIncompatible",
+    "SessionBusy",
     "SessionClosed",
     "SessionFailed",
     "SessionRefused",
@@ -58,9 +63,11 @@ _MODULES: Final = {
     "AsyncAvatarSession": "aio",
     "AvatarSession": "sync",
     "Block": "core",
+    "EndReason": "protocol",
     "ErrorCode": "protocol",
     "FrameFormat": "protocol",
     "StreamStats": "stats",
+    "TLS": "tls",
     "read_image_bytes": "image",
 }
 

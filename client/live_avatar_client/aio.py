@@ -13,11 +13,10 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
-import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
 from . import wire
-from .base import CLOSE_GRACE_S, BaseSession, channel_options
+from .base import CLOSE_GRACE_S, LONGEST_WAIT_S, BaseSession, open_async_channel, status_of
 from .core import Block, Pixels, Steps
 
 _T = TypeVar("_T")
@@ -26,7 +25,7 @@ _T = TypeVar("_T")
 class AsyncAvatarSession(BaseSession):
     """One avatar speaking one speech; use it in an `async with` statement, once.
 
-    `send` and the iterators may be used from different tasks of one event loop.
+    `send`, `interrupt` and the iterators may be used from different tasks of one event loop.
     """
 
     def _set_up(self) -> None:
@@ -34,20 +33,22 @@ class AsyncAvatarSession(BaseSession):
         self._changed = asyncio.Event()
         self._requests: asyncio.Queue[wire.Message | None] = asyncio.Queue()
         self._reader: asyncio.Task[None] | None = None
+        self._timer: asyncio.Task[None] | None = None
         self._feeder: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
+        self._channel = open_async_channel(self.url, self._tls)
         with self._update() as core:
             core.open()
-        self._channel = grpc.aio.insecure_channel(self._address, options=channel_options(self._address))
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
             await self._check_server(stub)
         except BaseException:
             await self._channel.close(None)
             raise
-        self._call = stub.ModelStreamInfer(self._outgoing())
-        self._reader = asyncio.create_task(self._read(), name="live-avatar-reader")
+        self._call = stub.ModelStreamInfer(self._outgoing(), metadata=self._metadata)
+        self._reader = asyncio.create_task(self._read(stub), name="live-avatar-reader")
+        self._timer = asyncio.create_task(self._run(self._core.keep_time()), name="live-avatar-timer")
         return self
 
     async def __aexit__(
@@ -66,12 +67,21 @@ class AsyncAvatarSession(BaseSession):
             for timed_frame in block.timed_frames():
                 yield timed_frame
 
-    async def send(self, pcm: object) -> None:
+    async def send(self, pcm: object, *, wait: bool = True) -> None:
         """Send a chunk of speech of any size: mono, 16 kHz, int16, or float32 in [-1, 1] (clipped beyond).
 
-        Waits while the session's limits are reached; raises SendTimeout when that takes too long.
+        Waits while the session's limits are reached; raises SendTimeout when that takes too long. Without
+        `wait` it takes the chunk only if it can go out now, and raises SessionBusy otherwise.
         """
-        await self._run(self._core.send(pcm))
+        await self._run(self._core.send(pcm, wait=wait))
+
+    async def interrupt(self) -> None:
+        """Stop the avatar's speech: drop what was not sent, and mark the frames of what was as stale.
+
+        The next chunk begins a new speech; frame numbers go on. A `send` that waits returns.
+        """
+        with self._update() as core:
+            core.interrupt()
 
     async def end(self) -> None:
         """Say that no more speech comes; the iterators then end after its last frame."""
@@ -79,7 +89,7 @@ class AsyncAvatarSession(BaseSession):
             core.end()
 
     async def keep_alive(self) -> None:
-        """Tell the server in a long pause that more speech comes."""
+        """Tell the server now that more speech comes; the session does so by itself every `keep_alive_s`."""
         with self._update() as core:
             core.keep_alive()
 
@@ -97,7 +107,7 @@ class AsyncAvatarSession(BaseSession):
         if self._reader is None:
             return
         self._begin_close()
-        tasks = [task for task in (self._reader, self._feeder) if task is not None]
+        tasks = [task for task in (self._reader, self._timer, self._feeder) if task is not None]
         try:
             await asyncio.wait(tasks[:1], timeout=CLOSE_GRACE_S)
         finally:
@@ -110,8 +120,10 @@ class AsyncAvatarSession(BaseSession):
     async def _check_server(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
         timeout_s = self._connect_timeout_s
         try:
-            wire.check_ready(self.url, await stub.ModelReady(wire.READY_REQUEST, timeout=timeout_s))
-            wire.check_metadata(self.url, await stub.ModelMetadata(wire.METADATA_REQUEST, timeout=timeout_s))
+            ready = await stub.ModelReady(wire.READY_REQUEST, timeout=timeout_s, metadata=self._metadata)
+            wire.check_ready(self.url, ready)
+            tensors = await stub.ModelMetadata(wire.METADATA_REQUEST, timeout=timeout_s, metadata=self._metadata)
+            wire.check_metadata(self.url, tensors)
         except grpc.RpcError as error:
             raise self._connect_error(error) from error
 
@@ -119,14 +131,24 @@ class AsyncAvatarSession(BaseSession):
         while (message := await self._requests.get()) is not None:
             yield message
 
-    async def _read(self) -> None:
+    async def _read(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
         try:
             async for message in self._call:
                 self._receive(message)
         except grpc.RpcError as error:
-            self._receive_close(error)
+            self._receive_close(await self._cause_of(error, stub))
         else:
             self._receive_close(None)
+
+    async def _cause_of(self, error: grpc.RpcError, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> grpc.RpcError:
+        """Ask again why the stream broke: grpc's asyncio API forgets it when a write was under way."""
+        if status_of(error)[0] is grpc.StatusCode.INTERNAL:
+            try:
+                await stub.ModelInfer(wire.EMPTY_REQUEST, timeout=CLOSE_GRACE_S, metadata=self._metadata)
+            except grpc.RpcError as cause:
+                if status_of(cause)[0] is grpc.StatusCode.UNAVAILABLE:
+                    return cause
+        return error
 
     async def _feed(self, chunks: AsyncIterable[object] | Iterable[object]) -> None:
         try:
@@ -148,9 +170,9 @@ class AsyncAvatarSession(BaseSession):
                     result: _T = done.value
                     return result
                 if not self._flush():
-                    await self._wait(None if deadline_s == math.inf else deadline_s - time.monotonic())
+                    await self._wait(min(deadline_s - time.monotonic(), LONGEST_WAIT_S))
 
-    async def _wait(self, timeout_s: float | None) -> None:
+    async def _wait(self, timeout_s: float) -> None:
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

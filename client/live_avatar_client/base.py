@@ -1,7 +1,7 @@
-"""What the sync and the asyncio session share: their options, and how messages reach the core.
+"""What the sync and the asyncio session share: their options, their channel, and how messages reach the core.
 
-Knows the core and the messages, and that a transport has a lock, a queue of messages to write and a way
-to wake up who waits. It opens no connection and never waits.
+Knows the core and the messages, how a channel is opened, and that a transport has a lock, a queue of
+messages to write and a way to wake up who waits. It never waits.
 """
 
 import contextlib
@@ -9,19 +9,46 @@ import operator
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Final, SupportsIndex, cast
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any, Final, SupportsIndex, cast
 
 import grpc
+import grpc.aio
 
 from . import wire
 from .core import Limits, Opening, SessionCore
-from .errors import AvatarError, ConnectFailed, InvalidInput, ServerIncompatible, SessionClosed
+from .errors import AvatarError, ConnectFailed, InvalidInput, ServerIncompatible, SessionClosed, SessionRefused
 from .image import image_bytes
-from .protocol import MAX_PROMPT_CHARS, MAX_SEED, FrameFormat
+from .protocol import (
+    API_KEY_HEADER,
+    DEFAULT_JPEG_QUALITY,
+    MAX_JPEG_QUALITY,
+    MAX_LABEL_CHARS,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    MIN_JPEG_QUALITY,
+    FrameFormat,
+)
+from .tls import TLS
 
 CHANNEL_OPTIONS: Final = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 _LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|\[::1\]")
+
+_SCHEMES: Final = ("grpc", "grpcs")
+_RESTRICTED: Final = "This protocol is restricted"
+_TLS_FAULTS: Final = (
+    "handshake",
+    "Verification",
+    "SSL_ERROR",
+    "CERTIFICATE",
+    "Socket closed",
+    "End of TCP stream",
+    "reset by peer",
+)
+
+LONGEST_WAIT_S: Final = 3600.0
+"""Who waits for longer looks again in between: an endless time is none that a lock or a loop can wait for."""
 
 CLOSE_GRACE_S: Final = 1.0
 """How long a closing session waits for the server to take note of the end before it cancels the stream."""
@@ -40,32 +67,53 @@ class BaseSession(ABC):
         prompt: str = "",
         seed: int = 0,
         frame_format: FrameFormat | str = FrameFormat.RAW,
+        jpeg_quality: int = DEFAULT_JPEG_QUALITY,
+        label: str = "",
+        idle: bool = False,
+        api_key: str | None = None,
+        tls: TLS | None = None,
         max_in_flight_blocks: int = 8,
         max_unread_blocks: int = 64,
         connect_timeout_s: float = 10.0,
         send_timeout_s: float = 30.0,
         answer_timeout_s: float = 60.0,
+        keep_alive_s: float = 10.0,
     ) -> None:
         """Check the options; entering the session connects it.
 
         Args:
-            url: `host:port` of the server's gRPC port, with or without `grpc://` in front.
+            url: `host:port` of the server's gRPC port, with or without `grpc://` in front; `grpcs://` is TLS.
             image: the reference image: the bytes of a PNG, JPEG or WebP file, or its path.
             prompt: describes the scene and the manner of the person, at most 2,000 characters.
             seed: the same seed, image, prompt and speech give the same video.
             frame_format: "raw" gives RGB pixels (`Block.frames`), "jpeg" encoded frames (`Block.jpegs`),
                 which need far less of the network.
+            jpeg_quality: from 1 to 95; more is better, and larger.
+            label: a line of at most 64 characters that the server writes on every frame, such as "AI-generated".
+            idle: while nothing is said, send silence at playback pace, so that the avatar keeps moving. Speech
+                in real time must then come in chunks of less than 0.24 s.
+            api_key: the server's API key, if it asks for one.
+            tls: the certificates of a TLS connection; `grpcs://` alone takes the public authorities.
             max_in_flight_blocks: how many blocks (0.48 s each) may be sent but unanswered.
             max_unread_blocks: how many blocks may be answered but unread; `send` waits beyond. The default
                 holds 30 s of video, at 720 x 400 pixels up to 664 MB in raw format.
             connect_timeout_s: how long entering the session may take.
             send_timeout_s: how long `send` waits while not one block can be sent.
             answer_timeout_s: how long the server may leave a block without an answer.
+            keep_alive_s: after how long without a request the server is told that the session lives. The server
+                ends those that it hears nothing from, after 30 s unless told otherwise.
         """
+        parse_url(url)
         self.url = url
-        self._address = parse_url(url)
+        self._tls = tls
+        self._metadata = call_metadata(api_key)
         opening = Opening(
-            image_bytes(image), _checked_prompt(prompt), _checked_seed(seed), _checked_format(frame_format)
+            image_bytes(image),
+            _checked_text("prompt", prompt, MAX_PROMPT_CHARS),
+            _checked_int("seed", seed, 0, MAX_SEED, "2**63 - 1"),
+            _checked_format(frame_format),
+            _checked_int("jpeg_quality", jpeg_quality, MIN_JPEG_QUALITY, MAX_JPEG_QUALITY),
+            _checked_label(label),
         )
         _require_positive(
             max_in_flight_blocks=max_in_flight_blocks,
@@ -73,11 +121,17 @@ class BaseSession(ABC):
             connect_timeout_s=connect_timeout_s,
             send_timeout_s=send_timeout_s,
             answer_timeout_s=answer_timeout_s,
+            keep_alive_s=keep_alive_s,
         )
         self._connect_timeout_s = connect_timeout_s
-        limits = Limits(max_in_flight_blocks, max_unread_blocks, send_timeout_s, answer_timeout_s)
-        self._core = SessionCore(opening, limits)
+        limits = Limits(max_in_flight_blocks, max_unread_blocks, send_timeout_s, answer_timeout_s, keep_alive_s)
+        self._core = SessionCore(opening, limits, idle=idle)
         self._set_up()
+
+    @property
+    def provenance(self) -> Mapping[str, Any] | None:
+        """What makes the video: model, version, seed, hashes; None until the first frames are there."""
+        return self._core.provenance
 
     @abstractmethod
     def _set_up(self) -> None:
@@ -123,7 +177,9 @@ class BaseSession(ABC):
 
     def _receive_close(self, error: grpc.RpcError | None) -> None:
         with self._update() as core:
-            core.receive_close("the server closed it" if error is None else _status(error)[1])
+            if error is not None and wants_key(error):
+                core.fail(self._key_error())
+            core.receive_close("the server closed it" if error is None else status_of(error)[1])
 
     def _begin_close(self) -> None:
         with self._update() as core:
@@ -131,62 +187,134 @@ class BaseSession(ABC):
         self._write(None)
 
     def _connect_error(self, error: grpc.RpcError) -> AvatarError:
-        code, details = _status(error)
-        if code is grpc.StatusCode.UNIMPLEMENTED:
-            return ServerIncompatible(
-                f"the server at {self.url} speaks gRPC but not KServe v2; pass the address of a Live Avatar server"
-            )
-        return ConnectFailed(
-            f"no server answered at {self.url} within {self._connect_timeout_s:g} s: {details}; check that "
-            "it runs and that this is its gRPC port (8001 unless told otherwise)"
+        return (
+            self._key_error()
+            if wants_key(error)
+            else connect_error(self.url, error, self._connect_timeout_s, self._tls)
         )
+
+    def _key_error(self) -> SessionRefused:
+        fault = "asks for an API key, and none was given" if self._metadata is None else "does not know the API key"
+        return SessionRefused(f"the server at {self.url} {fault}; pass the server's key as api_key")
 
 
 def parse_url(url: str) -> str:
-    """Return the `host:port` of an address, which may have `grpc://` in front."""
+    """Return the `host:port` of an address, which may have `grpc://` or `grpcs://` in front."""
     scheme, separator, address = url.rpartition("://")
     host, _, port = address.rpartition(":")
-    if separator and scheme != "grpc":
+    if separator and scheme not in _SCHEMES:
         raise InvalidInput(
             f"the address {url!r} has the scheme {scheme!r}, but frames are streamed over gRPC; pass "
-            "host:port of the server's gRPC port (8001 unless told otherwise)"
+            "host:port of the server's gRPC port (8001 unless told otherwise), for TLS with grpcs:// in front"
         )
     if not host or "/" in address or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InvalidInput(f"the address {url!r} is not host:port; pass one such as 'localhost:8001'")
     return address
 
 
-def channel_options(address: str) -> tuple[tuple[str, int], ...]:
-    """Return the options of the channel to `host:port`: to this machine, no proxy of the environment is used."""
+def open_channel(url: str, tls: TLS | None = None) -> grpc.Channel:
+    """Return a channel for blocking calls; it connects at the first. Raises InvalidInput."""
+    return cast(grpc.Channel, _open(grpc, url, tls))
+
+
+def open_async_channel(url: str, tls: TLS | None = None) -> grpc.aio.Channel:
+    """Return a channel for asyncio; it connects at the first call. Raises InvalidInput."""
+    return cast(grpc.aio.Channel, _open(grpc.aio, url, tls))
+
+
+def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...] | None:
+    """Return the metadata of every call to a server with this key; raise InvalidInput when it cannot be one."""
+    if api_key is None:
+        return None
+    if not isinstance(api_key, str):
+        raise InvalidInput(f"api_key is a {type(api_key).__name__}; pass a str")
+    if not re.fullmatch(r"[!-~]+", api_key):
+        # Without the key itself: messages go into logs.
+        raise InvalidInput("api_key is empty, or has characters beyond visible ASCII; pass the server's key")
+    return ((API_KEY_HEADER, api_key),)
+
+
+def tls_of(url: str, tls: TLS | None) -> TLS | None:
+    """Return the certificates of a connection to `url`; None when it is plain text."""
+    return TLS() if tls is None and url.startswith("grpcs://") else tls
+
+
+def wants_key(error: grpc.RpcError) -> bool:
+    """Tell whether a call failed because the API key was missing or wrong."""
+    return _RESTRICTED in status_of(error)[1]
+
+
+def connect_error(url: str, error: grpc.RpcError, timeout_s: float, tls: TLS | None) -> AvatarError:
+    """Return what the failure of the first call to a server means to a user."""
+    code, details = status_of(error)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ServerIncompatible(
+            f"the server at {url} speaks gRPC but not KServe v2; pass the address of a Live Avatar server"
+        )
+    remedy = _connect_remedy(details, is_tls=tls_of(url, tls) is not None)
+    return ConnectFailed(f"no server answered at {url} within {timeout_s:g} s: {details}; {remedy}")
+
+
+def _open(api: ModuleType, url: str, tls: TLS | None) -> object:
+    """Open a channel of grpc or grpc.aio."""
+    address, tls = parse_url(url), tls_of(url, tls)
     host = address.rpartition(":")[0]
-    return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(not _LOOPBACK.fullmatch(host))))
+    # To this machine, no proxy of the environment is used.
+    options: tuple[tuple[str, object], ...] = (
+        *CHANNEL_OPTIONS,
+        ("grpc.enable_http_proxy", int(not _LOOPBACK.fullmatch(host))),
+    )
+    if tls is None:
+        return api.insecure_channel(address, options=options)
+    if tls.server_name is not None:
+        options = (*options, ("grpc.ssl_target_name_override", tls.server_name))
+    return api.secure_channel(address, tls.credentials(), options=options)
 
 
-def _status(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
+def _connect_remedy(details: str, *, is_tls: bool) -> str:
+    if is_tls and any(fault in details for fault in _TLS_FAULTS):
+        return (
+            "the connection is TLS: check that the server's is too, that root_certificates has the authority of its "
+            "certificate and that the certificate names the host (else pass server_name), and that the server does "
+            "not ask for a certificate of yours"
+        )
+    remedy = "check that it runs and that this is its gRPC port (8001 unless told otherwise)"
+    if any(fault in details for fault in _TLS_FAULTS):
+        return f"{remedy}; if it speaks TLS only, put grpcs:// in front of the address or pass tls"
+    return remedy
+
+
+def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
     """Return the status of a failed call and its words."""
     call = cast(grpc.Call, error)
     return call.code(), call.details() or call.code().name
 
 
-def _checked_prompt(prompt: str) -> str:
-    if not isinstance(prompt, str):
-        raise InvalidInput(f"prompt is a {type(prompt).__name__}; pass a str")
-    if len(prompt) > MAX_PROMPT_CHARS:
-        raise InvalidInput(f"prompt has {len(prompt)} characters; pass at most {MAX_PROMPT_CHARS}")
+def _checked_text(name: str, text: str, max_chars: int) -> str:
+    if not isinstance(text, str):
+        raise InvalidInput(f"{name} is a {type(text).__name__}; pass a str")
+    if len(text) > max_chars:
+        raise InvalidInput(f"{name} has {len(text)} characters; pass at most {max_chars}")
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInput(f"prompt cannot be written as UTF-8: {error.reason} at {error.start}") from error
-    return prompt
+        raise InvalidInput(f"{name} cannot be written as UTF-8: {error.reason} at {error.start}") from error
+    return text
 
 
-def _checked_seed(seed: SupportsIndex) -> int:
+def _checked_label(label: str) -> str:
+    if not _checked_text("label", label, MAX_LABEL_CHARS).isprintable():
+        raise InvalidInput(f"label is {label!r}; pass one line of printable characters")
+    return label
+
+
+def _checked_int(name: str, value: SupportsIndex, lowest: int, highest: int, highest_name: str = "") -> int:
     try:
-        number = operator.index(seed)
+        number = operator.index(value)
     except TypeError as error:
-        raise InvalidInput(f"seed is a {type(seed).__name__}; pass an int") from error
-    if not 0 <= number <= MAX_SEED:
-        raise InvalidInput(f"seed is {number}; pass an int from 0 to 2**63 - 1")
+        raise InvalidInput(f"{name} is a {type(value).__name__}; pass an int") from error
+    if not lowest <= number <= highest:
+        raise InvalidInput(f"{name} is {number}; pass an int from {lowest} to {highest_name or highest}")
     return number
 
 

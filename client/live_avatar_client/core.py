@@ -1,4 +1,4 @@
-"""One session without its network: cuts speech into blocks, decides what to send, trims what comes back.
+"""One session without its network: decides what to send and when, and trims what comes back.
 
 The transports (`sync`, `aio`) feed it and send what `next_request` returns. It knows neither gRPC nor
 threads nor asyncio: an operation that may have to wait is a generator (`Steps`) that yields the time
@@ -6,46 +6,54 @@ until which nothing can be done unless something changes, and the transport does
 """
 
 import math
+import re
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .cutter import NO_SAMPLES, BlockCutter, Samples, SpeechBlock, as_samples, silent_block
 from .errors import (
     AnswerTimeout,
+    AvatarError,
     ConnectionLost,
     InvalidInput,
     SendTimeout,
     ServerIncompatible,
+    SessionBusy,
     SessionClosed,
     SessionFailed,
     SessionRefused,
 )
+from .pacing import PlaybackClock
 from .protocol import (
     BLOCK_SAMPLES,
+    DEFAULT_JPEG_QUALITY,
     FPS,
     FRAMES_PER_BLOCK,
     MAX_SEQUENCE_ID,
     SAMPLES_PER_FRAME,
+    EndReason,
     ErrorCode,
     FrameFormat,
     parse_error,
 )
 
-Samples: TypeAlias = NDArray[np.int16]
 Pixels: TypeAlias = NDArray[np.uint8]
 
 _T = TypeVar("_T")
 Steps: TypeAlias = Generator[float, None, _T]
 """An operation that yields the monotonic time at which to go on, unless something changes before."""
 
-_NO_SAMPLES: Samples = np.zeros(0, np.int16)
-_SILENCE: Samples = np.zeros(BLOCK_SAMPLES, np.int16)
+_TOKEN_BYTES: Final = 16
+
+# Triton calls the process of an instance by its model's name, version or instance group, and number.
+_STOPPED_STAGE: Final = re.compile(r"Stub process '(?P<stage>.+?)(?:_\d+_\d+)?' is not healthy")
 
 
 @dataclass(frozen=True)
@@ -56,26 +64,30 @@ class Opening:
     prompt: str
     seed: int
     frame_format: FrameFormat
+    jpeg_quality: int = DEFAULT_JPEG_QUALITY
+    label: str = ""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a session may run ahead, and how long it waits."""
+    """How far a session may run ahead, how long it waits, and how long it may be quiet."""
 
     max_in_flight_blocks: int
     max_unread_blocks: int
     send_timeout_s: float
     answer_timeout_s: float
+    keep_alive_s: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One request to the ensemble; `opening` goes with the START flag."""
+    """One request to the ensemble; `opening` goes with the START flag, `end` with the END flag."""
 
     sequence_id: int
+    token: str
     audio: Samples
     opening: Opening | None
-    end: bool
+    end: EndReason | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,20 +97,25 @@ class Response:
     frames: Pixels
     jpegs: tuple[bytes, ...]
     first_frame: int
+    provenance: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Consecutive video frames of the speech, at most 12; times are of `time.monotonic`."""
+    """Consecutive video frames, at most 12; times are of `time.monotonic`."""
 
     index: int
     """0 for the first block of the session."""
     first_frame: int
-    """The number of the block's first frame; frame 0 shows the speech's first 640 samples."""
+    """The number of the block's first frame; frame 0 shows the first 640 samples that were sent."""
     frames: Pixels
     """RGB, [n, height, width, 3], read-only (copy it to draw on it); zero rows when JPEG was asked for."""
     jpegs: tuple[bytes, ...]
     """n encoded frames; empty unless JPEG was asked for."""
+    audio: Samples
+    """What the frames speak, int16 [n * 640] at 16 kHz, with the silence around the speech."""
+    stale: bool
+    """Whether the frames show speech that was sent before an `interrupt()`: a player leaves them out."""
     audio_started_at_s: float
     """When the first sample of the block's speech was given to `send`."""
     audio_complete_at_s: float
@@ -114,7 +131,7 @@ class Block:
 
     @property
     def timestamps_s(self) -> tuple[float, ...]:
-        """When each frame is to be shown, in seconds from the start of the speech."""
+        """When each frame is to be shown, in seconds from frame 0."""
         return tuple((self.first_frame + i) / FPS for i in range(len(self)))
 
     def timed_frames(self) -> Iterator[tuple[float, Pixels]]:
@@ -125,75 +142,10 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class SpeechBlock:
-    """A whole block of audio, with the times at which its first and last sample were given."""
-
-    samples: Samples
-    started_at_s: float
-    complete_at_s: float
-
-
-class BlockCutter:
-    """Cuts chunks of any size into blocks of 7,680 samples."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        """How many samples were added."""
-        self._rest = _NO_SAMPLES
-        self._rest_started_at_s = 0.0
-        self._rest_complete_at_s = 0.0
-
-    def add(self, chunk: Samples, now_s: float) -> list[SpeechBlock]:
-        """Take a chunk, which may be changed afterwards, and return the blocks it completes."""
-        if not len(chunk):
-            return []
-        started_at_s = self._rest_started_at_s if len(self._rest) else now_s
-        pending = np.concatenate((self._rest, chunk))
-        whole = len(pending) // BLOCK_SAMPLES
-        blocks = [
-            SpeechBlock(samples, started_at_s if i == 0 else now_s, now_s)
-            for i, samples in enumerate(pending[: whole * BLOCK_SAMPLES].reshape(whole, BLOCK_SAMPLES))
-        ]
-        self.samples += len(chunk)
-        self._rest = pending[whole * BLOCK_SAMPLES :].copy()
-        self._rest_started_at_s = now_s if whole else started_at_s
-        self._rest_complete_at_s = now_s
-        return blocks
-
-    def finish(self) -> list[SpeechBlock]:
-        """Return the last block, padded with silence, if samples are left."""
-        if not len(self._rest):
-            return []
-        padded = np.pad(self._rest, (0, BLOCK_SAMPLES - len(self._rest)))
-        self._rest = _NO_SAMPLES
-        return [SpeechBlock(padded, self._rest_started_at_s, self._rest_complete_at_s)]
-
-
-def as_samples(pcm: object) -> Samples:
-    """Return `pcm` as int16: int16 as it is, float32 scaled from [-1, 1], with values beyond clipped."""
-    if not isinstance(pcm, np.ndarray):
-        raise InvalidInput(
-            f"pcm is a {type(pcm).__name__}; pass a numpy array, for raw bytes np.frombuffer(pcm, '<i2')"
-        )
-    if pcm.ndim != 1:
-        raise InvalidInput(f"pcm has the shape {pcm.shape}; pass one dimension of mono samples at 16 kHz")
-    if pcm.dtype == np.int16:
-        return pcm
-    if pcm.dtype != np.float32:
-        raise InvalidInput(f"pcm has the type {pcm.dtype}; pass int16, or float32 in [-1, 1]")
-    if not np.isfinite(pcm).all():
-        at = int(np.argmin(np.isfinite(pcm)))
-        raise InvalidInput(f"sample {at} of pcm is {pcm[at]}; pass finite values in [-1, 1]")
-    scaled: Samples = np.rint(np.clip(pcm, -1, 32767 / 32768) * 32768).astype(np.int16)
-    return scaled
-
-
-@dataclass(frozen=True)
 class _Sent:
-    """When a block of speech was given, and sent."""
+    """A block of audio, and when it was sent."""
 
-    started_at_s: float
-    complete_at_s: float
+    block: SpeechBlock
     sent_at_s: float
 
 
@@ -206,25 +158,42 @@ class _InFlight:
 
 
 class SessionCore:
-    """The state of one session. Not thread-safe: the transport serialises the calls."""
+    """The state of one session. Not thread-safe: the transport serialises the calls.
 
-    def __init__(self, opening: Opening, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    With `idle`, silence is sent at playback pace while nothing is said.
+    """
+
+    def __init__(
+        self,
+        opening: Opening,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        idle: bool = False,
+    ) -> None:
+        self.provenance: dict[str, Any] | None = None
+        """What makes the video, once the server has said it."""
         self._opening = opening
         self._limits = limits
         self._clock = clock
         self._sequence_id = secrets.randbelow(MAX_SEQUENCE_ID) + 1
+        self._token = secrets.token_hex(_TOKEN_BYTES)
         self._cutter = BlockCutter()
+        self._playback = PlaybackClock(clock()) if idle else None
         self._outbox: deque[SpeechBlock] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._unread: deque[Block] = deque()
-        self._speech_sent: dict[int, _Sent] = {}
+        self._sent: dict[int, _Sent] = {}
         self._opened = False
         self._started = False
-        self._keep_alive_due = False
         self._end_sent = False
+        self._keep_alive_at_s = math.inf
+        self._interrupts = 0
         self._blocks_sent = 0
         self._blocks_received = 0
         self._blocks_made = 0
+        self._speech_frames = 0  # up to the last one that shows speech that was sent
+        self._stale_frames = 0  # up to the last one that an interrupt made stale
         self._total_frames: int | None = None
         self._lookahead_frames: int | None = None
         self._next_frame = 0
@@ -238,17 +207,24 @@ class SessionCore:
         if self._opened:
             raise SessionClosed("the session was opened before; make a new one for each speech")
         self._opened = True
+        if self._playback:
+            self._playback.restart(self._clock())
 
-    def send(self, pcm: object, timeout_s: float | None = None) -> Steps[None]:
-        """Take a chunk of speech and wait until its whole blocks are on their way.
+    def send(self, pcm: object, timeout_s: float | None = None, *, wait: bool = True) -> Steps[None]:
+        """Take a chunk of speech and wait until its whole blocks are on their way, or have been interrupted.
 
-        Gives up when for `timeout_s` (default: the session's limit) not one block could be sent.
+        Gives up when for `timeout_s` (default: the session's limit) not one block could be sent. Without
+        `wait`, a chunk whose blocks cannot all go now is not taken: SessionBusy.
         """
         self._require_speaking()
-        self._outbox.extend(self._cutter.add(as_samples(pcm), self._clock()))
+        chunk = as_samples(pcm)
+        if not wait:
+            self._require_room(chunk)
+        self._take(chunk)
         patience_s = self._limits.send_timeout_s if timeout_s is None else timeout_s
+        interrupts = self._interrupts
         blocks_sent, deadline_s = self._blocks_sent, self._clock() + patience_s
-        while self._outbox:
+        while wait and self._outbox and self._interrupts == interrupts:
             yield min(deadline_s, self._answer_deadline_s())
             self._require_health()
             if self._blocks_sent != blocks_sent:
@@ -256,20 +232,42 @@ class SessionCore:
             elif self._clock() >= deadline_s:
                 raise self._send_timeout(patience_s)
 
+    def interrupt(self) -> None:
+        """Drop the speech that was not sent, and take the frames of what was for stale."""
+        self._require_speaking()
+        self._interrupts += 1
+        self._outbox.clear()
+        self._cutter.drop_rest()
+        self._stale_frames = self._blocks_sent * FRAMES_PER_BLOCK
+        self._unread = deque(replace(block, stale=True) for block in self._unread)
+        if self._playback:
+            self._playback.restart(self._clock())
+
     def keep_alive(self) -> None:
         """Have a request without samples sent, so that the server does not take a pause for an end."""
         self._require_speaking()
-        self._keep_alive_due = True
+        self._keep_alive_at_s = -math.inf
 
     def end(self) -> None:
-        """Take note that no more speech comes; a second call changes nothing."""
+        """Take note that no more speech comes; a second call changes nothing.
+
+        The video ends with the last speech: idle silence behind it is left out, as far as it is not read.
+        """
         if self._total_frames is not None:
             return
         self._require_speaking()
-        if self._cutter.samples == 0:
+        if self._cutter.samples == 0 and self._playback is None:
             raise InvalidInput("the speech has 0 samples, so there is nothing to say; send() some first")
-        self._total_frames = math.ceil(self._cutter.samples / SAMPLES_PER_FRAME)
         self._outbox.extend(self._cutter.finish())
+        self._total_frames = self._speech_frames
+        if self._outbox:
+            number = self._blocks_sent + len(self._outbox) - 1
+            self._total_frames = _speech_stop(number, self._outbox[-1])
+        self._unread = deque(
+            _first_frames(block, self._total_frames - block.first_frame)
+            for block in self._unread
+            if block.first_frame < self._total_frames
+        )
 
     def next_block(self) -> Steps[Block | None]:
         """Wait for the next block of frames; None after the last one."""
@@ -281,11 +279,21 @@ class SessionCore:
             yield self._answer_deadline_s()
         return self._unread.popleft()
 
+    def keep_time(self) -> Steps[None]:
+        """Wait for each time at which there is something to send although nobody asks; until the end is sent."""
+        while not self._end_sent:
+            yield min(self._silence_at_s(), self._keep_alive_at_s)
+
     def fail(self, error: BaseException) -> None:
         """End the session with `error`, unless it is complete or has failed before."""
         if self._error is None and not self.is_complete:
             self._error = error
             self._outbox.clear()
+
+    def _take(self, chunk: Samples) -> None:
+        self._outbox.extend(self._cutter.add(chunk, self._clock()))
+        if self._playback and len(chunk):
+            self._playback.speech_given(self._clock())
 
     # What goes to the server
 
@@ -295,53 +303,80 @@ class SessionCore:
             return None
         if self._error is not None:
             # The server frees the sequence at END, even if it had refused it.
-            return self._request(None, end=True) if self._started else None
+            return self._request(end=self._reason_of(self._error)) if self._started else None
         if not self._started:
             # Without waiting for speech: the server gets the picture ready while the first block is spoken.
-            return self._request(None, end=False) if self._opened else None
-        if self._keep_alive_due:
-            self._keep_alive_due = False
-            return self._request(None, end=False)
+            return self._request() if self._opened else None
         needed = self._blocks_needed()
-        if self._blocks_sent == needed:
-            return self._request(None, end=True)
-        if not self._may_send_block() or not (self._outbox or needed):
+        if needed is not None and self._blocks_sent >= needed:
+            return self._request(end=EndReason.COMPLETED)
+        if block := self._next_audio(needed):
+            is_last = self._blocks_sent + 1 == needed
+            return self._request(block, end=EndReason.COMPLETED if is_last else None)
+        return self._request() if self._clock() >= self._keep_alive_at_s else None
+
+    def _next_audio(self, needed: int | None) -> SpeechBlock | None:
+        """Return the block of audio that may be sent now: speech, else the silence that there is need of."""
+        if not self._may_send_block():
             return None
-        audio = self._take_speech() if self._outbox else _SILENCE
-        return self._request(audio, end=self._blocks_sent + 1 == needed)
+        if self._outbox:
+            return self._outbox.popleft()
+        if needed is not None:
+            return silent_block(self._clock())
+        if self._clock() < self._silence_at_s():
+            return None
+        rest = self._cutter.finish()
+        return rest[0] if rest else silent_block(self._clock())
 
-    def _take_speech(self) -> Samples:
-        block = self._outbox.popleft()
-        self._speech_sent[self._blocks_sent] = _Sent(block.started_at_s, block.complete_at_s, self._clock())
-        return block.samples
+    def _silence_at_s(self) -> float:
+        """Return when an idle avatar is to get silence, or the rest of its speech; infinity while it may not."""
+        is_busy = self._outbox or self._total_frames is not None or not self._may_send_block()
+        return math.inf if self._playback is None or is_busy else self._playback.silence_at_s()
 
-    def _request(self, audio: Samples | None, *, end: bool) -> Request:
+    def _request(self, block: SpeechBlock | None = None, *, end: EndReason | None = None) -> Request:
+        now_s = self._clock()
         opening = None if self._started else self._opening
         self._started = True
-        self._in_flight.append(_InFlight(audio is not None, self._clock()))
-        self._blocks_sent += audio is not None
-        self._end_sent = end
-        return Request(
-            self._sequence_id,
-            _NO_SAMPLES if audio is None else audio,
-            opening,
-            end,
-        )
+        self._in_flight.append(_InFlight(block is not None, now_s))
+        self._end_sent = end is not None
+        self._keep_alive_at_s = now_s + self._limits.keep_alive_s
+        if block:
+            self._note_sent(block, now_s)
+        return Request(self._sequence_id, self._token, block.samples if block else NO_SAMPLES, opening, end)
+
+    def _note_sent(self, block: SpeechBlock, now_s: float) -> None:
+        number = self._blocks_sent
+        self._sent[number] = _Sent(block, now_s)
+        if block.speech_samples:
+            self._speech_frames = _speech_stop(number, block)
+        self._blocks_sent += 1
+        if self._playback:
+            self._playback.block_sent(now_s)
 
     def _blocks_needed(self) -> int | None:
         """Blocks to send until all frames have come, once the end and the look-ahead are known."""
+        if self._total_frames == 0:
+            return 0
         if self._total_frames is None or self._lookahead_frames is None:
             return None
         return math.ceil((self._total_frames + self._lookahead_frames) / FRAMES_PER_BLOCK)
 
     def _may_send_block(self) -> bool:
+        return self._room_blocks() > 0
+
+    def _room_blocks(self) -> int:
+        """Return how many blocks may be sent now."""
         waiting = self._blocks_in_flight()
-        return (
-            waiting < self._limits.max_in_flight_blocks and waiting + len(self._unread) < self._limits.max_unread_blocks
-        )
+        limits = self._limits
+        return min(limits.max_in_flight_blocks - waiting, limits.max_unread_blocks - waiting - len(self._unread))
 
     def _blocks_in_flight(self) -> int:
         return self._blocks_sent - self._blocks_received
+
+    def _reason_of(self, error: BaseException) -> EndReason:
+        """Tell an application that has enough, or fails by itself, from a session that went wrong."""
+        is_ours = isinstance(error, AvatarError) and not isinstance(error, SessionClosed)
+        return EndReason.FAILED if is_ours else EndReason.ABANDONED
 
     # What comes from the server
 
@@ -352,6 +387,7 @@ class SessionCore:
         if not self._in_flight:
             raise ServerIncompatible("the server sent an answer that belongs to no request")
         self._answered_at_s = self._clock()
+        self.provenance = self.provenance or response.provenance
         if not self._in_flight.popleft().has_audio:
             return
         self._check(response)
@@ -362,8 +398,12 @@ class SessionCore:
         first, stop = max(response.first_frame, 0), self._next_frame
         if self._total_frames is not None:
             stop = min(stop, self._total_frames)
-        if first < stop:
-            self._unread.append(self._block(response, first, stop))
+        # With look-ahead, one answer can hold the last frames before an interrupt and the first after it.
+        border = min(max(first, self._stale_frames), stop)
+        for begin, end in ((first, border), (border, stop)):
+            if begin < end:
+                self._unread.append(self._block(response, begin, end))
+        self._forget_sent()
 
     def receive_error(self, text: str) -> None:
         """Take an error that the server reported."""
@@ -371,7 +411,7 @@ class SessionCore:
         if self._blocks_received == 0 and code not in (ErrorCode.FAILED, None):
             self.fail(SessionRefused(f"the server refused the session: {message}", code))
         else:
-            self.fail(SessionFailed(f"the server ended the session: {message}", code))
+            self.fail(SessionFailed(f"the server ended the session: {_explained(message)}", code))
 
     def receive_close(self, reason: str) -> None:
         """Take note that nothing more comes from the server."""
@@ -400,20 +440,33 @@ class SessionCore:
     def _block(self, response: Response, first: int, stop: int) -> Block:
         wanted = slice(first - response.first_frame, stop - response.first_frame)
         # The speech of the last frame; a frame's speech may have been sent before its answer's request.
-        speech_block = (stop - 1) // FRAMES_PER_BLOCK
-        self._speech_sent.pop(speech_block - 1, None)
-        speech = self._speech_sent[speech_block]
+        last = self._sent[(stop - 1) // FRAMES_PER_BLOCK]
         self._blocks_made += 1
         return Block(
             index=self._blocks_made - 1,
             first_frame=first,
             frames=response.frames[wanted],
             jpegs=response.jpegs[wanted],
-            audio_started_at_s=speech.started_at_s,
-            audio_complete_at_s=speech.complete_at_s,
-            sent_at_s=speech.sent_at_s,
+            audio=self._audio(first, stop),
+            stale=first < self._stale_frames,
+            audio_started_at_s=last.block.started_at_s,
+            audio_complete_at_s=last.block.complete_at_s,
+            sent_at_s=last.sent_at_s,
             received_at_s=self._answered_at_s,
         )
+
+    def _audio(self, first: int, stop: int) -> Samples:
+        """Return the samples that were sent for frames `first` to `stop`."""
+        first_block, last_block = first // FRAMES_PER_BLOCK, (stop - 1) // FRAMES_PER_BLOCK
+        sent: Samples = np.concatenate([self._sent[n].block.samples for n in range(first_block, last_block + 1)])
+        start = first * SAMPLES_PER_FRAME - first_block * BLOCK_SAMPLES
+        return sent[start : start + (stop - first) * SAMPLES_PER_FRAME]
+
+    def _forget_sent(self) -> None:
+        """Let go of the audio whose frames have all come."""
+        oldest_needed = self._next_frame // FRAMES_PER_BLOCK
+        while self._sent and (oldest := next(iter(self._sent))) < oldest_needed:
+            del self._sent[oldest]
 
     # What state the session is in
 
@@ -443,17 +496,55 @@ class SessionCore:
         if self._total_frames is not None:
             raise SessionClosed("the speech of this session has ended with end(); open a new session")
 
+    def _require_room(self, chunk: Samples) -> None:
+        """Raise SessionBusy unless the blocks that the chunk completes can all be sent now."""
+        blocks, room = self._cutter.blocks_completed_by(chunk), max(self._room_blocks() - len(self._outbox), 0)
+        if blocks > room:
+            raise SessionBusy(
+                f"the chunk completes {blocks} blocks, and {room} can be sent now: {self._waiting()}; read blocks "
+                "and send it again, in smaller chunks if it never fits, or send with wait=True. Nothing was taken"
+            )
+
     def _answer_deadline_s(self) -> float:
         if self._error is not None or not self._in_flight:
             return math.inf
         return max(self._in_flight[0].sent_at_s, self._answered_at_s) + self._limits.answer_timeout_s
 
     def _send_timeout(self, patience_s: float) -> SendTimeout:
-        limits = self._limits
         return SendTimeout(
-            f"no block could be sent for {patience_s:g} s: {self._blocks_in_flight()} of at most "
-            f"{limits.max_in_flight_blocks} blocks are sent but unanswered, and {len(self._unread)} of at "
-            f"most {limits.max_unread_blocks} are answered but unread; read blocks from another thread or "
+            f"no block could be sent for {patience_s:g} s: {self._waiting()}; read blocks from another thread or "
             "task, for example with stream(), or raise max_in_flight_blocks or max_unread_blocks. The chunk "
             "is kept and goes out when there is room: do not send it again"
         )
+
+    def _waiting(self) -> str:
+        limits = self._limits
+        return (
+            f"{self._blocks_in_flight()} of at most {limits.max_in_flight_blocks} blocks are sent but unanswered, "
+            f"and {len(self._unread)} of at most {limits.max_unread_blocks} are answered but unread"
+        )
+
+
+def _speech_stop(number: int, block: SpeechBlock) -> int:
+    """Return the number of the first frame behind the speech of the block that is sent as `number`."""
+    return number * FRAMES_PER_BLOCK + math.ceil(block.speech_samples / SAMPLES_PER_FRAME)
+
+
+def _first_frames(block: Block, count: int) -> Block:
+    """Return the block without the frames behind its first `count`."""
+    if count >= len(block):
+        return block
+    audio = block.audio[: count * SAMPLES_PER_FRAME]
+    return replace(block, frames=block.frames[:count], jpegs=block.jpegs[:count], audio=audio)
+
+
+def _explained(message: str) -> str:
+    """Return what an error of Triton itself means to a user; other messages as they are."""
+    if "must specify the START flag" in message:
+        return (
+            "the server no longer knows this session (it was silent for longer than the server's idle limit, or "
+            "the server has lost it); open a new session"
+        )
+    if stopped := _STOPPED_STAGE.search(message):
+        return f"the process of its stage {stopped['stage']} has stopped; open a new session when the server is ready"
+    return message

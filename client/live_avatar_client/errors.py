@@ -52,6 +52,10 @@ class SessionClosed(AvatarError):
     """The session is not open, or has been told that no more speech comes."""
 
 
+class SessionBusy(AvatarError):
+    """A chunk cannot be sent now, and `send` was asked not to wait; nothing of it was taken."""
+
+
 class SendTimeout(AvatarError, TimeoutError):
     """No block could be sent in time, because answers are missing or nobody reads them."""
 

@@ -4,12 +4,14 @@ Knows files, samples and pixels. It knows no server and no session.
 """
 
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,16 +22,19 @@ except ImportError as error:
         "live_avatar_client.media needs PyAV; install it with: pip install 'live-avatar-client[media]'"
     ) from error
 
-from .core import Pixels, Samples, as_samples
+from .core import Pixels
+from .cutter import Samples, as_samples
 from .errors import InvalidInput, MediaError
 from .files import FileWriter, OutputFile, require_file
 from .image import read_image_bytes
 from .protocol import FPS, SAMPLE_RATE_HZ
 
-__all__ = ["Mp4Writer", "read_image_bytes", "read_speech"]
+__all__ = ["Mp4Writer", "provenance_metadata", "read_image_bytes", "read_speech"]
 
 _VIDEO_OPTIONS: Final = {"crf": "18", "preset": "veryfast"}
 _AUDIO_BIT_RATE: Final = 96_000
+# Without the second flag MP4 keeps the entries alone that FFmpeg knows a place for.
+_CONTAINER_OPTIONS: Final = {"movflags": "+faststart+use_metadata_tags"}
 _FAULTS: Final = (av.FFmpegError, OSError)
 
 
@@ -71,6 +76,26 @@ def _form(frame: av.AudioFrame) -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
 
 
+def provenance_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return the entries of a video file that say what made it, from `AvatarSession.provenance`.
+
+    `comment` says it in a sentence, `description` has the provenance as it came, and `AIGC` is the implicit
+    label of GB 45438-2025: AI-generated (1), by which generator, and a number of this video.
+    """
+    text = json.dumps(provenance, sort_keys=True)
+    generator = " ".join(str(provenance[key]) for key in ("generator", "version") if key in provenance)
+    label = {
+        "Label": "1",
+        "ContentProducer": generator,
+        "ProduceID": hashlib.sha256(text.encode()).hexdigest()[:32],
+    }
+    return {
+        "comment": f"AI-generated video: the person in it is animated by {generator or 'a Live Avatar server'}.",
+        "description": text,
+        "AIGC": json.dumps(label),
+    }
+
+
 class Mp4Writer(FileWriter):
     """Writes an MP4 file of H.264 video and AAC speech, piece by piece, in a `with` statement.
 
@@ -83,7 +108,7 @@ class Mp4Writer(FileWriter):
         width, height: the size of the frames.
         fps: frames per second.
         speech: what the frames speak, from their start: as `AvatarSession.send` takes it.
-        metadata: entries such as title and comment.
+        metadata: entries such as title and comment, or those of `provenance_metadata`.
     """
 
     def __init__(
@@ -119,7 +144,7 @@ class Mp4Writer(FileWriter):
 
     def _open(self) -> None:
         with self._file.explained(_FAULTS):
-            self._container = av.open(str(self._file.partial), "w", format="mp4", options={"movflags": "+faststart"})
+            self._container = av.open(str(self._file.partial), "w", format="mp4", options=_CONTAINER_OPTIONS)
         self._container.metadata.update(self._metadata)
         height, width, _ = self._shape
         self._video = self._container.add_stream("libx264", rate=self._fps, options=_VIDEO_OPTIONS)

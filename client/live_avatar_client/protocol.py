@@ -10,6 +10,7 @@ from enum import IntEnum, StrEnum
 from typing import Final
 
 MODEL_NAME: Final = "live_avatar"
+STATUS_MODEL: Final = "status"
 
 SAMPLE_RATE_HZ: Final = 16_000
 FPS: Final = 25
@@ -23,8 +24,23 @@ MAX_IMAGE_PIXELS: Final = 64_000_000
 MAX_SEED: Final = 2**63 - 1
 MAX_SEQUENCE_ID: Final = 2**63 - 1
 
+MAX_LABEL_CHARS: Final = 64
+MIN_JPEG_QUALITY: Final = 1
+MAX_JPEG_QUALITY: Final = 95
+DEFAULT_JPEG_QUALITY: Final = 90
+
+# Parameters of the request with START
 SEED_PARAMETER: Final = "seed"
 FRAME_FORMAT_PARAMETER: Final = "frame_format"
+JPEG_QUALITY_PARAMETER: Final = "jpeg_quality"
+LABEL_PARAMETER: Final = "label"
+# of every request: a secret that proves that its sender opened the session
+TOKEN_PARAMETER: Final = "token"
+# and of the request with END
+END_REASON_PARAMETER: Final = "end_reason"
+
+API_KEY_HEADER: Final = "triton-grpc-protocol-api-key"
+"""The gRPC metadata that carries the API key: Triton's restricted-protocol feature, with the key `api-key`."""
 
 
 class FrameFormat(StrEnum):
@@ -32,6 +48,17 @@ class FrameFormat(StrEnum):
 
     RAW = "raw"
     JPEG = "jpeg"
+
+
+class EndReason(StrEnum):
+    """Why a client ends its session."""
+
+    COMPLETED = "completed"
+    """Every frame of the speech is asked for."""
+    ABANDONED = "abandoned"
+    """The application closed the session before the last frame."""
+    FAILED = "failed"
+    """The client has met an error."""
 
 
 class SequenceFlag(IntEnum):
@@ -57,16 +84,24 @@ PROMPT: Final = TensorSpec("PROMPT", "BYTES", (1,), optional=True)
 FRAMES: Final = TensorSpec("FRAMES", "UINT8", (-1, -1, -1, 3))
 JPEG_FRAMES: Final = TensorSpec("JPEG_FRAMES", "BYTES", (-1,))
 FIRST_FRAME: Final = TensorSpec("FIRST_FRAME", "INT64", (1,))
+PROVENANCE: Final = TensorSpec("PROVENANCE", "BYTES", (-1,))
+"""One row in the answer to START, zero rows else: a JSON object in UTF-8 that says what makes the video."""
 
 INPUTS: Final = (AUDIO, REFERENCE_IMAGE, PROMPT)
-OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME)
+OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME, PROVENANCE)
+
+# The model STATUS_MODEL, which says how the server is; it belongs to no session.
+STATUS_QUERY: Final = TensorSpec("QUERY", "BYTES", (1,))
+"""Ignored; send b"status"."""
+STATUS: Final = TensorSpec("STATUS", "BYTES", (1,))
+"""A JSON object in UTF-8."""
 
 
 class ErrorCode(StrEnum):
     """The machine-readable start of a server's error message."""
 
     UNAVAILABLE = "UNAVAILABLE"
-    """Every session of the server is taken: try again later."""
+    """Every session of the server is taken, or it is shutting down: try again later, or elsewhere."""
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     """A tensor or parameter of the request is wrong: trying again will not help."""
     FAILED_PRECONDITION = "FAILED_PRECONDITION"

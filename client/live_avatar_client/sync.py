@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -16,7 +16,7 @@ import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import wire
-from .base import CLOSE_GRACE_S, BaseSession, channel_options
+from .base import CLOSE_GRACE_S, LONGEST_WAIT_S, BaseSession, open_channel
 from .core import Block, Pixels, Steps
 
 _T = TypeVar("_T")
@@ -25,28 +25,29 @@ _T = TypeVar("_T")
 class AvatarSession(BaseSession):
     """One avatar speaking one speech; use it in a `with` statement, once.
 
-    `send` and the iterators may be used from different threads.
+    `send`, `interrupt` and the iterators may be used from different threads.
     """
 
     def _set_up(self) -> None:
         self._lock = self._changed = threading.Condition()
         self._requests: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
         self._reader: threading.Thread | None = None
+        self._timer: threading.Thread | None = None
         self._feeder: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        self._channel = open_channel(self.url, self._tls)
         with self._update() as core:
             core.open()
-        self._channel = grpc.insecure_channel(self._address, options=channel_options(self._address))
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
             self._check_server(stub)
         except BaseException:
             self._channel.close()
             raise
-        self._call = stub.ModelStreamInfer(iter(self._requests.get, None))
-        self._reader = threading.Thread(target=self._read, name="live-avatar-reader", daemon=True)
-        self._reader.start()
+        self._call = stub.ModelStreamInfer(iter(self._requests.get, None), metadata=self._metadata)
+        self._reader = _started(self._read, "reader")
+        self._timer = _started(self._keep_time, "timer")
         return self
 
     def __exit__(
@@ -64,12 +65,21 @@ class AvatarSession(BaseSession):
         for block in self:
             yield from block.timed_frames()
 
-    def send(self, pcm: object) -> None:
+    def send(self, pcm: object, *, wait: bool = True) -> None:
         """Send a chunk of speech of any size: mono, 16 kHz, int16, or float32 in [-1, 1] (clipped beyond).
 
-        Waits while the session's limits are reached; raises SendTimeout when that takes too long.
+        Waits while the session's limits are reached; raises SendTimeout when that takes too long. Without
+        `wait` it takes the chunk only if it can go out now, and raises SessionBusy otherwise.
         """
-        self._run(self._core.send(pcm))
+        self._run(self._core.send(pcm, wait=wait))
+
+    def interrupt(self) -> None:
+        """Stop the avatar's speech: drop what was not sent, and mark the frames of what was as stale.
+
+        The next chunk begins a new speech; frame numbers go on. A `send` that waits returns.
+        """
+        with self._update() as core:
+            core.interrupt()
 
     def end(self) -> None:
         """Say that no more speech comes; the iterators then end after its last frame."""
@@ -77,7 +87,7 @@ class AvatarSession(BaseSession):
             core.end()
 
     def keep_alive(self) -> None:
-        """Tell the server in a long pause that more speech comes."""
+        """Tell the server now that more speech comes; the session does so by itself every `keep_alive_s`."""
         with self._update() as core:
             core.keep_alive()
 
@@ -87,13 +97,12 @@ class AvatarSession(BaseSession):
         An error that `chunks` raises is raised here. The thread cannot be stopped while it waits for a
         chunk: one that still waits when the session closes ends with the next chunk.
         """
-        self._feeder = threading.Thread(target=self._feed, args=(chunks,), name="live-avatar-feeder", daemon=True)
-        self._feeder.start()
+        self._feeder = _started(lambda: self._feed(chunks), "feeder")
         yield from self
 
     def close(self) -> None:
         """Give up what is under way and free the session; leaving the `with` statement does it."""
-        if self._reader is None:
+        if self._reader is None or self._timer is None:
             return
         self._begin_close()
         try:
@@ -102,14 +111,17 @@ class AvatarSession(BaseSession):
             self._call.cancel()
             self._channel.close()
         self._reader.join()
+        self._timer.join()
         if self._feeder is not None:
             self._feeder.join(CLOSE_GRACE_S)
 
     def _check_server(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
         timeout_s = self._connect_timeout_s
         try:
-            wire.check_ready(self.url, stub.ModelReady(wire.READY_REQUEST, timeout=timeout_s))
-            wire.check_metadata(self.url, stub.ModelMetadata(wire.METADATA_REQUEST, timeout=timeout_s))
+            ready = stub.ModelReady(wire.READY_REQUEST, timeout=timeout_s, metadata=self._metadata)
+            wire.check_ready(self.url, ready)
+            tensors = stub.ModelMetadata(wire.METADATA_REQUEST, timeout=timeout_s, metadata=self._metadata)
+            wire.check_metadata(self.url, tensors)
         except grpc.RpcError as error:
             raise self._connect_error(error) from error
 
@@ -121,6 +133,9 @@ class AvatarSession(BaseSession):
             self._receive_close(error)
         else:
             self._receive_close(None)
+
+    def _keep_time(self) -> None:
+        self._run(self._core.keep_time())
 
     def _feed(self, chunks: Iterable[object]) -> None:
         try:
@@ -142,10 +157,16 @@ class AvatarSession(BaseSession):
                     result: _T = done.value
                     return result
                 if not self._flush():
-                    self._changed.wait(None if deadline_s == math.inf else deadline_s - time.monotonic())
+                    self._changed.wait(min(deadline_s - time.monotonic(), LONGEST_WAIT_S))
 
     def _write(self, message: wire.Message | None) -> None:
         self._requests.put(message)
 
     def _notify(self) -> None:
         self._changed.notify_all()
+
+
+def _started(target: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=target, name=f"live-avatar-{name}", daemon=True)
+    thread.start()
+    return thread

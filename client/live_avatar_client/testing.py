@@ -5,6 +5,7 @@ is its number, the session's seed and the loudness of its speech (`synthetic_fra
 """
 
 import io
+import json
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -18,22 +19,28 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .base import CHANNEL_OPTIONS
-from .core import Pixels, Samples
+from .core import Pixels
+from .cutter import Samples
 from .protocol import (
+    API_KEY_HEADER,
     AUDIO,
     BLOCK_SAMPLES,
-    FIRST_FRAME,
+    DEFAULT_JPEG_QUALITY,
+    END_REASON_PARAMETER,
     FRAME_FORMAT_PARAMETER,
-    FRAMES,
     FRAMES_PER_BLOCK,
     INPUTS,
-    JPEG_FRAMES,
+    JPEG_QUALITY_PARAMETER,
+    LABEL_PARAMETER,
+    MAX_JPEG_QUALITY,
+    MIN_JPEG_QUALITY,
     MODEL_NAME,
     OUTPUTS,
     PROMPT,
     REFERENCE_IMAGE,
     SAMPLES_PER_FRAME,
     SEED_PARAMETER,
+    TOKEN_PARAMETER,
     ErrorCode,
     FrameFormat,
     TensorSpec,
@@ -42,6 +49,9 @@ from .protocol import (
 from .wire import Message, get_tensor, put_tensor
 
 _MAX_STREAMS: Final = 16
+
+SAMPLE_PROVENANCE: Final = {"generator": "fake avatar server", "version": "0", "seed": 0}
+"""What the server says about the video of a session with seed 0."""
 
 SAMPLE_IMAGE: Final = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a494441"
@@ -65,10 +75,14 @@ class ReceivedSession:
     prompt: str
     seed: int
     frame_format: str
+    jpeg_quality: int
+    label: str
+    token: str
     blocks: list[Samples] = field(default_factory=list)
     keep_alives: int = 0
     failed: bool = False
     ended: bool = False
+    end_reason: str = ""
 
     @property
     def speech(self) -> Samples:
@@ -99,6 +113,8 @@ class FakeAvatarServer:
         fail_at_block: end each session with FAILED at this block, counted from 0.
         vanish_at_block: cut the connection at this block.
         model_name: the name under which it offers its model.
+        api_key: what a client must know to stream.
+        credentials: makes it speak TLS only.
     """
 
     def __init__(
@@ -112,6 +128,8 @@ class FakeAvatarServer:
         fail_at_block: int | None = None,
         vanish_at_block: int | None = None,
         model_name: str = MODEL_NAME,
+        api_key: str | None = None,
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.height = height
         self.width = width
@@ -121,6 +139,8 @@ class FakeAvatarServer:
         self.fail_at_block = fail_at_block
         self.vanish_at_block = vanish_at_block
         self.model_name = model_name
+        self.api_key = api_key
+        self.credentials = credentials
         self.url = ""
         self.sessions: list[ReceivedSession] = []
         """Every session that was accepted, in order."""
@@ -133,7 +153,7 @@ class FakeAvatarServer:
         self._workers = futures.ThreadPoolExecutor(_MAX_STREAMS, "fake-avatar-server")
         self._server = grpc.server(self._workers, options=CHANNEL_OPTIONS)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self), self._server)
-        self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.url = f"127.0.0.1:{self._add_port('127.0.0.1:0')}"
         self._server.start()
         return self
 
@@ -141,6 +161,11 @@ class FakeAvatarServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _add_port(self, address: str) -> int:
+        if self.credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self.credentials)
 
     def stop(self) -> None:
         """Cut every connection and close the port, as a server does that is killed."""
@@ -157,16 +182,22 @@ class FakeAvatarServer:
             return service_pb2.ModelStreamInferResponse(error_message=text)
         finally:
             if request.parameters["sequence_end"].bool_param:
-                sequence_id = request.parameters["sequence_id"].int64_param
-                self.ended_ids.add(sequence_id)
-                if ended := self._live.pop(sequence_id, None):
-                    ended.ended = True
+                self._end(request)
         return service_pb2.ModelStreamInferResponse(infer_response=response)
 
     def blocks_of(self, request: Message) -> int:
         """Return how many blocks the request's session has sent."""
         session = self._live.get(request.parameters["sequence_id"].int64_param)
         return len(session.blocks) if session else 0
+
+    def _end(self, request: Message) -> None:
+        sequence_id = request.parameters["sequence_id"].int64_param
+        self.ended_ids.add(sequence_id)
+        session = self._live.get(sequence_id)
+        if session is not None and session.token == request.parameters[TOKEN_PARAMETER].string_param:
+            session.ended = True
+            session.end_reason = request.parameters[END_REASON_PARAMETER].string_param
+            del self._live[sequence_id]
 
     def _answer(self, request: Message) -> Message:
         sequence_id = request.parameters["sequence_id"].int64_param
@@ -176,6 +207,9 @@ class FakeAvatarServer:
         session = self._live.get(sequence_id)
         if session is None:
             raise _RefusalError(ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} had no START; send it")
+        if session.token != request.parameters[TOKEN_PARAMETER].string_param:
+            message = f"the token is not that of sequence {sequence_id}; send the one of its START"
+            raise _RefusalError(ErrorCode.INVALID_ARGUMENT, message)
         if not len(audio):
             at_an_end = [request.parameters[name].bool_param for name in ("sequence_start", "sequence_end")]
             session.keep_alives += not any(at_an_end)
@@ -202,12 +236,18 @@ class FakeAvatarServer:
         frame_format = request.parameters[FRAME_FORMAT_PARAMETER].string_param or FrameFormat.RAW.value
         if frame_format not in tuple(FrameFormat):
             raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"frame_format is {frame_format!r}; send 'raw' or 'jpeg'")
+        quality = request.parameters[JPEG_QUALITY_PARAMETER].int64_param or DEFAULT_JPEG_QUALITY
+        if not MIN_JPEG_QUALITY <= quality <= MAX_JPEG_QUALITY:
+            raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"jpeg_quality is {quality}; send 1 to 95")
         prompt = _input(request, PROMPT)
         session = ReceivedSession(
             image=image.tobytes(),
             prompt="" if prompt is None else prompt[0].decode(),
             seed=request.parameters[SEED_PARAMETER].int64_param,
             frame_format=frame_format,
+            jpeg_quality=quality,
+            label=request.parameters[LABEL_PARAMETER].string_param,
+            token=request.parameters[TOKEN_PARAMETER].string_param,
         )
         self._live[sequence_id] = session
         self.sessions.append(session)
@@ -222,9 +262,12 @@ class FakeAvatarServer:
         raw = np.zeros((0, self.height, self.width, 3), np.uint8)
         if frames and not is_jpeg:
             raw = np.stack(frames)
-        jpegs = np.array([_jpeg(frame) for frame in frames] if is_jpeg else [], np.object_)
+        jpegs = [_jpeg(frame, session.jpeg_quality) for frame in frames] if is_jpeg else []
+        is_start = request.parameters["sequence_start"].bool_param
+        provenance = [json.dumps({**SAMPLE_PROVENANCE, "seed": session.seed}).encode()] if is_start else []
+        arrays = (raw, np.array(jpegs, np.object_), np.array([first]), np.array(provenance, np.object_))
         message = service_pb2.ModelInferResponse(model_name=MODEL_NAME, id=request.id)
-        for spec, array in ((FRAMES, raw), (JPEG_FRAMES, jpegs), (FIRST_FRAME, np.array([first]))):
+        for spec, array in zip(OUTPUTS, arrays, strict=True):
             put_tensor(message.outputs, message.raw_output_contents, spec, array)
         return message
 
@@ -256,13 +299,24 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                 tensors.add(name=spec.name, datatype=spec.datatype, shape=spec.dims)
         return message
 
+    def ModelInfer(self, request: Message, context: grpc.ServicerContext) -> Message:  # noqa: N802
+        self._require_key(context)
+        context.abort(grpc.StatusCode.NOT_FOUND, f"the fake server has no model {request.model_name!r}")
+
     def ModelStreamInfer(  # noqa: N802
         self, requests: Iterator[Message], context: grpc.ServicerContext
     ) -> Iterator[Message]:
+        self._require_key(context)
         for request in requests:
             if self._server.blocks_of(request) == self._server.vanish_at_block:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the fake server vanished on purpose")
             yield self._server.answer(request)
+
+    def _require_key(self, context: grpc.ServicerContext) -> None:
+        keys = [value for name, value in context.invocation_metadata() if name == API_KEY_HEADER]
+        if self._server.api_key not in (None, *keys):
+            words = f"This protocol is restricted, expecting header '{API_KEY_HEADER}'"
+            context.abort(grpc.StatusCode.UNAVAILABLE, words)
 
 
 def _input(request: Message, spec: TensorSpec) -> NDArray[Any] | None:
@@ -277,9 +331,9 @@ def _audio(request: Message) -> Samples:
     return audio
 
 
-def _jpeg(frame: Pixels) -> bytes:
+def _jpeg(frame: Pixels, quality: int) -> bytes:
     from PIL import Image  # an extra: only JPEG sessions need it
 
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(frame)).save(file, "JPEG", quality=90)
+    Image.fromarray(np.ascontiguousarray(frame)).save(file, "JPEG", quality=quality)
     return file.getvalue()

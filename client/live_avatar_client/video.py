@@ -6,17 +6,21 @@ and neither does after an exception.
 
 import contextlib
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 
-from .core import Pixels, Samples
+from .core import Pixels
+from .cutter import Samples
 from .errors import InvalidInput, MediaError
 from .files import FileWriter, OutputFile
 from .media import Mp4Writer
 from .protocol import SAMPLES_PER_FRAME
+
+Metadata: TypeAlias = Mapping[str, str]
 
 
 class NpyWriter(FileWriter):
@@ -62,14 +66,22 @@ class SpeechVideo:
     """The video of a speech, int16 [samples] at 16 kHz: MP4 at `path`, raw frames at `frames_path` if given.
 
     Entering it finds out whether both can be written. The frames' size is learnt from the first that is written.
+    `metadata` goes into the MP4; a function that returns it is called then too, so that it can tell what a
+    server said with its first answer.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], speech: Samples, frames_path: str | os.PathLike[str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        speech: Samples,
+        frames_path: str | os.PathLike[str] | None = None,
+        *,
+        metadata: Metadata | Callable[[], Metadata] | None = None,
     ) -> None:
         self._path = path
         self._speech = speech
         self._frames_path = frames_path
+        self._metadata = metadata
         self._writers: list[Mp4Writer | NpyWriter] = []
         self._written = 0
         self.expected_frames = -(-len(speech) // SAMPLES_PER_FRAME)
@@ -108,4 +120,6 @@ class SpeechVideo:
             shape = (self.expected_frames, height, width, 3)
             self._writers.append(self._open.enter_context(NpyWriter(self._frames_path, shape)))
         # Left first, since finishing it can fail: then there are no frames either.
-        self._writers.append(self._open.enter_context(Mp4Writer(self._path, width, height, speech=self._speech)))
+        metadata = self._metadata() if callable(self._metadata) else self._metadata
+        video = Mp4Writer(self._path, width, height, speech=self._speech, metadata=metadata)
+        self._writers.append(self._open.enter_context(video))

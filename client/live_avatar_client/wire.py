@@ -4,6 +4,7 @@ Knows the tensors' encoding, for both directions (`testing` is the other end). I
 keeps no state, and opens no connection.
 """
 
+import json
 import struct
 from typing import Any, Final, TypeAlias
 
@@ -12,28 +13,35 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from .core import Request, Response
+from .core import Opening, Request, Response
 from .errors import ServerIncompatible
 from .protocol import (
     AUDIO,
-    FIRST_FRAME,
+    END_REASON_PARAMETER,
     FRAME_FORMAT_PARAMETER,
-    FRAMES,
     INPUTS,
-    JPEG_FRAMES,
+    JPEG_QUALITY_PARAMETER,
+    LABEL_PARAMETER,
     MODEL_NAME,
     OUTPUTS,
     PROMPT,
+    PROVENANCE,
     REFERENCE_IMAGE,
     SEED_PARAMETER,
+    STATUS_MODEL,
+    TOKEN_PARAMETER,
     TensorSpec,
 )
 
 Message: TypeAlias = Any
 """A protobuf message: `tritonclient` ships no types for them."""
 
+_SAME_VERSION: Final = "use a client and a server of the same version"
+
 READY_REQUEST: Final[Message] = service_pb2.ModelReadyRequest(name=MODEL_NAME)
 METADATA_REQUEST: Final[Message] = service_pb2.ModelMetadataRequest(name=MODEL_NAME)
+EMPTY_REQUEST: Final[Message] = service_pb2.ModelInferRequest(model_name=STATUS_MODEL)
+"""Answered with an error, which tells whether the server is there and knows the API key."""
 
 
 def encode_request(request: Request) -> Message:
@@ -41,23 +49,47 @@ def encode_request(request: Request) -> Message:
     message = service_pb2.ModelInferRequest(model_name=MODEL_NAME)
     message.parameters["sequence_id"].int64_param = request.sequence_id
     message.parameters["sequence_start"].bool_param = request.opening is not None
-    message.parameters["sequence_end"].bool_param = request.end
+    message.parameters["sequence_end"].bool_param = request.end is not None
+    message.parameters[TOKEN_PARAMETER].string_param = request.token
+    if request.end is not None:
+        message.parameters[END_REASON_PARAMETER].string_param = request.end.value
     put_tensor(message.inputs, message.raw_input_contents, AUDIO, request.audio)
-    if opening := request.opening:
-        image = np.frombuffer(opening.image, np.uint8)
-        put_tensor(message.inputs, message.raw_input_contents, REFERENCE_IMAGE, image)
-        message.parameters[SEED_PARAMETER].int64_param = opening.seed
-        message.parameters[FRAME_FORMAT_PARAMETER].string_param = opening.frame_format.value
-        if opening.prompt:
-            prompt = np.array([opening.prompt.encode()], np.object_)
-            put_tensor(message.inputs, message.raw_input_contents, PROMPT, prompt)
+    if request.opening is not None:
+        _put_opening(message, request.opening)
     return message
+
+
+def _put_opening(message: Message, opening: Opening) -> None:
+    image = np.frombuffer(opening.image, np.uint8)
+    put_tensor(message.inputs, message.raw_input_contents, REFERENCE_IMAGE, image)
+    message.parameters[SEED_PARAMETER].int64_param = opening.seed
+    message.parameters[FRAME_FORMAT_PARAMETER].string_param = opening.frame_format.value
+    message.parameters[JPEG_QUALITY_PARAMETER].int64_param = opening.jpeg_quality
+    if opening.label:
+        message.parameters[LABEL_PARAMETER].string_param = opening.label
+    if opening.prompt:
+        prompt = np.array([opening.prompt.encode()], np.object_)
+        put_tensor(message.inputs, message.raw_input_contents, PROMPT, prompt)
 
 
 def decode_response(message: Message) -> Response:
     """Return the frames of a ModelInferResponse; raise ServerIncompatible when it is another model's."""
-    frames, jpegs, first_frame = (_output(message, spec) for spec in (FRAMES, JPEG_FRAMES, FIRST_FRAME))
-    return Response(frames, tuple(jpegs.tolist()), int(first_frame[0]))
+    frames, jpegs, first_frame, rows = (_output(message, spec) for spec in OUTPUTS)
+    provenance = decode_json(PROVENANCE, rows[0]) if len(rows) else None
+    return Response(frames, tuple(jpegs.tolist()), int(first_frame[0]), provenance)
+
+
+def decode_json(spec: TensorSpec, row: bytes) -> dict[str, Any]:
+    """Return the JSON object in a row of `spec`; raise ServerIncompatible when it holds none."""
+    try:
+        value = json.loads(row)
+    except ValueError as error:
+        raise ServerIncompatible(f"the server's {spec.name} is no JSON: {error}; {_SAME_VERSION}") from error
+    if not isinstance(value, dict):
+        raise ServerIncompatible(
+            f"the server's {spec.name} is a JSON {type(value).__name__}, expected an object; {_SAME_VERSION}"
+        )
+    return value
 
 
 def check_ready(url: str, message: Message) -> None:
@@ -77,7 +109,7 @@ def check_metadata(url: str, message: Message) -> None:
             if datatypes.get(spec.name) != spec.datatype:
                 raise ServerIncompatible(
                     f"the model {MODEL_NAME!r} at {url} has {datatypes.get(spec.name, 'nothing')} as {kind} "
-                    f"{spec.name}, expected {spec.datatype}; use a client and a server of the same version"
+                    f"{spec.name}, expected {spec.datatype}; {_SAME_VERSION}"
                 )
 
 

@@ -32,6 +32,10 @@ class Runtime(Protocol):
     tokenizer: Tokenizer
     zeros: Zeros
 
+    def free_bytes(self) -> int:
+        """Memory that resident arrays could take now."""
+        ...
+
     def graph(self, component: str) -> Graph:
         """The component's graph, ready to run. Loading may take long; keep what you get."""
         ...

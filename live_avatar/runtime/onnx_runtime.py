@@ -11,6 +11,7 @@ import onnxruntime
 from live_avatar.arrays import Array, Arrays
 from live_avatar.artifacts import Artifacts
 from live_avatar.errors import ArtifactError
+from live_avatar.memory import host_available_bytes
 from live_avatar.runtime.host import host_zeros
 from live_avatar.text import make_tokenizer
 
@@ -39,6 +40,7 @@ class OnnxRuntime:
     """The graphs of an artifacts folder."""
 
     zeros = staticmethod(host_zeros)
+    free_bytes = staticmethod(host_available_bytes)
 
     def __init__(self, artifacts: Artifacts) -> None:
         """Raises `ArtifactError` for a precision that ONNX Runtime's CPU kernels do not have."""

@@ -68,6 +68,10 @@ class Device(Protocol):
         """A `with` block whose torch calls go to the stream, after all that was enqueued before; waits at its end."""
         ...
 
+    def free_bytes(self) -> int:
+        """Memory of the GPU that no one holds, and that torch holds but does not use."""
+        ...
+
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """Records what `enqueue` would enqueue, without doing it; returns what enqueues it as one."""
         ...
@@ -95,6 +99,11 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device), torch.cuda.stream(self._stream):
             yield
             self._stream.synchronize()
+
+    def free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        unused = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return int(free + unused)
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -306,6 +315,9 @@ class TensorRTRuntime:
         self._backend = open_backend(device, open_device)
         self.zeros: Zeros = partial(_zeros, self._backend.device.torch_device)
         self._engines = read_engines(artifacts)
+
+    def free_bytes(self) -> int:
+        return self._backend.device.free_bytes()
 
     def graph(self, component: str) -> TensorRTGraph:
         """Loads the component's engine. Raises `ArtifactError` for one of another TensorRT, GPU or graph."""

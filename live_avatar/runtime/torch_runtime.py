@@ -11,6 +11,7 @@ from live_avatar.arrays import Array, Arrays
 from live_avatar.checkpoint import load_networks
 from live_avatar.components import build_components
 from live_avatar.contract import Contract, contracts
+from live_avatar.memory import host_available_bytes
 from live_avatar.runtime.host import host_zeros
 from live_avatar.text import make_tokenizer
 from live_avatar.weights import Checkpoint
@@ -48,6 +49,7 @@ class TorchRuntime:
     """All components of a checkpoint."""
 
     zeros = staticmethod(host_zeros)
+    free_bytes = staticmethod(host_available_bytes)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.preset = checkpoint.preset

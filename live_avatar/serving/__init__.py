@@ -1,10 +1,23 @@
-"""The code of the Triton models. Logic takes and gives plain arrays; `triton_model` alone knows Triton's API."""
+"""The code of the Triton models. Logic takes and gives plain arrays; `triton_model` alone knows Triton's API.
+
+What the supervisor (`live-avatar serve`) tells the stages stands in the environment, under the names here.
+"""
 
 ARTIFACTS_VARIABLE = "LIVE_AVATAR_ARTIFACTS"
-"""Environment variable with the artifacts folder that the stages load."""
+"""The artifacts folder that the stages load."""
+PROFILE_VARIABLE = "LIVE_AVATAR_PROFILE"
+"""Name of the hardware profile, for metrics and status."""
+CONTROL_VARIABLE = "LIVE_AVATAR_CONTROL"
+"""A folder through which supervisor and stages talk (`control`); unset when there is no supervisor."""
+KNOWN_AVATARS_VARIABLE = "LIVE_AVATAR_KNOWN_AVATARS"
+"""How many avatars each stage remembers; unset for the default."""
+LABEL_FONT_VARIABLE = "LIVE_AVATAR_LABEL_FONT"
+"""A font file for visible labels; unset for the built-in font."""
 TRACE_VARIABLE = "LIVE_AVATAR_TRACE"
-"""Environment variable with a folder where each stage writes its busy intervals; unset for none."""
+"""A folder where each stage writes its busy intervals; unset for none."""
 FLOOR_VARIABLE = "LIVE_AVATAR_STAGE_FLOOR_S"
-"""Environment variable with the least time a stage takes for a block, in seconds; unset for none.
+"""The least time a stage takes for a block, in seconds; unset for none.
 
 A measuring aid: with equal stages that do not share cores, what is left is the serving path itself."""
+LOG_MARK = " live-avatar "
+"""What every line has that a stage writes into the log."""

@@ -1,38 +1,64 @@
 """Stage 0: a client's request becomes the first input of the pipe.
 
-Validates everything a client sends, admits sessions, and fetches the replaced sink for the block at which it
-takes effect. Knows no Triton API: the rolling sink is reached through a callable.
+Validates everything a client sends, admits sessions and counts how they end, and fetches the replaced sink for the
+block at which it takes effect. Knows no Triton API: the rolling sink is reached through a callable.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
 from live_avatar.arrays import Array, Arrays
-from live_avatar.conditioning import BlockInput, Conditioner, Conditioning
-from live_avatar.errors import InputError, SessionError
+from live_avatar.conditioning import BlockInput, Conditioner, Conditioning, avatar_key
+from live_avatar.config import KNOWN_AVATARS
+from live_avatar.errors import CapacityError, InputError, SessionError, ShutdownError
+from live_avatar.label import Label
 from live_avatar.runtime import Runtime
+from live_avatar.serving import metrics, options
+from live_avatar.serving.control import Control, Phase
+from live_avatar.serving.metrics import EndCause, Meter, RefusalReason
+from live_avatar.serving.options import SessionOptions
+from live_avatar.serving.resources import KnownAvatars
 from live_avatar.serving.rolling_sink import ABSENT, FAILED, SinkClient
-from live_avatar.serving.stage import NO_BLOCK, SessionTable, StageRequest, StageResponse
+from live_avatar.serving.stage import (
+    NO_BLOCK,
+    PipeError,
+    SessionStage,
+    SessionTable,
+    StageRequest,
+    StageResponse,
+    end_cause,
+    failure_tensor,
+)
+from live_avatar.serving.status import Served
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
+    AVATAR,
     BLOCK,
+    FAILURE,
     LATENT,
+    RECEIVED_NS,
     SINK_MOTION,
     SINK_REFERENCE,
     SINK_TEXT,
 )
 from live_avatar.sink import SinkSource, takes_sink
 from live_avatar_client import protocol
-from live_avatar_client.protocol import FRAME_FORMAT_PARAMETER, SEED_PARAMETER, FrameFormat
+
+log = logging.getLogger(__name__)
 
 AUDIO, PROMPT, REFERENCE_IMAGE = protocol.AUDIO.name, protocol.PROMPT.name, protocol.REFERENCE_IMAGE.name
-FIRST_FRAME = protocol.FIRST_FRAME.name
+FIRST_FRAME, PROVENANCE = protocol.FIRST_FRAME.name, protocol.PROVENANCE.name
 
 SINK_POLL_S = 0.002
 SINK_WAIT_LIMIT_S = 120.0
@@ -42,9 +68,18 @@ SINK_WAIT_LIMIT_S = 120.0
 class _Session:
     source: SinkSource
     conditioning: Conditioning
+    token: str
 
 
-class ConditioningStage:
+@dataclass(frozen=True)
+class _Opening:
+    """What the answer to START carries besides the sink."""
+
+    avatar: bytes
+    provenance: bytes
+
+
+class ConditioningStage(SessionStage[_Session]):
     """Conditioning of all live sessions."""
 
     def __init__(
@@ -52,41 +87,78 @@ class ConditioningStage:
         runtime: Runtime,
         sinks: SinkClient,
         idle_limit_s: float,
-        max_sessions: int,
+        served: Served,
+        meter: Meter,
+        control: Control,
+        known_avatars: int = KNOWN_AVATARS,
+        label_font: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        super().__init__("conditioning", meter, SessionTable(idle_limit_s, served.max_sessions))
         self._conditioner = Conditioner(runtime)
+        self._avatars: KnownAvatars[SinkSource] = KnownAvatars(known_avatars, meter)
         self._stream = runtime.preset.stream
         self._dit = runtime.preset.dit
         self._sinks = sinks
+        self._served = served
+        self._control = control
+        self._label_font = label_font
         self._sleep = sleep
-        self._sessions: SessionTable[_Session] = SessionTable(idle_limit_s, max_sessions)
+        self._introduce()
 
     def handle(self, request: StageRequest) -> StageResponse:
-        """AUDIO, and with START the picture, prompt and parameters -> one block's input for step 1."""
+        """AUDIO, and with START the picture, prompt and parameters -> one block's input for step 1.
+
+        A request that is refused for its content changes nothing, and the session can go on; what ends a session goes
+        down the pipe, so that it ends in every stage.
+        """
+        received_ns = time.monotonic_ns()
+        live = self.sessions.peek(request.session)
+        cause = end_cause(request)
         try:
-            return self._handle(request)
-        except InputError:
-            raise  # refused before anything changed: the session can go on
+            return self._handle(request, received_ns)
         except Exception as error:
-            self._sessions.fail(request.session, str(error))
-            raise
+            if live is None:
+                if request.start:
+                    self._refused(request.session, error)
+                raise
+            if isinstance(error, InputError) and not request.end:
+                raise
+            failure = self.failed(error, live.conditioning.blocks if request.inputs[AUDIO].size else NO_BLOCK)
+            cause = EndCause.SHUTDOWN if isinstance(error, ShutdownError) else EndCause.FAILED
+            self._end(request.session, cause)
+            self.sessions.fail(request.session, str(failure))
+            return StageResponse(self._outputs(None, None, None, received_ns, failure))
         finally:
             if request.end:
-                self._sessions.close(request.session)
+                self._end(request.session, cause)
+            self._report()
 
-    def _handle(self, request: StageRequest) -> StageResponse:
+    def silent(self, session: int, state: _Session) -> None:
+        self.meter.add(metrics.SESSIONS_ENDED, reason=EndCause.SILENT)
+        log.info("session %d dropped: nothing came for the idle limit", session)
+
+    def sweep(self, keep: int | None = None) -> None:
+        super().sweep(keep)
+        self._report()
+
+    def _handle(self, request: StageRequest, received_ns: int) -> StageResponse:
         speech = self._speech(request.inputs)
-        session = self._start(request) if request.start else self._continue(request)
-        opening = session.source if request.start else None
+        if request.start:
+            session, opening = self._start(request)
+        else:
+            session, opening = self._continue(request), None
+        source = session.source if request.start else None
         if speech.size == 0:
-            return StageResponse(self._outputs(None, opening))
+            return StageResponse(self._outputs(None, source, opening, received_ns))
         block = self._conditioner.block(session.conditioning, speech)
         if not takes_sink(block.index, self._stream):
-            return StageResponse(self._outputs(block, opening), block.index)
+            return StageResponse(self._outputs(block, source, opening, received_ns), block.index)
         waited_from = time.monotonic()
         replaced = session.source.replaced(self._await_sink(request.session))
-        return StageResponse(self._outputs(block, replaced), block.index, time.monotonic() - waited_from)
+        self.meter.add(metrics.SINK_UPDATES)
+        waited_s = time.monotonic() - waited_from
+        return StageResponse(self._outputs(block, replaced, opening, received_ns), block.index, waited_s)
 
     def _speech(self, inputs: Arrays) -> Array:
         speech = inputs[AUDIO]
@@ -97,28 +169,106 @@ class ConditioningStage:
             )
         return speech
 
-    def _start(self, request: StageRequest) -> _Session:
-        if request.session in self._sessions:
+    def _start(self, request: StageRequest) -> tuple[_Session, _Opening]:
+        if request.session in self.sessions:
             raise InputError(
                 f"session {request.session} is live already; start the new session under another sequence id."
             )
+        if self._control.phase is not Phase.SERVING:
+            raise ShutdownError(
+                "this server is shutting down and takes no new sessions; connect again to reach another one."
+            )
         if REFERENCE_IMAGE not in request.inputs:
             raise InputError("the first request of a session has no REFERENCE_IMAGE; send the picture with it.")
-        _frame_format(request.parameters)
-        seed = _integer(request.parameters, SEED_PARAMETER, default=0)
-        image = request.inputs[REFERENCE_IMAGE].tobytes()
-        prompt = _prompt(request.inputs)
+        chosen, token = SessionOptions.parse(request.parameters), options.token(request.parameters)
+        if chosen.label:
+            Label(chosen.label, self._stream.height, self._stream.width, self._label_font)
+        image, prompt = request.inputs[REFERENCE_IMAGE].tobytes(), _prompt(request.inputs)
+        key = avatar_key(image, prompt)
+        known = key in self._avatars
 
         def make() -> _Session:
-            return _Session(self._conditioner.avatar(image, prompt), self._conditioner.open(seed))
+            source = self._avatars.get(key, lambda: self._conditioner.avatar(image, prompt))
+            return _Session(source, self._conditioner.open(chosen.seed), token)
 
-        return self._sessions.open(request.session, make)
+        session = self.sessions.open(request.session, make)
+        self.meter.add(metrics.SESSIONS_ADMITTED)
+        log.info(
+            "session %d started: %s avatar, %s frames, %d of %d sessions",
+            request.session,
+            "known" if known else "new",
+            chosen.frame_format,
+            len(self.sessions),
+            self._served.max_sessions,
+        )
+        return session, _Opening(key, self._provenance(image, prompt, chosen.seed))
 
     def _continue(self, request: StageRequest) -> _Session:
+        session = self.sessions.get(request.session)
+        if options.token(request.parameters) != session.token:
+            raise InputError(
+                f"session {request.session} was opened with another {protocol.TOKEN_PARAMETER}, so it belongs to "
+                "another client; start a session of your own under another sequence id."
+            )
         for name in (REFERENCE_IMAGE, PROMPT):
             if name in request.inputs:
                 raise InputError(f"{name} came after the first request; start a new session to change it.")
-        return self._sessions.get(request.session)
+        if self._control.phase is Phase.CLOSING:
+            raise ShutdownError("this server is shutting down; reconnect, and start a new session to go on.")
+        return session
+
+    def _provenance(self, image: bytes, prompt: str, seed: int) -> bytes:
+        """Says what makes the video; of picture and prompt only hashes."""
+        made = {
+            "generator": "Live Avatar on Triton",
+            "version": self._served.version,
+            "preset": self._served.preset,
+            "artifacts": self._served.artifacts,
+            "seed": seed,
+            "picture_sha256": hashlib.sha256(image).hexdigest(),
+            "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return json.dumps(made).encode()
+
+    # How sessions come and go, in numbers
+
+    def _introduce(self) -> None:
+        """Puts every series in its place, so that it reads 0 before anything has happened."""
+        info = asdict(self._served)
+        self.meter.set(metrics.SESSIONS_LIMIT, info.pop("max_sessions"))
+        self.meter.set(metrics.INFO, 1, **info)
+        self.meter.declare(metrics.SESSIONS_ADMITTED)
+        self.meter.declare(metrics.SINK_UPDATES)
+        for refusal in RefusalReason:
+            self.meter.declare(metrics.SESSIONS_REFUSED, reason=refusal)
+        for cause in EndCause:
+            self.meter.declare(metrics.SESSIONS_ENDED, reason=cause)
+        self._report()
+
+    def _report(self) -> None:
+        live = len(self.sessions)
+        free = self._served.max_sessions - live if self._control.phase is Phase.SERVING else 0
+        self.meter.set(metrics.SESSIONS_LIVE, live)
+        self.meter.set(metrics.SESSIONS_FREE, free)
+        self._control.set_live_sessions(self.name, live)
+
+    def _end(self, session: int, cause: EndCause) -> None:
+        if self.sessions.close(session) is not None:
+            self.meter.add(metrics.SESSIONS_ENDED, reason=cause)
+
+    def _refused(self, session: int, error: Exception) -> None:
+        match error:
+            case ShutdownError():
+                reason = RefusalReason.SHUTDOWN
+            case CapacityError():
+                reason = RefusalReason.FULL
+            case InputError():
+                reason = RefusalReason.INPUT
+            case _:
+                return  # counted as a failure of this stage
+        self.meter.add(metrics.SESSIONS_REFUSED, reason=reason)
+        log.info("session %d refused: %s", session, reason)
 
     def _await_sink(self, session: int) -> Array:
         """The session's own first latent frame; it is on its way, since block 1 went ahead of this one."""
@@ -134,7 +284,14 @@ class ConditioningStage:
             f"session {session}: block 1 gave no new sink within {SINK_WAIT_LIMIT_S:g} s; end it and start a new one."
         )
 
-    def _outputs(self, block: BlockInput | None, source: SinkSource | None) -> dict[str, Array]:
+    def _outputs(
+        self,
+        block: BlockInput | None,
+        source: SinkSource | None,
+        opening: _Opening | None,
+        received_ns: int,
+        failure: PipeError | None = None,
+    ) -> dict[str, Array]:
         stream, dit = self._stream, self._dit
         if source is None:
             channels, _, height, width = stream.latent_shape
@@ -150,6 +307,10 @@ class ConditioningStage:
             SINK_REFERENCE: source.reference,
             SINK_MOTION: source.motion,
             SINK_TEXT: source.text,
+            AVATAR: np.frombuffer(opening.avatar if opening else b"", dtype=np.uint8),
+            RECEIVED_NS: np.array([received_ns], dtype=np.int64),
+            FAILURE: failure_tensor(failure),
+            PROVENANCE: np.array([opening.provenance] if opening else [], dtype=np.object_),
         }
 
 
@@ -167,19 +328,3 @@ def _prompt(inputs: Arrays) -> str:
         return bytes(inputs[PROMPT].reshape(-1)[0]).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"PROMPT is not UTF-8 ({error}); encode it so.") from error
-
-
-def _integer(parameters: Mapping[str, object], name: str, default: int) -> int:
-    value = parameters.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"parameter {name} is {value!r}; it must be an integer.")
-    return value
-
-
-def _frame_format(parameters: Mapping[str, object]) -> FrameFormat:
-    value = parameters.get(FRAME_FORMAT_PARAMETER, FrameFormat.RAW.value)
-    try:
-        return FrameFormat(str(value))
-    except ValueError:
-        names = " or ".join(f.value for f in FrameFormat)
-        raise InputError(f"parameter {FRAME_FORMAT_PARAMETER} is {value!r}; it must be {names}.") from None

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from live_avatar.arrays import Array
+from live_avatar.config import KNOWN_AVATARS
 from live_avatar.denoiser import DenoisingStep, StepState
 from live_avatar.runtime import Runtime
+from live_avatar.serving.metrics import Meter
+from live_avatar.serving.resources import KnownAvatars, SessionRoom
 from live_avatar.serving.rolling_sink import SinkClient
-from live_avatar.serving.stage import NO_BLOCK, SessionTable, StageRequest, StageResponse, expect_block
+from live_avatar.serving.stage import (
+    NO_BLOCK,
+    PipeError,
+    PipeStage,
+    SessionTable,
+    StageRequest,
+    StageResponse,
+    expect_block,
+    failure_tensor,
+)
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
-    BLOCK,
+    AVATAR,
+    FAILURE,
     LATENT,
     SINK_MOTION,
     SINK_REFERENCE,
@@ -18,46 +34,55 @@ from live_avatar.serving.tensors import (
 from live_avatar.sink import SinkSource, first_latent_frame, gives_sink
 
 
-class DiTStepStage:
-    """Step `step` (from 1) of all live sessions."""
+class DiTStepStage(PipeStage[StepState]):
+    """Step `step` (from 1) of all live sessions: LATENT at its noise level -> LATENT at the next."""
 
-    def __init__(self, runtime: Runtime, step: int, sinks: SinkClient, idle_limit_s: float) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        step: int,
+        sinks: SinkClient,
+        idle_limit_s: float,
+        meter: Meter,
+        room: SessionRoom,
+        known_avatars: int = KNOWN_AVATARS,
+    ) -> None:
+        super().__init__(f"dit_step_{step}", meter, SessionTable(idle_limit_s))
         self._stream = runtime.preset.stream
         self._denoiser = DenoisingStep(runtime, step)
         self._sinks = sinks
-        self._sessions: SessionTable[StepState] = SessionTable(idle_limit_s)
+        self._room = room
+        self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(known_avatars, meter)
 
-    def handle(self, request: StageRequest) -> StageResponse:
-        """LATENT of a block at this step's noise level -> LATENT at the next."""
-        block = int(request.inputs[BLOCK][0])
-        try:
-            return self._handle(request, block)
-        except Exception as error:
-            self._sessions.fail(request.session, f"step {self._denoiser.step}, block {block + 1}: {error}")
-            self._sinks.fail(request.session)
-            raise
-        finally:
-            if request.end:
-                self._sessions.close(request.session)
-
-    def _handle(self, request: StageRequest, block: int) -> StageResponse:
+    def work(self, request: StageRequest, block: int) -> StageResponse:
         latent = request.inputs[LATENT]
         state = self._state(request)
         if block == NO_BLOCK:
-            return StageResponse({LATENT: latent})
+            return self._answer(latent)
         expect_block(request.session, block, state.blocks)
         audio = {"audio_local": request.inputs[AUDIO_LOCAL], "audio_global": request.inputs[AUDIO_GLOBAL]}
         latent = self._denoiser.run(state, latent, audio)
         if self._denoiser.step == self._stream.steps and gives_sink(block, self._stream):
             self._sinks.put(request.session, first_latent_frame(latent))
-        return StageResponse({LATENT: latent}, block)
+        return self._answer(latent, block)
+
+    def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
+        return self._answer(np.zeros((0, *self._stream.latent_shape), dtype=np.float32), failure=failure)
+
+    def failed_here(self, session: int) -> None:
+        self._sinks.fail(session)  # so that conditioning does not wait for a sink that never comes
+
+    def _answer(self, latent: Array, block: int = NO_BLOCK, failure: PipeError | None = None) -> StageResponse:
+        return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block)
 
     def _state(self, request: StageRequest) -> StepState:
         """The session's state: new at its start, with another sink when one comes along."""
         source = SinkSource(*(request.inputs[name] for name in (SINK_REFERENCE, SINK_MOTION, SINK_TEXT)))
         if request.start:
-            return self._sessions.open(request.session, lambda: self._denoiser.open(source))
-        state = self._sessions.get(request.session)
+            self._room.require()
+            sink = self._avatars.get(request.inputs[AVATAR].tobytes(), lambda: self._denoiser.prefill(source))
+            return self.sessions.open(request.session, lambda: self._denoiser.open(sink))
+        state = self.sessions.get(request.session)
         if len(source.reference):
             state.sink = self._denoiser.prefill(source)
         return state

@@ -45,12 +45,17 @@ class RollingSink:
 
     def take(self, session: int) -> tuple[str, Array]:
         """(state, latent [1, 16, 1, h, w]); a latent is given once."""
-        self._sinks.sweep()
         if session not in self._sinks:
             return ABSENT, NOTHING
         taken = self._sinks.get(session)
         self._sinks.close(session)
         return taken
+
+    def sweep(self, keep: int | None = None) -> None:
+        self._sinks.sweep(keep)
+
+    def forgive(self, seconds: float) -> None:
+        """Every call is short."""
 
     def handle(self, request: StageRequest) -> StageResponse:
         """The three operations as one Triton model."""

@@ -1,8 +1,8 @@
 """Starting and ending Triton: the server that the `nvidia-pytriton` wheel carries, or one on the PATH.
 
 Prepares a private copy of the python backend with the stub for this Python, the environment that the
-stages need, the models of the profile, and the command line; watches over the process. Knows of the models what
-the ensemble's file says.
+stages need, the models of the profile, and the command line. Knows of the models what their files say; watching over
+them is the supervisor's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -17,26 +18,50 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO, Final
 
-from live_avatar.artifacts import load_artifacts
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from live_avatar.artifacts import Artifacts, load_artifacts
+from live_avatar.config import KNOWN_AVATARS
 from live_avatar.errors import ServerError
-from live_avatar.serving import ARTIFACTS_VARIABLE, FLOOR_VARIABLE, TRACE_VARIABLE
-from live_avatar_client.protocol import MODEL_NAME
+from live_avatar.label import Label
+from live_avatar.memory import host_available_bytes, require_sessions
+from live_avatar.serving import (
+    ARTIFACTS_VARIABLE,
+    CONTROL_VARIABLE,
+    FLOOR_VARIABLE,
+    KNOWN_AVATARS_VARIABLE,
+    LABEL_FONT_VARIABLE,
+    LOG_MARK,
+    PROFILE_VARIABLE,
+    TRACE_VARIABLE,
+)
+from live_avatar.serving.access import Access, access_flags
+from live_avatar.serving.control import Control
+from live_avatar.serving.supervisor import UNLOADABLE, Admin, Supervisor
+from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 START_LIMIT_S = 1800.0  # a stage of the 14B model loads tens of gigabytes
 STOP_LIMIT_S = 10.0
 POLL_S = 0.1
+LOG_LINES = 2000
+LEAST_IDLE_S, GREATEST_IDLE_S = 1.0, 86_400.0
+CANDIDATES = 4
+"""Sequences that a batcher takes for each session: the one too many must reach conditioning, which refuses it."""
 SHARED_MEMORY = Path("/dev/shm")
-# A proxy of the environment is for other machines.
-WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+BESIDE: Final = ("rolling_sink", STATUS_MODEL)
+"""Models that are served beside the ensemble's."""
+ANY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Becomes the server ("$@"), and leaves a watcher in its process group: when the pipe on stdin closes, because the
 # process that started the server is gone, however it went, the watcher ends the group, and removes the folder $0
 # and the shared memory that is named after it.
@@ -61,7 +86,7 @@ CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
 @dataclass(frozen=True)
 class ServerOptions:
     """What to serve and where. Ports on `address`; `trace` is a folder for the stages' busy intervals, and
-    `stage_floor_s` the least time a stage takes for a block (for measurements)."""
+    `stage_floor_s` the least time a stage takes for a block (for measurements). None keeps what the profile says."""
 
     artifacts: Path
     profile: str = "cpu"
@@ -70,6 +95,11 @@ class ServerOptions:
     http_port: int = 8000
     metrics_port: int = 8002
     model_repository: Path = MODEL_REPOSITORY
+    max_sessions: int | None = None
+    idle_seconds: float | None = None
+    known_avatars: int = KNOWN_AVATARS
+    label_font: Path | None = None
+    access: Access = field(default_factory=Access)
     trace: Path | None = None
     stage_floor_s: float = 0.0
     verbose: bool = False
@@ -79,36 +109,80 @@ class ServerOptions:
         return replace(self, grpc_port=_free_port(), http_port=_free_port(), metrics_port=_free_port())
 
     @property
+    def host(self) -> str:
+        """The address for those on this machine."""
+        host = ANY_ADDRESS.get(self.address, self.address)
+        return f"[{host}]" if ":" in host else host
+
+    @property
     def url(self) -> str:
         """What a client on this machine connects to."""
-        return f"{self.address}:{self.grpc_port}"
+        return f"{self.host}:{self.grpc_port}"
+
+
+class ServerLog:
+    """The last lines that a server wrote, each also given to `echo`. Reads them as they come, in a thread."""
+
+    def __init__(self, echo: Callable[[str], None]) -> None:
+        self._echo = echo
+        self._lines: deque[str] = deque(maxlen=LOG_LINES)
+
+    def follow(self, stream: IO[bytes]) -> threading.Thread:
+        thread = threading.Thread(target=self._read, args=(stream,), name="server-log", daemon=True)
+        thread.start()
+        return thread
+
+    def text(self) -> str:
+        return "\n".join(list(self._lines))
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            said = line.decode(errors="replace").rstrip("\n")
+            self._lines.append(said)
+            with suppress(OSError):  # whoever listened has gone; the server must not wait for it
+                self._echo(said)
+
+
+def is_for_operators(line: str) -> bool:
+    """Whether a line of the log is a stage's own, or an error of Triton's that is none of our making."""
+    return LOG_MARK in line or (line.startswith("E") and UNLOADABLE not in line)
 
 
 class TritonServer:
-    """A running server. `log` holds what it printed."""
+    """A running server, watched over by `supervisor`."""
 
-    def __init__(self, options: ServerOptions, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        process: subprocess.Popen[bytes],
+        log: ServerLog,
+        supervisor: Supervisor,
+        admin: Admin,
+    ) -> None:
         self.options = options
         self.process = process
+        self.supervisor = supervisor
         self._log = log
+        self._admin = admin
 
     def wait_ready(self, limit_s: float = START_LIMIT_S) -> None:
         """Returns when every model is ready. Raises `ServerError` if the server ends or `limit_s` passes."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
+                time.sleep(POLL_S)  # for its last words
                 self._expect_gpus()
                 raise ServerError(
                     f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}"
                 )
-            if self._ready():
+            if self._admin.ready():
                 return
             time.sleep(POLL_S)
         raise ServerError(f"Triton was not ready after {limit_s:g} s; the last it said:\n{self.errors()}")
 
     def errors(self, lines: int = 12) -> str:
         """What the log says went wrong, without Python's tracebacks; its last lines if it says nothing."""
-        said = self._log.read_text(errors="replace")
+        said = self._log.text()
         failures = [failure for failure, _ in LOAD_FAILURE.findall(said)]
         models: dict[str, set[str]] = {}
         for named in filter(None, map(FAILED_MODEL.match, failures)):
@@ -116,6 +190,13 @@ class TritonServer:
         wrong = [f"failed to load {', '.join(sorted(names))}: {cause}" for cause, names in models.items()]
         wrong += dict.fromkeys(failure for failure in failures if not FAILED_MODEL.match(failure))
         return "\n".join(wrong) or "\n".join(said.splitlines()[-lines:])
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def drain(self, seconds: float) -> bool:
+        """Not ready any more, no new sessions; returns when the live ones have ended, by themselves if True."""
+        return self.supervisor.drain(seconds, self.is_running)
 
     def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
         """Ends the server and all its workers; those that do not end within `limit_s` are killed."""
@@ -129,7 +210,7 @@ class TritonServer:
             self.process.wait()
 
     def _expect_gpus(self) -> None:
-        missing = NO_SUCH_GPU.findall(self._log.read_text(errors="replace"))
+        missing = NO_SUCH_GPU.findall(self._log.text())
         if missing:
             wanted = ", ".join(sorted({number for number, _ in missing}, key=int))
             present = ", ".join(missing[0][1].split()) or "none"
@@ -138,44 +219,49 @@ class TritonServer:
                 "where there are enough of them, or choose another --profile."
             )
 
-    def _ready(self) -> bool:
-        url = f"http://{self.options.address}:{self.options.http_port}/v2/health/ready"
-        try:
-            with WITHOUT_PROXY.open(url, timeout=1.0) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
 
 @contextmanager
-def serving(options: ServerOptions) -> Iterator[TritonServer]:
+def serving(options: ServerOptions, echo: Callable[[str], None] = lambda line: None) -> Iterator[TritonServer]:
     """A server that is ready inside the `with` and gone after it, workers and temporary files included.
 
-    Raises `ArtifactError` for unusable artifacts and `ServerError` for a taken port, a profile that is unknown, has
-    another number of steps than the artifacts, or needs GPUs that are not there, or a server that does not come up.
+    `echo` is given every line that Triton and the stages write. Raises `ArtifactError` for unusable artifacts,
+    `CapacityError` for more sessions than memory has room for, and `ServerError` for a taken port, a key or certificate
+    that cannot be used, a profile that is unknown, has another number of steps than the artifacts, or needs GPUs that
+    are not there, or a server that does not come up.
     """
     _check(options)
+    secret = secrets.token_hex(32)
+    access = access_flags(options.access, options.address, secret)
     with tempfile.TemporaryDirectory(prefix="live-avatar-") as scratch:
-        log = Path(scratch) / "triton.log"
         models = _models(options, Path(scratch))
-        command = _command(options, models, _backends(Path(scratch)), Path(scratch).name)
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", WATCHED, scratch, *command],
-                env=_environment(options),
-                stdin=subprocess.PIPE,  # held open, never written to
-                stdout=None if options.verbose else output,
-                stderr=None if options.verbose else output,
-                start_new_session=True,  # Ctrl-C comes to us, and we end the server in order
-            )
-        server = TritonServer(options, process, log)
+        control = Path(scratch) / "control"
+        control.mkdir()
+        command = [*_command(options, models, _backends(Path(scratch)), Path(scratch).name), *access]
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", WATCHED, scratch, *command],
+            env=_environment(options, control),
+            stdin=subprocess.PIPE,  # held open, never written to
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes to us, and we end the server in order
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        log = ServerLog(echo)
+        reader = log.follow(process.stdout)
+        admin = Admin(f"http://{options.host}:{options.http_port}", secret)
+        stages = [path.name for path in models.iterdir() if (path / "1").exists() and path.name != MODEL_NAME]
+        supervisor = Supervisor(process.pid, stages, admin, Control(control), START_LIMIT_S)
+        server = TritonServer(options, process, log, supervisor, admin)
         try:
             server.wait_ready()
-            yield server
+            with supervisor:
+                yield server
         finally:
             server.stop()
-            if process.stdin is not None:
-                process.stdin.close()
+            process.stdin.close()
+            reader.join(POLL_S)
+            process.stdout.close()
             for region in SHARED_MEMORY.glob(f"{Path(scratch).name}*"):  # a server ended early leaves it behind
                 region.unlink(missing_ok=True)
 
@@ -197,6 +283,7 @@ def _check(options: ServerOptions) -> None:
     if options.profile not in profiles:
         raise ServerError(f"there is no profile {options.profile!r}; choose one of {', '.join(profiles)}.")
     _check_steps(options, profiles, artifacts.preset.stream.steps)
+    _check_sessions(options, artifacts)
     ports = {
         "--grpc-port": options.grpc_port,
         "--http-port": options.http_port,
@@ -222,6 +309,22 @@ def _check(options: ServerOptions) -> None:
             raise ServerError(f"cannot write to {options.trace} ({error.strerror}); choose another --trace.") from error
 
 
+def _check_sessions(options: ServerOptions, artifacts: Artifacts) -> None:
+    """Refuses more than fits; a stage on a GPU finds out by itself, when its weights are loaded."""
+    if options.idle_seconds is not None and not LEAST_IDLE_S <= options.idle_seconds <= GREATEST_IDLE_S:
+        raise ServerError(
+            f"--idle-seconds is {options.idle_seconds:g}; give {LEAST_IDLE_S:g} to {GREATEST_IDLE_S:g} seconds."
+        )
+    if options.label_font is not None:
+        Label("A", artifacts.preset.stream.height, artifacts.preset.stream.width, options.label_font)
+    conditioning = _config(options, "conditioning")
+    if conditioning.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU:
+        sessions = int(conditioning.parameters["max_sessions"].string_value)
+        require_sessions(
+            artifacts.preset, sessions, options.known_avatars, host_available_bytes(), agreed=artifacts.contracts
+        )
+
+
 def _check_steps(options: ServerOptions, profiles: list[str], exported: int) -> None:
     steps = {profile: _steps(_chain(options.model_repository, profile)) for profile in profiles}
     if steps[options.profile] != exported:
@@ -242,15 +345,40 @@ def _chain(repository: Path, profile: str) -> list[str]:
     return CHAIN_MODEL.findall((repository / MODEL_NAME / "configs" / f"{profile}.pbtxt").read_text())
 
 
-def _models(options: ServerOptions, scratch: Path) -> Path:
-    """A folder of links to the models of the profile, and to no other: Triton loads all that it finds.
+def _config(options: ServerOptions, model: str) -> model_config_pb2.ModelConfig:
+    """A model's configuration in the profile, with what the options say instead."""
+    path = options.model_repository / model / "configs" / f"{options.profile}.pbtxt"
+    config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    changes: dict[str, object] = {}
+    if options.max_sessions is not None:
+        changes["max_sessions"] = options.max_sessions
+    if options.idle_seconds is not None:
+        changes["idle_limit_s"] = options.idle_seconds
+        if config.HasField("sequence_batching"):
+            config.sequence_batching.max_sequence_idle_microseconds = round(options.idle_seconds * 1e6)
+    for name, value in changes.items():
+        if name in config.parameters:
+            config.parameters[name].string_value = str(value)
+    if options.max_sessions is not None and config.HasField("sequence_batching"):
+        oldest = config.sequence_batching.oldest
+        oldest.max_candidate_sequences = max(oldest.max_candidate_sequences, CANDIDATES * options.max_sessions)
+    return config
 
-    Its explicit mode, which loads models by name, would let any client unload them.
-    """
+
+def _models(options: ServerOptions, scratch: Path) -> Path:
+    """A model repository with the models of the profile, as the options want them, and one that cannot be loaded."""
     folder = scratch / "models"
-    folder.mkdir()
-    for model in (MODEL_NAME, "rolling_sink", *_chain(options.model_repository, options.profile)):
-        (folder / model).symlink_to(options.model_repository.resolve() / model)
+    for model in (MODEL_NAME, *BESIDE, *_chain(options.model_repository, options.profile)):
+        place = folder / model
+        place.mkdir(parents=True)
+        place.joinpath("config.pbtxt").write_text(text_format.MessageToString(_config(options, model)))
+        if model == MODEL_NAME:
+            place.joinpath("1").mkdir()
+        else:
+            place.joinpath("1").symlink_to(options.model_repository.resolve() / model / "1")
+    place = folder / UNLOADABLE
+    place.mkdir()
+    place.joinpath("config.pbtxt").write_text('backend: "python"\n')  # and no version of it
     return folder
 
 
@@ -287,7 +415,9 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, memory
     command = [
         binary,
         f"--model-repository={models}",
-        f"--model-config-name={options.profile}",
+        # Loading and unloading is the supervisor's alone: see access.py.
+        "--model-control-mode=explicit",
+        *(f"--load-model={model}" for model in (MODEL_NAME, *BESIDE)),
         "--disable-auto-complete-config",
         "--exit-timeout-secs=5",
         f"--backend-config=python,shm-region-prefix-name={memory}",
@@ -304,7 +434,7 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, memory
     return command
 
 
-def _environment(options: ServerOptions) -> dict[str, str]:
+def _environment(options: ServerOptions, control: Path) -> dict[str, str]:
     environment = dict(os.environ)
     libraries = [str(sysconfig.get_config_var("LIBDIR"))]
     bundled = _bundled()
@@ -315,7 +445,12 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     # the first `python3` on the PATH, which must be ours.
     _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
     environment[ARTIFACTS_VARIABLE] = str(options.artifacts.resolve())
+    environment[PROFILE_VARIABLE] = options.profile
+    environment[CONTROL_VARIABLE] = str(control)
+    environment[KNOWN_AVATARS_VARIABLE] = str(options.known_avatars)
     environment[FLOOR_VARIABLE] = str(options.stage_floor_s)
+    if options.label_font is not None:
+        environment[LABEL_FONT_VARIABLE] = str(options.label_font.resolve())
     environment["OMP_NUM_THREADS"] = "1"
     if options.trace is not None:
         environment[TRACE_VARIABLE] = str(options.trace.resolve())

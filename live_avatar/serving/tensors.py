@@ -13,6 +13,9 @@ AUDIO_GLOBAL = "AUDIO_GLOBAL"  # FP32 [F, C]
 SINK_REFERENCE = "SINK_REFERENCE"  # FP32 [1 or 0, 16, 1, h, w]
 SINK_MOTION = "SINK_MOTION"  # FP32 [1 or 0, 16, 19, h, w]
 SINK_TEXT = "SINK_TEXT"  # FP32 [text_len or 0, text_dim]
+AVATAR = "AVATAR"  # UINT8 [32 or 0]: with START, what the avatar's prefilled keys and values are remembered by
+RECEIVED_NS = "RECEIVED_NS"  # INT64 [1]: monotonic clock of this machine when conditioning took the request
+FAILURE = "FAILURE"  # BYTES [1 or 0]: `[CODE] sentence` of a session that has failed on its way
 
 # rolling_sink, called by other stages
 OPERATION = "OPERATION"  # BYTES [1]: put, take or fail

@@ -1,8 +1,8 @@
 """The Triton side of the stages: the only module that touches `triton_python_backend_utils`.
 
 Each folder of `model_repository/` re-exports one class from here. It turns Triton requests into
-`StageRequest`s, errors into Triton errors with a code, and writes the trace. What a stage does is in its
-own module.
+`StageRequest`s, errors into Triton errors with a code, a meter's numbers into Triton's metrics, and writes the trace.
+What a stage does is in its own module.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+import threading
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +21,78 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import load_artifacts
-from live_avatar.errors import CapacityError, InputError, LiveAvatarError, SessionError
+from live_avatar.artifacts import Artifacts, load_artifacts
+from live_avatar.config import KNOWN_AVATARS
+from live_avatar.errors import InputError, SessionError
+from live_avatar.memory import session_memory
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving import ARTIFACTS_VARIABLE, FLOOR_VARIABLE, TRACE_VARIABLE
+from live_avatar.serving import (
+    ARTIFACTS_VARIABLE,
+    CONTROL_VARIABLE,
+    FLOOR_VARIABLE,
+    KNOWN_AVATARS_VARIABLE,
+    LABEL_FONT_VARIABLE,
+    LOG_MARK,
+    PROFILE_VARIABLE,
+    TRACE_VARIABLE,
+)
 from live_avatar.serving.conditioning import ConditioningStage
+from live_avatar.serving.control import Control
 from live_avatar.serving.dit_step import DiTStepStage
+from live_avatar.serving.metrics import BLOCKS, BUSY, STARTS, Kind, Metric
+from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import FAIL, NOTHING, PUT, TAKE, RollingSink
-from live_avatar.serving.stage import NO_BLOCK, Stage, StageRequest, StageResponse
+from live_avatar.serving.stage import NO_BLOCK, Stage, StageRequest, StageResponse, describe
+from live_avatar.serving.status import Served, Status
 from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
 from live_avatar.serving.trace import TraceWriter
 from live_avatar.serving.vae_decoder import VAEDecoderStage
+from live_avatar.version import __version__
 from live_avatar_client.protocol import ErrorCode, SequenceFlag, format_error
 
-log = logging.getLogger(__name__)
+LOG_FORMAT = f"%(asctime)s{LOG_MARK}%(message)s"
+SWEEP_S = 1.0  # at most so long after the idle limit a session is dropped
 
 # Triton's own codes by name: the backend fills `pb_utils` only after it has imported the model.
-ERROR_CODES: tuple[tuple[type[Exception], ErrorCode, str], ...] = (
-    (InputError, ErrorCode.INVALID_ARGUMENT, "INVALID_ARG"),
-    (CapacityError, ErrorCode.UNAVAILABLE, "UNAVAILABLE"),
-    (SessionError, ErrorCode.FAILED_PRECONDITION, "INTERNAL"),
-)
+TRITON_CODES = {ErrorCode.INVALID_ARGUMENT: "INVALID_ARG", ErrorCode.UNAVAILABLE: "UNAVAILABLE"}
+
+
+class TritonMeter:
+    """A stage's numbers on Triton's `/metrics`. A family is made when it is first used, and must be kept."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._families: dict[str, Any] = {}
+        self._series: dict[tuple[str, ...], Any] = {}
+
+    def declare(self, metric: Metric, **labels: str) -> None:
+        self._of(metric, labels)
+
+    def add(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
+        self._of(metric, labels).increment(value)
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        self._of(metric, labels).set(value)
+
+    def observe(self, metric: Metric, value: float) -> None:
+        self._of(metric, {}).observe(value)
+
+    def _of(self, metric: Metric, labels: dict[str, str]) -> Any:
+        if "stage" in metric.labels:
+            labels = {**labels, "stage": self._stage}
+        key = (metric.name, *(str(labels[name]) for name in metric.labels))
+        if key not in self._series:
+            buckets = {"buckets": list(metric.buckets)} if metric.kind is Kind.HISTOGRAM else {}
+            strings = {name: str(value) for name, value in labels.items()}
+            self._series[key] = self._family(metric).Metric(labels=strings, **buckets)
+        return self._series[key]
+
+    def _family(self, metric: Metric) -> Any:
+        if metric.name not in self._families:
+            kind = getattr(pb_utils.MetricFamily, metric.kind.upper())
+            self._families[metric.name] = pb_utils.MetricFamily(name=metric.name, description=metric.help, kind=kind)
+        return self._families[metric.name]
 
 
 class TritonSinkClient:
@@ -77,32 +130,64 @@ class StageModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Called by Triton once, with the model's name and configuration."""
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
         self.name = args["model_name"]
         self._config = json.loads(args["model_config"])
         self._input_names = [spec["name"] for spec in self._config["input"]]
         self._trace = TraceWriter.from_environment(self.name, os.environ.get(TRACE_VARIABLE))
         self._floor_s = float(os.environ.get(FLOOR_VARIABLE, "0"))
         self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        self.meter = TritonMeter(self.name)
         self._stage = self.make_stage()
+        self.meter.add(STARTS)
+        self.meter.declare(BLOCKS)
+        self.meter.declare(BUSY)
+        self._busy = threading.Lock()
+        self._over = threading.Event()
+        self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
+        self._sweeper.start()
 
     def make_stage(self) -> Stage:
         raise NotImplementedError
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Called by Triton for every request, one session's in order."""
-        return [self._respond(request) for request in requests]
+        with self._busy:
+            return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Called by Triton before it ends the process."""
+        self._over.set()
+        self._sweeper.join()
+
+    def _sweep(self) -> None:
+        """Drops silent sessions also when no request comes; a stage at work does it by itself."""
+        while not self._over.wait(SWEEP_S):
+            if self._busy.acquire(blocking=False):
+                try:
+                    self._stage.sweep()
+                finally:
+                    self._busy.release()
 
     def _respond(self, request: Any) -> Any:
+        started_s = time.monotonic()
         try:
-            started_s = time.monotonic()
-            response = self._stage.handle(self._plain(request))
+            plain = self._plain(request)
+            self._stage.sweep(keep=plain.session)
+            response = self._stage.handle(plain)
             if response.block != NO_BLOCK:
                 time.sleep(max(0.0, started_s + self._floor_s - time.monotonic()))
-            ended_s = time.monotonic() - response.waited_s
-            self._trace.busy(request.correlation_id(), response.block, started_s, ended_s)
+            self._count(plain.session, response, started_s, time.monotonic() - response.waited_s)
             return self._answer(response)
         except Exception as error:
             return pb_utils.InferenceResponse(output_tensors=[], error=self._error(error))
+        finally:
+            self._stage.forgive(time.monotonic() - started_s)
+
+    def _count(self, session: int, response: StageResponse, started_s: float, ended_s: float) -> None:
+        self.meter.add(BUSY, ended_s - started_s)
+        self.meter.add(BLOCKS, int(response.block != NO_BLOCK))
+        self._trace.busy(session, response.block, started_s, ended_s)
 
     def _plain(self, request: Any) -> StageRequest:
         inputs = {}
@@ -110,9 +195,11 @@ class StageModel:
             tensor = pb_utils.get_input_tensor_by_name(request, name)
             if tensor is not None:
                 inputs[name] = tensor.as_numpy()
-        flags = request.flags()
+        session, flags = request.correlation_id(), request.flags()
+        if not isinstance(session, int):
+            raise InputError(f"the sequence id is {str(session)[:60]!r}; it must be an integer.")
         return StageRequest(
-            session=request.correlation_id(),
+            session=session,
             start=bool(flags & SequenceFlag.START),
             end=bool(flags & SequenceFlag.END),
             inputs=inputs,
@@ -124,24 +211,55 @@ class StageModel:
         return pb_utils.InferenceResponse(output_tensors=outputs)
 
     def _error(self, error: Exception) -> Any:
-        for kind, code, triton_code in ERROR_CODES:
-            if isinstance(error, kind):
-                return pb_utils.TritonError(format_error(code, str(error)), getattr(pb_utils.TritonError, triton_code))
-        if not isinstance(error, LiveAvatarError):
-            log.exception("stage %s failed", self.name)
-        message = f"stage {self.name} failed ({type(error).__name__}: {error}); end the session and start a new one."
-        return pb_utils.TritonError(format_error(ErrorCode.FAILED, message), pb_utils.TritonError.INTERNAL)
+        failure = describe(error, self.name, NO_BLOCK)
+        code = getattr(pb_utils.TritonError, TRITON_CODES.get(failure.code, "INTERNAL"))
+        return pb_utils.TritonError(format_error(failure.code, str(failure)), code)
 
     # What stages are made of.
 
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        """The artifacts that `live-avatar serve` names in the environment."""
+        return load_artifacts(Path(os.environ[ARTIFACTS_VARIABLE]))
+
+    @cached_property
     def runtime(self) -> Runtime:
-        """The artifacts that `live-avatar serve` names in the environment, on the instance's GPU or on the CPU."""
-        artifacts = load_artifacts(Path(os.environ[ARTIFACTS_VARIABLE]))
+        """The artifacts' graphs, on the instance's GPU or on the CPU."""
         if self._gpu is None:
-            return OnnxRuntime(artifacts)
+            return OnnxRuntime(self.artifacts)
         from live_avatar.runtime.tensorrt_runtime import TensorRTRuntime
 
-        return TensorRTRuntime(artifacts, self._gpu)
+        return TensorRTRuntime(self.artifacts, self._gpu)
+
+    @property
+    def room(self) -> SessionRoom:
+        """What one more session takes of this stage's memory."""
+        memory = session_memory(self.artifacts.preset, self.name, self.artifacts.contracts)
+        return SessionRoom(self.name, self.runtime, sum(memory.per_session.values()))
+
+    @property
+    def known_avatars(self) -> int:
+        return int(os.environ.get(KNOWN_AVATARS_VARIABLE, str(KNOWN_AVATARS)))
+
+    @property
+    def label_font(self) -> Path | None:
+        font = os.environ.get(LABEL_FONT_VARIABLE)
+        return Path(font) if font else None
+
+    @property
+    def control(self) -> Control:
+        folder = os.environ.get(CONTROL_VARIABLE)
+        return Control(Path(folder) if folder else None)
+
+    @property
+    def served(self) -> Served:
+        return Served(
+            __version__,
+            self.artifacts.preset.name,
+            self.artifacts.fingerprint,
+            os.environ.get(PROFILE_VARIABLE, "unknown"),
+            int(self.parameter("max_sessions")),
+        )
 
     def parameter(self, name: str) -> str:
         return str(self._config["parameters"][name]["string_value"])
@@ -154,21 +272,38 @@ class StageModel:
 
 class ConditioningModel(StageModel):
     def make_stage(self) -> Stage:
-        sessions = int(self.parameter("max_sessions"))
-        return ConditioningStage(self.runtime(), TritonSinkClient(), self.idle_limit_s, sessions)
+        return ConditioningStage(
+            self.runtime,
+            TritonSinkClient(),
+            self.idle_limit_s,
+            self.served,
+            self.meter,
+            self.control,
+            self.known_avatars,
+            self.label_font,
+        )
 
 
 class DiTStepModel(StageModel):
     def make_stage(self) -> Stage:
         step = int(self.name.rsplit("_", 1)[1])
-        return DiTStepStage(self.runtime(), step, TritonSinkClient(), self.idle_limit_s)
+        return DiTStepStage(
+            self.runtime, step, TritonSinkClient(), self.idle_limit_s, self.meter, self.room, self.known_avatars
+        )
 
 
 class VAEDecoderModel(StageModel):
     def make_stage(self) -> Stage:
-        return VAEDecoderStage(self.runtime(), self.idle_limit_s)
+        return VAEDecoderStage(
+            self.runtime, self.idle_limit_s, self.meter, self.room, self.control, self.known_avatars, self.label_font
+        )
 
 
 class RollingSinkModel(StageModel):
     def make_stage(self) -> Stage:
         return RollingSink(float(self.parameter("idle_limit_s")))
+
+
+class StatusModel(StageModel):
+    def make_stage(self) -> Stage:
+        return Status(self.served, self.control)

@@ -1,77 +1,157 @@
-"""The last stage: clean latents become the frames that the client gets."""
+"""The last stage: clean latents become the frames that the client gets.
+
+Hands over what failed before it, and says in the log how each session went. Knows no Triton API.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from live_avatar.arrays import Array
+from live_avatar.config import KNOWN_AVATARS
 from live_avatar.decoder import DecoderState, FrameDecoder
+from live_avatar.label import Label
 from live_avatar.runtime import Runtime
-from live_avatar.serving.stage import NO_BLOCK, SessionTable, StageRequest, StageResponse, expect_block
-from live_avatar.serving.tensors import BLOCK, LATENT, SINK_MOTION
+from live_avatar.serving import metrics
+from live_avatar.serving.control import Control
+from live_avatar.serving.metrics import EndCause, Meter
+from live_avatar.serving.options import SessionOptions
+from live_avatar.serving.resources import KnownAvatars, SessionRoom
+from live_avatar.serving.stage import (
+    NO_BLOCK,
+    PipeError,
+    PipeStage,
+    SessionTable,
+    StageRequest,
+    StageResponse,
+    end_cause,
+    expect_block,
+)
+from live_avatar.serving.tensors import AVATAR, LATENT, RECEIVED_NS, SINK_MOTION
 from live_avatar_client import protocol
-from live_avatar_client.protocol import FRAME_FORMAT_PARAMETER, FrameFormat
+from live_avatar_client.protocol import FrameFormat
+
+log = logging.getLogger(__name__)
 
 FRAMES, JPEG_FRAMES = protocol.FRAMES.name, protocol.JPEG_FRAMES.name
-JPEG_QUALITY = 90
 
 
 @dataclass
 class _Session:
-    frame_format: FrameFormat
+    options: SessionOptions
+    label: Label | None
     decoder: DecoderState
     blocks: int = 0
+    frames: int = 0
+    latency_sum_s: float = 0.0
+
+    def summary(self) -> str:
+        mean = f"{self.latency_sum_s / self.blocks:.3f} s" if self.blocks else "none"
+        return f"{self.frames} frames, mean latency {mean}"
 
 
-class VAEDecoderStage:
-    """Streaming decoders of all live sessions."""
+class VAEDecoderStage(PipeStage[_Session]):
+    """Streaming decoders of all live sessions: clean LATENT -> FRAMES or JPEG_FRAMES, the other with zero rows."""
 
-    def __init__(self, runtime: Runtime, idle_limit_s: float) -> None:
-        stream = runtime.preset.stream
+    def __init__(
+        self,
+        runtime: Runtime,
+        idle_limit_s: float,
+        meter: Meter,
+        room: SessionRoom,
+        control: Control,
+        known_avatars: int = KNOWN_AVATARS,
+        label_font: Path | None = None,
+    ) -> None:
+        super().__init__("vae_decoder", meter, SessionTable(idle_limit_s))
+        self._stream = runtime.preset.stream
         self._decoder = FrameDecoder(runtime)
-        self._no_frames = np.zeros((0, stream.height, stream.width, 3), dtype=np.uint8)
-        self._sessions: SessionTable[_Session] = SessionTable(idle_limit_s)
+        self._room = room
+        self._control = control
+        self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(known_avatars, meter)
+        self._label_font = label_font
+        self._no_frames = np.zeros((0, self._stream.height, self._stream.width, 3), dtype=np.uint8)
+        meter.declare(metrics.FRAMES)
+        meter.declare(metrics.LATENCY)
+        self._report()
 
     def handle(self, request: StageRequest) -> StageResponse:
-        """LATENT of a block, clean -> FRAMES or JPEG_FRAMES, the other with zero rows."""
-        block = int(request.inputs[BLOCK][0])
         try:
-            return self._handle(request, block)
-        except Exception as error:
-            self._sessions.fail(request.session, f"decoding, block {block + 1}: {error}")
-            raise
+            return super().handle(request)
         finally:
-            if request.end:
-                self._sessions.close(request.session)
+            self._report()
 
-    def _handle(self, request: StageRequest, block: int) -> StageResponse:
-        session = self._start(request) if request.start else self._sessions.get(request.session)
-        if block == NO_BLOCK:
-            return StageResponse(self._outputs(self._no_frames, FrameFormat.RAW))
-        expect_block(request.session, block, session.blocks)
-        frames = self._decoder.decode(session.decoder, request.inputs[LATENT])
-        session.blocks += 1
-        return StageResponse(self._outputs(frames, session.frame_format), block)
+    def sweep(self, keep: int | None = None) -> None:
+        super().sweep(keep)
+        self._report()
+
+    def work(self, request: StageRequest, block: int) -> StageResponse:
+        session = self._start(request) if request.start else self.sessions.get(request.session)
+        frames = self._no_frames
+        if block != NO_BLOCK:
+            expect_block(request.session, block, session.blocks)
+            frames = self._decoder.decode(session.decoder, request.inputs[LATENT])
+            if session.label is not None:
+                frames = session.label.draw(frames)
+        outputs = self._outputs(frames, session.options)
+        self._count(session, frames, request)
+        if request.end:
+            self._closed(request.session, end_cause(request), session)
+        return StageResponse(outputs, block)
+
+    def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
+        """There is no next stage: the client gets it."""
+        raise failure
+
+    def gone(self, session: int, state: _Session, failure: PipeError) -> None:
+        self._closed(session, EndCause.FAILED, state, str(failure))
+
+    def silent(self, session: int, state: _Session) -> None:
+        self._closed(session, EndCause.SILENT, state)
+
+    def _report(self) -> None:
+        self._control.set_live_sessions(self.name, len(self.sessions))
 
     def _start(self, request: StageRequest) -> _Session:
-        chosen = FrameFormat(str(request.parameters.get(FRAME_FORMAT_PARAMETER, FrameFormat.RAW.value)))
+        self._room.require()
+        options = SessionOptions.parse(request.parameters)
         motion = request.inputs[SINK_MOTION]
-        return self._sessions.open(request.session, lambda: _Session(chosen, self._decoder.open(motion)))
+        slots = self._avatars.get(request.inputs[AVATAR].tobytes(), lambda: self._decoder.warm_up(motion))
+        return self.sessions.open(
+            request.session, lambda: _Session(options, self._label(options.label), DecoderState(slots))
+        )
 
-    def _outputs(self, frames: Array, frame_format: FrameFormat) -> dict[str, Array]:
-        if frame_format is FrameFormat.RAW:
+    def _label(self, text: str) -> Label | None:
+        return Label(text, self._stream.height, self._stream.width, self._label_font) if text else None
+
+    def _count(self, session: _Session, frames: Array, request: StageRequest) -> None:
+        if not len(frames):
+            return
+        latency_s = (time.monotonic_ns() - int(request.inputs[RECEIVED_NS][0])) / 1e9
+        session.blocks += 1
+        session.frames += len(frames)
+        session.latency_sum_s += latency_s
+        self.meter.add(metrics.FRAMES, len(frames))
+        self.meter.observe(metrics.LATENCY, latency_s)
+
+    def _closed(self, number: int, cause: EndCause, session: _Session, why: str = "") -> None:
+        log.info("session %d ended: %s, %s%s", number, cause, session.summary(), f" ({why})" if why else "")
+
+    def _outputs(self, frames: Array, options: SessionOptions) -> dict[str, Array]:
+        if options.frame_format is FrameFormat.RAW:
             return {FRAMES: frames, JPEG_FRAMES: np.zeros(0, dtype=np.object_)}
-        return {
-            FRAMES: self._no_frames,
-            JPEG_FRAMES: np.array([_jpeg(frame) for frame in frames], dtype=np.object_),
-        }
+        jpegs = [_jpeg(frame, options.jpeg_quality) for frame in frames]
+        return {FRAMES: self._no_frames, JPEG_FRAMES: np.array(jpegs, dtype=np.object_)}
 
 
-def _jpeg(frame: Array) -> bytes:
+def _jpeg(frame: Array, quality: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

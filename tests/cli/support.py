@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from live_avatar.arrays import Array
 from live_avatar.cli import main
 
-COMMANDS = ("generate", "export", "serve", "stream", "demo")
+COMMANDS = ("generate", "export", "serve", "stream", "doctor", "demo")
 SAMPLE_RATE_HZ = 16_000
 PATIENCE_S = 60.0
 NOBODY = 65_534

@@ -11,24 +11,18 @@ from hypothesis import strategies as st
 from live_avatar_client import (
     AnswerTimeout,
     Block,
+    ConnectionLost,
     InvalidInput,
     SendTimeout,
     ServerIncompatible,
+    SessionBusy,
     SessionClosed,
     SessionFailed,
     SessionRefused,
 )
-from live_avatar_client.core import (
-    BlockCutter,
-    Limits,
-    Opening,
-    Request,
-    Response,
-    SessionCore,
-    Steps,
-    as_samples,
-)
-from live_avatar_client.protocol import BLOCK_SAMPLES, ErrorCode, FrameFormat
+from live_avatar_client.core import Limits, Opening, Request, Response, SessionCore, Steps
+from live_avatar_client.cutter import BlockCutter, Samples, as_samples
+from live_avatar_client.protocol import BLOCK_SAMPLES, EndReason, ErrorCode, FrameFormat
 from live_avatar_client.testing import SAMPLE_IMAGE, sample_speech
 
 FPB = 12
@@ -51,30 +45,53 @@ class Harness:
         in_flight: int = 8,
         unread: int = 1000,
         frame_format: FrameFormat = FrameFormat.RAW,
+        keep_alive_s: float = math.inf,
+        idle: bool = False,
     ) -> None:
         self.clock = Clock()
-        limits = Limits(in_flight, unread, send_timeout_s=5, answer_timeout_s=60)
-        self.core = SessionCore(Opening(SAMPLE_IMAGE, "hi", 3, frame_format), limits, self.clock)
+        limits = Limits(in_flight, unread, send_timeout_s=5, answer_timeout_s=60, keep_alive_s=keep_alive_s)
+        opening = Opening(SAMPLE_IMAGE, "hi", 3, frame_format)
+        self.core = SessionCore(opening, limits, self.clock, idle=idle)
         self.core.open()
         self.lookahead = lookahead
         self.hold = False
         self.requests: list[Request] = []
+        self.sent_at_s: list[float] = []
         self.answered = 0
         self.blocks_answered = 0
 
     def flush(self) -> None:
-        while request := self.core.next_request():
-            self.requests.append(request)
+        self.take_requests()
         if not self.hold:
             self.answer()
+
+    def take_requests(self) -> None:
+        while request := self.core.next_request():
+            self.requests.append(request)
+            self.sent_at_s.append(self.clock.now_s)
 
     def answer(self) -> None:
         while self.answered < len(self.requests):
             request = self.requests[self.answered]
             self.answered += 1
             self.core.receive(self.response(len(request.audio)))
-            while request := self.core.next_request():
-                self.requests.append(request)
+            self.take_requests()
+
+    def pass_time(self, seconds: float) -> list[float]:
+        """Let the clock run, as the transports' timer does; return the times at which it wakes next, if any."""
+        stop_s = self.clock.now_s + seconds
+        while wake_s := next(self.core.keep_time(), None):
+            assert wake_s > self.clock.now_s, "the timer spins"
+            if wake_s > stop_s:
+                break
+            self.clock.now_s = wake_s
+            self.flush()
+        self.clock.now_s = stop_s
+        return [] if wake_s is None else [wake_s]
+
+    @property
+    def audio(self) -> list[Samples]:
+        return [request.audio for request in self.requests if len(request.audio)]
 
     def response(self, samples: int) -> Response:
         count = FPB if samples else 0
@@ -99,6 +116,12 @@ class Harness:
         self.flush()
 
     def blocks(self) -> list[Block]:
+        """Read to the end."""
+        blocks = self.blocks_so_far()
+        assert self.core.is_complete, "the core waits although everything was answered"
+        return blocks
+
+    def blocks_so_far(self) -> list[Block]:
         blocks = []
         while True:
             steps = self.core.next_block()
@@ -110,7 +133,7 @@ class Harness:
                 blocks.append(done.value)
                 self.flush()
             else:
-                raise AssertionError("the core waits although everything was answered")
+                return blocks
 
 
 @given(st.lists(st.integers(0, 20_000), max_size=8))
@@ -142,18 +165,23 @@ def test_every_frame_comes_once(sizes: list[int], lookahead: int, in_flight: int
     if held:  # nothing is answered before the end, so the look-ahead is not known at the end
         sizes = [min(sum(sizes), in_flight * BLOCK_SAMPLES)]
         harness.hold = True
-    harness.speak(sample_speech(size) for size in sizes)
+    chunks = [sample_speech(size) for size in sizes]
+    harness.speak(chunks)
     harness.end()
     harness.hold = False
     harness.flush()
     blocks = harness.blocks()
     frames = math.ceil(sum(sizes) / 640)
+    spoken = np.pad(np.concatenate(chunks), (0, -sum(sizes) % 640))
+    assert np.array_equal(np.concatenate([b.audio for b in blocks]), spoken)
+    assert [len(b.audio) for b in blocks] == [640 * len(b) for b in blocks]
+    assert not any(b.stale for b in blocks)
     assert [n for b in blocks for n in range(b.first_frame, b.first_frame + len(b))] == list(range(frames))
     assert [int(f[0, 0, 0]) for b in blocks for f in b.frames] == [n % 256 for n in range(frames)]
     assert [b.index for b in blocks] == list(range(len(blocks)))
-    assert [r.end for r in harness.requests] == [False] * (len(harness.requests) - 1) + [True]
+    assert [r.end for r in harness.requests] == [None] * (len(harness.requests) - 1) + [EndReason.COMPLETED]
     assert [r.opening is not None for r in harness.requests] == [True] + [False] * (len(harness.requests) - 1)
-    assert len({r.sequence_id for r in harness.requests}) == 1
+    assert len({(r.sequence_id, r.token) for r in harness.requests}) == 1
     assert sum(len(r.audio) > 0 for r in harness.requests) == math.ceil((frames + lookahead) / FPB)
 
 
@@ -184,12 +212,35 @@ def test_keep_alive() -> None:
     harness = Harness()
     harness.core.keep_alive()
     harness.flush()
-    assert [r.opening is not None for r in harness.requests] == [True, False]
+    assert [r.opening is not None for r in harness.requests] == [True]  # which says it too
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     harness.core.keep_alive()
     harness.flush()
-    assert [len(r.audio) for r in harness.requests] == [0, 0, BLOCK_SAMPLES, 0]
-    assert not harness.requests[-1].end
+    assert [len(r.audio) for r in harness.requests] == [0, BLOCK_SAMPLES, 0]
+    assert harness.requests[-1].end is None
+
+
+def test_a_quiet_session_keeps_itself_alive() -> None:
+    harness = Harness(keep_alive_s=10)
+    harness.flush()
+    (started_s,) = harness.pass_time(9.5)
+    assert started_s == 100 + 10
+    harness.pass_time(30.5)
+    assert [len(r.audio) for r in harness.requests] == [0] * 5
+    assert harness.sent_at_s == [100, 110, 120, 130, 140]
+    harness.speak([sample_speech(BLOCK_SAMPLES)])
+    assert harness.pass_time(0) == [harness.sent_at_s[-1] + 10]
+
+
+def test_a_session_whose_reader_is_slow_keeps_itself_alive_too() -> None:
+    harness = Harness(unread=1, keep_alive_s=10)
+    with pytest.raises(SendTimeout):
+        harness.speak([sample_speech(2 * BLOCK_SAMPLES)])
+    harness.end()
+    harness.pass_time(25)
+    assert [len(r.audio) for r in harness.requests] == [0, BLOCK_SAMPLES, 0, 0, 0]  # it is 131 s now
+    assert sum(map(len, harness.blocks())) == 24
+    assert harness.pass_time(100) == []  # the end is sent: there is nothing to keep alive
 
 
 def test_timestamps_and_times() -> None:
@@ -239,6 +290,184 @@ def test_sending_after_the_end_is_refused() -> None:
         harness.speak([sample_speech(10)])
 
 
+@pytest.mark.parametrize("lookahead", [0, 5, 12, 19])
+def test_an_interrupt_drops_what_is_not_sent_and_marks_the_rest(lookahead: int) -> None:
+    harness = Harness(lookahead, in_flight=3)
+    old, new = sample_speech(10 * BLOCK_SAMPLES + 99), sample_speech(BLOCK_SAMPLES + 700)
+    harness.speak([old[:BLOCK_SAMPLES]])
+    before = harness.blocks_so_far()
+    harness.speak([old[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES]])  # answered, and not read
+    harness.hold = True
+    sender = harness.core.send(old[2 * BLOCK_SAMPLES :])
+    next(sender)
+    harness.flush()
+    harness.core.interrupt()
+    with pytest.raises(StopIteration):
+        next(sender)  # who waits with a chunk is let go
+    harness.flush()
+    harness.hold = False
+    harness.speak([new])
+    harness.end()
+    blocks = harness.blocks()
+    assert len(harness.audio) == 5 + math.ceil((14 + lookahead) / FPB)
+    assert np.array_equal(np.concatenate(harness.audio[5:])[: len(new)], new)
+    everything = before + blocks
+    assert not any(b.stale for b in before)
+    assert [n for b in everything for n in range(b.first_frame, b.first_frame + len(b))] == list(range(5 * FPB + 14))
+    assert [int(f[0, 0, 0]) for b in everything for f in b.frames] == list(range(5 * FPB + 14))
+    assert all(b.stale == (b.first_frame + len(b) <= 5 * FPB) for b in blocks)
+    assert all(b.stale or b.first_frame >= 5 * FPB for b in blocks)
+    heard = np.concatenate([b.audio for b in everything])
+    assert np.array_equal(heard[: 5 * BLOCK_SAMPLES], old[: 5 * BLOCK_SAMPLES])
+    assert np.array_equal(heard[5 * BLOCK_SAMPLES :], np.pad(new, (0, -len(new) % 640)))
+    assert [b.index for b in everything] == list(range(len(everything)))
+
+
+def test_an_interrupt_before_anything_was_sent() -> None:
+    harness = Harness()
+    harness.speak([sample_speech(100)])
+    harness.core.interrupt()
+    harness.speak([sample_speech(700)])
+    harness.end()
+    (block,) = harness.blocks()
+    assert (block.first_frame, len(block), block.stale) == (0, 2, False)
+    assert np.array_equal(block.audio[:700], sample_speech(700))
+
+
+def test_an_interrupt_after_which_nothing_is_said() -> None:
+    harness = Harness()
+    harness.speak([sample_speech(100)])
+    harness.core.interrupt()
+    harness.end()
+    assert harness.blocks() == []
+    assert [len(r.audio) for r in harness.requests] == [0, 0]
+    assert harness.requests[-1].end is EndReason.COMPLETED
+    with pytest.raises(SessionClosed, match=r"has ended with end\(\)"):
+        harness.core.interrupt()
+
+
+def test_an_idle_session_sends_silence_at_playback_pace() -> None:
+    harness = Harness(idle=True)
+    harness.flush()
+    harness.pass_time(4.9)
+    assert harness.sent_at_s[1:] == pytest.approx([100 + 0.48 * i for i in range(11)])
+    assert not np.concatenate(harness.audio).any()
+    (block, *_) = harness.blocks_so_far()
+    assert not block.audio.any()
+    assert len(block.audio) == BLOCK_SAMPLES
+
+
+def test_speech_in_a_burst_is_played_before_there_is_silence() -> None:
+    harness = Harness(idle=True)
+    harness.flush()  # a block of silence, which is played until 100.48
+    speech = sample_speech(3 * BLOCK_SAMPLES + 50)
+    harness.speak([speech])
+    began_s = harness.sent_at_s[2]
+    harness.pass_time(3)
+    assert harness.sent_at_s[2:5] == [began_s] * 3
+    assert harness.sent_at_s[5:7] == pytest.approx([100 + 4 * 0.48, 100 + 5 * 0.48])
+    sent = np.concatenate(harness.audio[1:])
+    assert np.array_equal(sent[: len(speech)], speech)  # the rest of the speech goes with silence behind it
+    assert not sent[len(speech) :].any()
+
+
+def test_no_silence_goes_between_the_chunks_of_a_speech_in_real_time() -> None:
+    harness = Harness(idle=True)
+    harness.flush()
+    harness.pass_time(0.3)
+    speech = sample_speech(4 * BLOCK_SAMPLES + 320)
+    for chunk in np.split(speech, range(320, len(speech), 320)):
+        harness.run(harness.core.send(chunk, wait=False))  # takes no time
+        harness.pass_time(0.02)
+    harness.pass_time(0.5)
+    sent = np.concatenate(harness.audio)
+    assert not sent[:BLOCK_SAMPLES].any()
+    assert np.array_equal(sent[BLOCK_SAMPLES : BLOCK_SAMPLES + len(speech)], speech)
+
+
+def test_a_late_timer_does_not_slow_playback_down() -> None:
+    harness = Harness(idle=True, unread=2000)
+    harness.flush()
+    for _ in range(1000):
+        (wake_s,) = harness.pass_time(0)
+        harness.clock.now_s = wake_s + 0.01
+        harness.flush()
+    assert wake_s == pytest.approx(100 + 1000 * 0.48)
+    harness.clock.now_s += 10  # a pause is not made up for
+    harness.flush()
+    assert harness.pass_time(0) == [harness.clock.now_s + 0.48]
+
+
+def test_an_idle_session_stays_within_its_limits() -> None:
+    harness = Harness(idle=True, unread=4, keep_alive_s=10)
+    harness.flush()
+    harness.pass_time(60)
+    assert len(harness.audio) == 4
+    assert sum(len(r.audio) == 0 for r in harness.requests) == 1 + 5  # it keeps itself alive instead
+    assert len(harness.blocks_so_far()) == 4 + 1
+
+
+def test_an_idle_video_ends_with_the_last_speech() -> None:
+    harness = Harness(idle=True)
+    harness.flush()
+    harness.speak([sample_speech(BLOCK_SAMPLES + 1)])
+    harness.pass_time(5)
+    harness.end()
+    blocks = harness.blocks()
+    assert sum(map(len, blocks)) == 12 + 12 + 1
+    assert sum(len(b.audio) for b in blocks) == 25 * 640
+    assert harness.requests[-1].end is EndReason.COMPLETED
+
+
+def test_an_idle_session_may_say_nothing() -> None:
+    harness = Harness(idle=True)
+    harness.flush()
+    harness.pass_time(1)
+    harness.end()
+    assert harness.blocks() == []
+    assert harness.requests[-1].end is EndReason.COMPLETED
+
+
+def test_an_interrupted_avatar_listens_at_once() -> None:
+    harness = Harness(idle=True)
+    harness.flush()
+    harness.speak([sample_speech(8 * BLOCK_SAMPLES)])
+    harness.core.interrupt()
+    interrupted_s = harness.clock.now_s
+    harness.flush()
+    assert harness.sent_at_s[-1] == interrupted_s
+    assert not harness.audio[-1].any()
+    assert harness.pass_time(0) == [interrupted_s + 0.48]
+
+
+def test_a_busy_session_takes_nothing() -> None:
+    harness = Harness(in_flight=2, unread=3)
+    harness.flush()
+    harness.run(harness.core.send(sample_speech(BLOCK_SAMPLES + 5), wait=False))
+    harness.hold = True
+    harness.run(harness.core.send(sample_speech(BLOCK_SAMPLES), wait=False))
+    with pytest.raises(SessionBusy) as caught:
+        harness.run(harness.core.send(sample_speech(2 * BLOCK_SAMPLES), wait=False))
+    assert str(caught.value) == (
+        "the chunk completes 2 blocks, and 1 can be sent now: 1 of at most 2 blocks are sent but unanswered, and 1 "
+        "of at most 3 are answered but unread; read blocks and send it again, in smaller chunks if it never fits, "
+        "or send with wait=True. Nothing was taken"
+    )
+    harness.hold = False
+    harness.flush()
+    harness.end()
+    assert sum(len(b) for b in harness.blocks()) == 25
+    assert len(harness.audio) == 3
+
+
+def test_the_audio_of_a_long_session_is_not_kept() -> None:
+    harness = Harness(lookahead=30)
+    for _ in range(100):
+        harness.speak([sample_speech(BLOCK_SAMPLES)])
+        harness.blocks_so_far()
+        assert len(harness.core._sent) <= 4
+
+
 def test_limits_hold_and_a_stuck_send_gives_up() -> None:
     harness = Harness(in_flight=3, unread=4)
     with pytest.raises(SendTimeout) as caught:
@@ -269,7 +498,7 @@ def test_a_silent_server_fails_the_session() -> None:
     with pytest.raises(AnswerTimeout, match="answered nothing for 60 s, with 1 blocks sent; check"):
         next(steps)
     harness.flush()
-    assert harness.requests[-1].end
+    assert harness.requests[-1].end is EndReason.FAILED
 
 
 @pytest.mark.parametrize(
@@ -286,12 +515,68 @@ def test_an_error_ends_the_sequence(code: ErrorCode, error: type[SessionRefused]
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     harness.core.receive_error(f"in ensemble 'live_avatar', [request id: 1] [{code}] sorry; go home")
     harness.flush()
-    assert [(len(r.audio), r.end) for r in harness.requests] == [(0, False), (BLOCK_SAMPLES, False), (0, True)]
+    ends = [(len(r.audio), r.end) for r in harness.requests]
+    assert ends == [(0, None), (BLOCK_SAMPLES, None), (0, EndReason.FAILED)]
     with pytest.raises(error, match=r"^the server (refused|ended) the session: sorry; go home$") as caught:
         harness.blocks()
     assert caught.value.code is code
     with pytest.raises(error):
         harness.speak([sample_speech(1)])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionLost("gone"), EndReason.FAILED),
+        (InvalidInput("bad chunk"), EndReason.FAILED),
+        (SessionClosed("closed early"), EndReason.ABANDONED),
+        (LookupError("the application's own"), EndReason.ABANDONED),
+    ],
+)
+def test_the_server_is_told_why_a_session_ends(error: Exception, reason: EndReason) -> None:
+    harness = Harness()
+    harness.speak([sample_speech(BLOCK_SAMPLES)])
+    harness.core.fail(error)
+    harness.flush()
+    assert [r.end for r in harness.requests] == [None, None, reason]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "in ensemble 'live_avatar', inference request for sequence 6 to model 'b' must specify the START "
+            "flag on the first request of the sequence",
+            "the server no longer knows this session (it was silent for longer than the server's idle limit, or the "
+            "server has lost it); open a new session",
+        ),
+        (
+            "in ensemble 'live_avatar', Stub process 'dit_step_2_0_0' is not healthy.",
+            "the process of its stage dit_step_2 has stopped; open a new session when the server is ready",
+        ),
+        ("in ensemble 'live_avatar', out of luck", "out of luck"),
+    ],
+)
+def test_errors_of_triton_itself(text: str, message: str) -> None:
+    harness = Harness()
+    harness.flush()
+    harness.core.receive_error(text)
+    with pytest.raises(SessionFailed) as caught:
+        harness.blocks()
+    assert str(caught.value) == f"the server ended the session: {message}"
+    assert caught.value.code is None
+
+
+def test_provenance_comes_with_the_first_answer() -> None:
+    harness = Harness()
+    harness.hold = True
+    harness.flush()
+    assert harness.core.provenance is None
+    harness.core.receive(Response(np.zeros((0, 2, 2, 3), np.uint8), (), 0, {"seed": 3}))
+    harness.answered += 1
+    harness.hold = False
+    harness.speak([sample_speech(BLOCK_SAMPLES)])
+    assert harness.core.provenance == {"seed": 3}
 
 
 def test_a_late_refusal_is_a_failure() -> None:

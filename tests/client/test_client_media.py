@@ -1,5 +1,6 @@
 """Media files: speech in, video out, and files that are not what they should be."""
 
+import json
 import wave
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from live_avatar_client import InvalidInput, MediaError, read_image_bytes
-from live_avatar_client.core import Samples
-from live_avatar_client.media import Mp4Writer, read_speech
+from live_avatar_client.cutter import Samples
+from live_avatar_client.media import Mp4Writer, provenance_metadata, read_speech
 from live_avatar_client.protocol import MAX_IMAGE_BYTES
 from live_avatar_client.testing import SAMPLE_IMAGE, sample_speech
+from live_avatar_client.video import SpeechVideo
 
 
 def tone(samples: int, rate_hz: int = 16_000) -> Samples:
@@ -76,6 +78,41 @@ def test_video_round_trip(tmp_path: Path, size: tuple[int, int]) -> None:
     assert all(bright[25:])
     heard = read_speech(path)
     assert abs(int(np.argmax(np.abs(heard.astype(int)) > 4000)) - 16_000) < 160
+
+
+PROVENANCE = {"generator": "live-avatar", "version": "0.1.0", "preset": "tiny", "seed": 7, "picture_sha256": "ab"}
+
+
+def test_a_video_says_what_made_it(tmp_path: Path) -> None:
+    frames = np.zeros((3, 32, 32, 3), np.uint8)
+    path = tmp_path / "a.mp4"
+    written: list[np.ndarray] = []
+
+    def metadata() -> dict[str, str]:  # known with the first frames, no sooner
+        assert written
+        return {"title": "Hello", **provenance_metadata(PROVENANCE)}
+
+    with SpeechVideo(path, tone(3 * 640), metadata=metadata) as video:
+        written.append(frames)
+        video.write(frames)
+    with av.open(str(path)) as container:
+        read = dict(container.metadata)
+        assert len(list(container.decode(video=0))) == 3
+    assert read["title"] == "Hello"
+    assert read["comment"] == "AI-generated video: the person in it is animated by live-avatar 0.1.0."
+    assert json.loads(read["description"]) == PROVENANCE
+    label = json.loads(read["AIGC"])
+    assert (label["Label"], label["ContentProducer"]) == ("1", "live-avatar 0.1.0")
+    assert len(label["ProduceID"]) == 32
+    other = json.loads(provenance_metadata({**PROVENANCE, "seed": 8})["AIGC"])
+    assert other["ProduceID"] != label["ProduceID"]
+
+
+def test_a_speech_video_takes_metadata_as_they_are(tmp_path: Path) -> None:
+    with SpeechVideo(tmp_path / "a.mp4", tone(640), metadata={"title": "t"}) as video:
+        video.write(np.zeros((1, 32, 32, 3), np.uint8))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["title"] == "t"
 
 
 def test_speech_beyond_the_last_frame_is_left_out(tmp_path: Path) -> None:

@@ -1,14 +1,25 @@
 """Error texts and messages as they go over the wire, and the fake server's refusals."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
 from live_avatar_client import ServerIncompatible
 from live_avatar_client.core import Opening, Request
-from live_avatar_client.protocol import AUDIO, OUTPUTS, ErrorCode, FrameFormat, format_error, parse_error
-from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer
-from live_avatar_client.wire import check_metadata, decode_response, encode_request, put_tensor
+from live_avatar_client.protocol import (
+    AUDIO,
+    OUTPUTS,
+    PROVENANCE,
+    EndReason,
+    ErrorCode,
+    FrameFormat,
+    format_error,
+    parse_error,
+)
+from live_avatar_client.testing import SAMPLE_IMAGE, SAMPLE_PROVENANCE, FakeAvatarServer
+from live_avatar_client.wire import check_metadata, decode_json, decode_response, encode_request, put_tensor
 
 
 @pytest.mark.parametrize("code", ErrorCode)
@@ -24,8 +35,10 @@ def test_errors_without_a_code(text: str) -> None:
     assert parse_error(f"in ensemble 'live_avatar', {text}") == (None, message)
 
 
-def request(samples: int = 0, opening: Opening | None = None, end: bool = False) -> object:
-    return encode_request(Request(5, np.zeros(samples, np.int16), opening, end))
+def request(
+    samples: int = 0, opening: Opening | None = None, end: EndReason | None = None, token: str = "secret"
+) -> Any:
+    return encode_request(Request(5, token, np.zeros(samples, np.int16), opening, end))
 
 
 @pytest.mark.parametrize(
@@ -48,6 +61,43 @@ def test_the_fake_server_checks_requests(messages: list[object], error: tuple[Er
     *_, last = (server.answer(message) for message in messages)
     assert last.error_message.startswith("in ensemble 'live_avatar', [request id: <id_unknown>] [")
     assert parse_error(last.error_message) == error
+
+
+def test_the_fake_server_knows_a_session_by_its_token() -> None:
+    server = FakeAvatarServer()
+    server.answer(request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW)))
+    stolen = server.answer(request(7680, token="guessed", end=EndReason.ABANDONED))
+    message = "the token is not that of sequence 5; send the one of its START"
+    assert parse_error(stolen.error_message) == (ErrorCode.INVALID_ARGUMENT, message)
+    assert not server.answer(request(7680)).error_message
+    server.answer(request(0, end=EndReason.COMPLETED))
+    (session,) = server.sessions
+    assert (len(session.blocks), session.end_reason) == (1, "completed")
+
+
+def test_the_fake_server_refuses_a_quality_beyond_the_range() -> None:
+    answer = FakeAvatarServer().answer(request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.JPEG, 96)))
+    assert parse_error(answer.error_message) == (ErrorCode.INVALID_ARGUMENT, "jpeg_quality is 96; send 1 to 95")
+
+
+def test_provenance_is_in_the_answer_to_the_start_alone() -> None:
+    server = FakeAvatarServer()
+    start = server.answer(request(0, Opening(SAMPLE_IMAGE, "", 7, FrameFormat.RAW)))
+    assert decode_response(start.infer_response).provenance == {**SAMPLE_PROVENANCE, "seed": 7}
+    assert decode_response(server.answer(request(7680)).infer_response).provenance is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b"{", "the server's PROVENANCE is no JSON: .*; use a client and a server of the same version"),
+        (b"\xff", "the server's PROVENANCE is no JSON"),
+        (b"[1]", "the server's PROVENANCE is a JSON list, expected an object; use a client"),
+    ],
+)
+def test_unreadable_provenance(row: bytes, message: str) -> None:
+    with pytest.raises(ServerIncompatible, match=message):
+        decode_json(PROVENANCE, row)
 
 
 @pytest.mark.parametrize("content", [b"123", b"\xff\xff\xff\xff"])

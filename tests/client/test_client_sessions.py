@@ -92,9 +92,23 @@ def test_every_frame_of_the_speech(play: Play, lookahead: int, samples: int) -> 
 
 
 @both_ways
+def test_what_the_server_is_told(play: Play) -> None:
+    with FakeAvatarServer() as server:
+        play(server.url, [sample_speech(9000)], label="AI-generated · 生成", jpeg_quality=7)
+        play(server.url, [sample_speech(9000)])
+    first, second = server.sessions
+    assert (first.label, first.jpeg_quality, first.end_reason) == ("AI-generated · 生成", 7, "completed")
+    assert (second.label, second.jpeg_quality) == ("", 90)
+    assert {len(session.token) for session in server.sessions} == {32}
+    assert first.token != second.token
+
+
+@both_ways
 def test_jpeg_frames(play: Play) -> None:
     with FakeAvatarServer() as server:
         blocks = play(server.url, [sample_speech(9000)], frame_format="jpeg")
+        coarse = play(server.url, [sample_speech(9000)], frame_format="jpeg", jpeg_quality=1)
+    assert coarse[0].jpegs[0] != blocks[0].jpegs[0]
     assert [len(block) for block in blocks] == [12, 3]
     assert [block.frames.shape for block in blocks] == [(0, 32, 48, 3)] * 2
     assert Image.open(io.BytesIO(blocks[1].jpegs[2])).size == (48, 32)
@@ -161,6 +175,7 @@ def test_a_failure_mid_stream(play: Play) -> None:
         with pytest.raises(SessionFailed, match="ended the session: stage dit_step_2 failed at block 3: on"):
             play(server.url, [sample_speech(100_000)])
         assert wait_for(lambda: server.sessions[0].ended)
+    assert server.sessions[0].end_reason == "failed"
 
 
 def test_blocks_before_a_failure_are_given() -> None:
@@ -269,6 +284,7 @@ def test_leaving_early_ends_the_session() -> None:
             next(session.stream(itertools.repeat(sample_speech(1000))))
         asyncio.run(leave(server.url))
         assert wait_for(lambda: [s.ended for s in server.sessions] == [True, True])
+    assert [s.end_reason for s in server.sessions] == ["abandoned", "abandoned"]
 
 
 def test_an_interrupt_ends_the_session_of_a_slow_server() -> None:
@@ -411,6 +427,12 @@ def test_stats() -> None:
         ({"prompt": None}, "prompt is a NoneType; pass a str"),
         ({"seed": -1}, r"seed is -1; pass an int from 0 to 2\*\*63 - 1"),
         ({"seed": 1.5}, "seed is a float; pass an int"),
+        ({"jpeg_quality": 96}, "jpeg_quality is 96; pass an int from 1 to 95"),
+        ({"jpeg_quality": 0}, "jpeg_quality is 0; pass an int from 1 to 95"),
+        ({"label": "x" * 65}, "label has 65 characters; pass at most 64"),
+        ({"label": "a\nb"}, r"label is 'a\\nb'; pass one line of printable characters"),
+        ({"label": None}, "label is a NoneType; pass a str"),
+        ({"keep_alive_s": 0}, "keep_alive_s is 0; pass a number above 0"),
         ({"frame_format": "png"}, "frame_format is 'png'; pass 'raw' or 'jpeg'"),
         ({"max_unread_blocks": 0}, "max_unread_blocks is 0; pass a number above 0"),
         ({"send_timeout_s": float("nan")}, "send_timeout_s is nan; pass a number above 0"),

@@ -27,6 +27,7 @@ class Restreamed:
     def __post_init__(self) -> None:
         self.tokenizer = self.runtime.tokenizer
         self.zeros = self.runtime.zeros
+        self.free_bytes = self.runtime.free_bytes
 
     def graph(self, component: str) -> Graph:
         return self.runtime.graph(component)

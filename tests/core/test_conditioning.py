@@ -1,11 +1,11 @@
-"""The front end: noise, seeds, known avatars."""
+"""The front end: noise, seeds, avatars."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from live_avatar.conditioning import MAX_SEED, Conditioner, block_noise
+from live_avatar.conditioning import MAX_SEED, Conditioner, avatar_key, block_noise
 from live_avatar.config import MOTION_LATENTS
 from live_avatar.errors import InputError
 from live_avatar.runtime.torch_runtime import TorchRuntime
@@ -56,14 +56,13 @@ def test_every_seed_in_range_opens(conditioner: Conditioner, seed: int) -> None:
     assert conditioner.open(seed).seed == seed
 
 
-def test_an_avatar_has_the_steps_inputs_and_is_remembered(conditioner: Conditioner, picture: bytes) -> None:
+def test_an_avatar_has_the_steps_inputs(conditioner: Conditioner, picture: bytes) -> None:
     avatar = conditioner.avatar(picture, "one")
     h, w = SMALL.stream.latent_height, SMALL.stream.latent_width
     assert avatar.reference.shape == (1, 16, 1, h, w)
     assert avatar.motion.shape == (1, 16, MOTION_LATENTS, h, w)
     assert avatar.text.shape == (SMALL.dit.text_len, SMALL.dit.text_dim)
     assert np.array_equal(avatar.reference, avatar.motion[:, :, :1])
-    assert conditioner.avatar(picture, "one") is avatar
     other = conditioner.avatar(picture, "two")
     assert np.array_equal(other.reference, avatar.reference)
     assert not np.array_equal(other.text, avatar.text)
@@ -73,16 +72,12 @@ def test_a_prompt_that_is_no_utf8_makes_an_avatar_all_the_same(conditioner: Cond
     assert np.isfinite(conditioner.avatar(picture, "half \ud800").text).all()
 
 
-def test_the_longest_unused_avatar_is_forgotten_first(
-    small_runtime: TorchRuntime, picture: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("live_avatar.conditioning.KNOWN_AVATARS", 2)
-    conditioner = Conditioner(small_runtime)
-    stored = [conditioner.avatar(picture, str(number)) for number in range(2)]
-    conditioner.avatar(picture, "0")  # used again, so now 1 is the oldest
-    conditioner.avatar(picture, "new")
-    assert conditioner.avatar(picture, "0") is stored[0]
-    assert conditioner.avatar(picture, "1") is not stored[1]
+def test_the_key_of_an_avatar_is_of_its_contents(picture: bytes) -> None:
+    keys = {avatar_key(picture, "one"), avatar_key(picture, "two"), avatar_key(picture + b"\0", "one")}
+    assert len(keys) == 3
+    assert {len(key) for key in keys} == {32}
+    assert avatar_key(bytes(picture), "one") in keys
+    assert avatar_key(b"a", "b") != avatar_key(b"ab", "")
 
 
 def test_blocks_count_and_two_sessions_do_not_meet(conditioner: Conditioner) -> None:

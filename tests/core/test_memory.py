@@ -1,27 +1,38 @@
-"""Sums of GPU memory against the sizes that the reference states, and against real graphs and caches."""
+"""Sums of memory against the sizes that the reference states, and against real graphs and caches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from live_avatar.artifacts import Artifacts
 from live_avatar.config import S2V_14B, TINY, DiTConfig, Preset
+from live_avatar.contract import contracts
+from live_avatar.decoder import FrameDecoder
 from live_avatar.denoiser import DenoisingStep
 from live_avatar.errors import CapacityError, ConfigError
 from live_avatar.memory import (
+    CONDITIONING,
+    DECODER,
     GIB,
+    MIB,
     WORKSPACE_BYTES,
     Memory,
     decoder_memory,
     fitting_on_host,
+    host_available_bytes,
     require_room,
+    require_sessions,
+    session_memory,
     step_memory,
 )
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.speech import SpeechWindow
 from tests.core.test_tensorrt_runtime import source
 
 LARGE = S2V_14B.with_precision("bfloat16")
@@ -89,11 +100,23 @@ def test_weights_are_those_of_the_graphs(artifacts: Artifacts) -> None:
 
 def test_a_session_takes_what_its_caches_have(onnx_runtime: OnnxRuntime) -> None:
     step = DenoisingStep(onnx_runtime, 1)
-    state = step.open(source(TINY, 1))
+    state = step.open(step.prefill(source(TINY, 1)))
     memory = step_memory(TINY).per_session
     assert memory["sink and text"] == sum(array.nbytes for array in state.sink.values())
     tokens = TINY.stream.past_blocks * TINY.stream.block_tokens
     assert memory["ring"] == 2 * TINY.dit.num_layers * tokens * TINY.dit.dim * 4
+
+
+def test_a_decoder_and_conditioning_keep_what_is_counted(onnx_runtime: OnnxRuntime) -> None:
+    given = source(TINY, 1)
+    slots = FrameDecoder(onnx_runtime).warm_up(given.motion)
+    assert decoder_memory(TINY).per_session["state"] == sum(array.nbytes for array in slots.values())
+    memory = session_memory(TINY, CONDITIONING, {}).per_session
+    assert memory["latents and text"] == given.motion.nbytes + given.text.nbytes
+    window = SpeechWindow(TINY.stream)
+    for _ in range(TINY.stream.speech_window_blocks + 1):
+        heard = window.push(np.zeros(TINY.stream.block_samples, dtype=np.int16))
+    assert memory["speech"] == 2 * heard.size
 
 
 def test_sixteen_bits_halve_the_caches() -> None:
@@ -105,6 +128,13 @@ def test_the_sum_is_spelled_out() -> None:
     memory = Memory("a stage", {"weights": 2 * GIB}, {"ring": GIB // 2})
     assert memory.spelled(3) == "weights 2.00 + 3 x ring 0.50 = 3.50 GiB"
     assert memory.total(3) == 3.5 * GIB
+
+
+def test_the_sum_of_a_small_preset_is_in_mib() -> None:
+    memory = Memory("a stage", {}, {"ring": 2 * MIB}, {"sink": MIB // 4})
+    assert memory.spelled(3) == "3 x ring 2.00 = 6.00 MiB"
+    assert memory.spelled(3, 2) == "3 x ring 2.00 + 2 x sink of an avatar 0.25 = 6.50 MiB"
+    assert memory.total(3, 2) == 6.5 * MIB
 
 
 def test_a_prefill_on_the_host_leaves_the_gpu() -> None:
@@ -147,3 +177,97 @@ def test_what_does_not_fit_is_refused_with_the_sum(
         require_room(preset, memory_gib, sessions, on_host)
     may_move = stage == "a denoising step" and not on_host
     assert ("--weights-on-host dit_prefill" in str(caught.value)) == may_move
+
+
+def bytes_of(preset: Preset, stage: str, sessions: int, avatars: int) -> int:
+    return session_memory(preset, stage, contracts(preset)).total(sessions, avatars)
+
+
+def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
+    needed = bytes_of(LARGE, "dit_step_3", 2, 1)
+    require_sessions(LARGE, 2, 1, needed, ["dit_step_3"])
+    message = (
+        r"^2 sessions and 1 known avatars of preset s2v-14b need 31\.37 GiB, but 31\.37 GiB are free, enough for 1 "
+        r"sessions: a denoising step: keys and values of the current block 2\.42 \+ copies of a history that is not "
+        r"full 4\.83 \+ sink that replaces another 2\.40 \+ 2 x ring 7\.25 \+ 2 x sink and text 2\.40 \+ 1 x sink and "
+        r"text of an avatar 2\.40 = 31\.37 GiB; take fewer sessions \(--max-sessions\), fewer known avatars "
+        r"\(--known-avatars\) or more memory\.$"
+    )
+    with pytest.raises(CapacityError, match=message):
+        require_sessions(LARGE, 2, 1, needed - 1, ["dit_step_3"])
+
+
+def test_a_host_holds_the_sessions_of_all_stages() -> None:
+    stages = [CONDITIONING, *(f"dit_step_{step}" for step in range(1, 5)), DECODER]
+    needed = sum(bytes_of(TINY, stage, 4, 16) for stage in stages)
+    require_sessions(TINY, 4, 16, needed)
+    require_sessions(TINY, 4, 16, needed, stages, contracts(TINY))
+    with pytest.raises(CapacityError) as caught:
+        require_sessions(TINY, 4, 16, needed - 1)
+    sentence = str(caught.value)
+    assert f"need {needed / MIB:.2f} MiB, but {needed / MIB:.2f} MiB are free, enough for 3 sessions: " in sentence
+    spelled = [part.partition(": ")[0] for part in sentence.split("sessions: ", 1)[1].split("; ")[:3]]
+    assert spelled == ["conditioning", "4 times a denoising step", "the VAE decoder"]
+
+
+def test_no_room_for_the_avatars_is_room_for_no_session() -> None:
+    with pytest.raises(CapacityError, match=r"but 0\.00 MiB are free, enough for 0 sessions"):
+        require_sessions(TINY, 1, 16, 0)
+
+
+@pytest.mark.parametrize(("sessions", "avatars"), [(0, 1), (-3, 1), (1, -1)])
+def test_numbers_of_sessions_that_mean_nothing_are_refused(sessions: int, avatars: int) -> None:
+    message = rf"^{sessions} sessions and {avatars} known avatars; expected at least 1 session and 0 known avatars\.$"
+    with pytest.raises(ConfigError, match=message):
+        require_sessions(TINY, sessions, avatars, GIB)
+
+
+def test_a_stage_that_is_none_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^there is no stage 'dit_step_5'; preset tiny has conditioning, dit_step_1, "
+    ):
+        require_sessions(TINY, 1, 1, GIB, ["dit_step_5"])
+
+
+def test_this_machine_has_memory_and_not_more_than_all() -> None:
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    assert 0 < host_available_bytes() <= int(total.split()[1]) * 1024
+
+
+def machine(root: Path, groups: str, files: dict[str, str]) -> int:
+    """What is available where the kernel says 1000 MiB are, in given control groups."""
+    for name, text in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  1024000 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "proc/self").mkdir()
+    (root / "proc/self/cgroup").write_text(groups)
+    return host_available_bytes(root)
+
+
+def test_without_control_groups_the_kernels_figure_holds(tmp_path: Path) -> None:
+    assert machine(tmp_path, "0::/\n", {}) == 1000 * MIB
+
+
+def test_a_control_group_leaves_less_and_file_pages_are_free(tmp_path: Path) -> None:
+    files = {"memory.max": f"{500 * MIB}\n", "memory.current": f"{200 * MIB}\n"}
+    files["memory.stat"] = f"anon 1\ninactive_file {50 * MIB}\n"
+    placed = {f"sys/fs/cgroup/a/{name}": text for name, text in files.items()}
+    assert machine(tmp_path, "0::/a/b\n", placed) == 350 * MIB
+
+
+def test_a_control_group_without_a_limit_leaves_what_the_kernel_does(tmp_path: Path) -> None:
+    files = {"memory.max": "max\n", "memory.current": "5\n", "memory.stat": "inactive_file 0\n"}
+    assert machine(tmp_path, "0::/\n", {f"sys/fs/cgroup/{name}": text for name, text in files.items()}) == 1000 * MIB
+
+
+def test_a_control_group_of_version_1_seen_from_inside_a_container(tmp_path: Path) -> None:
+    """Its path is the host's; what is mounted is the container's own group."""
+    files = {"memory.limit_in_bytes": f"{300 * MIB}\n", "memory.usage_in_bytes": f"{310 * MIB}\n"}
+    files["memory.stat"] = f"inactive_file 0\ntotal_inactive_file {20 * MIB}\n"
+    placed = {f"sys/fs/cgroup/memory/{name}": text for name, text in files.items()}
+    assert machine(tmp_path, "5:cpu:/x\n4:memory:/pods/7\n0::/\n", placed) == 10 * MIB
+
+
+def test_a_control_group_that_is_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
+    files = {"memory.max": "1\n", "memory.current": "5\n", "memory.stat": "inactive_file 0\n"}
+    assert machine(tmp_path, "0::/\n", {f"sys/fs/cgroup/{name}": text for name, text in files.items()}) == 0

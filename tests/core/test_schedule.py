@@ -108,7 +108,7 @@ def denoised(runtime: Runtime) -> Array:
     latent = np.random.default_rng(3).standard_normal((1, *stream.latent_shape), dtype=np.float32)
     for number in range(1, stream.steps + 1):
         step = DenoisingStep(runtime, number)
-        latent = step.run(step.open(source), latent, audio)
+        latent = step.run(step.open(step.prefill(source)), latent, audio)
     return latent
 
 

@@ -23,7 +23,7 @@ from live_avatar.artifacts import Artifacts, load_artifacts
 from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import MOTION_LATENTS, TINY, Preset
 from live_avatar.contract import kv_names
-from live_avatar.decoder import FrameDecoder
+from live_avatar.decoder import DecoderState, FrameDecoder
 from live_avatar.denoiser import DenoisingStep, StepState
 from live_avatar.engines import RECORDS, engine_path
 from live_avatar.errors import ArtifactError
@@ -78,7 +78,7 @@ class Session:
     def __init__(self, ours: DenoisingStep, theirs: DenoisingStep, seed: int) -> None:
         self.steps = (ours, theirs)
         given = source(ours.preset, seed)
-        self.states = [step.open(given) for step in self.steps]
+        self.states = [step.open(step.prefill(given)) for step in self.steps]
         self._random = np.random.default_rng(seed)
 
     def run(self) -> None:
@@ -174,7 +174,7 @@ def test_a_bounded_number_of_captures_is_kept(
 
 def test_caches_stay_on_the_device(runtime: TensorRTRuntime) -> None:
     step = DenoisingStep(runtime, 1)
-    state = step.open(source(TINY, 1))
+    state = step.open(step.prefill(source(TINY, 1)))
     assert all(isinstance(tensor, torch.Tensor) for tensor in (*state.sink.values(), *state.ring.history().values()))
     assert state.ring.history()["history_k.0"].dtype == torch.float32
 
@@ -182,7 +182,7 @@ def test_caches_stay_on_the_device(runtime: TensorRTRuntime) -> None:
 def test_two_streams_of_frames_decode_to_the_same_pixels(runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime) -> None:
     decoders = FrameDecoder(runtime), FrameDecoder(onnx_runtime)
     motions = [source(TINY, seed).motion for seed in (1, 2)]
-    states = [[decoder.open(motion) for motion in motions] for decoder in decoders]
+    states = [[DecoderState(decoder.warm_up(motion)) for motion in motions] for decoder in decoders]
     random = np.random.default_rng(3)
     for _ in range(3):
         for stream in range(len(motions)):

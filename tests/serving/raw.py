@@ -13,16 +13,17 @@ import tritonclient.grpc as triton
 
 from live_avatar.arrays import Array
 
-BLOCK = np.zeros(7680, dtype=np.int16)
+BLOCK, NOTHING = np.zeros(7680, dtype=np.int16), np.zeros(0, dtype=np.int16)
 DATATYPES = {"int16": "INT16", "uint8": "UINT8", "object": "BYTES", "float32": "FP32", "int32": "INT32"}
 _ids = itertools.count(1000)
 
 
 class RawSession:
-    """One sequence id on one stream; `ask` waits for the answer of each request."""
+    """One sequence id on one stream; `ask` waits for the answer of each request, `send` does not."""
 
-    def __init__(self, client: triton.InferenceServerClient, session: int) -> None:
+    def __init__(self, client: triton.InferenceServerClient, session: int | str) -> None:
         self._client = client
+        self._gone = False
         self.session = session
         self._answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         client.start_stream(lambda result, error: self._answers.put((result, error)))
@@ -37,6 +38,18 @@ class RawSession:
         **parameters: Any,
     ) -> Any:
         """The answer, or the words of the error."""
+        self.send(audio, image, prompt, start, end, **parameters)
+        return self.answer()
+
+    def send(
+        self,
+        audio: Array | None = BLOCK,
+        image: bytes | None = None,
+        prompt: bytes | None = None,
+        start: bool = False,
+        end: bool = False,
+        **parameters: Any,
+    ) -> None:
         arrays = {
             "AUDIO": audio,
             "REFERENCE_IMAGE": None if image is None else np.frombuffer(image, dtype=np.uint8),
@@ -56,17 +69,27 @@ class RawSession:
             sequence_end=end,
             parameters=parameters or None,
         )
+
+    def answer(self) -> Any:
+        """The next answer, or the words of the error."""
         result, error = self._answers.get(timeout=30)
         return str(error) if error else result
 
+    def vanish(self) -> None:
+        """Cancels the call with all that is under way, and sends no END."""
+        self._client.stop_stream(cancel_requests=True)
+        self._gone = True
+
     def close(self) -> None:
         """Ends the sequence whatever state it is in."""
-        self.ask(np.zeros(0, dtype=np.int16), end=True)
+        if self._gone:
+            return
+        self.ask(NOTHING, end=True)
         self._client.stop_stream()
 
 
 @contextmanager
-def raw_session(url: str, session: int | None = None) -> Iterator[RawSession]:
+def raw_session(url: str, session: int | str | None = None) -> Iterator[RawSession]:
     with triton.InferenceServerClient(url) as client:
         raw = RawSession(client, next(_ids) if session is None else session)
         try:

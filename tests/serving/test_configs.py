@@ -22,6 +22,7 @@ PROFILES: dict[str, tuple[tuple[int | None, ...], int | None]] = {
     "h800x5": ((0, 1, 2, 3), 4),
 }
 SINK = "rolling_sink"
+BESIDE = (SINK, protocol.STATUS_MODEL)
 
 
 def parsed(model: str, profile: str) -> model_config_pb2.ModelConfig:
@@ -34,7 +35,7 @@ def chain(profile: str) -> list[str]:
 
 
 def stages(profile: str) -> list[str]:
-    return [*chain(profile), SINK]
+    return [*chain(profile), *BESIDE]
 
 
 def signature(specs: object) -> dict[str, tuple[str, tuple[int, ...], bool]]:
@@ -95,8 +96,8 @@ def test_the_wiring_connects_tensors_of_one_type(profile: str) -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_model_stands_in_its_place(profile: str) -> None:
     steps, ends = PROFILES[profile]
-    places = [ends, *steps, ends, None]
-    models = ["conditioning", *(f"dit_step_{i}" for i in range(1, len(steps) + 1)), "vae_decoder", SINK]
+    places = [ends, *steps, ends, None, None]
+    models = ["conditioning", *(f"dit_step_{i}" for i in range(1, len(steps) + 1)), "vae_decoder", *BESIDE]
     assert stages(profile) == models
     for model, gpu in zip(models, places, strict=True):
         [group] = parsed(model, profile).instance_group
@@ -124,7 +125,11 @@ def test_limits_agree(profile: str) -> None:
     assert list(sequences) == chain(profile)
     idle_s = {s.max_sequence_idle_microseconds / 1e6 for s in sequences.values()}
     assert idle_s == {float(configs[SINK].parameters["idle_limit_s"].string_value)}
-    sessions = int(configs["conditioning"].parameters["max_sessions"].string_value)
+    limits = {
+        int(c.parameters["max_sessions"].string_value) for c in configs.values() if "max_sessions" in c.parameters
+    }
+    assert len(limits) == 1
+    [sessions] = limits
     assert all(s.oldest.max_candidate_sequences >= 4 * sessions for s in sequences.values())
 
 

@@ -1,21 +1,30 @@
-"""The stages in plain arrays, without a server: chains, failures, gaps, idle sessions, the rolling sink."""
+"""The stages in plain arrays, without a server: chains, failures, ends, known avatars, the rolling sink."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from live_avatar.arrays import Array
 from live_avatar.config import TINY
-from live_avatar.errors import CapacityError, InputError, SessionError
+from live_avatar.errors import CapacityError, InputError, SessionError, ShutdownError
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving import conditioning
+from live_avatar.serving import conditioning, metrics
 from live_avatar.serving.conditioning import ConditioningStage
+from live_avatar.serving.control import Control, Phase
 from live_avatar.serving.dit_step import DiTStepStage
+from live_avatar.serving.metrics import EndCause, RefusalReason
+from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import ABSENT, FAILED, READY, RollingSink
-from live_avatar.serving.stage import NO_BLOCK, SessionTable, StageRequest
-from live_avatar.serving.tensors import BLOCK, LATENT, SINK_REFERENCE
+from live_avatar.serving.stage import NO_BLOCK, PipeError, SessionTable, StageRequest, describe
+from live_avatar.serving.status import Served
+from live_avatar.serving.tensors import AVATAR, BLOCK, FAILURE, LATENT, SINK_REFERENCE
 from live_avatar.serving.vae_decoder import VAEDecoderStage
+from live_avatar_client.protocol import ErrorCode
+from tests.serving.recording import RecordingMeter
 
 SESSION = 5
 IDLE_S = 30.0
@@ -32,35 +41,76 @@ class Clock:
         return self.now_s
 
 
+def served(max_sessions: int = 2) -> Served:
+    return Served("0", "tiny", "abc", "cpu", max_sessions)
+
+
 class Pipe:
     """All stages in a row, as the ensemble wires them; the rolling sink is the real one."""
 
-    def __init__(self, runtime: OnnxRuntime, max_sessions: int = 2) -> None:
+    def __init__(self, runtime: OnnxRuntime, folder: Path) -> None:
         self.sinks = RollingSink(IDLE_S)
-        self.conditioning = ConditioningStage(runtime, self.sinks, IDLE_S, max_sessions)
-        self.steps = [DiTStepStage(runtime, step, self.sinks, IDLE_S) for step in range(1, 5)]
-        self.decoder = VAEDecoderStage(runtime, IDLE_S)
+        self.control = Control(folder)
+        self.meters = {
+            name: RecordingMeter() for name in ("conditioning", *(f"dit_step_{i}" for i in range(1, 5)), "vae_decoder")
+        }
+        room = SessionRoom("any", runtime, 0)
+        self.conditioning = ConditioningStage(
+            runtime, self.sinks, IDLE_S, served(), self.meters["conditioning"], self.control, known_avatars=1
+        )
+        self.steps = [
+            DiTStepStage(runtime, step, self.sinks, IDLE_S, self.meters[f"dit_step_{step}"], room, known_avatars=1)
+            for step in range(1, 5)
+        ]
+        self.decoder = VAEDecoderStage(runtime, IDLE_S, self.meters["vae_decoder"], room, self.control, known_avatars=1)
 
-    def condition(self, audio: Array, start: bool = False, end: bool = False, **inputs: Array) -> dict[str, Array]:
-        request = StageRequest(SESSION, start, end, {"AUDIO": audio, **inputs}, {"seed": 3} if start else {})
+    def condition(
+        self, audio: Array, start: bool = False, end: bool = False, session: int = SESSION, **inputs: Array
+    ) -> dict[str, Array]:
+        parameters = {"seed": 3} if start else {}
+        request = StageRequest(session, start, end, {"AUDIO": audio, **inputs}, parameters)
         return self.conditioning.handle(request).outputs
 
     def denoise(
-        self, tensors: dict[str, Array], upto: int = 4, start: bool = False, end: bool = False
+        self,
+        tensors: dict[str, Array],
+        upto: int = 4,
+        start: bool = False,
+        end: bool = False,
+        session: int = SESSION,
+        since: int = 0,
     ) -> dict[str, Array]:
-        for stage in self.steps[:upto]:
-            tensors = tensors | stage.handle(StageRequest(SESSION, start, end, tensors)).outputs
+        for stage in self.steps[since:upto]:
+            tensors = tensors | stage.handle(StageRequest(session, start, end, tensors)).outputs
         return tensors
 
-    def run(self, audio: Array, start: bool = False, end: bool = False, **inputs: Array) -> Array:
+    def decode(
+        self, tensors: dict[str, Array], start: bool = False, end: bool = False, session: int = SESSION
+    ) -> Array:
+        return self.decoder.handle(StageRequest(session, start, end, tensors)).outputs["FRAMES"]
+
+    def run(
+        self, audio: Array, start: bool = False, end: bool = False, session: int = SESSION, **inputs: Array
+    ) -> Array:
         """One block through everything -> frames."""
-        tensors = self.denoise(self.condition(audio, start, end, **inputs), start=start, end=end)
-        return self.decoder.handle(StageRequest(SESSION, start, end, tensors)).outputs["FRAMES"]
+        tensors = self.condition(audio, start, end, session, **inputs)
+        tensors = self.denoise(tensors, start=start, end=end, session=session)
+        return self.decode(tensors, start, end, session)
+
+    def stages(self) -> list[ConditioningStage | DiTStepStage | VAEDecoderStage]:
+        return [self.conditioning, *self.steps, self.decoder]
+
+    def live(self) -> list[int]:
+        """Sessions that each stage holds."""
+        return [len(stage.sessions) for stage in self.stages()]
+
+    def count(self, metric: metrics.Metric, stage: str = "conditioning", **labels: str) -> float:
+        return self.meters[stage].of(metric, **labels)
 
 
 @pytest.fixture
-def pipe(onnx_runtime: OnnxRuntime) -> Pipe:
-    return Pipe(onnx_runtime)
+def pipe(onnx_runtime: OnnxRuntime, tmp_path: Path) -> Pipe:
+    return Pipe(onnx_runtime, tmp_path)
 
 
 @pytest.fixture
@@ -76,6 +126,7 @@ def test_the_chain_makes_the_generators_frames(
     for block in range(1, 6):
         frames.append(pipe.run(speech[7680 * block : 7680 * (block + 1)], end=block == 5))
     assert np.array_equal(np.concatenate(frames), expected[:72])
+    assert pipe.live() == [0] * 6
     with pytest.raises(SessionError, match="is not open here: it was never started, has ended, or was silent"):
         pipe.run(speech[:7680])
 
@@ -110,31 +161,205 @@ def test_the_sink_travels_with_the_blocks_that_need_it(pipe: Pipe, opening: dict
     assert [block + 1 for block, rows in enumerate(carried) if rows] == [1, update]
 
 
-def test_a_failed_stage_remembers_and_tells_conditioning(
+def test_a_failure_ends_the_session_in_every_stage_behind_it(
     pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe.denoise(pipe.condition(speech[:7680], start=True, **opening), start=True)
+    pipe.run(speech[:7680], start=True, **opening)
     pipe.sinks.take(SESSION)
-    tensors = pipe.condition(speech[7680 : 2 * 7680])
 
     def fail(*_: object) -> Array:
         raise RuntimeError("the device fell off")
 
     with monkeypatch.context() as broken:
         broken.setattr(pipe.steps[1]._denoiser, "run", fail)
-        with pytest.raises(RuntimeError, match="fell off"):
-            pipe.denoise(tensors, upto=2)
-    later = pipe.condition(speech[2 * 7680 : 3 * 7680])
-    with pytest.raises(SessionError, match=r"session 5 has failed \(step 2, block 2: the device fell off\); end it"):
-        pipe.denoise(later, upto=2)
+        tensors = pipe.denoise(pipe.condition(speech[7680 : 2 * 7680]))
+    with pytest.raises(PipeError) as raised:
+        pipe.decode(tensors)
+    assert str(raised.value) == (
+        "stage dit_step_2 at block 2 failed (RuntimeError: the device fell off); end the session and start a new one."
+    )
+    assert raised.value.code is ErrorCode.FAILED
+    assert pipe.live() == [1, 1, 0, 0, 0, 0], "those before it learn of it by END"
     assert pipe.sinks.take(SESSION)[0] == FAILED, "so that conditioning does not wait for a sink that never comes"
+    assert [pipe.count(metrics.FAILURES, f"dit_step_{step}") for step in (1, 2, 3)] == [0, 1, 0]
+
+    with pytest.raises(PipeError, match=r"session 5 has failed \(stage dit_step_2 at block 2 failed"):
+        pipe.run(speech[2 * 7680 : 3 * 7680])
+    with pytest.raises(PipeError, match="session 5 has failed"):
+        pipe.run(NOTHING, end=True)
+    assert pipe.live() == [0] * 6
+    assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
 
 
 def test_a_gap_is_noticed_downstream(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
     pipe.run(speech[:7680], start=True, **opening)
     pipe.condition(speech[7680 : 2 * 7680])  # lost on its way
-    with pytest.raises(SessionError, match="brings block 3 where block 2 was due, because an earlier block failed"):
+    with pytest.raises(PipeError, match="brings block 3 where block 2 was due, because an earlier block failed"):
         pipe.run(speech[2 * 7680 : 3 * 7680])
+
+
+def test_conditioning_that_fails_ends_the_session_everywhere(
+    pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.run(speech[:7680], start=True, **opening)
+    with monkeypatch.context() as broken:
+        broken.setattr(pipe.conditioning._conditioner, "block", lambda *_: 1 / 0)
+        with pytest.raises(
+            PipeError, match=r"stage conditioning at block 2 failed \(ZeroDivisionError: division by zero"
+        ):
+            pipe.run(speech[:7680])
+    assert pipe.live() == [0] * 6
+    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
+    assert pipe.count(metrics.SESSIONS_LIVE) == 0
+    with pytest.raises(SessionError, match="session 5 has failed"):
+        pipe.condition(NOTHING, end=True)
+    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1, "counted once"
+
+
+def test_a_stage_without_room_refuses_at_the_start(
+    pipe: Pipe, onnx_runtime: OnnxRuntime, opening: dict[str, Array]
+) -> None:
+    pipe.steps[2]._room = SessionRoom("dit_step_3", onnx_runtime, 2**60)
+    said = r"stage dit_step_3 has [\d.]+ MiB of memory free, and a session takes 1099511627776\.0 MiB there; try again"
+    with pytest.raises(PipeError, match=said) as raised:
+        pipe.run(NOTHING, start=True, **opening)
+    assert raised.value.code is ErrorCode.UNAVAILABLE
+    assert pipe.count(metrics.SESSIONS_REFUSED, "dit_step_3", reason=RefusalReason.MEMORY) == 1
+    with pytest.raises(PipeError):
+        pipe.run(NOTHING, end=True)
+    assert pipe.live() == [0] * 6
+
+
+def test_memory_that_runs_out_on_the_way_is_told_as_such() -> None:
+    told = describe(MemoryError("cannot have 5 GiB"), "dit_step_1", 6)
+    assert told.code is ErrorCode.UNAVAILABLE
+    assert str(told) == (
+        "stage dit_step_1 at block 7 has no memory left (cannot have 5 GiB); try again later or elsewhere."
+    )
+
+
+def test_known_avatars_skip_encoder_prefill_and_warm_up(
+    pipe: Pipe, opening: dict[str, Array], speech: Array, expected: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.run(NOTHING, start=True, end=True, **opening)
+    with monkeypatch.context() as idle:
+        for worker, work in (
+            (pipe.conditioning._conditioner, "avatar"),
+            *((step._denoiser, "prefill") for step in pipe.steps),
+            (pipe.decoder._decoder, "warm_up"),
+        ):
+            idle.setattr(worker, work, lambda *_: pytest.fail("work that was done before"))
+        first = pipe.run(speech[:7680], start=True, **opening)
+        assert pipe.run(speech[:7680], start=True, session=6, **opening).tobytes() == first.tobytes()
+    one, other = (step_state.sink for step_state in map(pipe.steps[0].sessions.get, (5, 6)))
+    assert one is other, "shared until the sink update"
+    frames = [first, *(pipe.run(speech[7680 * block : 7680 * (block + 1)]) for block in range(1, 6))]
+    assert np.array_equal(np.concatenate(frames), expected[:72])
+    assert pipe.steps[0].sessions.get(6).sink is other, "the other session's sink is as it was"
+    for stage in pipe.meters:
+        assert (pipe.count(metrics.AVATAR_HITS, stage), pipe.count(metrics.AVATAR_MISSES, stage)) == (2, 1)
+        assert pipe.count(metrics.AVATARS, stage) == 1
+
+
+def test_an_avatar_is_known_by_picture_and_prompt(pipe: Pipe, opening: dict[str, Array]) -> None:
+    other = {**opening, "PROMPT": np.array([b"another"], dtype=np.object_)}
+    keys = [
+        pipe.condition(NOTHING, start=True, end=True, **given)[AVATAR].tobytes() for given in (opening, other, opening)
+    ]
+    assert keys[0] == keys[2] != keys[1]
+    assert pipe.count(metrics.AVATAR_MISSES) == 3, "room for one"
+    assert len(pipe.condition(NOTHING, start=True, **opening)[AVATAR]) == 32
+    assert len(pipe.condition(NOTHING)[AVATAR]) == 0
+
+
+def test_the_answer_to_start_says_what_makes_the_video(pipe: Pipe, opening: dict[str, Array]) -> None:
+    provenance = json.loads(pipe.condition(NOTHING, start=True, **opening)["PROVENANCE"][0])
+    assert (provenance["seed"], provenance["preset"], provenance["artifacts"]) == (3, "tiny", "abc")
+    assert provenance["prompt_sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    assert len(pipe.condition(NOTHING)["PROVENANCE"]) == 0
+
+
+def test_a_draining_server_refuses_new_sessions_and_a_closing_one_ends_the_live(
+    pipe: Pipe, opening: dict[str, Array], speech: Array
+) -> None:
+    pipe.run(speech[:7680], start=True, **opening)
+    assert pipe.control.live_sessions == 1
+    pipe.control.set_phase(Phase.DRAINING)
+    with pytest.raises(
+        ShutdownError, match="shutting down and takes no new sessions; connect again to reach another one"
+    ):
+        pipe.condition(NOTHING, start=True, session=6, **opening)
+    assert pipe.count(metrics.SESSIONS_REFUSED, reason=RefusalReason.SHUTDOWN) == 1
+    assert pipe.count(metrics.SESSIONS_FREE) == 0
+    assert pipe.run(speech[7680 : 2 * 7680]).shape == (12, 96, 96, 3)
+    pipe.control.set_phase(Phase.CLOSING)
+    with pytest.raises(
+        PipeError, match="this server is shutting down; reconnect, and start a new session to go on"
+    ) as raised:
+        pipe.run(speech[:7680])
+    assert raised.value.code is ErrorCode.UNAVAILABLE
+    assert pipe.live() == [0] * 6
+    assert pipe.control.live_sessions == 0
+    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.SHUTDOWN) == 1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "cause"),
+    [
+        ({}, EndCause.ENDED),
+        ({"end_reason": "completed"}, EndCause.COMPLETED),
+        ({"end_reason": "abandoned"}, EndCause.ABANDONED),
+        ({"end_reason": "silent"}, EndCause.ENDED),
+        ({"end_reason": 7}, EndCause.ENDED),
+    ],
+)
+def test_ends_are_counted_by_their_reason(
+    pipe: Pipe, opening: dict[str, Array], parameters: dict[str, object], cause: EndCause
+) -> None:
+    pipe.condition(NOTHING, start=True, **opening)
+    assert (pipe.count(metrics.SESSIONS_LIVE), pipe.count(metrics.SESSIONS_FREE)) == (1, 1)
+    pipe.conditioning.handle(StageRequest(SESSION, False, True, {"AUDIO": NOTHING}, parameters))
+    ended = {reason: pipe.count(metrics.SESSIONS_ENDED, reason=reason) for reason in EndCause}
+    assert ended == {reason: float(reason is cause) for reason in EndCause}
+    assert (pipe.count(metrics.SESSIONS_LIVE), pipe.count(metrics.SESSIONS_FREE)) == (0, 2)
+
+
+def test_a_silent_session_is_dropped_and_counted(
+    onnx_runtime: OnnxRuntime, tmp_path: Path, opening: dict[str, Array]
+) -> None:
+    pipe = Pipe(onnx_runtime, tmp_path)
+    clock = Clock()
+    for stage in pipe.stages():
+        stage.sessions._clock = clock
+    pipe.run(NOTHING, start=True, **opening)
+    clock.now_s = IDLE_S + 1
+    for stage in pipe.stages():
+        stage.sweep(keep=SESSION)
+    assert pipe.live() == [1] * 6
+    for stage in pipe.stages():
+        stage.sweep()
+    assert pipe.live() == [0] * 6
+    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.SILENT) == 1
+    assert (pipe.count(metrics.SESSIONS_LIVE), pipe.control.live_sessions) == (0, 0)
+
+
+def test_a_session_belongs_to_the_token_that_opened_it(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
+    def ask(token: object, **flags: bool) -> dict[str, Array]:
+        given = opening if flags.get("start") else {}
+        request = StageRequest(
+            SESSION, flags.get("start", False), False, {"AUDIO": speech[:7680], **given}, {"token": token}
+        )
+        return pipe.conditioning.handle(request).outputs
+
+    assert ask("mine", start=True)[BLOCK] == 0
+    for other in ("yours", ""):
+        with pytest.raises(
+            InputError, match="session 5 was opened with another token, so it belongs to another client"
+        ):
+            ask(other)
+    with pytest.raises(InputError, match="parameter token is 7; it must be a string of at most 256 characters"):
+        ask(7)
+    assert ask("mine")[BLOCK] == 1, "the owner goes on"
 
 
 def test_conditioning_waits_for_the_sink_and_no_longer(
@@ -149,7 +374,8 @@ def test_conditioning_waits_for_the_sink_and_no_longer(
         if len(naps) == 3:
             sinks.put(SESSION, latent)
 
-    stage = ConditioningStage(onnx_runtime, sinks, IDLE_S, 1, sleep)
+    control = Control(None)
+    stage = ConditioningStage(onnx_runtime, sinks, IDLE_S, served(), RecordingMeter(), control, sleep=sleep)
     blocks = [stage.handle(StageRequest(SESSION, True, False, {"AUDIO": speech[:7680], **opening}))]
     blocks += [stage.handle(StageRequest(SESSION, False, False, {"AUDIO": speech[:7680]})) for _ in range(4)]
     assert len(naps) == 3
@@ -157,12 +383,13 @@ def test_conditioning_waits_for_the_sink_and_no_longer(
     assert blocks[4].waited_s > 0
 
     monkeypatch.setattr(conditioning, "SINK_WAIT_LIMIT_S", 0.0)
-    stage = ConditioningStage(onnx_runtime, RollingSink(IDLE_S), IDLE_S, 1, sleep)
+    sinks = RollingSink(IDLE_S)
+    stage = ConditioningStage(onnx_runtime, sinks, IDLE_S, served(), RecordingMeter(), control, sleep=sleep)
     stage.handle(StageRequest(SESSION, True, False, {"AUDIO": speech[:7680], **opening}))
     for _ in range(3):
         stage.handle(StageRequest(SESSION, False, False, {"AUDIO": speech[:7680]}))
-    with pytest.raises(SessionError, match="block 1 gave no new sink within 0 s; end it and start a new one"):
-        stage.handle(StageRequest(SESSION, False, False, {"AUDIO": speech[:7680]}))
+    failed = stage.handle(StageRequest(SESSION, False, False, {"AUDIO": speech[:7680]})).outputs[FAILURE]
+    assert b"block 1 gave no new sink within 0 s; end it and start a new one" in failed[0]
 
 
 def test_a_refused_request_leaves_no_session(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
@@ -185,11 +412,38 @@ def test_table_refuses_at_its_limit_and_frees_by_its_own_clock() -> None:
     clock.now_s = IDLE_S
     assert table.get(2) == "state"
     clock.now_s = IDLE_S + 1
+    assert table.sweep() == [(1, "state")]
     opened(table, 3)
     assert 1 not in table
     assert len(table) == 2
     with pytest.raises(SessionError, match=r"session 1 is not open.*silent for more than 30 s; start a new session"):
         table.get(1)
+
+
+def test_table_frees_the_slot_of_a_failed_session_and_remembers_it() -> None:
+    clock = Clock()
+    table: SessionTable[str] = SessionTable(IDLE_S, limit=1, clock=clock)
+    opened(table, 1)
+    table.fail(1, "first")
+    table.fail(1, "second")
+    opened(table, 2)
+    with pytest.raises(SessionError, match=r"session 1 has failed \(first\); end it and start a new one"):
+        table.get(1)
+    clock.now_s = IDLE_S + 1
+    assert table.sweep() == [(2, "state")], "what has failed is forgotten in silence"
+    with pytest.raises(SessionError, match="session 1 is not open here"):
+        table.get(1)
+
+
+def test_time_in_which_no_one_could_be_heard_is_no_silence() -> None:
+    clock = Clock()
+    table: SessionTable[str] = SessionTable(IDLE_S, clock=clock)
+    opened(table, 1)
+    clock.now_s = IDLE_S + 10
+    table.forgive(15)
+    assert table.sweep() == []
+    clock.now_s = IDLE_S + 16
+    assert table.sweep() == [(1, "state")]
 
 
 def test_table_makes_nothing_for_a_refused_session() -> None:

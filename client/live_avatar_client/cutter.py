@@ -1,0 +1,98 @@
+"""Cuts speech that comes in chunks of any size into the blocks that the server takes.
+
+Knows samples and when they were given. It knows no server, and no playback.
+"""
+
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InvalidInput
+from .protocol import BLOCK_SAMPLES
+
+Samples: TypeAlias = NDArray[np.int16]
+
+NO_SAMPLES: Final[Samples] = np.zeros(0, np.int16)
+_SILENCE: Final[Samples] = np.zeros(BLOCK_SAMPLES, np.int16)
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechBlock:
+    """A whole block of audio, with the times at which its first and last sample were given."""
+
+    samples: Samples
+    started_at_s: float
+    complete_at_s: float
+    speech_samples: int = BLOCK_SAMPLES
+    """How many of the samples are speech; the rest is silence behind it."""
+
+
+def silent_block(now_s: float) -> SpeechBlock:
+    """Return a block without speech."""
+    return SpeechBlock(_SILENCE, now_s, now_s, speech_samples=0)
+
+
+class BlockCutter:
+    """Cuts chunks of any size into blocks of 7,680 samples."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        """How many samples were added."""
+        self._rest = NO_SAMPLES
+        self._rest_started_at_s = 0.0
+        self._rest_complete_at_s = 0.0
+
+    def blocks_completed_by(self, chunk: Samples) -> int:
+        """Return how many blocks `add` would return."""
+        return (len(self._rest) + len(chunk)) // BLOCK_SAMPLES
+
+    def add(self, chunk: Samples, now_s: float) -> list[SpeechBlock]:
+        """Take a chunk, which may be changed afterwards, and return the blocks it completes."""
+        if not len(chunk):
+            return []
+        started_at_s = self._rest_started_at_s if len(self._rest) else now_s
+        pending = np.concatenate((self._rest, chunk))
+        whole = len(pending) // BLOCK_SAMPLES
+        blocks = [
+            SpeechBlock(samples, started_at_s if i == 0 else now_s, now_s)
+            for i, samples in enumerate(pending[: whole * BLOCK_SAMPLES].reshape(whole, BLOCK_SAMPLES))
+        ]
+        self.samples += len(chunk)
+        self._rest = pending[whole * BLOCK_SAMPLES :].copy()
+        self._rest_started_at_s = now_s if whole else started_at_s
+        self._rest_complete_at_s = now_s
+        return blocks
+
+    def finish(self) -> list[SpeechBlock]:
+        """Return the last block, padded with silence, if samples are left."""
+        speech = len(self._rest)
+        if not speech:
+            return []
+        padded = np.pad(self._rest, (0, BLOCK_SAMPLES - speech))
+        self.drop_rest()
+        return [SpeechBlock(padded, self._rest_started_at_s, self._rest_complete_at_s, speech)]
+
+    def drop_rest(self) -> None:
+        """Forget the samples that make no whole block yet."""
+        self._rest = NO_SAMPLES
+
+
+def as_samples(pcm: object) -> Samples:
+    """Return `pcm` as int16: int16 as it is, float32 scaled from [-1, 1], with values beyond clipped."""
+    if not isinstance(pcm, np.ndarray):
+        raise InvalidInput(
+            f"pcm is a {type(pcm).__name__}; pass a numpy array, for raw bytes np.frombuffer(pcm, '<i2')"
+        )
+    if pcm.ndim != 1:
+        raise InvalidInput(f"pcm has the shape {pcm.shape}; pass one dimension of mono samples at 16 kHz")
+    if pcm.dtype == np.int16:
+        return pcm
+    if pcm.dtype != np.float32:
+        raise InvalidInput(f"pcm has the type {pcm.dtype}; pass int16, or float32 in [-1, 1]")
+    if not np.isfinite(pcm).all():
+        at = int(np.argmin(np.isfinite(pcm)))
+        raise InvalidInput(f"sample {at} of pcm is {pcm[at]}; pass finite values in [-1, 1]")
+    scaled: Samples = np.rint(np.clip(pcm, -1, 32767 / 32768) * 32768).astype(np.int16)
+    return scaled

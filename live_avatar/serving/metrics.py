@@ -1,0 +1,151 @@
+"""What the service tells Prometheus: every metric's name, kind, labels and meaning, once.
+
+The stages report through a `Meter`; Triton's own `/metrics` shows the numbers. Knows no Triton and no stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+
+class Kind(StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One family. `buckets` are upper bounds, of a histogram alone."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+class RefusalReason(StrEnum):
+    """Why a session was not admitted."""
+
+    FULL = "full"
+    MEMORY = "memory"
+    INPUT = "input"
+    SHUTDOWN = "shutdown"
+
+
+class EndCause(StrEnum):
+    """Why a session ended, as the server saw it. What the client says it wanted is `protocol.EndReason`."""
+
+    ENDED = "ended"
+    """END came without a reason."""
+    COMPLETED = "completed"
+    ABANDONED = "abandoned"
+    FAILED = "failed"
+    """A stage failed, or the client had met an error."""
+    SILENT = "silent"
+    """Nothing came for the idle limit: the client has gone, was killed, or its stream was cut."""
+    SHUTDOWN = "shutdown"
+
+
+INFO: Final = Metric(
+    "live_avatar_info",
+    Kind.GAUGE,
+    "Always 1; the labels say what is served.",
+    ("version", "preset", "artifacts", "profile"),
+)
+SESSIONS_LIMIT: Final = Metric("live_avatar_sessions_limit", Kind.GAUGE, "Sessions that the server takes at once.")
+SESSIONS_LIVE: Final = Metric("live_avatar_sessions_live", Kind.GAUGE, "Sessions that are open now.")
+SESSIONS_FREE: Final = Metric(
+    "live_avatar_sessions_free", Kind.GAUGE, "Sessions that could be opened now; 0 while the server drains."
+)
+SESSIONS_ADMITTED: Final = Metric("live_avatar_sessions_admitted_total", Kind.COUNTER, "Sessions opened.")
+SESSIONS_REFUSED: Final = Metric(
+    "live_avatar_sessions_refused_total",
+    Kind.COUNTER,
+    "Sessions not opened, by reason: full, memory, input, shutdown.",
+    ("reason",),
+)
+SESSIONS_ENDED: Final = Metric(
+    "live_avatar_sessions_ended_total",
+    Kind.COUNTER,
+    "Sessions ended, by reason: completed, abandoned, failed, ended, silent, shutdown.",
+    ("reason",),
+)
+BLOCKS: Final = Metric(
+    "live_avatar_blocks_total", Kind.COUNTER, "Blocks of speech that a stage has worked on.", ("stage",)
+)
+BUSY: Final = Metric(
+    "live_avatar_stage_busy_seconds_total", Kind.COUNTER, "Time in which a stage was at work.", ("stage",)
+)
+FAILURES: Final = Metric(
+    "live_avatar_stage_failures_total", Kind.COUNTER, "Sessions that failed in a stage.", ("stage",)
+)
+STARTS: Final = Metric(
+    "live_avatar_stage_starts_total",
+    Kind.COUNTER,
+    "Times a stage's process was started; 1 unless one died.",
+    ("stage",),
+)
+FRAMES: Final = Metric("live_avatar_frames_total", Kind.COUNTER, "Video frames made.")
+LATENCY: Final = Metric(
+    "live_avatar_latency_seconds",
+    Kind.HISTOGRAM,
+    "From a block of speech taken up by the first stage to its frames made by the last.",
+    buckets=(0.05, 0.1, 0.15, 0.2, 0.3, 0.48, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
+)
+AVATAR_HITS: Final = Metric(
+    "live_avatar_avatar_cache_hits_total",
+    Kind.COUNTER,
+    "Sessions that found their avatar's work (encoding, prefill, warm-up) done, by stage.",
+    ("stage",),
+)
+AVATAR_MISSES: Final = Metric(
+    "live_avatar_avatar_cache_misses_total", Kind.COUNTER, "Sessions that did not, by stage.", ("stage",)
+)
+AVATARS: Final = Metric("live_avatar_avatar_cache_entries", Kind.GAUGE, "Avatars that a stage remembers.", ("stage",))
+SINK_UPDATES: Final = Metric(
+    "live_avatar_sink_updates_total", Kind.COUNTER, "Sinks replaced by a session's own first latent frame."
+)
+
+METRICS: Final = (
+    INFO,
+    SESSIONS_LIMIT,
+    SESSIONS_LIVE,
+    SESSIONS_FREE,
+    SESSIONS_ADMITTED,
+    SESSIONS_REFUSED,
+    SESSIONS_ENDED,
+    BLOCKS,
+    BUSY,
+    FAILURES,
+    STARTS,
+    FRAMES,
+    LATENCY,
+    AVATAR_HITS,
+    AVATAR_MISSES,
+    AVATARS,
+    SINK_UPDATES,
+)
+
+
+class Meter(Protocol):
+    """Where a stage's numbers go; the label `stage` is the meter's own to fill in."""
+
+    def declare(self, metric: Metric, **labels: str) -> None:
+        """Makes a series be there, at 0, before anything has happened."""
+        ...
+
+    def add(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
+        """Adds to a counter."""
+        ...
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        """Sets a gauge."""
+        ...
+
+    def observe(self, metric: Metric, value: float) -> None:
+        """Puts a value into a histogram."""
+        ...

@@ -1,0 +1,56 @@
+"""What stages share out among sessions: the work done for known avatars, and memory.
+
+Knows keys, counts and bytes; knows not what is remembered, nor whose memory it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from live_avatar.errors import CapacityError
+from live_avatar.lru import LRU
+from live_avatar.memory import MIB
+from live_avatar.runtime import Runtime
+from live_avatar.serving.metrics import AVATAR_HITS, AVATAR_MISSES, AVATARS, Meter
+
+T = TypeVar("T")
+
+
+class KnownAvatars(Generic[T]):
+    """What a stage has made of the latest avatars; sessions share it, so no one may write into it."""
+
+    def __init__(self, capacity: int, meter: Meter) -> None:
+        self._made: LRU[T] = LRU(capacity)
+        self._meter = meter
+        meter.declare(AVATAR_HITS)
+        meter.declare(AVATAR_MISSES)
+        meter.declare(AVATARS)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._made
+
+    def get(self, key: bytes, make: Callable[[], T]) -> T:
+        known = key in self._made
+        value = self._made.get(key, make)
+        self._meter.add(AVATAR_HITS if known else AVATAR_MISSES)
+        self._meter.set(AVATARS, len(self._made))
+        return value
+
+
+class SessionRoom:
+    """Whether a stage's memory has room for one more session, which takes `needed` bytes."""
+
+    def __init__(self, stage: str, runtime: Runtime, needed: int) -> None:
+        self._stage = stage
+        self._runtime = runtime
+        self._needed = needed
+
+    def require(self) -> None:
+        """Raises `CapacityError` if there is none."""
+        free = self._runtime.free_bytes()
+        if free < self._needed:
+            raise CapacityError(
+                f"stage {self._stage} has {free / MIB:.1f} MiB of memory free, and a session takes "
+                f"{self._needed / MIB:.1f} MiB there; try again later or elsewhere."
+            )

@@ -1,0 +1,160 @@
+"""Watches over a running Triton: brings stages back whose process died, and ends the sessions in order.
+
+A dead stage leaves Triton up and "ready", and answers nothing for ever (tried on 2.51), so its model is unloaded and
+loaded again, which makes readiness false meanwhile. To drain, a model is loaded that cannot be: that turns readiness
+false at once, over HTTP and gRPC, and live sessions do not notice. Knows Triton's model-control API and Linux's
+processes; knows nothing of what the models do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from live_avatar.serving.access import SUPERVISOR_KEY
+from live_avatar.serving.control import Control, Phase
+
+log = logging.getLogger(__name__)
+
+UNLOADABLE: Final = "draining"
+"""Name of the model that cannot be loaded."""
+WATCH_S = 0.25
+DRAIN_POLL_S = 0.1
+CLOSING_S = 2.0
+"""How long live sessions are left to fetch their error: a speaking one sends a block every 0.48 s."""
+LAST_ANSWER_S = 0.3
+"""How long the last frames may take from the last stage to the client."""
+STUB = "triton_python_backend_stub"
+ALIVE = frozenset("RSDTtIP")  # states of a process that is not a zombie
+# A proxy of the environment is for other machines.
+WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Admin:
+    """Triton's HTTP API at `url`, with the secret that model control needs."""
+
+    def __init__(self, url: str, secret: str) -> None:
+        self._url = url
+        self._secret = secret
+
+    def ready(self) -> bool:
+        """Whether Triton says that every model is ready."""
+        return self._ask(urllib.request.Request(f"{self._url}/v2/health/ready"), limit_s=1.0)
+
+    def load(self, model: str, limit_s: float = 10.0) -> bool:
+        """Loads a model, again if it was unloaded; whether it is up."""
+        return self._control(model, "load", limit_s)
+
+    def unload(self, model: str) -> bool:
+        return self._control(model, "unload", 10.0)
+
+    def _control(self, model: str, what: str, limit_s: float) -> bool:
+        request = urllib.request.Request(
+            f"{self._url}/v2/repository/models/{model}/{what}",
+            data=json.dumps({}).encode(),
+            headers={SUPERVISOR_KEY: self._secret},
+            method="POST",
+        )
+        return self._ask(request, limit_s)
+
+    def _ask(self, request: urllib.request.Request, limit_s: float) -> bool:
+        try:
+            with WITHOUT_PROXY.open(request, timeout=limit_s) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+class Supervisor:
+    """Watches the stages `models` of the Triton with process id `process` in a thread, while the `with` lasts."""
+
+    def __init__(
+        self,
+        process: int,
+        models: Collection[str],
+        admin: Admin,
+        control: Control,
+        load_limit_s: float,
+    ) -> None:
+        self._process = process
+        self._models = frozenset(models)
+        self._admin = admin
+        self._control = control
+        self._load_limit_s = load_limit_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def drain(self, seconds: float, going_on: Callable[[], bool] = lambda: True) -> bool:
+        """Takes no new sessions, lets the live ones end by themselves for so long, then ends them with an error.
+
+        Returns whether all ended by themselves. Stops waiting when `going_on` gives False.
+        """
+        self._control.set_phase(Phase.DRAINING)
+        self._admin.load(UNLOADABLE)
+        if self._wait_empty(seconds, going_on):
+            time.sleep(LAST_ANSWER_S)
+            return True
+        self._control.set_phase(Phase.CLOSING)
+        self._wait_empty(CLOSING_S, going_on)
+        return False
+
+    def _wait_empty(self, seconds: float, going_on: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + seconds
+        while going_on() and self._control.live_sessions:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(DRAIN_POLL_S)
+        return True
+
+    def _watch(self) -> None:
+        while not self._over.wait(WATCH_S):
+            for model in sorted(self._models - living_stages(self._process)):
+                self._revive(model)
+
+    def _revive(self, model: str) -> None:
+        """Loads a model again whose process is gone; its sessions are lost."""
+        if self._over.is_set() or not Path(f"/proc/{self._process}").exists():
+            return
+        log.warning("the process of %s is gone; loading it again", model)
+        self._admin.unload(model)
+        if not self._admin.load(model, self._load_limit_s):
+            log.error("%s could not be loaded again; trying once more", model)
+
+
+def living_stages(triton: int) -> set[str]:
+    """Names of the models whose python process is alive under the Triton with that process id."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):  # it ended while we looked
+                found |= _stage(folder, triton)
+    return found
+
+
+def _stage(process: Path, triton: int) -> set[str]:
+    """{model} if a process is a stage of that Triton: its command is the stub's, then MODEL/VERSION/model.py."""
+    state, parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
+    if int(parent) != triton or state not in ALIVE:
+        return set()
+    command = process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
+    if not command[0].endswith(STUB) or len(command) < 2:
+        return set()
+    return {Path(command[1]).parents[1].name}

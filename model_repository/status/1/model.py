@@ -1,0 +1,3 @@
+from live_avatar.serving.triton_model import StatusModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

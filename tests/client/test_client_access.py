@@ -1,0 +1,154 @@
+"""Servers that let in who they know: API keys, TLS, mutual TLS, and what a client that is not let in reads."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+
+from live_avatar_client import (
+    TLS,
+    AsyncAvatarSession,
+    AvatarError,
+    AvatarSession,
+    ConnectFailed,
+    InvalidInput,
+    SessionRefused,
+)
+from live_avatar_client.base import call_metadata, parse_url, tls_of
+from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer, sample_speech
+
+KEY = "the-key-of-the-server"
+
+# So large that the server refuses it before it is written, when grpc's asyncio API forgets why.
+LARGE_IMAGE = SAMPLE_IMAGE + bytes(2_000_000)
+
+
+def frames_sync(url: str, **options: Any) -> int:
+    with AvatarSession(url, **{"image": SAMPLE_IMAGE, **options}) as session:
+        return sum(len(block) for block in session.stream([sample_speech(9000)]))
+
+
+def frames_async(url: str, **options: Any) -> int:
+    async def play() -> int:
+        async with AsyncAvatarSession(url, **{"image": SAMPLE_IMAGE, **options}) as session:
+            return sum([len(block) async for block in session.stream([sample_speech(9000)])])
+
+    return asyncio.run(play())
+
+
+both_ways = pytest.mark.parametrize("frames", [frames_sync, frames_async])
+
+
+class Certificates:
+    """Two authorities, and files of their certificates."""
+
+    def __init__(self, folder: Path) -> None:
+        authority, other = trustme.CA(), trustme.CA()
+        self.roots, self.other_roots = folder / "roots.pem", folder / "other.pem"
+        authority.cert_pem.write_to_path(str(self.roots))
+        other.cert_pem.write_to_path(str(self.other_roots))
+        server, client = authority.issue_cert("localhost"), authority.issue_cert("client.example")
+        self.certificate, self.key = folder / "client.pem", folder / "client.key"
+        client.cert_chain_pems[0].write_to_path(str(self.certificate))
+        client.private_key_pem.write_to_path(str(self.key))
+        pair = (server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())
+        self.tls = grpc.ssl_server_credentials([pair])
+        self.mutual_tls = grpc.ssl_server_credentials([pair], authority.cert_pem.bytes(), require_client_auth=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def refusal(frames: Callable[..., int], url: str, kind: type[AvatarError], **options: Any) -> str:
+    with pytest.raises(kind) as caught:
+        frames(url, connect_timeout_s=5, **options)
+    return str(caught.value)
+
+
+@both_ways
+def test_an_api_key(frames: Callable[..., int]) -> None:
+    with FakeAvatarServer(api_key=KEY) as server:
+        assert frames(server.url, api_key=KEY) == 15
+        none = refusal(frames, server.url, SessionRefused, image=LARGE_IMAGE)
+        wrong = refusal(frames, server.url, SessionRefused, image=LARGE_IMAGE, api_key="wr0ng")
+    remedy = "pass the server's key as api_key"
+    assert none == f"the server at {server.url} asks for an API key, and none was given; {remedy}"
+    assert wrong == f"the server at {server.url} does not know the API key; {remedy}"
+    assert len(server.sessions) == 1
+
+
+@pytest.mark.parametrize("key", ["", "two words", "sécret", "line\n"])
+def test_a_key_that_can_be_none_is_not_repeated(key: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        call_metadata(key)
+    assert str(caught.value) == "api_key is empty, or has characters beyond visible ASCII; pass the server's key"
+    with pytest.raises(InvalidInput, match="api_key is a int; pass a str"):
+        AvatarSession("localhost:8001", image=SAMPLE_IMAGE, api_key=5)  # type: ignore[arg-type]
+
+
+@both_ways
+def test_tls(frames: Callable[..., int], certificates: Certificates) -> None:
+    with FakeAvatarServer(credentials=certificates.tls) as server:
+        url = f"grpcs://{server.url.replace('127.0.0.1', 'localhost')}"
+        by_address = server.url
+        assert frames(url, tls=TLS(certificates.roots)) == 15
+        assert frames(by_address, tls=TLS(certificates.roots, server_name="localhost")) == 15
+        unknown = [
+            refusal(frames, url, ConnectFailed),
+            refusal(frames, url, ConnectFailed, tls=TLS(certificates.other_roots)),
+            refusal(frames, by_address, ConnectFailed, tls=TLS(certificates.roots)),
+        ]
+        plain = refusal(frames, by_address, ConnectFailed)
+    for text in unknown:
+        assert "the connection is TLS: check that the server's is too, that root_certificates has the auth" in text
+    assert plain.endswith("; if it speaks TLS only, put grpcs:// in front of the address or pass tls")
+
+
+@both_ways
+def test_tls_to_a_server_of_plain_text(frames: Callable[..., int], certificates: Certificates) -> None:
+    with FakeAvatarServer() as server:
+        text = refusal(frames, server.url, ConnectFailed, tls=TLS(certificates.roots))
+    assert "the connection is TLS: check that the server's is too" in text
+
+
+@both_ways
+def test_mutual_tls(frames: Callable[..., int], certificates: Certificates) -> None:
+    roots = certificates.roots
+    with FakeAvatarServer(credentials=certificates.mutual_tls) as server:
+        tls = TLS(roots, certificates.certificate, certificates.key, server_name="localhost")
+        assert frames(server.url, tls=tls) == 15
+        text = refusal(frames, server.url, ConnectFailed, tls=TLS(roots, server_name="localhost"))
+    assert "and that the server does not ask for a certificate of yours" in text
+
+
+@pytest.mark.parametrize(
+    ("tls", "message"),
+    [
+        (TLS("none.pem"), "the root_certificates 'none.pem' cannot be read: No such file or directory; pass the"),
+        (TLS(certificate="a.pem"), "TLS has a certificate but no private_key; pass both, or neither"),
+        (TLS(private_key="a.pem"), "TLS has a private_key but no certificate; pass both, or neither"),
+    ],
+)
+def test_certificates_that_cannot_be_used(tls: TLS, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        frames_sync("localhost:8001", tls=tls)
+
+
+def test_a_file_that_is_no_certificate(tmp_path: Path) -> None:
+    path = tmp_path / "roots.der"
+    path.write_bytes(SAMPLE_IMAGE)
+    with pytest.raises(InvalidInput, match=r"roots.der' has no -----BEGIN line; pass the path of a PEM file"):
+        TLS(path).credentials()
+
+
+def test_the_scheme_says_whether_it_is_tls() -> None:
+    roots = TLS("roots.pem")
+    assert [parse_url(f"{scheme}here:1") for scheme in ("", "grpc://", "grpcs://")] == ["here:1"] * 3
+    assert [tls_of(url, None) for url in ("here:1", "grpc://here:1", "grpcs://here:1")] == [None, None, TLS()]
+    assert tls_of("grpcs://here:1", roots) is tls_of("here:1", roots) is roots

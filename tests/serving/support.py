@@ -1,0 +1,83 @@
+"""What the tests of sessions and of their endings share: a server's numbers, and sessions that must go well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+
+from live_avatar.arrays import Array
+from live_avatar.serving.metrics import Metric
+from live_avatar.serving.server import TritonServer
+from live_avatar.serving.supervisor import WITHOUT_PROXY
+from live_avatar_client import AvatarSession, Block
+from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
+from tests.serving.test_equality import frames_of
+
+STAGES = ("conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder")
+Numbers = dict[str, float]
+"""Value by series, as `series` names it."""
+
+
+def scrape(server: TritonServer) -> Numbers:
+    """All numbers of the server's /metrics that are not Triton's own."""
+    url = f"http://{server.options.host}:{server.options.metrics_port}/metrics"
+    with WITHOUT_PROXY.open(url, timeout=10.0) as answer:
+        lines = answer.read().decode().splitlines()
+    named = (line.rpartition(" ") for line in lines if line.startswith(("live_avatar_", "test_")))
+    return {series: float(value) for series, _, value in named}
+
+
+def series(metric: Metric, label: str = "") -> str:
+    """Name of a metric's series; `label` is the value of its one label."""
+    return f'{metric.name}{{{metric.labels[0]}="{label}"}}' if label else metric.name
+
+
+def changes(before: Numbers, after: Numbers, metric: Metric) -> dict[str, int]:
+    """By how much each series of a metric with one label has grown, by label; without those that have not."""
+    start = f'{metric.name}{{{metric.labels[0]}="'
+    grown = {name: round(value - before.get(name, 0)) for name, value in after.items() if name.startswith(start)}
+    return {name.removeprefix(start).removesuffix('"}'): count for name, count in grown.items() if count}
+
+
+def speech_of(speech: Array, first: int, stop: int) -> Array:
+    """Blocks `first` to `stop` (without it, from 0)."""
+    return speech[first * BLOCK_SAMPLES : stop * BLOCK_SAMPLES]
+
+
+def frames_until(expected: Array, blocks: int) -> Array:
+    return expected[: blocks * FRAMES_PER_BLOCK]
+
+
+def spoken(session: AvatarSession, speech: Array) -> Block:
+    """The next block of frames, after sending one of speech."""
+    session.send(speech)
+    return next(iter(session))
+
+
+@contextmanager
+def bystander(url: str, picture: bytes, speech: Array, expected: Array) -> Iterator[None]:
+    """A session that is live inside the `with`, has spoken before and speaks after it, and gets its right frames."""
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=0.3) as live:
+        first = spoken(live, speech_of(speech, 0, 1))
+        yield
+        live.send(speech_of(speech, 1, 3))
+        live.end()
+        frames = frames_of([first, *live])
+    assert np.array_equal(frames, frames_until(expected, 3))
+
+
+def assert_every_slot_serves(server: TritonServer, picture: bytes, speech: Array, expected: Array) -> None:
+    """As many new sessions as the server takes, open at once, all get their right frames."""
+    sessions = int(scrape(server)["live_avatar_sessions_limit"])
+    with ExitStack() as stack:
+        live = [
+            stack.enter_context(AvatarSession(server.options.url, image=picture, prompt="hello", seed=3))
+            for _ in range(sessions)
+        ]
+        for session in live:
+            session.send(speech_of(speech, 0, 2))
+            session.end()
+        for session in live:
+            assert np.array_equal(frames_of(list(session)), frames_until(expected, 2))

@@ -1,0 +1,397 @@
+"""Every way in which a session can end, on real servers: what the client is told, and that nothing stays behind.
+
+After each ending every stage must hold no session, the ending must be counted once by its reason, and new sessions
+must take all slots at once and get right frames. The stages say how many sessions they hold, and fail when asked
+to, by `faults/model.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+
+from live_avatar.arrays import Array
+from live_avatar.artifacts import Artifacts
+from live_avatar.assets import PORTRAIT
+from live_avatar.generator import Generator
+from live_avatar.serving import metrics
+from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, TritonServer, serving
+from live_avatar.serving.supervisor import WITHOUT_PROXY
+from live_avatar_client import AvatarSession, SessionFailed, SessionRefused
+from live_avatar_client.protocol import ErrorCode
+from tests.cli.support import Running, wait_until
+from tests.conftest import noise_speech
+from tests.serving.conftest import generated
+from tests.serving.raw import BLOCK, NOTHING, raw_session
+from tests.serving.support import (
+    STAGES,
+    assert_every_slot_serves,
+    bystander,
+    changes,
+    frames_until,
+    scrape,
+    series,
+    speech_of,
+    spoken,
+)
+from tests.serving.test_equality import frames_of
+
+SESSIONS = 2
+IDLE_S = 2.0
+DRAIN_S = 4.0
+FAULTY_MODEL = Path(__file__).parent / "faults" / "model.py"
+TOKEN = "only the owner knows it"
+# A client that speaks for ever, in a process of its own.
+ENDLESS_CLIENT = """
+import sys
+import numpy as np
+from live_avatar_client import AvatarSession
+with AvatarSession(sys.argv[1], image=sys.argv[2], idle=True) as session:
+    for block in session:
+        print(len(block.frames), flush=True)
+"""
+
+Ending = Callable[..., AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="module")
+def faulty(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server of two sessions, with an idle limit of 2 s, whose stages fail when asked to."""
+    repository = tmp_path_factory.mktemp("faulty") / "models"
+    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    for stage in (*STAGES, "rolling_sink"):
+        shutil.copy(FAULTY_MODEL, repository / stage / "1")
+    options = ServerOptions(
+        artifacts.folder, model_repository=repository, max_sessions=SESSIONS, idle_seconds=IDLE_S
+    ).on_free_ports()
+    with serving(options) as running:
+        yield running
+
+
+@pytest.fixture
+def url(faulty: TritonServer) -> str:
+    return faulty.options.url
+
+
+@pytest.fixture
+def ending(faulty: TritonServer, picture: bytes, speech: Array, expected: Array) -> Ending:
+    @contextmanager
+    def check(**reasons: int) -> Iterator[None]:
+        """Sessions end inside the `with`, so many for each reason, and leave nothing behind."""
+        before = scrape(faulty)
+        yield
+        wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S + 10)
+        after = scrape(faulty)
+        assert changes(before, after, metrics.SESSIONS_ENDED) == reasons
+        assert after[series(metrics.SESSIONS_LIVE)] == 0
+        assert after[series(metrics.SESSIONS_FREE)] == SESSIONS
+        assert_every_slot_serves(faulty, picture, speech, expected)
+
+    return check
+
+
+def held(server: TritonServer, stages: Sequence[str] = STAGES) -> float:
+    """Sessions that stages hold, all together."""
+    numbers = scrape(server)
+    return sum(numbers[f'test_sessions_held{{stage="{stage}"}}'] for stage in stages)
+
+
+def ended(server: TritonServer, reason: str) -> float:
+    return scrape(server)[series(metrics.SESSIONS_ENDED, reason)]
+
+
+def is_ready(options: ServerOptions) -> tuple[bool, bool]:
+    """What the server says over HTTP and over gRPC."""
+    try:
+        with WITHOUT_PROXY.open(f"http://{options.host}:{options.http_port}/v2/health/ready", timeout=5.0) as answer:
+            http = answer.status == 200
+    except OSError:
+        http = False
+    with triton.InferenceServerClient(options.url) as client:
+        return http, client.is_server_ready(client_timeout=5.0)
+
+
+def speak_on(session: AvatarSession) -> None:
+    """A block every now and then, until the server has had enough."""
+    while True:
+        spoken(session, BLOCK)
+        time.sleep(0.1)
+
+
+# 1. END
+
+
+def test_end_frees_everything(
+    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
+) -> None:
+    with ending(completed=1, abandoned=1, ended=1):
+        with AvatarSession(url, image=picture, prompt="hello", seed=3) as session:
+            frames = frames_of(list(session.stream([speech_of(speech, 0, 6)])))
+        assert np.array_equal(frames, frames_until(expected, 6))
+        with AvatarSession(url, image=picture) as session:
+            spoken(session, speech)
+        with raw_session(url) as raw:  # says END without a reason
+            raw.ask(BLOCK, picture, start=True)
+        wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S / 2)
+    # What was put there for a block that never came is forgotten later.
+    wait_until(lambda: held(faulty, ["rolling_sink"]) == 0, limit_s=IDLE_S + 10)
+
+
+def test_a_session_may_have_the_id_of_one_that_has_ended(
+    url: str, picture: bytes, speech: Array, expected: Array, oracle: Generator, ending: Ending
+) -> None:
+    """Nothing of the first is left to be met by the second, whose blocks come faster than the pipe takes them."""
+    other = noise_speech(0.48, seed=21)
+    with ending(ended=2), raw_session(url) as raw:
+        first = raw.ask(other, picture, b"another", start=True, seed=4)
+        assert np.array_equal(
+            first.as_numpy("FRAMES"), frames_until(generated(oracle, picture, "another", 4, other), 1)
+        )
+        raw.ask(NOTHING, end=True)
+        raw.send(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3)
+        for block in range(1, 7):
+            raw.send(speech_of(speech, block, block + 1))
+        frames = [raw.answer().as_numpy("FRAMES") for _ in range(7)]
+        assert np.array_equal(np.concatenate(frames), frames_until(expected, 7))
+
+
+# 2. and 3. The client is gone
+
+
+def test_a_cancelled_call(url: str, picture: bytes, speech: Array, expected: Array, ending: Ending) -> None:
+    with (
+        ending(silent=1, completed=1),
+        bystander(url, picture, speech, expected),
+        raw_session(url) as raw,
+    ):
+        raw.ask(BLOCK, picture, start=True)
+        for _ in range(6):
+            raw.send(BLOCK)
+        raw.answer()
+        raw.vanish()
+
+
+def test_a_killed_client(
+    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
+) -> None:
+    with ending(silent=1, completed=1), bystander(url, picture, speech, expected):
+        with subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_CLIENT, url, PORTRAIT], stdout=subprocess.PIPE, text=True
+        ) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "12\n"
+            client.kill()
+        assert client.returncode == -signal.SIGKILL
+        silent = ended(faulty, "silent")
+        wait_until(lambda: ended(faulty, "silent") == silent + 1, limit_s=IDLE_S + 10)
+
+
+# 4. The client says nothing
+
+
+def test_a_silent_session_is_dropped_and_one_that_is_kept_alive_is_not(
+    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
+) -> None:
+    with (
+        ending(silent=1, completed=1),
+        AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=0.3) as kept,
+        AvatarSession(url, image=picture, keep_alive_s=60.0) as silent,
+    ):
+        spoken(silent, BLOCK)
+        first = spoken(kept, speech_of(speech, 0, 1))
+        quiet_since_s, dropped = time.monotonic(), ended(faulty, "silent")
+        wait_until(lambda: ended(faulty, "silent") == dropped + 1, limit_s=IDLE_S + 10)
+        assert scrape(faulty)[series(metrics.SESSIONS_LIVE)] == 1
+        time.sleep(max(0.0, quiet_since_s + 2 * IDLE_S - time.monotonic()))
+        with pytest.raises(SessionFailed, match=r"no longer knows this session.*silent for longer.*open a new session"):
+            spoken(silent, BLOCK)
+        kept.send(speech_of(speech, 1, 2))
+        kept.end()
+        assert np.array_equal(frames_of([first, *kept]), frames_until(expected, 2))
+
+
+# 5. One id, used wrongly
+
+
+def test_an_unknown_id(url: str, picture: bytes, speech: Array, expected: Array, ending: Ending) -> None:
+    with ending(completed=1), bystander(url, picture, speech, expected), raw_session(url) as raw:
+        for end in (False, True):
+            assert "must specify the START flag on the first request of the sequence" in raw.ask(BLOCK, end=end)
+
+
+def test_a_start_on_a_live_id_changes_nothing(
+    url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
+) -> None:
+    with ending(ended=1), raw_session(url) as raw:
+        raw.ask(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3)
+        error = raw.ask(speech_of(speech, 0, 1), picture, b"another", start=True, seed=4)
+        assert f"[INVALID_ARGUMENT] session {raw.session} is live already; start the new session under another" in error
+        frames = [raw.ask(speech_of(speech, block, block + 1)).as_numpy("FRAMES") for block in (1, 2)]
+        assert np.array_equal(np.concatenate(frames), expected[12:36])
+
+
+def test_one_id_from_two_connections(url: str, picture: bytes, speech: Array, expected: Array, ending: Ending) -> None:
+    """Who guesses an id gets no frame of it, and the owner misses none."""
+    with ending(ended=1), raw_session(url) as owner, raw_session(url, owner.session) as guesser:
+        opened = owner.ask(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3, token=TOKEN)
+        frames = [opened.as_numpy("FRAMES")]
+        for block in (1, 2):
+            for parameters in ({}, {"token": "a guess"}):
+                for audio in (BLOCK, NOTHING):
+                    error = guesser.ask(audio, **parameters)
+                    assert f"[INVALID_ARGUMENT] session {owner.session} was opened with another token, so" in error
+                    assert "start a session of your own under another sequence id." in error
+                assert "is live already" in guesser.ask(BLOCK, picture, start=True, **parameters)
+            frames.append(owner.ask(speech_of(speech, block, block + 1), token=TOKEN).as_numpy("FRAMES"))
+        assert np.array_equal(np.concatenate(frames), frames_until(expected, 3))
+        owner.ask(NOTHING, end=True, token=TOKEN)
+
+
+def test_an_end_from_another_connection_is_told_to_both(url: str, picture: bytes, ending: Ending) -> None:
+    """Triton's batcher frees an id at END before any stage sees who says it; the owner gets an error, not silence."""
+    with ending(failed=1), raw_session(url) as owner, raw_session(url, owner.session) as guesser:
+        owner.ask(BLOCK, picture, start=True, token=TOKEN)
+        assert "was opened with another token" in guesser.ask(BLOCK, end=True, token="a guess")
+        assert "must specify the START flag" in owner.ask(BLOCK, token=TOKEN)
+
+
+# 6. A stage raises
+
+
+@pytest.mark.parametrize("stage", ["conditioning", "dit_step_1", "dit_step_3", "dit_step_4", "vae_decoder"])
+def test_a_stage_that_raises_ends_that_session_alone(
+    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending, stage: str
+) -> None:
+    """The blocks before it are right; those that are under way behind it are answered with an error too."""
+    before = scrape(faulty)
+    with ending(failed=1, completed=1), bystander(url, picture, speech, expected), raw_session(url) as raw:
+        raw.send(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3, fault=stage, fault_block=3)
+        for block in range(1, 6):
+            raw.send(speech_of(speech, block, block + 1))
+        frames = [raw.answer().as_numpy("FRAMES") for _ in range(2)]
+        assert np.array_equal(np.concatenate(frames), frames_until(expected, 2))
+        sentence = f"stage {stage} at block 3 failed (RuntimeError: the device fell off)"
+        assert f"[FAILED] {sentence}; end the session and start a new one." in raw.answer()
+        for _ in range(3):
+            error = raw.answer()
+            assert sentence in error or "has failed in a later stage; end it and start a new one." in error
+        raw.ask(NOTHING, end=True, end_reason="failed")
+    assert changes(before, scrape(faulty), metrics.FAILURES) == {stage: 1}
+
+
+# 7. A stage's process is killed
+
+
+def process_of(server: TritonServer, stage: str) -> int:
+    """Process id of a stage: a child of Triton whose command names the model."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (folder / "cmdline").read_text().split("\0")
+        except OSError:  # it ended meanwhile
+            continue
+        if parent == server.process.pid and any(word.endswith(f"/{stage}/1/model.py") for word in command):
+            return int(folder.name)
+    raise AssertionError(f"{stage} has no process")
+
+
+@pytest.mark.parametrize("stage", ["dit_step_2", "conditioning", "vae_decoder"])
+def test_a_killed_stage_comes_back_without_a_restart(
+    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, stage: str
+) -> None:
+    server, process = faulty.process.pid, process_of(faulty, stage)
+    wait_until(lambda: is_ready(faulty.options) == (True, True), limit_s=30)
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=0.3) as session:
+        spoken(session, speech_of(speech, 0, 1))
+        os.kill(process, signal.SIGKILL)
+        wait_until(lambda: is_ready(faulty.options) == (False, False), limit_s=10)
+        with pytest.raises(SessionFailed, match="open a new session"):
+            speak_on(session)
+    wait_until(lambda: is_ready(faulty.options) == (True, True), limit_s=30)
+    assert faulty.process.pid == server
+    assert faulty.is_running()
+    assert process_of(faulty, stage) != process
+    assert scrape(faulty)[series(metrics.STARTS, stage)] == 2
+    wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S + 10)
+    assert scrape(faulty)[series(metrics.SESSIONS_FREE)] == SESSIONS
+    assert_every_slot_serves(faulty, picture, speech, expected)
+
+
+# 8. SIGTERM
+
+
+def test_sigterm_lets_live_sessions_end_and_then_ends_them(
+    tmp_path: Path, artifacts: Artifacts, picture: bytes, speech: Array, expected: Array
+) -> None:
+    options = ServerOptions(artifacts.folder).on_free_ports()
+    running = Running(
+        tmp_path / "temporary",
+        *("serve", "--artifacts", artifacts.folder, "--max-sessions", 3, "--drain-seconds", DRAIN_S),
+        *("--grpc-port", options.grpc_port, "--http-port", options.http_port, "--metrics-port", options.metrics_port),
+    )
+    try:
+        running.await_line("Serving ")
+        with ThreadPoolExecutor(1) as waiting:
+            code, said = drained(
+                options, lambda: waiting.submit(running.end, signal.SIGTERM), picture, speech, expected
+            )
+        assert code == 0, said
+        assert "Traceback" not in said
+        assert running.left() == []
+    finally:
+        running.kill()
+
+
+def drained(options: ServerOptions, terminate: Callable, picture: bytes, speech: Array, expected: Array):
+    url = options.url
+    with (
+        AvatarSession(url, image=picture, prompt="hello", seed=3) as ends,
+        AvatarSession(url, image=picture, prompt="hello", seed=3) as stays,
+    ):
+        for session in (ends, stays):
+            session.send(speech_of(speech, 0, 1))
+        first, _ = next(iter(ends)), next(iter(stays))
+        assert is_ready(options) == (True, True)
+        terminated_s = time.monotonic()
+        result = terminate()
+        wait_until(lambda: is_ready(options) == (False, False), limit_s=DRAIN_S / 2)
+        with AvatarSession(url, image=picture) as late, pytest.raises(SessionRefused) as refused:
+            spoken(late, BLOCK)
+        assert refused.value.code is ErrorCode.UNAVAILABLE
+        assert "shutting down and takes no new sessions; connect again to reach another one." in str(refused.value)
+        ends.send(speech_of(speech, 1, 4))
+        ends.end()
+        assert np.array_equal(frames_of([first, *ends]), frames_until(expected, 4))
+        with pytest.raises(SessionFailed, match="shutting down; reconnect, and start a new session to go on") as failed:
+            speak_on(stays)
+        assert failed.value.code is ErrorCode.UNAVAILABLE
+        assert time.monotonic() - terminated_s >= DRAIN_S
+    return result.result()
+
+
+# 9. A stage without memory
+
+
+@pytest.mark.parametrize("stage", ["dit_step_2", "vae_decoder"])
+def test_a_stage_whose_memory_is_full_refuses_at_admission(
+    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending, stage: str
+) -> None:
+    before = scrape(faulty)
+    with ending(failed=1, completed=1), bystander(url, picture, speech, expected), raw_session(url) as raw:
+        error = raw.ask(NOTHING, picture, b"hello", start=True, fault=stage, fault_block=0)
+        assert f"[UNAVAILABLE] stage {stage} has 0.0 MiB of memory free, and a session takes " in error
+        assert "try again later or elsewhere." in error
+        raw.ask(NOTHING, end=True, end_reason="failed")
+    assert changes(before, scrape(faulty), metrics.SESSIONS_REFUSED) == {"memory": 1}

@@ -1,0 +1,612 @@
+"""Rubbish of every kind against the real server: an answer to everything, no crash, no leak, and others are served.
+
+Requests are built below the client libraries, so that anything can be sent: tensors that lie about themselves, ids,
+flags and parameters of any type, broken pictures, messages that are no protobuf. Hypothesis draws them from fixed
+seeds.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tritonclient.grpc import service_pb2 as pb
+
+from live_avatar.arrays import Array
+from live_avatar.assets import PORTRAIT
+from live_avatar.serving.server import TritonServer
+from live_avatar_client import AvatarSession
+from live_avatar_client.protocol import BLOCK_SAMPLES, MODEL_NAME, ErrorCode, parse_error
+from tests.serving.test_bad_input import header_of_a_huge_png
+
+LIMIT_S = 60.0  # for the answers to all requests of one stream
+MIB = 2**20
+RESIDENT_LIMIT, SHARED_LIMIT = 48 * MIB, 2 * MIB
+"""Bytes by which a process, and the shared memory of all, may have grown since the warm-up."""
+SERVICE = "/inference.GRPCInferenceService/"
+BLOCK_S = 0.48
+
+# What Triton itself says of requests that it refuses before a stage sees them.
+OF_TRITON = re.compile(
+    "|".join(
+        [
+            r"must specify the START flag on the first request of the sequence",
+            r"must specify a non-zero or non-empty correlation ID",
+            r"invalid value(?: type)? for '.*'",
+            r"string correlation ID cannot be longer than 128 characters",
+            r"input byte size mismatch for input",
+            r"All input dimensions should be specified",
+            r"unexpected shape for input",
+            r"inference input '\w+' data-type is",
+            r"unexpected deadlock, at least one output is not set",  # an ensemble without its one required input
+            r"input '\w+' already exists in request",
+            r"unexpected inference (?:in|out)put",
+            r"expected number of inputs between",
+            r"unable to find data for input tensor",
+            r"contents field must not be specified when using raw_input_contents",
+            r"unexpected explicit tensor data",
+            r"incomplete string (?:data|length indicator) for inference input",
+            r"(?:expected|unexpected number of) \d* ?string elements",
+            r"'shared_memory_byte_size' must be specified",
+            r"Unable to find shared memory region",
+            r"Request for unknown model",
+            r"failed to get model version from specified version string",
+            r"invalid model version specified",
+            r"Unable to parse request",
+        ]
+    )
+)
+
+
+# ---- pictures
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(mode: str, side: int = 64) -> Image.Image:
+    values = np.random.default_rng(1).integers(0, 256, (side, side, 4), dtype=np.uint8)
+    return Image.fromarray(values, "RGBA").convert(mode)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(kind: bytes, data: bytes) -> bytes:
+    """A small PNG with a chunk of that kind after its header."""
+    png = encoded(noise("RGB"), "PNG")
+    return png[:33] + chunk(kind, data) + png[33:]
+
+
+@cache
+def good_pictures() -> tuple[bytes, ...]:
+    """Odd ones that a picture may be: colour spaces, depths, frames, and as many pixels as are allowed."""
+    grey16 = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    return (
+        PORTRAIT.read_bytes(),
+        encoded(noise("CMYK"), "JPEG"),
+        encoded(grey16, "PNG"),
+        encoded(noise("RGBA"), "WEBP", save_all=True, append_images=[noise("L").convert("RGBA")]),
+        encoded(noise("P"), "PNG", transparency=3),
+        encoded(noise("RGB"), "JPEG", exif=turned),
+        encoded(Image.new("1", (8000, 8000)), "PNG"),
+        png_with(b"IDAT", b""),
+    )
+
+
+@cache
+def bad_pictures() -> tuple[bytes, ...]:
+    png, jpeg, webp = (encoded(noise("RGB"), kind) for kind in ("PNG", "JPEG", "WEBP"))
+    frame_header = jpeg.index(b"\xff\xc0") + 5
+    zeros = zlib.compress(bytes(50 * MIB))
+    return (
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        *(data[: len(data) * part // 4] for data in (png, jpeg, webp) for part in (1, 2, 3)),
+        *(encoded(noise("P"), kind) for kind in ("GIF", "BMP", "TIFF", "ICO")),
+        encoded(Image.new("RGB", (1, 1)), "PNG"),
+        encoded(Image.new("RGB", (1, 20_000)), "JPEG"),
+        *(header_of_a_huge_png(side) for side in (0, 8_001, 50_000, 2**31 - 1)),
+        jpeg[:frame_header] + b"\xff\xff\xff\xff" + jpeg[frame_header + 4 :],  # 65535 x 65535
+        png_with(b"zTXt", b"a\0\0" + zeros),
+        png_with(b"iCCP", b"a\0\0" + zeros),
+        png_with(b"IDAT", zeros[:2000]),
+        png_with(b"IHDR", b"\xff" * 13),
+        b"<svg xmlns='http://www.w3.org/2000/svg' width='9e9'/>",
+        bytes(32 * MIB + 1),
+    )
+
+
+# ---- requests
+
+
+@dataclass(frozen=True)
+class U64:
+    """A parameter in the field for unsigned integers."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input: what it says of itself, and its bytes; `typed` are contents beside the raw ones."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes | None
+    typed: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    tensors: tuple[Tensor, ...]
+    parameters: tuple[tuple[str, Any], ...]
+    outputs: tuple[tuple[str, str | None, Any], ...] = ()
+    id: str = ""
+    version: str = ""
+    surplus: bytes | None = None
+    damage: tuple[str, Any] = ("none", None)
+
+    def serialised(self) -> bytes:
+        message = pb.ModelInferRequest(model_name=MODEL_NAME, model_version=self.version, id=self.id)
+        for tensor in self.tensors:
+            added = message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+            for name, values in tensor.typed:
+                getattr(added.contents, name).extend(values)
+        message.raw_input_contents.extend(tensor.data for tensor in self.tensors if tensor.data is not None)
+        if self.surplus is not None:
+            message.raw_input_contents.append(self.surplus)
+        for name, parameter, value in self.outputs:
+            output = message.outputs.add(name=name)
+            if parameter is not None:
+                put(output.parameters[parameter], value)
+        for name, value in self.parameters:
+            put(message.parameters[name], value)
+        return damaged(message.SerializeToString(), *self.damage)
+
+
+def put(parameter: pb.InferParameter, value: Any) -> None:
+    kinds = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
+    if isinstance(value, U64):
+        parameter.uint64_param = value.value
+    else:
+        setattr(parameter, kinds[type(value)], value)
+
+
+def damaged(data: bytes, how: str, where: Any) -> bytes:
+    match how:
+        case "cut":
+            return data[: int(where * len(data))]
+        case "flip":
+            at = int(where * (len(data) - 1))
+            return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
+        case "text":  # a name that is not UTF-8
+            return data.replace(b"AUDIO", b"AUD\xff\xfe", 1)
+        case "noise":
+            return bytes(where)
+    return data
+
+
+def packed(*texts: bytes) -> bytes:
+    """The raw contents of a tensor of strings."""
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+
+
+def mostly(usual: st.SearchStrategy[Any], odd: st.SearchStrategy[Any], of: int = 8) -> st.SearchStrategy[Any]:
+    """The odd one once in `of` times."""
+    return st.integers(1, of).flatmap(lambda drawn: odd if drawn == of else usual)
+
+
+AUDIO = st.just(Tensor("AUDIO", "INT16", (BLOCK_SAMPLES,), bytes(2 * BLOCK_SAMPLES)))
+KEEP_ALIVE = st.just(Tensor("AUDIO", "INT16", (0,), b""))
+DATATYPES = ("INT16", "UINT16", "INT8", "FP16", "FP32", "BOOL", "BYTES", "INT64", "FLOAT", "")
+EXTENTS = (0, 1, -1, 2, 639, BLOCK_SAMPLES, BLOCK_SAMPLES + 1, 2**31, 2**62, 2**63 - 1, -(2**63))
+CONTENTS = st.sampled_from(
+    [("int_contents", (1, 2)), ("fp32_contents", (0.5,)), ("bytes_contents", (b"x",)), ("bool_contents", (True,))]
+)
+
+
+def lying(name: str) -> st.SearchStrategy[Tensor]:
+    """An input of that name with any type, any shape and any bytes."""
+    return st.builds(
+        Tensor,
+        st.just(name),
+        st.sampled_from(DATATYPES),
+        st.lists(st.sampled_from(EXTENTS), max_size=3).map(tuple),
+        st.one_of(st.none(), st.binary(max_size=40), st.just(bytes(2 * BLOCK_SAMPLES)), st.just(bytes(MIB))),
+        st.lists(CONTENTS, max_size=1).map(tuple),
+    )
+
+
+def wrong_length(size: int) -> Tensor:
+    return Tensor("AUDIO", "INT16", (size,), bytes(2 * size))
+
+
+def picture(data: bytes) -> Tensor:
+    return Tensor("REFERENCE_IMAGE", "UINT8", (len(data),), data)
+
+
+def prompt(data: bytes) -> Tensor:
+    return Tensor("PROMPT", "BYTES", (1,), data)
+
+
+ODD_AUDIO = st.one_of(
+    lying("AUDIO"), st.sampled_from((1, 639, BLOCK_SAMPLES - 1, BLOCK_SAMPLES + 1, 200_000)).map(wrong_length)
+)
+GOOD_PROMPTS = tuple(map(packed, (b"hello", b"", b"a\0b\0", "你好 👋 \u202e".encode(), b"x" * 2000)))
+BAD_PROMPTS = (
+    *map(packed, (b"\xff\xfe", b"a\xc0\x80", b"\xed\xa0\x80", b"x" * 2001, b"x" * 100_000)),
+    *(b"", b"\1", b"\xff\xff\xff\xff", b"\5\0\0\0ab", packed(b"a", b"b")),
+)
+# Pictures and prompts that are right are few, so that the server remembers the avatars and the test is about rubbish.
+AVATARS = [(good, GOOD_PROMPTS[0]) for good in good_pictures()]
+AVATARS += [(good_pictures()[0], good) for good in GOOD_PROMPTS]
+BAD_PICTURES = st.one_of(st.sampled_from(bad_pictures()), st.binary(max_size=64)).map(picture)
+GOOD_AVATAR = st.sampled_from(AVATARS).map(lambda pair: (picture(pair[0]), prompt(pair[1])))
+BAD_AVATAR = st.one_of(
+    st.tuples(BAD_PICTURES),
+    st.tuples(BAD_PICTURES, st.sampled_from(GOOD_PROMPTS).map(prompt)),
+    st.tuples(st.just(picture(good_pictures()[0])), st.sampled_from(BAD_PROMPTS).map(prompt)),
+    st.tuples(lying("REFERENCE_IMAGE")),
+    st.tuples(lying("PROMPT")),
+    st.tuples(st.sampled_from(BAD_PROMPTS).map(prompt)),
+    st.tuples(lying("SURPLUS")),
+    st.tuples(KEEP_ALIVE),
+)
+
+IDS = mostly(
+    st.integers(1, 5),
+    st.sampled_from(
+        [0, -1, 2**63 - 1, -(2**63), U64(2**64 - 1), U64(7), "", "abc", "7", "é\0", "x" * 129, True, 2.5, None]
+    ),
+    of=5,
+)
+ANYTHING = st.one_of(
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.booleans(),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=80),
+    st.sampled_from([U64(0), U64(2**64 - 1), "x" * 100_000, "AI-generated", "A\n", "raw", "jpeg"]),
+)
+TOKENS = ("t", "other", "")
+USUAL = {
+    "seed": st.sampled_from([0, 3, 2**63 - 1]),
+    "frame_format": st.sampled_from(["raw", "jpeg"]),
+    "jpeg_quality": st.sampled_from([1, 90, 95]),
+    "label": st.sampled_from(["", "AI-generated"]),
+    "end_reason": st.sampled_from(["completed", "abandoned", "failed"]),
+}
+ODD_NAMES = st.one_of(
+    st.sampled_from(["priority", "timeout", "binary_data_output", "triton_enable_empty_final_response", 'a"b\\\n', ""]),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+)
+OUTPUTS = st.lists(
+    st.tuples(
+        st.sampled_from(["FRAMES", "JPEG_FRAMES", "FIRST_FRAME", "PROVENANCE", "BLOCK", ""]),
+        st.sampled_from([None, None, "classification", "shared_memory_region", "binary_data"]),
+        ANYTHING,
+    ),
+    min_size=1,
+    max_size=3,
+).map(tuple)
+DAMAGES = st.one_of(
+    st.tuples(st.sampled_from(["cut", "flip"]), st.floats(0, 1)),
+    st.just(("text", None)),
+    st.tuples(st.just("noise"), st.binary(max_size=200)),
+)
+
+
+FAULTS = ("audio", "avatar", "tensors", "flags", "token", "parameters", "outputs", "envelope", "damage")
+SAFE_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@st.composite
+def parameters(draw: st.DrawFn, session: Any, start: bool, faults: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    chosen: dict[str, Any] = {} if session is None else {"sequence_id": session}
+    chosen["sequence_start"] = draw(ANYTHING) if "flags" in faults else start
+    chosen["sequence_end"] = draw(ANYTHING if "flags" in faults else st.sampled_from([False, False, False, True]))
+    chosen["token"] = draw(st.one_of(st.sampled_from(TOKENS), ANYTHING)) if "token" in faults else TOKENS[0]
+    for name, usual in USUAL.items():
+        if draw(st.booleans()):
+            chosen[name] = draw(mostly(usual, ANYTHING, of=2)) if "parameters" in faults else draw(usual)
+    if "parameters" in faults:
+        chosen[draw(ODD_NAMES)] = draw(ANYTHING)
+    return tuple(chosen.items())
+
+
+@st.composite
+def tensors(draw: st.DrawFn, start: bool, talks: bool, faults: Sequence[str]) -> tuple[Tensor, ...]:
+    audio = draw(ODD_AUDIO if "audio" in faults else AUDIO if talks else KEEP_ALIVE)
+    usual = GOOD_AVATAR if start else st.just(())
+    given = (audio, *draw(BAD_AVATAR if "avatar" in faults else usual))
+    if "tensors" in faults:  # some are missing, some there twice, in any order
+        given = tuple(draw(st.lists(st.sampled_from(given), max_size=4)))
+    return given
+
+
+@st.composite
+def requests(draw: st.DrawFn, session: Any, start: bool, talks: bool) -> Request:
+    """A request with nothing wrong, or one or two things."""
+    faults = draw(st.lists(st.sampled_from(FAULTS), max_size=1 if talks else 2))
+    odd = "envelope" in faults
+    return Request(
+        draw(tensors(start, talks, faults)),
+        draw(parameters(session, start, faults)),
+        draw(OUTPUTS) if "outputs" in faults else (),
+        draw(SAFE_TEXT) if odd else "",
+        draw(st.sampled_from(["", "1", "99", "x", "-1", "1" * 40])) if odd else "",
+        draw(st.none() | st.binary(max_size=20)) if odd else None,
+        draw(DAMAGES) if "damage" in faults else ("none", None),
+    )
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Requests of at most two sessions, on one stream or each by itself, waiting for each answer or not."""
+
+    requests: tuple[Request, ...]
+    sessions: tuple[Any, ...]
+    way: str
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Conversation:
+    sessions = tuple(draw(st.lists(IDS, min_size=1, max_size=2)))
+    talks = draw(st.integers(1, 5)) == 5  # far enough for the sink to be replaced
+    said = []
+    for index in range(draw(st.integers(6, 9) if talks else st.integers(1, 7))):
+        start = index == 0 or draw(st.integers(1, 6)) == 6
+        said.append(draw(requests(draw(st.sampled_from(sessions)), start, talks)))
+    return Conversation(tuple(said), sessions, draw(st.sampled_from(["in turn", "at once", "unary"])))
+
+
+def farewell(session: Any) -> Iterator[Request]:
+    """Ends a session whatever its token is."""
+    for token in TOKENS:
+        given = {"sequence_id": session, "sequence_end": True, "token": token}
+        yield Request((Tensor("AUDIO", "INT16", (0,), b""),), tuple(given.items()))
+
+
+# ---- the server
+
+
+class Attacker:
+    """Sends conversations, and holds every answer to what answers must be."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._stream = channel.stream_stream(f"{SERVICE}ModelStreamInfer")
+        self._single = channel.unary_unary(f"{SERVICE}ModelInfer")
+        self.sent = 0
+        self.said: Counter[str] = Counter()
+
+    def attack(self, conversation: Conversation) -> None:
+        self._send(conversation.requests, conversation.way)
+        self.sent += len(conversation.requests)
+        for session in conversation.sessions:
+            if session is not None:
+                self._send(tuple(farewell(session)), "in turn")
+
+    def _send(self, requests: Sequence[Request], way: str) -> None:
+        if way == "unary":
+            for request in requests:
+                self._alone(request.serialised())
+        else:
+            self._together(requests, in_turn=way == "in turn")
+
+    def _alone(self, message: bytes) -> None:
+        try:
+            self._single(message, timeout=LIMIT_S)
+        except grpc.RpcError as error:
+            self._check_close(error)
+
+    def _together(self, requests: Sequence[Request], in_turn: bool) -> None:
+        messages = [request.serialised() for request in requests]
+        readable = next((i for i, request in enumerate(requests) if request.damage[0] != "none"), len(requests))
+        answered = threading.Semaphore(1 if in_turn else len(messages))
+        answers = 0
+        try:
+            for answer in self._stream(self._paced(messages, answered), timeout=LIMIT_S):
+                answers += 1
+                answered.release()
+                self._check(pb.ModelStreamInferResponse.FromString(answer).error_message)
+        except grpc.RpcError as error:
+            self._check_close(error)
+        finally:
+            answered.release()
+        # Triton ends a stream, with or without an error, at a message that is no request.
+        assert readable <= answers <= len(messages), f"{answers} answers to {len(messages)} requests"
+
+    @staticmethod
+    def _paced(messages: list[bytes], answered: threading.Semaphore) -> Iterator[bytes]:
+        for message in messages:
+            answered.acquire()
+            yield message
+
+    def _check_close(self, error: Any) -> None:
+        """Of an RPC that ended with an error: not because it hung, nor because the server had gone."""
+        assert error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {LIMIT_S:g} s"
+        assert "Socket closed" not in error.details(), error.details()
+        self._check(error.details())
+
+    def _check(self, text: str) -> None:
+        code, sentence = parse_error(text)
+        kind = "ok" if not text else code.value if code else "Triton"
+        self.said[kind] += 1
+        if not text:
+            return
+        assert "Traceback" not in text, text
+        assert 'File "' not in text, text
+        assert code is not ErrorCode.FAILED, text
+        if code is None:
+            assert OF_TRITON.search(text), text
+        else:
+            assert "\n" not in sentence, text
+            assert sentence.endswith("."), text
+
+
+@contextmanager
+def attacking(server: TritonServer) -> Iterator[Attacker]:
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(server.options.url, options) as channel:
+        yield Attacker(channel)
+
+
+def storm(attacker: Attacker, drawn_from: int, count: int) -> None:
+    """So many conversations, drawn from a seed."""
+
+    @seed(drawn_from)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(conversations())
+    def attack(conversation: Conversation) -> None:
+        attacker.attack(conversation)
+
+    attack()
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The server's processes, with the bytes of memory of each, and the shared memory of all."""
+
+    resident: dict[tuple[int, str], int]
+    shared: int
+
+    @classmethod
+    def of(cls, server: TritonServer) -> Footprint:
+        resident, regions = {}, set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                facts = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(facts[2]) != server.process.pid:  # its process group
+                    continue
+                started = facts[19]
+                resident[int(folder.name), started] = resident_bytes(folder)
+                maps = (folder / "maps").read_text().splitlines()
+                regions |= {line.split(maxsplit=5)[5] for line in maps if "/dev/shm/" in line}
+        return cls(resident, sum(Path(region).stat().st_size for region in regions if Path(region).exists()))
+
+    def growth(self, before: Footprint) -> tuple[int, int]:
+        """Of the process that grew most, and of the shared memory."""
+        assert self.resident.keys() == before.resident.keys(), "a process has ended or another has come"
+        return max(size - before.resident[key] for key, size in self.resident.items()), self.shared - before.shared
+
+
+def resident_bytes(folder: Path) -> int:
+    for line in (folder / "status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@dataclass
+class Neighbour:
+    """Sessions one after the other, at the pace of speech, whose frames must be right."""
+
+    url: str
+    speech: Array
+    expected: Array
+    rounds: int = 0
+    wrong: BaseException | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        try:
+            while not self.over.is_set():
+                with AvatarSession(self.url, image=PORTRAIT.read_bytes(), prompt="hello", seed=3) as session:
+                    frames = np.concatenate([block.frames for block in session.stream(self._spoken())])
+                assert np.array_equal(frames, self.expected), "wrong frames"
+                self.rounds += 1
+        except BaseException as error:
+            self.wrong = error
+
+    def _spoken(self) -> Iterator[Array]:
+        for start in range(0, self.speech.size, BLOCK_SAMPLES):
+            yield self.speech[start : start + BLOCK_SAMPLES]
+            time.sleep(BLOCK_S)
+
+
+@contextmanager
+def neighbour(url: str, speech: Array, expected: Array) -> Iterator[Neighbour]:
+    beside = Neighbour(url, speech, expected)
+    thread = threading.Thread(target=beside.run)
+    thread.start()
+    try:
+        yield beside
+    finally:
+        beside.over.set()
+        thread.join()
+    if beside.wrong is not None:
+        raise beside.wrong
+    assert beside.rounds > 0
+
+
+def endure(server: TritonServer, speech: Array, expected: Array, warm_up: int, count: int) -> Attacker:
+    """Two storms beside a live session; asserts that all processes stay and that the second takes no memory."""
+    with attacking(server) as attacker, neighbour(server.options.url, speech, expected):
+        storm(attacker, 1, warm_up)
+        before, attacker.sent = Footprint.of(server), 0
+        storm(attacker, 2, count)
+        resident, shared = Footprint.of(server).growth(before)
+    server.wait_ready(1.0)
+    assert resident <= RESIDENT_LIMIT, f"a process has grown by {resident / MIB:.1f} MiB"
+    assert shared <= SHARED_LIMIT, f"/dev/shm has grown by {shared / MIB:.1f} MiB"
+    return attacker
+
+
+def test_rubbish_is_answered_and_harms_nobody(server: TritonServer, speech: Array, expected: Array) -> None:
+    attacker = endure(server, speech, expected, 60, 110)
+    assert attacker.sent >= 300
+    assert attacker.said.keys() >= {"ok", "Triton", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_of_rubbish(server: TritonServer, speech: Array, expected: Array) -> None:
+    assert endure(server, speech, expected, 400, 3600).sent >= 10_000
+
+
+def test_a_client_that_wants_one_output_holds_nobody_up(server: TritonServer, speech: Array, expected: Array) -> None:
+    """Triton leaves out the stages that an output does not need, but a session's sink comes from the last of them."""
+    wanted = (("FIRST_FRAME", None, None),)
+    avatar = tuple(make(data) for make, data in zip((picture, prompt), AVATARS[0], strict=True))
+    block = Tensor("AUDIO", "INT16", (BLOCK_SAMPLES,), bytes(2 * BLOCK_SAMPLES))
+    said = [
+        Request(
+            (block, *(avatar if index == 0 else ())),
+            (("sequence_id", 6), ("sequence_start", index == 0), ("token", TOKENS[0])),
+            wanted,
+        )
+        for index in range(6)
+    ]
+    with attacking(server) as attacker, neighbour(server.options.url, speech, expected):
+        started_s = time.monotonic()
+        attacker.attack(Conversation(tuple(said), (6,), "in turn"))
+    assert time.monotonic() - started_s < 20

@@ -1,0 +1,293 @@
+"""Several sessions at once on real servers: the one too many, fairness, known avatars, what a session may ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from live_avatar.arrays import Array
+from live_avatar.artifacts import Artifacts
+from live_avatar.generator import Generator
+from live_avatar.serving import metrics
+from live_avatar.serving.server import ServerOptions, TritonServer, serving
+from live_avatar.version import __version__
+from live_avatar_client import AvatarSession, Block, SessionRefused
+from live_avatar_client.protocol import ErrorCode
+from tests.conftest import noise_speech
+from tests.serving.conftest import generated
+from tests.serving.raw import BLOCK, NOTHING, raw_session
+from tests.serving.support import (
+    STAGES,
+    assert_every_slot_serves,
+    bystander,
+    changes,
+    frames_until,
+    scrape,
+    series,
+    speech_of,
+    spoken,
+)
+from tests.serving.test_equality import frames_of
+
+SESSIONS = 2
+REFUSAL = f"all {SESSIONS} sessions of this server are taken; try again later or elsewhere."
+AT_ONCE_S = 5.0
+"""Far below the idle limit of 30 s, after which a session that waits in silence would have its turn."""
+RUDE_CLIENTS = 40
+
+
+@pytest.fixture(scope="module")
+def small(artifacts: Artifacts) -> Iterator[TritonServer]:
+    """A server of two sessions that remembers one avatar."""
+    options = ServerOptions(artifacts.folder, max_sessions=SESSIONS, known_avatars=1).on_free_ports()
+    with serving(options) as running:
+        yield running
+
+
+@pytest.fixture
+def small_url(small: TritonServer) -> str:
+    return small.options.url
+
+
+@pytest.fixture(scope="module")
+def other_picture() -> bytes:
+    pixels = np.random.default_rng(8).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Full
+
+
+def test_the_session_too_many_is_refused_at_once_and_disturbs_nobody(
+    small: TritonServer, small_url: str, picture: bytes, speech: Array, expected: Array
+) -> None:
+    before = scrape(small)
+    with (
+        bystander(small_url, picture, speech, expected),
+        AvatarSession(small_url, image=picture, prompt="hello", seed=3) as second,
+    ):
+        first = spoken(second, speech_of(speech, 0, 1))
+        assert scrape(small)[series(metrics.SESSIONS_FREE)] == 0
+        started_s = time.monotonic()
+        with AvatarSession(small_url, image=picture) as refused, pytest.raises(SessionRefused) as raised:
+            spoken(refused, BLOCK)
+        assert time.monotonic() - started_s < AT_ONCE_S
+        assert raised.value.code is ErrorCode.UNAVAILABLE
+        assert REFUSAL in str(raised.value)
+        second.send(speech_of(speech, 1, 2))
+        second.end()
+        assert np.array_equal(frames_of([first, *second]), frames_until(expected, 2))
+        with AvatarSession(small_url, image=picture, prompt="hello", seed=3) as third:  # END has freed the slot
+            assert np.array_equal(frames_of(list(third.stream([speech_of(speech, 0, 1)]))), frames_until(expected, 1))
+    assert changes(before, scrape(small), metrics.SESSIONS_REFUSED) == {"full": 1}
+    assert_every_slot_serves(small, picture, speech, expected)
+
+
+def test_clients_that_do_not_end_after_a_refusal_shut_nobody_out(
+    small: TritonServer, small_url: str, picture: bytes, speech: Array, expected: Array
+) -> None:
+    """Each id keeps a place in Triton's batcher until the idle limit; there are more of these than slots."""
+    before = scrape(small)
+    with bystander(small_url, picture, speech, expected):
+        with bystander(small_url, picture, speech, expected):
+            for _ in range(RUDE_CLIENTS):
+                with raw_session(small_url) as rude:
+                    started_s = time.monotonic()
+                    assert f"[UNAVAILABLE] {REFUSAL}" in rude.ask(NOTHING, picture, start=True)
+                    assert time.monotonic() - started_s < AT_ONCE_S
+                    rude.vanish()
+        with AvatarSession(small_url, image=picture, prompt="hello", seed=3) as good:
+            assert np.array_equal(frames_of(list(good.stream([speech_of(speech, 0, 2)]))), frames_until(expected, 2))
+    assert changes(before, scrape(small), metrics.SESSIONS_REFUSED) == {"full": RUDE_CLIENTS}
+    assert_every_slot_serves(small, picture, speech, expected)
+
+
+# Fairness
+
+
+def streamed(url: str, picture: bytes, prompt: str, seed: int, speech: Array, in_flight: int) -> list[Block]:
+    """The blocks of a session that sends as fast as it gets them, `in_flight` ahead."""
+    with AvatarSession(url, image=picture, prompt=prompt, seed=seed, max_in_flight_blocks=in_flight) as session:
+        return list(session.stream([speech]))
+
+
+def median_wait_s(blocks: list[Block]) -> float:
+    return float(np.median([block.received_at_s - block.sent_at_s for block in blocks]))
+
+
+def test_sessions_at_their_own_pace_do_not_meet_and_do_not_starve(
+    url: str, picture: bytes, other_picture: bytes, oracle: Generator
+) -> None:
+    """One floods the server, two send the next block when they have the last: these wait less for each of theirs."""
+    wishes = [
+        (picture, "hello", 5, noise_speech(4.8, 31), 8),
+        (other_picture, "waves", 6, noise_speech(2.88, 32), 1),
+        (picture, "", 7, noise_speech(2.88, 33), 1),
+    ]
+    with ThreadPoolExecutor(len(wishes)) as pool:
+        results = list(pool.map(lambda wish: streamed(url, *wish), wishes))
+    for (image, prompt, seed, speech, _), blocks in zip(wishes, results, strict=True):
+        assert np.array_equal(frames_of(blocks), generated(oracle, image, prompt, seed, speech)), f"seed {seed}"
+    flood, *modest = results
+    for blocks in modest:
+        assert median_wait_s(blocks) < median_wait_s(flood)
+    # None has to wait until another one is through.
+    starts_s, ends_s = zip(*((blocks[0].received_at_s, blocks[-1].received_at_s) for blocks in results), strict=True)
+    assert max(starts_s) < min(ends_s)
+
+
+# Known avatars
+
+
+def seen(server: TritonServer, work: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """What `work` adds to the stages' cache hits and misses."""
+    before = scrape(server)
+    work()
+    after = scrape(server)
+    return changes(before, after, metrics.AVATAR_HITS), changes(before, after, metrics.AVATAR_MISSES)
+
+
+EVERY_STAGE = dict.fromkeys(STAGES, 1)
+
+
+def test_a_known_avatar_starts_without_work_and_an_older_one_is_forgotten(
+    small: TritonServer, small_url: str, picture: bytes, other_picture: bytes, speech: Array, oracle: Generator
+) -> None:
+    """Before and after the sink's update (block 5), which must not reach what sessions share."""
+
+    def run(image: bytes, seed: int, blocks: int = 6) -> None:
+        said = speech_of(speech, 0, blocks)
+        with AvatarSession(small_url, image=image, prompt="hello", seed=seed) as session:
+            frames = frames_of(list(session.stream([said])))
+        assert np.array_equal(frames, generated(oracle, image, "hello", seed, said))
+
+    run(other_picture, 1, blocks=1)
+    assert seen(small, lambda: run(picture, 3)) == ({}, EVERY_STAGE)
+    assert seen(small, lambda: run(picture, 4)) == (EVERY_STAGE, {})
+    numbers = scrape(small)
+    assert {numbers[series(metrics.AVATARS, stage)] for stage in STAGES} == {1}
+    assert seen(small, lambda: run(other_picture, 3, blocks=1)) == ({}, EVERY_STAGE), (
+        "one avatar is remembered, the latest"
+    )
+
+
+def test_sessions_of_one_avatar_share_it_while_both_are_live(
+    small: TritonServer, small_url: str, picture: bytes, speech: Array, oracle: Generator, expected: Array
+) -> None:
+    """One replaces its sink while the other still has that of the avatar."""
+    with raw_session(small_url) as ahead, raw_session(small_url) as behind:
+        first = [ahead.ask(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3)]
+
+        def start() -> None:
+            first.append(behind.ask(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=4))
+
+        assert seen(small, start) == (EVERY_STAGE, {})
+        rest = [ahead.ask(speech_of(speech, block, block + 1)) for block in range(1, 6)]
+        last = [behind.ask(speech_of(speech, block, block + 1)) for block in range(1, 6)]
+    assert np.array_equal(frames_from([first[0], *rest]), frames_until(expected, 6))
+    assert np.array_equal(
+        frames_from([first[1], *last]), generated(oracle, picture, "hello", 4, speech_of(speech, 0, 6))
+    )
+
+
+def frames_from(answers: list[Any]) -> Array:
+    return np.concatenate([answer.as_numpy("FRAMES") for answer in answers])
+
+
+# What a session may ask for
+
+
+def opened(url: str, picture: bytes, speech: Array, **wishes: Any) -> tuple[Block, AvatarSession]:
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, **wishes) as session:
+        (block,) = session.stream([speech_of(speech, 0, 1)])
+    return block, session
+
+
+def test_jpeg_quality_decides_the_size(url: str, picture: bytes, speech: Array) -> None:
+    sizes = []
+    for quality in (95, 90, 50, 1):
+        block, _ = opened(url, picture, speech, frame_format="jpeg", jpeg_quality=quality)
+        assert len(block.jpegs) == 12
+        assert {Image.open(io.BytesIO(jpeg)).size for jpeg in block.jpegs} == {(96, 96)}
+        sizes.append(sum(map(len, block.jpegs)))
+    assert all(larger > smaller for larger, smaller in pairwise(sizes)), sizes
+    default, _ = opened(url, picture, speech, frame_format="jpeg")
+    assert sum(map(len, default.jpegs)) == sizes[1]
+
+
+def test_a_label_changes_the_lower_right_corner_alone(url: str, picture: bytes, speech: Array, expected: Array) -> None:
+    block, _ = opened(url, picture, speech, label="AI")
+    changed = (block.frames != frames_until(expected, 1)).any(axis=(0, 3))  # [H, W]
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert rows.min() > 48
+    assert columns.min() > 48
+    assert changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].mean() > 0.9, "a filled box"
+    assert np.array_equal(opened(url, picture, speech)[0].frames, frames_until(expected, 1)), "off by default"
+
+
+def test_provenance_says_what_made_the_video(url: str, artifacts: Artifacts, picture: bytes, speech: Array) -> None:
+    _, session = opened(url, picture, speech)
+    assert session.provenance is not None
+    made = dict(session.provenance)
+    assert "T" in made.pop("created")
+    assert made == {
+        "generator": "Live Avatar on Triton",
+        "version": __version__,
+        "preset": "tiny",
+        "artifacts": artifacts.fingerprint,
+        "seed": 3,
+        "picture_sha256": hashlib.sha256(picture).hexdigest(),
+        "prompt_sha256": hashlib.sha256(b"hello").hexdigest(),
+    }
+
+
+def test_provenance_comes_once(url: str, picture: bytes) -> None:
+    with raw_session(url) as raw:
+        rows = [len(raw.ask(BLOCK, picture, start=True).as_numpy("PROVENANCE"))]
+        rows += [len(raw.ask(audio).as_numpy("PROVENANCE")) for audio in (BLOCK, NOTHING)]
+    assert rows == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"jpeg_quality": "high"}, "parameter jpeg_quality is 'high'; it must be an integer from 1 to 95."),
+        ({"jpeg_quality": 0}, "parameter jpeg_quality is 0; it must be an integer from 1 to 95."),
+        ({"jpeg_quality": 96}, "parameter jpeg_quality is 96; it must be an integer from 1 to 95."),
+        ({"jpeg_quality": True}, "parameter jpeg_quality is True; it must be an integer from 1 to 95."),
+        ({"label": 7}, "parameter label is 7; it must be a string of at most 64 characters."),
+        ({"label": "A" * 65}, "it must be a string of at most 64 characters."),
+        ({"label": " "}, "the label ' ' is blank; give it letters, or leave it out."),
+        ({"label": "A" * 64}, "but frames have 96x96; shorten it."),
+        ({"token": 7}, "parameter token is 7; it must be a string of at most 256 characters."),
+        ({"token": "t" * 257}, "it must be a string of at most 256 characters."),
+    ],
+)
+def test_wishes_of_the_wrong_kind(
+    server: TritonServer, picture: bytes, parameters: dict[str, Any], sentence: str
+) -> None:
+    before = scrape(server)
+    with raw_session(server.options.url) as raw:
+        error = raw.ask(BLOCK, picture, start=True, **parameters)
+    assert "[INVALID_ARGUMENT]" in error
+    assert sentence in error
+    after = scrape(server)
+    assert changes(before, after, metrics.SESSIONS_REFUSED) == {"input": 1}
+    assert after[series(metrics.SESSIONS_ADMITTED)] == before[series(metrics.SESSIONS_ADMITTED)]
+
+
+def test_an_id_of_letters(url: str, picture: bytes) -> None:
+    with raw_session(url, "speaker-7") as raw:
+        error = raw.ask(BLOCK, picture, start=True)
+    assert "[INVALID_ARGUMENT] the sequence id is 'speaker-7'; it must be an integer." in error
