@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from live_avatar import interrupts
-from live_avatar.config import KNOWN_AVATARS, PRECISIONS, PRESETS, Preset, StreamConfig, preset
+from live_avatar.config import PRECISIONS, PRESETS, Preset, StreamConfig, preset
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
@@ -394,9 +394,7 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
 @click.option(
     "--known-avatars",
     type=_Integer(min=0),
-    default=KNOWN_AVATARS,
-    show_default=True,
-    help="Avatars that each stage remembers, so that they start sooner.",
+    help="Avatars that each stage remembers, so that they start sooner; without it as the profile says.",
 )
 @click.option(
     "--idle-seconds",

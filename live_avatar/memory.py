@@ -21,7 +21,7 @@ from live_avatar.config import LATENT_CHANNELS, MOTION_LATENTS, Preset
 from live_avatar.contract import Contract, TensorSpec, contracts, step_name
 from live_avatar.errors import CapacityError, ConfigError
 
-MIB, GIB = 2**20, 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 WORKSPACE_BYTES = 2 * GIB
 """Most scratch space that an engine may take beside its weights and tensors."""
 GREATEST = 2  # entry of a symbolic dimension's range
@@ -54,6 +54,12 @@ NOT_IN_PREFILL = (
 )
 
 
+def readable(size: int) -> str:
+    """Bytes in the largest unit that they fill."""
+    unit, name = next(((u, n) for u, n in ((GIB, "GiB"), (MIB, "MiB")) if size >= u), (KIB, "KiB"))
+    return f"{size / unit:.2f} {name}"
+
+
 @dataclass(frozen=True)
 class Memory:
     """One process: bytes that it holds in any case, that every session adds, and every avatar that it remembers beside
@@ -69,14 +75,12 @@ class Memory:
         return sum(self.shared.values()) + each
 
     def spelled(self, sessions: int, avatars: int = 0) -> str:
-        """The sum, term by term, in GiB; in MiB if it is less than one."""
-        total = self.total(sessions, avatars)
-        unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
-        terms = [f"{part} {size / unit:.2f}" for part, size in self.shared.items()]
-        terms += [f"{sessions} x {part} {size / unit:.2f}" for part, size in self.per_session.items()]
+        """The sum, term by term."""
+        terms = [f"{part} {readable(size)}" for part, size in self.shared.items()]
+        terms += [f"{sessions} x {part} {readable(size)}" for part, size in self.per_session.items()]
         if avatars:
-            terms += [f"{avatars} x {part} of an avatar {size / unit:.2f}" for part, size in self.per_avatar.items()]
-        return f"{' + '.join(terms)} = {total / unit:.2f} {name}"
+            terms += [f"{avatars} x {part} of an avatar {readable(size)}" for part, size in self.per_avatar.items()]
+        return f"{' + '.join(terms)} = {readable(self.total(sessions, avatars))}"
 
     def beside(self, loaded: Mapping[str, int]) -> Memory:
         """The same process with what it has loaded."""
@@ -146,8 +150,8 @@ def require_sessions(
         room = available_bytes - sum(memory.total(0, known_avatars) for memory in memories)
         fitting = max(0, room // sum(memory.total(1) - memory.total(0) for memory in memories))
         raise CapacityError(
-            f"{sessions} sessions and {known_avatars} known avatars of preset {preset.name} need {_readable(needed)}, "
-            f"but {_readable(available_bytes)} are free, enough for {fitting} sessions: "
+            f"{sessions} sessions and {known_avatars} known avatars of preset {preset.name} need {readable(needed)}, "
+            f"but {readable(available_bytes)} are free, enough for {fitting} sessions: "
             f"{_spelled(memories, sessions, known_avatars)}; take fewer sessions (--max-sessions), fewer known avatars "
             "(--known-avatars) or more memory."
         )
@@ -205,10 +209,6 @@ def _spelled(memories: Iterable[Memory], sessions: int, avatars: int) -> str:
         f"{stage}: {spelled}" if count == 1 else f"{count} times {stage}: {spelled}"
         for (stage, spelled), count in counts.items()
     )
-
-
-def _readable(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
 
 
 def _group_bytes(root: Path) -> Iterator[int]:

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from live_avatar.errors import CapacityError
 from live_avatar.lru import LRU
-from live_avatar.memory import MIB
+from live_avatar.memory import readable
 from live_avatar.runtime import Runtime
 from live_avatar.serving.metrics import AVATAR_HITS, AVATAR_MISSES, AVATARS, Meter
 
@@ -51,6 +51,6 @@ class SessionRoom:
         free = self._runtime.free_bytes()
         if free < self._needed:
             raise CapacityError(
-                f"stage {self._stage} has {free / MIB:.1f} MiB of memory free, and a session takes "
-                f"{self._needed / MIB:.1f} MiB there; try again later or elsewhere."
+                f"stage {self._stage} has {readable(free)} of memory free, and a session takes {readable(self._needed)} "
+                "there; try again later or elsewhere."
             )

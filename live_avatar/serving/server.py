@@ -31,7 +31,6 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from live_avatar.artifacts import Artifacts, load_artifacts
-from live_avatar.config import KNOWN_AVATARS
 from live_avatar.errors import ServerError
 from live_avatar.label import Label
 from live_avatar.memory import host_available_bytes, require_sessions
@@ -39,7 +38,6 @@ from live_avatar.serving import (
     ARTIFACTS_VARIABLE,
     CONTROL_VARIABLE,
     FLOOR_VARIABLE,
-    KNOWN_AVATARS_VARIABLE,
     LABEL_FONT_VARIABLE,
     LOG_MARK,
     PROFILE_VARIABLE,
@@ -97,7 +95,7 @@ class ServerOptions:
     model_repository: Path = MODEL_REPOSITORY
     max_sessions: int | None = None
     idle_seconds: float | None = None
-    known_avatars: int = KNOWN_AVATARS
+    known_avatars: int | None = None
     label_font: Path | None = None
     access: Access = field(default_factory=Access)
     trace: Path | None = None
@@ -319,10 +317,8 @@ def _check_sessions(options: ServerOptions, artifacts: Artifacts) -> None:
         Label("A", artifacts.preset.stream.height, artifacts.preset.stream.width, options.label_font)
     conditioning = _config(options, "conditioning")
     if conditioning.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU:
-        sessions = int(conditioning.parameters["max_sessions"].string_value)
-        require_sessions(
-            artifacts.preset, sessions, options.known_avatars, host_available_bytes(), agreed=artifacts.contracts
-        )
+        sessions, avatars = (int(conditioning.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
+        require_sessions(artifacts.preset, sessions, avatars, host_available_bytes(), agreed=artifacts.contracts)
 
 
 def _check_steps(options: ServerOptions, profiles: list[str], exported: int) -> None:
@@ -352,6 +348,8 @@ def _config(options: ServerOptions, model: str) -> model_config_pb2.ModelConfig:
     changes: dict[str, object] = {}
     if options.max_sessions is not None:
         changes["max_sessions"] = options.max_sessions
+    if options.known_avatars is not None:
+        changes["known_avatars"] = options.known_avatars
     if options.idle_seconds is not None:
         changes["idle_limit_s"] = options.idle_seconds
         if config.HasField("sequence_batching"):
@@ -447,7 +445,6 @@ def _environment(options: ServerOptions, control: Path) -> dict[str, str]:
     environment[ARTIFACTS_VARIABLE] = str(options.artifacts.resolve())
     environment[PROFILE_VARIABLE] = options.profile
     environment[CONTROL_VARIABLE] = str(control)
-    environment[KNOWN_AVATARS_VARIABLE] = str(options.known_avatars)
     environment[FLOOR_VARIABLE] = str(options.stage_floor_s)
     if options.label_font is not None:
         environment[LABEL_FONT_VARIABLE] = str(options.label_font.resolve())

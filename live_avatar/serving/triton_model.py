@@ -22,16 +22,14 @@ import triton_python_backend_utils as pb_utils
 
 from live_avatar.arrays import Array
 from live_avatar.artifacts import Artifacts, load_artifacts
-from live_avatar.config import KNOWN_AVATARS
 from live_avatar.errors import InputError, SessionError
-from live_avatar.memory import session_memory
+from live_avatar.memory import require_sessions, session_memory
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import (
     ARTIFACTS_VARIABLE,
     CONTROL_VARIABLE,
     FLOOR_VARIABLE,
-    KNOWN_AVATARS_VARIABLE,
     LABEL_FONT_VARIABLE,
     LOG_MARK,
     PROFILE_VARIABLE,
@@ -139,6 +137,7 @@ class StageModel:
         self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self.meter = TritonMeter(self.name)
         self._stage = self.make_stage()
+        self._require_sessions()
         self.meter.add(STARTS)
         self.meter.declare(BLOCKS)
         self.meter.declare(BUSY)
@@ -237,9 +236,19 @@ class StageModel:
         memory = session_memory(self.artifacts.preset, self.name, self.artifacts.contracts)
         return SessionRoom(self.name, self.runtime, sum(memory.per_session.values()))
 
+    def _require_sessions(self) -> None:
+        """Raises `CapacityError` if a GPU has not the room for all sessions, now that the weights are there.
+
+        On a host, whose memory all stages share, `live-avatar serve` has worked out the sum beforehand.
+        """
+        if self._gpu is not None and "max_sessions" in self._config["parameters"]:
+            preset, free = self.artifacts.preset, self.runtime.free_bytes()
+            sessions = int(self.parameter("max_sessions"))
+            require_sessions(preset, sessions, self.known_avatars, free, [self.name], self.artifacts.contracts)
+
     @property
     def known_avatars(self) -> int:
-        return int(os.environ.get(KNOWN_AVATARS_VARIABLE, str(KNOWN_AVATARS)))
+        return int(self.parameter("known_avatars"))
 
     @property
     def label_font(self) -> Path | None:

@@ -126,14 +126,14 @@ def test_sixteen_bits_halve_the_caches() -> None:
 
 def test_the_sum_is_spelled_out() -> None:
     memory = Memory("a stage", {"weights": 2 * GIB}, {"ring": GIB // 2})
-    assert memory.spelled(3) == "weights 2.00 + 3 x ring 0.50 = 3.50 GiB"
+    assert memory.spelled(3) == "weights 2.00 GiB + 3 x ring 512.00 MiB = 3.50 GiB"
     assert memory.total(3) == 3.5 * GIB
 
 
 def test_the_sum_of_a_small_preset_is_in_mib() -> None:
     memory = Memory("a stage", {}, {"ring": 2 * MIB}, {"sink": MIB // 4})
-    assert memory.spelled(3) == "3 x ring 2.00 = 6.00 MiB"
-    assert memory.spelled(3, 2) == "3 x ring 2.00 + 2 x sink of an avatar 0.25 = 6.50 MiB"
+    assert memory.spelled(3) == "3 x ring 2.00 MiB = 6.00 MiB"
+    assert memory.spelled(3, 2) == "3 x ring 2.00 MiB + 2 x sink of an avatar 256.00 KiB = 6.50 MiB"
     assert memory.total(3, 2) == 6.5 * MIB
 
 
@@ -186,6 +186,19 @@ def bytes_of(preset: Preset, stage: str, sessions: int, avatars: int) -> int:
 def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
     needed = bytes_of(LARGE, "dit_step_3", 2, 1)
     require_sessions(LARGE, 2, 1, needed, ["dit_step_3"])
+    with pytest.raises(CapacityError, match=message) as caught:
+        require_room(preset, memory_gib, sessions, on_host)
+    may_move = stage == "a denoising step" and not on_host
+    assert ("--weights-on-host dit_prefill" in str(caught.value)) == may_move
+
+
+def bytes_of(preset: Preset, stage: str, sessions: int, avatars: int) -> int:
+    return session_memory(preset, stage, contracts(preset)).total(sessions, avatars)
+
+
+def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
+    needed = bytes_of(LARGE, "dit_step_3", 2, 1)
+    require_sessions(LARGE, 2, 1, needed, ["dit_step_3"])
     message = (
         r"^2 sessions and 1 known avatars of preset s2v-14b need 31\.37 GiB, but 31\.37 GiB are free, enough for 1 "
         r"sessions: a denoising step: keys and values of the current block 2\.42 \+ copies of a history that is not "
@@ -211,7 +224,7 @@ def test_a_host_holds_the_sessions_of_all_stages() -> None:
 
 
 def test_no_room_for_the_avatars_is_room_for_no_session() -> None:
-    with pytest.raises(CapacityError, match=r"but 0\.00 MiB are free, enough for 0 sessions"):
+    with pytest.raises(CapacityError, match=r"but 0\.00 KiB are free, enough for 0 sessions"):
         require_sessions(TINY, 1, 16, 0)
 
 

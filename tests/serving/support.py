@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
 from tests.serving.test_equality import frames_of
 
 STAGES = ("conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder")
+KEEP_ALIVE_S = 0.3  # for servers with an idle limit of seconds, on a machine that is busy
 Numbers = dict[str, float]
 """Value by series, as `series` names it."""
 
@@ -56,10 +58,17 @@ def spoken(session: AvatarSession, speech: Array) -> Block:
     return next(iter(session))
 
 
+def frames_in(answer: Any) -> Array:
+    """The frames of an answer to a raw request; fails with the words of an error."""
+    assert not isinstance(answer, str), answer
+    frames: Array = answer.as_numpy("FRAMES")
+    return frames
+
+
 @contextmanager
 def bystander(url: str, picture: bytes, speech: Array, expected: Array) -> Iterator[None]:
     """A session that is live inside the `with`, has spoken before and speaks after it, and gets its right frames."""
-    with AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=0.3) as live:
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=KEEP_ALIVE_S) as live:
         first = spoken(live, speech_of(speech, 0, 1))
         yield
         live.send(speech_of(speech, 1, 3))
@@ -73,7 +82,9 @@ def assert_every_slot_serves(server: TritonServer, picture: bytes, speech: Array
     sessions = int(scrape(server)["live_avatar_sessions_limit"])
     with ExitStack() as stack:
         live = [
-            stack.enter_context(AvatarSession(server.options.url, image=picture, prompt="hello", seed=3))
+            stack.enter_context(
+                AvatarSession(server.options.url, image=picture, prompt="hello", seed=3, keep_alive_s=KEEP_ALIVE_S)
+            )
             for _ in range(sessions)
         ]
         for session in live:

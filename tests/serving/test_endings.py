@@ -36,10 +36,12 @@ from tests.conftest import noise_speech
 from tests.serving.conftest import generated
 from tests.serving.raw import BLOCK, NOTHING, raw_session
 from tests.serving.support import (
+    KEEP_ALIVE_S,
     STAGES,
     assert_every_slot_serves,
     bystander,
     changes,
+    frames_in,
     frames_until,
     scrape,
     series,
@@ -49,7 +51,7 @@ from tests.serving.support import (
 from tests.serving.test_equality import frames_of
 
 SESSIONS = 2
-IDLE_S = 2.0
+IDLE_S = 3.0
 DRAIN_S = 4.0
 FAULTY_MODEL = Path(__file__).parent / "faults" / "model.py"
 TOKEN = "only the owner knows it"
@@ -68,7 +70,7 @@ Ending = Callable[..., AbstractContextManager[None]]
 
 @pytest.fixture(scope="module")
 def faulty(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server of two sessions, with an idle limit of 2 s, whose stages fail when asked to."""
+    """A server of two sessions, with an idle limit of 3 s, whose stages fail when asked to."""
     repository = tmp_path_factory.mktemp("faulty") / "models"
     shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
     for stage in (*STAGES, "rolling_sink"):
@@ -137,10 +139,10 @@ def test_end_frees_everything(
     faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
 ) -> None:
     with ending(completed=1, abandoned=1, ended=1):
-        with AvatarSession(url, image=picture, prompt="hello", seed=3) as session:
+        with AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=KEEP_ALIVE_S) as session:
             frames = frames_of(list(session.stream([speech_of(speech, 0, 6)])))
         assert np.array_equal(frames, frames_until(expected, 6))
-        with AvatarSession(url, image=picture) as session:
+        with AvatarSession(url, image=picture, keep_alive_s=KEEP_ALIVE_S) as session:
             spoken(session, speech)
         with raw_session(url) as raw:  # says END without a reason
             raw.ask(BLOCK, picture, start=True)
@@ -156,14 +158,12 @@ def test_a_session_may_have_the_id_of_one_that_has_ended(
     other = noise_speech(0.48, seed=21)
     with ending(ended=2), raw_session(url) as raw:
         first = raw.ask(other, picture, b"another", start=True, seed=4)
-        assert np.array_equal(
-            first.as_numpy("FRAMES"), frames_until(generated(oracle, picture, "another", 4, other), 1)
-        )
+        assert np.array_equal(frames_in(first), frames_until(generated(oracle, picture, "another", 4, other), 1))
         raw.ask(NOTHING, end=True)
         raw.send(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3)
         for block in range(1, 7):
             raw.send(speech_of(speech, block, block + 1))
-        frames = [raw.answer().as_numpy("FRAMES") for _ in range(7)]
+        frames = [frames_in(raw.answer()) for _ in range(7)]
         assert np.array_equal(np.concatenate(frames), frames_until(expected, 7))
 
 
@@ -206,7 +206,7 @@ def test_a_silent_session_is_dropped_and_one_that_is_kept_alive_is_not(
 ) -> None:
     with (
         ending(silent=1, completed=1),
-        AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=0.3) as kept,
+        AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=KEEP_ALIVE_S) as kept,
         AvatarSession(url, image=picture, keep_alive_s=60.0) as silent,
     ):
         spoken(silent, BLOCK)
@@ -238,7 +238,7 @@ def test_a_start_on_a_live_id_changes_nothing(
         raw.ask(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3)
         error = raw.ask(speech_of(speech, 0, 1), picture, b"another", start=True, seed=4)
         assert f"[INVALID_ARGUMENT] session {raw.session} is live already; start the new session under another" in error
-        frames = [raw.ask(speech_of(speech, block, block + 1)).as_numpy("FRAMES") for block in (1, 2)]
+        frames = [frames_in(raw.ask(speech_of(speech, block, block + 1))) for block in (1, 2)]
         assert np.array_equal(np.concatenate(frames), expected[12:36])
 
 
@@ -246,7 +246,7 @@ def test_one_id_from_two_connections(url: str, picture: bytes, speech: Array, ex
     """Who guesses an id gets no frame of it, and the owner misses none."""
     with ending(ended=1), raw_session(url) as owner, raw_session(url, owner.session) as guesser:
         opened = owner.ask(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3, token=TOKEN)
-        frames = [opened.as_numpy("FRAMES")]
+        frames = [frames_in(opened)]
         for block in (1, 2):
             for parameters in ({}, {"token": "a guess"}):
                 for audio in (BLOCK, NOTHING):
@@ -254,7 +254,7 @@ def test_one_id_from_two_connections(url: str, picture: bytes, speech: Array, ex
                     assert f"[INVALID_ARGUMENT] session {owner.session} was opened with another token, so" in error
                     assert "start a session of your own under another sequence id." in error
                 assert "is live already" in guesser.ask(BLOCK, picture, start=True, **parameters)
-            frames.append(owner.ask(speech_of(speech, block, block + 1), token=TOKEN).as_numpy("FRAMES"))
+            frames.append(frames_in(owner.ask(speech_of(speech, block, block + 1), token=TOKEN)))
         assert np.array_equal(np.concatenate(frames), frames_until(expected, 3))
         owner.ask(NOTHING, end=True, token=TOKEN)
 
@@ -280,7 +280,7 @@ def test_a_stage_that_raises_ends_that_session_alone(
         raw.send(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3, fault=stage, fault_block=3)
         for block in range(1, 6):
             raw.send(speech_of(speech, block, block + 1))
-        frames = [raw.answer().as_numpy("FRAMES") for _ in range(2)]
+        frames = [frames_in(raw.answer()) for _ in range(2)]
         assert np.array_equal(np.concatenate(frames), frames_until(expected, 2))
         sentence = f"stage {stage} at block 3 failed (RuntimeError: the device fell off)"
         assert f"[FAILED] {sentence}; end the session and start a new one." in raw.answer()
@@ -313,7 +313,7 @@ def test_a_killed_stage_comes_back_without_a_restart(
 ) -> None:
     server, process = faulty.process.pid, process_of(faulty, stage)
     wait_until(lambda: is_ready(faulty.options) == (True, True), limit_s=30)
-    with AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=0.3) as session:
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=KEEP_ALIVE_S) as session:
         spoken(session, speech_of(speech, 0, 1))
         os.kill(process, signal.SIGKILL)
         wait_until(lambda: is_ready(faulty.options) == (False, False), limit_s=10)

@@ -49,7 +49,7 @@ OF_TRITON = re.compile(
         [
             r"must specify the START flag on the first request of the sequence",
             r"must specify a non-zero or non-empty correlation ID",
-            r"invalid value(?: type)? for '.*'",
+            r"invalid value(?: type)? for '",
             r"string correlation ID cannot be longer than 128 characters",
             r"input byte size mismatch for input",
             r"All input dimensions should be specified",
@@ -157,7 +157,7 @@ class Tensor:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    data: bytes | None
+    data: bytes | None = field(repr=False)
     typed: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
 
@@ -371,6 +371,9 @@ class Conversation:
     requests: tuple[Request, ...]
     sessions: tuple[Any, ...]
     way: str
+
+    def __repr__(self) -> str:
+        return "\n".join([self.way, *(repr(request)[:500] for request in self.requests)])
 
 
 @st.composite

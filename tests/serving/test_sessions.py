@@ -30,6 +30,7 @@ from tests.serving.support import (
     assert_every_slot_serves,
     bystander,
     changes,
+    frames_in,
     frames_until,
     scrape,
     series,
@@ -202,7 +203,7 @@ def test_sessions_of_one_avatar_share_it_while_both_are_live(
 
 
 def frames_from(answers: list[Any]) -> Array:
-    return np.concatenate([answer.as_numpy("FRAMES") for answer in answers])
+    return np.concatenate([frames_in(answer) for answer in answers])
 
 
 # What a session may ask for
