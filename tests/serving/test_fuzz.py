@@ -113,7 +113,7 @@ def good_pictures() -> tuple[bytes, ...]:
         encoded(noise("P"), "PNG", transparency=3),
         encoded(noise("RGB"), "JPEG", exif=turned),
         encoded(Image.new("1", (8000, 8000)), "PNG"),
-        png_with(b"IDAT", b""),
+        png_with(b"IDAT", zlib.compress(bytes(50 * MIB))),  # read no further than its size says
     )
 
 
@@ -133,7 +133,6 @@ def bad_pictures() -> tuple[bytes, ...]:
         jpeg[:frame_header] + b"\xff\xff\xff\xff" + jpeg[frame_header + 4 :],  # 65535 x 65535
         png_with(b"zTXt", b"a\0\0" + zeros),
         png_with(b"iCCP", b"a\0\0" + zeros),
-        png_with(b"IDAT", zeros[:2000]),
         png_with(b"IHDR", b"\xff" * 13),
         b"<svg xmlns='http://www.w3.org/2000/svg' width='9e9'/>",
         bytes(32 * MIB + 1),
@@ -321,6 +320,7 @@ DAMAGES = st.one_of(
 
 
 FAULTS = ("audio", "avatar", "tensors", "flags", "token", "parameters", "outputs", "envelope", "damage")
+START_FAULTS = ("avatar",) * 6 + ("parameters",) * 3
 SAFE_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
@@ -351,7 +351,7 @@ def tensors(draw: st.DrawFn, start: bool, talks: bool, faults: Sequence[str]) ->
 @st.composite
 def requests(draw: st.DrawFn, session: Any, start: bool, talks: bool) -> Request:
     """A request with nothing wrong, or one or two things."""
-    faults = draw(st.lists(st.sampled_from(FAULTS), max_size=1 if talks else 2))
+    faults = draw(st.lists(st.sampled_from(FAULTS + START_FAULTS * start), max_size=1 if talks else 2))
     odd = "envelope" in faults
     return Request(
         draw(tensors(start, talks, faults)),
@@ -596,20 +596,35 @@ def test_ten_thousand_requests_of_rubbish(server: TritonServer, speech: Array, e
     assert endure(server, speech, expected, 400, 3600).sent >= 10_000
 
 
+def opening(avatar: Sequence[Tensor], index: int = 0, outputs: tuple[tuple[str, str | None, Any], ...] = ()) -> Request:
+    """Block `index` of session 6, the first of which opens it."""
+    block = Tensor("AUDIO", "INT16", (BLOCK_SAMPLES,), bytes(2 * BLOCK_SAMPLES))
+    flags = (("sequence_id", 6), ("sequence_start", index == 0), ("token", TOKENS[0]))
+    return Request((block, *(avatar if index == 0 else ())), flags, outputs)
+
+
+def test_every_good_picture_and_prompt_opens_a_session(server: TritonServer) -> None:
+    with attacking(server) as attacker:
+        for image, text in AVATARS:
+            attacker.said.clear()
+            attacker.attack(Conversation((opening((picture(image), prompt(text))),), (6,), "unary"))
+            assert attacker.said["ok"] == 2, (image[:40], text[:40])  # the start and the end
+
+
+@pytest.mark.parametrize("index", range(len(bad_pictures())))
+def test_every_bad_picture_is_refused_at_once(server: TritonServer, index: int) -> None:
+    with attacking(server) as attacker:
+        started_s = time.monotonic()
+        attacker.attack(Conversation((opening((picture(bad_pictures()[index]),)),), (6,), "unary"))
+        assert time.monotonic() - started_s < 3.0
+        assert (attacker.said["INVALID_ARGUMENT"], attacker.said["ok"]) == (1, 0)
+
+
 def test_a_client_that_wants_one_output_holds_nobody_up(server: TritonServer, speech: Array, expected: Array) -> None:
     """Triton leaves out the stages that an output does not need, but a session's sink comes from the last of them."""
-    wanted = (("FIRST_FRAME", None, None),)
     avatar = tuple(make(data) for make, data in zip((picture, prompt), AVATARS[0], strict=True))
-    block = Tensor("AUDIO", "INT16", (BLOCK_SAMPLES,), bytes(2 * BLOCK_SAMPLES))
-    said = [
-        Request(
-            (block, *(avatar if index == 0 else ())),
-            (("sequence_id", 6), ("sequence_start", index == 0), ("token", TOKENS[0])),
-            wanted,
-        )
-        for index in range(6)
-    ]
+    said = tuple(opening(avatar, index, (("FIRST_FRAME", None, None),)) for index in range(6))
     with attacking(server) as attacker, neighbour(server.options.url, speech, expected):
         started_s = time.monotonic()
-        attacker.attack(Conversation(tuple(said), (6,), "in turn"))
+        attacker.attack(Conversation(said, (6,), "in turn"))
     assert time.monotonic() - started_s < 20
