@@ -49,6 +49,13 @@ test: lint ## Run the linter, the type checker and the tests, as CI does
 test-slow: $(INSTALLED) ## Run the tests marked slow
 	@$(BIN)/pytest -q -m slow
 
+MINUTES := 60
+
+.PHONY: soak
+soak: $(INSTALLED) ## Let sessions come and go for an hour (MINUTES=60), and check every frame
+	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
+	@$(BIN)/python -m perf.soak --artifacts artifacts/tiny --minutes $(MINUTES) --report out/soak.json
+
 .PHONY: lint
 lint: $(INSTALLED) ## Check style, formatting and types
 	@$(BIN)/ruff check .

@@ -26,6 +26,7 @@ class Process:
 
     pid: int
     name: str
+    stage: bool
     zombie: bool
     threads: int
     cpu_s: float
@@ -111,11 +112,7 @@ def _process(pid: int, leader: int) -> Process | None:
         return None
     command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     cpu_s = sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
-    return Process(pid, _name(pid, leader, command, before.partition("(")[2]), fields[0] == "Z", int(fields[17]), cpu_s)
-
-
-def _name(pid: int, leader: int, command: list[str], short: str) -> str:
-    """A stage's model, from the stub's command line: STUB MODEL/VERSION/model.py."""
-    if pid == leader:
-        return "triton"
-    return Path(command[1]).parents[1].name if command[0].endswith(STUB) else short
+    stage = command[0].endswith(STUB)
+    # The stub's command line is STUB MODEL/VERSION/model.py; a zombie has none.
+    name = Path(command[1]).parents[1].name if stage else "triton" if pid == leader else before.partition("(")[2]
+    return Process(pid, name, stage, fields[0] == "Z", int(fields[17]), cpu_s)

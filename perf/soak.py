@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import click
 import grpc
@@ -89,6 +90,7 @@ MOST_SHOWN = 20
 NOTHING = np.zeros(0, dtype=np.int16)
 FULL = "sessions of this server are taken"
 SHUTTING_DOWN = "shutting down"
+HANGS = ("AnswerTimeout", "SendTimeout", "DEADLINE_EXCEEDED")
 
 
 class Unexpected(Exception):  # noqa: N818 - it is a finding of the soak
@@ -211,6 +213,7 @@ class Outcome(StrEnum):
     EXPECTED = "expected"
     FULL = "refused, full"
     LOST = "lost with a stage"
+    HUNG = "no answer"
     SHUT_DOWN = "ended by the drain"
     UNEXPECTED = "unexpected"
 
@@ -228,7 +231,7 @@ class Tally:
     def ended(self, ending: Ending, outcome: Outcome, why: str) -> None:
         with self._lock:
             self.outcomes[ending, outcome] += 1
-            if outcome is Outcome.UNEXPECTED:
+            if outcome in (Outcome.UNEXPECTED, Outcome.HUNG):
                 self.findings.append(f"{ending}: {why}")
 
     def compare(self, ending: Ending, first: int, got: Sequence[bytes], expected: Sequence[bytes]) -> None:
@@ -283,6 +286,7 @@ class World:
     oracle: Oracle
     takes: Sequence[Take]
     tally: Tally = field(default_factory=Tally)
+    begun_s: float = field(default_factory=time.monotonic)
     outages: list[tuple[float, float]] = field(default_factory=list)
     """Begin and end of the times in which a stage was down."""
 
@@ -343,13 +347,16 @@ class Visit:
             ENDINGS[self.ending](self)
         except (AvatarError, grpc.RpcError, OSError, Unexpected) as error:
             why = f"{type(error).__name__}: {error}"
-            self.world.tally.ended(self.ending, self._outcome(why, begun), why[:400])
+            ran = f"{begun - self.world.begun_s:.1f} to {time.monotonic() - self.world.begun_s:.1f} s"
+            self.world.tally.ended(self.ending, self._outcome(why, begun), f"{why[:400]} ({ran})")
         else:
             self.world.tally.ended(self.ending, Outcome.EXPECTED, "")
 
     def _outcome(self, why: str, begun: float) -> Outcome:
         if FULL in why:
             return Outcome.FULL
+        if any(sign in why for sign in HANGS):
+            return Outcome.HUNG
         if self.world.lost_a_stage(begun, time.monotonic()):
             return Outcome.LOST
         drained = self.ending is Ending.DRAINED and SHUTTING_DOWN in why
@@ -768,7 +775,7 @@ class Soak:
         self.memory = Memory(server.process.pid)
         self.counters = Counters()
         self.restores_s: list[float] = []
-        self.killed: Counter[str] = Counter()
+        self.kills: list[tuple[float, str]] = []
         self.begun_s = time.monotonic()
         self._seconds = seconds
         self._seed = seed
@@ -853,7 +860,7 @@ class Soak:
         return (
             f"{minutes:5.1f} min: {tally.outcomes.total()} sessions, "
             f"{tally.frames} frames, {tally.wrong_frames} wrong, "
-            f"{tally.count(Outcome.UNEXPECTED)} unexpected; {sum(self.killed.values())} stages killed; "
+            f"{tally.count(Outcome.UNEXPECTED)} unexpected; {len(self.kills)} stages killed; "
             f"MiB: Triton {mib('triton'):.1f}, vae_decoder {mib('vae_decoder'):.1f}, /dev/shm {mib('/dev/shm'):.1f}; "
             f"{self.governor.used_s / max(now_s - self.begun_s, 1.0):.2f} cores"
         )
@@ -863,9 +870,7 @@ class Soak:
         pause_s = min(OUTAGE_S, self._seconds / 5)
         while not self._stop.event.wait(rng.uniform(0.7, 1.0) * pause_s) and not self._stop.come():
             warm = time.monotonic() - self.begun_s > WARM_UP * self._seconds
-            stages = [
-                one for one in group(self.server.process.pid) if one.name not in ("triton", "sh", "read", "sleep")
-            ]
+            stages = [one for one in group(self.server.process.pid) if one.stage]
             chosen = [one for one in stages if one.name == VICTIM] if warm else stages
             if chosen:
                 self._kill(rng.choice(chosen))
@@ -873,8 +878,8 @@ class Soak:
     def _kill(self, stage: Process) -> None:
         begun_s = time.monotonic()
         self.world.outages.append((begun_s, float("inf")))
+        self.kills.append((round(begun_s - self.begun_s, 1), stage.name))
         os.kill(stage.pid, signal.SIGKILL)
-        self.killed[stage.name] += 1
         while time.monotonic() < begun_s + RESTORE_S:
             time.sleep(0.5)  # the supervisor looks four times a second
             if self._is_back(stage):
@@ -911,7 +916,15 @@ def failures(report: Mapping[str, Any], bound: float) -> list[str]:
     return wrong
 
 
-FAULTS = ("wrong_frames", "unexpected_ends", "stages_not_restored", "slots_lost", "zombies", "processes_left_behind")
+FAULTS = (
+    "wrong_frames",
+    "unexpected_ends",
+    "sessions_without_answer",
+    "stages_not_restored",
+    "slots_lost",
+    "zombies",
+    "processes_left_behind",
+)
 
 
 def summary(report: Mapping[str, Any]) -> Iterator[str]:
@@ -932,9 +945,11 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
     yield from report["findings"]
 
 
-def soak(options: ServerOptions, world: World, minutes: float, seed: int, cores: float) -> dict[str, Any]:
-    """Starts a server, runs, and reports."""
-    with serving(options) as server:
+def soak(
+    options: ServerOptions, log: Callable[[str], None], world: World, minutes: float, seed: int, cores: float
+) -> dict[str, Any]:
+    """Starts a server, of which every line goes to `log`, runs, and reports."""
+    with serving(options, log) as server:
         leader = server.process.pid
         run = Soak(server, world, minutes * 60, seed, cores)
         finished = run.run()
@@ -958,12 +973,13 @@ def soak(options: ServerOptions, world: World, minutes: float, seed: int, cores:
         "frames": tally.frames,
         "wrong_frames": tally.wrong_frames,
         "unexpected_ends": tally.count(Outcome.UNEXPECTED),
-        "stages_not_restored": sum(run.killed.values()) - len(run.restores_s),
+        "sessions_without_answer": tally.count(Outcome.HUNG),
+        "stages_not_restored": len(run.kills) - len(run.restores_s),
         "slots_lost": slots_lost,
         "zombies": len(zombies),
         "processes_left_behind": len(group(leader)),
         "outcomes": tally.table(),
-        "stages_killed": dict(run.killed),
+        "stages_killed": run.kills,
         "restored_s": [round(seconds, 1) for seconds in run.restores_s],
         "drain": drain,
         "memory": run.memory.findings(run.begun_s + WARM_UP * ran_s),
@@ -1010,7 +1026,10 @@ def prepare(artifacts: Path, seed: int) -> tuple[Oracle, list[Take]]:
     show_default=True,
     help="Growth of a process, in MiB per hour, that is too much.",
 )
-def main(minutes: float, artifacts: Path, path: Path | None, seed: int, cores: float, bound: float) -> None:
+@click.option("--log", type=click.File("w", lazy=False), default=os.devnull, help="File for the server's log.")
+def main(
+    minutes: float, artifacts: Path, path: Path | None, seed: int, cores: float, bound: float, log: IO[str]
+) -> None:
     """Let sessions of every kind come and go, and check every frame and the server's memory."""
     interrupts.catch()
     options = ServerOptions(
@@ -1018,7 +1037,7 @@ def main(minutes: float, artifacts: Path, path: Path | None, seed: int, cores: f
     ).on_free_ports()
     try:
         oracle, takes = prepare(artifacts, seed)
-        report = soak(options, World(options.url, oracle, takes), minutes, seed, cores)
+        report = soak(options, partial(click.echo, file=log), World(options.url, oracle, takes), minutes, seed, cores)
     except LiveAvatarError as problem:
         raise click.ClickException(str(problem)) from problem
     wrong = failures(report, bound)

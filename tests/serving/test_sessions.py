@@ -132,9 +132,9 @@ def test_sessions_at_their_own_pace_do_not_meet_and_do_not_starve(
 ) -> None:
     """One floods the server, two send the next block when they have the last: these wait less for each of theirs."""
     wishes = [
-        (picture, "hello", 5, noise_speech(4.8, 31), 8),
-        (other_picture, "waves", 6, noise_speech(2.88, 32), 1),
-        (picture, "", 7, noise_speech(2.88, 33), 1),
+        (picture, "hello", 5, noise_speech(3.84, 31), 8),
+        (other_picture, "waves", 6, noise_speech(1.92, 32), 1),
+        (picture, "", 7, noise_speech(1.92, 33), 1),
     ]
     with ThreadPoolExecutor(len(wishes)) as pool:
         results = list(pool.map(lambda wish: streamed(url, *wish), wishes))
