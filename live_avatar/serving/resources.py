@@ -51,6 +51,6 @@ class SessionRoom:
         free = self._runtime.free_bytes()
         if free < self._needed:
             raise CapacityError(
-                f"stage {self._stage} has {readable(free)} of memory free, and a session takes {readable(self._needed)} "
-                "there; try again later or elsewhere."
+                f"stage {self._stage} has {readable(free)} of memory free, and a session takes "
+                f"{readable(self._needed)} there; try again later or elsewhere."
             )

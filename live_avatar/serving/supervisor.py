@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 UNLOADABLE: Final = "draining"
 """Name of the model that cannot be loaded."""
 WATCH_S = 0.25
+RETRY_S = 5.0
 DRAIN_POLL_S = 0.1
 CLOSING_S = 2.0
 """How long live sessions are left to fetch their error: a speaking one sends a block every 0.48 s."""
@@ -136,7 +137,8 @@ class Supervisor:
         log.warning("the process of %s is gone; loading it again", model)
         self._admin.unload(model)
         if not self._admin.load(model, self._load_limit_s):
-            log.error("%s could not be loaded again; trying once more", model)
+            log.error("%s could not be loaded again; trying once more in %g s", model, RETRY_S)
+            self._over.wait(RETRY_S)
 
 
 def living_stages(triton: int) -> set[str]:

@@ -144,7 +144,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path, artifacts: Artifacts) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     frames = frames_of(len(read_speech(SPEECH)))
     said = {line.split("  ")[0] for line in result.stdout.splitlines()}
-    assert {"FPS", "TTFF", "TTFF, known avatar", "Audio-to-frame latency", "Video"} <= said
+    assert {"FPS", "TTFF", "TTFF, speech at hand", "TTFF, known avatar", "Audio-to-frame latency", "Video"} <= said
     assert f"{video} ({frames} frames)" in result.stdout
     assert_in_sync(video, frames)
     events = json.loads(trace.read_text())["traceEvents"]
@@ -153,4 +153,5 @@ def test_the_demo_from_end_to_end(tmp_path: Path, artifacts: Artifacts) -> None:
     assert figures["artifacts"] == {"preset": "tiny", "fingerprint": artifacts.fingerprint}
     assert figures["as_spoken"]["frames"] == figures["as_fast_as_it_goes"]["frames"] == 148
     assert figures["as_fast_as_it_goes"]["fps"] > 0
+    assert 0 < figures["known_avatar"]["ttff_server_s"] < figures["new_avatar"]["ttff_server_s"]
     assert sorted(path.name for path in video.parent.iterdir()) == ["demo.mp4", "report.json", "trace.json"]
