@@ -6,10 +6,13 @@ Knows processes, files of shared memory and straight lines; knows nothing of wha
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,7 @@ MIB = 2**20
 KIB_PER_MIB = 1024
 STUB = "triton_python_backend_stub"
 SHARED_MEMORY = Path("/dev/shm")
+LEAST_SAMPLES = 30
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -116,3 +120,60 @@ def _process(pid: int, leader: int) -> Process | None:
     # The stub's command line is STUB MODEL/VERSION/model.py; a zombie has none.
     name = Path(command[1]).parents[1].name if stage else "triton" if pid == leader else before.partition("(")[2]
     return Process(pid, name, stage, fields[0] == "Z", int(fields[17]), cpu_s)
+
+
+@dataclass
+class Series:
+    """Samples of one process, or of /dev/shm."""
+
+    times_s: list[float] = field(default_factory=list)
+    mib: list[float] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+
+
+class Memory:
+    """Samples of every process, by name and process id; a process that is replaced begins a new series."""
+
+    def __init__(self, triton: int) -> None:
+        self.series: defaultdict[tuple[str, int], Series] = defaultdict(Series)
+        self._triton = triton
+
+    def sample(self, processes: Iterable[Process], now_s: float) -> None:
+        for process in processes:
+            self._add(process.name, process.pid, private_mib(process.pid), now_s, process.threads)
+        self._add("this process", os.getpid(), private_mib(os.getpid()), now_s, threading.active_count())
+        with suppress(OSError):  # Triton has ended
+            self._add("/dev/shm", 0, shared_mib(self._triton), now_s, 0)
+
+    def now(self, name: str) -> float:
+        """The last sample of a name, in MiB."""
+        return next((one.mib[-1] for (known, _), one in reversed(list(self.series.items())) if known == name), 0.0)
+
+    def findings(self, from_s: float) -> list[dict[str, Any]]:
+        """What each series did, and the slope from `from_s` on where it is long enough to have one."""
+        return [
+            {
+                "name": name,
+                "samples": len(one.mib),
+                "first_mib": round(one.mib[0], 2),
+                "last_mib": round(one.mib[-1], 2),
+                "most_mib": round(max(one.mib), 2),
+                "threads_first": one.threads[0],
+                "threads_last": one.threads[-1],
+                "slope": asdict(slope) if (slope := slope_after(one, from_s)) else None,
+            }
+            for (name, _), one in self.series.items()
+        ]
+
+    def _add(self, name: str, pid: int, mib: float | None, now_s: float, threads: int) -> None:
+        if mib is not None:
+            one = self.series[name, pid]
+            one.times_s.append(now_s)
+            one.mib.append(mib)
+            one.threads.append(threads)
+
+
+def slope_after(series: Series, from_s: float) -> Slope | None:
+    """The slope of what was sampled from `from_s` on; None for too little."""
+    late = [pair for pair in zip(series.times_s, series.mib, strict=True) if pair[0] >= from_s]
+    return fit(*zip(*late, strict=True)) if len(late) >= LEAST_SAMPLES else None

@@ -11,246 +11,62 @@ Needs Linux, and artifacts without look-ahead. Knows the server through its proc
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import random
-import secrets
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import click
-import grpc
-import numpy as np
-from PIL import Image, ImageOps
-from tritonclient.grpc import service_pb2_grpc
 
 from live_avatar import interrupts
 from live_avatar.arrays import Array
 from live_avatar.artifacts import load_artifacts
-from live_avatar.assets import PORTRAIT
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
 from live_avatar.generator import Generator
-from live_avatar.label import Label
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.server import ServerOptions, TritonServer, serving
 from live_avatar.serving.supervisor import WITHOUT_PROXY
-from live_avatar_client import AvatarSession, Block
-from live_avatar_client.base import open_channel
-from live_avatar_client.core import Opening, Request, Response
-from live_avatar_client.errors import AvatarError, SessionFailed, SessionRefused
-from live_avatar_client.protocol import (
-    BLOCK_SAMPLES,
-    FRAMES_PER_BLOCK,
-    MAX_SEQUENCE_ID,
-    SEED_PARAMETER,
-    EndReason,
-    ErrorCode,
-    FrameFormat,
-    parse_error,
-)
+from live_avatar_client.errors import AvatarError
 from live_avatar_client.status import server_status
-from live_avatar_client.wire import Message, decode_response, encode_request
-from perf.growth import MIB, Process, Slope, fit, group, own_cpu_s, private_mib, shared_mib
+from perf.growth import MIB, Memory, Process, Slope, group, own_cpu_s
+from perf.visits import (
+    AVATARS,
+    BLOCK_S,
+    CALL_S,
+    TAKE_BLOCKS,
+    Ending,
+    Oracle,
+    Outcome,
+    Take,
+    Visit,
+    World,
+    generate,
+    make_takes,
+)
 
 SESSIONS = 4
-KNOWN_AVATARS = 4
-AVATARS = 6  # more than the server remembers
-TAKES_PER_AVATAR = 3
-TAKE_BLOCKS = 20
+KNOWN_AVATARS = AVATARS - 2  # fewer than there are
 IDLE_S = 4.0
-BLOCK_S = 0.48
-ANSWER_S = 30.0
-CALL_S = 120.0
 SAMPLE_S, PROGRESS_S, TICK_S = 10.0, 60.0, 1.0
 OUTAGE_S = 150.0
 RESTORE_S = 60.0
-AFTER_OUTAGE_S = 2.0
 DRAIN_S = 4.0
 VICTIM = "dit_step_2"
 """The stage that is killed after the warm-up; the others keep one process each, whose memory makes a long series."""
 WARM_UP = 1 / 3
-LEAST_SAMPLES = 30
 MOST_CREDIT_S = 10.0
 MOST_SHOWN = 20
-NOTHING = np.zeros(0, dtype=np.int16)
-FULL = "sessions of this server are taken"
-SHUTTING_DOWN = "shutting down"
-HANGS = ("AnswerTimeout", "SendTimeout", "DEADLINE_EXCEEDED")
-
-
-class Unexpected(Exception):  # noqa: N818 - it is a finding of the soak
-    """The server did something else than what this ending asks for."""
-
-
-# ---- What is said, and what must be seen
-
-
-@dataclass(frozen=True)
-class Take:
-    """Somebody who says something: int16 [blocks, samples] -> uint8 [frames, H, W, 3]."""
-
-    image: bytes
-    prompt: str
-    seed: int
-    speech: Array
-    frames: Array
-
-    def speech_of(self, blocks: int) -> Array:
-        return self.speech[:blocks].reshape(-1)
-
-
-@dataclass(frozen=True)
-class Look:
-    """In what form the frames are wanted; a quality of 0 is for raw ones."""
-
-    jpeg_quality: int = 0
-    label: str = ""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As the client takes them."""
-        chosen = {"frame_format": FrameFormat.JPEG, "jpeg_quality": self.jpeg_quality} if self.jpeg_quality else {}
-        return {**chosen, "label": self.label}
-
-    def of(self, frames: Array) -> list[bytes]:
-        """Every frame as the bytes that a client gets for it."""
-        if self.label and len(frames):
-            frames = Label(self.label, frames.shape[1], frames.shape[2]).draw(frames)
-        return [_jpeg(frame, self.jpeg_quality) if self.jpeg_quality else frame.tobytes() for frame in frames]
-
-
-LOOKS = (Look(), Look(), Look(), Look(label="AI-generated"), Look(90), Look(60, "AI"))
-
-
-class Oracle:
-    """Expected frames: of the beginning of a take from the pool, of anything else made by `generate` at once."""
-
-    def __init__(self, generate: Callable[[Take, Array], Array]) -> None:
-        self._generate = generate
-        self._lock = threading.Lock()
-
-    def frames(self, take: Take, heard: Array) -> Array:
-        """Of int16 [samples], whole blocks, as the server heard them."""
-        if len(heard) % BLOCK_SAMPLES:
-            raise ValueError(f"{len(heard)} samples are no whole blocks of {BLOCK_SAMPLES}; the last one is not known")
-        blocks = heard.reshape(-1, BLOCK_SAMPLES)
-        if len(blocks) <= len(take.speech) and np.array_equal(blocks, take.speech[: len(blocks)]):
-            return take.frames[: len(blocks) * FRAMES_PER_BLOCK]
-        with self._lock:
-            return self._generate(take, blocks)
-
-
-def generate(generator: Generator, take: Take, blocks: Array) -> Array:
-    made = generator.stream(take.image, take.prompt, take.seed, iter(blocks))
-    return np.concatenate([block.frames for block in made])
-
-
-def make_takes(generator: Generator, seed: int) -> Iterator[Take]:
-    rng = np.random.default_rng(seed)
-    for avatar, image in enumerate(pictures(AVATARS)):
-        for _ in range(TAKES_PER_AVATAR):
-            loudness = rng.integers(300, 6000)
-            speech = (rng.standard_normal((TAKE_BLOCKS, BLOCK_SAMPLES)) * loudness).astype(np.int16)
-            take = Take(image, f"person {avatar}, speaking", int(rng.integers(2**31)), speech, NOTHING)
-            yield replace(take, frames=generate(generator, take, speech))
-
-
-def pictures(count: int) -> list[bytes]:
-    """The portrait, tinted."""
-    grey = Image.open(PORTRAIT).convert("L")
-    tints = [(255 - 20 * n, 160 + 15 * n, 130 + 20 * n) for n in range(count)]
-    return [_encoded(ImageOps.colorize(grey, "black", tint), "PNG") for tint in tints]
-
-
-def _jpeg(frame: Array, quality: int) -> bytes:
-    return _encoded(Image.fromarray(frame), "JPEG", quality=quality)
-
-
-def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-# ---- What was seen
-
-
-class Ending(StrEnum):
-    """How a session ends, or what its client does meanwhile."""
-
-    COMPLETED = "completed"
-    CLOSED = "closed early"
-    INTERRUPTED = "interrupted"
-    IDLE = "idle between words"
-    CANCELLED = "call cancelled"
-    KILLED = "client killed"
-    SILENT = "silent"
-    STARTED_TWICE = "started twice"
-    UNKNOWN = "unknown id"
-    OTHER_TOKEN = "other token"
-    BAD_INPUT = "bad input"
-    DRAINED = "live in the drain"
-
-
-class Outcome(StrEnum):
-    """What its client saw."""
-
-    EXPECTED = "expected"
-    FULL = "refused, full"
-    LOST = "lost with a stage"
-    HUNG = "no answer"
-    SHUT_DOWN = "ended by the drain"
-    UNEXPECTED = "unexpected"
-
-
-class Tally:
-    """Counts of all sessions and frames, from many threads."""
-
-    def __init__(self) -> None:
-        self.outcomes: Counter[tuple[Ending, Outcome]] = Counter()
-        self.frames = 0
-        self.wrong_frames = 0
-        self.findings: list[str] = []
-        self._lock = threading.Lock()
-
-    def ended(self, ending: Ending, outcome: Outcome, why: str) -> None:
-        with self._lock:
-            self.outcomes[ending, outcome] += 1
-            if outcome in (Outcome.UNEXPECTED, Outcome.HUNG):
-                self.findings.append(f"{ending}: {why}")
-
-    def compare(self, ending: Ending, first: int, got: Sequence[bytes], expected: Sequence[bytes]) -> None:
-        """Frames from number `first` on, with as many of the expected ones; more than there are is wrong as well."""
-        wrong = [first + n for n, frame in enumerate(got) if n >= len(expected) or frame != expected[n]]
-        with self._lock:
-            self.frames += len(got)
-            self.wrong_frames += len(wrong)
-            if wrong:
-                self.findings.append(f"{ending}: frames {wrong[0]} to {wrong[-1]}, {len(wrong)} of them wrong")
-
-    def count(self, outcome: Outcome) -> int:
-        return sum(number for (_, seen), number in list(self.outcomes.items()) if seen is outcome)
-
-    def table(self) -> dict[str, dict[str, int]]:
-        rows: defaultdict[str, dict[str, int]] = defaultdict(dict)
-        for (ending, outcome), number in sorted(self.outcomes.items()):
-            rows[ending.value][outcome.value] = number
-        return dict(rows)
 
 
 class Counters:
@@ -273,402 +89,6 @@ def scrape(port: int) -> dict[str, float]:
         lines = page.read().decode().splitlines()
     split = (line.rpartition(" ") for line in lines if line.startswith("live_avatar_"))
     return {name: float(value) for name, _, value in split}
-
-
-# ---- Clients
-
-
-@dataclass
-class World:
-    """What all clients share."""
-
-    url: str
-    oracle: Oracle
-    takes: Sequence[Take]
-    tally: Tally = field(default_factory=Tally)
-    begun_s: float = field(default_factory=time.monotonic)
-    outages: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of the times in which a stage was down."""
-
-    def lost_a_stage(self, begun: float, ended: float) -> bool:
-        return any(begun < end + AFTER_OUTAGE_S and ended > start for start, end in self.outages)
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One session to be: who says how many blocks of what, and how it ends."""
-
-    world: World
-    rng: random.Random
-    ending: Ending
-    take: Take
-    blocks: int
-    look: Look = field(default_factory=Look)
-
-    @classmethod
-    def random(cls, world: World, rng: random.Random) -> Visit:
-        ending = rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]
-        look = rng.choice(LOOKS) if ending in (Ending.COMPLETED, Ending.CLOSED) else Look()
-        return cls(world, rng, ending, rng.choice(world.takes), rng.randint(1, TAKE_BLOCKS), look)
-
-    def check(self, block: Block) -> None:
-        """Frames of a session that says the take's words."""
-        frames = list(block.jpegs) or [frame.tobytes() for frame in block.frames]
-        self.compare(block.first_frame, frames, self.take.frames)
-
-    def compare(self, first: int, frames: Sequence[bytes], expected: Array) -> None:
-        expected = expected[: self.blocks * FRAMES_PER_BLOCK][first : first + len(frames)]
-        self.world.tally.compare(self.ending, first, frames, self.look.of(expected))
-
-    def speech(self) -> Iterator[Array]:
-        """The take's blocks at a pace of their own."""
-        waits = self.rng.choice((_at_once, _in_real_time, _slowly, _in_bursts))(self.rng)
-        for block in self.take.speech[: self.blocks]:
-            time.sleep(next(waits))
-            yield block
-
-    def session(self, **options: Any) -> AvatarSession:
-        take = self.take
-        return AvatarSession(
-            self.world.url,
-            image=take.image,
-            prompt=take.prompt,
-            seed=take.seed,
-            keep_alive_s=1.0,
-            answer_timeout_s=ANSWER_S,
-            **self.look.options,
-            **options,
-        )
-
-    def run(self) -> None:
-        """Does it, and counts what came of it."""
-        begun = time.monotonic()
-        try:
-            ENDINGS[self.ending](self)
-        except (AvatarError, grpc.RpcError, OSError, Unexpected) as error:
-            why = f"{type(error).__name__}: {error}"
-            ran = f"{begun - self.world.begun_s:.1f} to {time.monotonic() - self.world.begun_s:.1f} s"
-            self.world.tally.ended(self.ending, self._outcome(why, begun), f"{why[:400]} ({ran})")
-        else:
-            self.world.tally.ended(self.ending, Outcome.EXPECTED, "")
-
-    def _outcome(self, why: str, begun: float) -> Outcome:
-        if FULL in why:
-            return Outcome.FULL
-        if any(sign in why for sign in HANGS):
-            return Outcome.HUNG
-        if self.world.lost_a_stage(begun, time.monotonic()):
-            return Outcome.LOST
-        drained = self.ending is Ending.DRAINED and SHUTTING_DOWN in why
-        return Outcome.SHUT_DOWN if drained else Outcome.UNEXPECTED
-
-
-def _at_once(rng: random.Random) -> Iterator[float]:
-    while True:
-        yield 0.0
-
-
-def _in_real_time(rng: random.Random) -> Iterator[float]:
-    while True:
-        yield BLOCK_S
-
-
-def _slowly(rng: random.Random) -> Iterator[float]:
-    while True:
-        yield rng.uniform(0.3, 1.5)
-
-
-def _in_bursts(rng: random.Random) -> Iterator[float]:
-    while True:
-        yield rng.uniform(0.5, 2.5)
-        yield from (0.0 for _ in range(rng.randint(1, 5)))
-
-
-class RawStream:
-    """A client without manners: single requests on a stream of its own, each answered before the next."""
-
-    def __init__(self, visit: Visit, session: int | None = None) -> None:
-        self.session = session or secrets.randbelow(MAX_SEQUENCE_ID) + 1
-        self.said = 0
-        self._visit = visit
-        self._token = secrets.token_hex(16)
-        self._channel = open_channel(visit.world.url)
-        self._messages: list[Message] = []
-        self._given = threading.Semaphore(0)
-        self._over = False
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._call = stub.ModelStreamInfer(self._requests(), timeout=CALL_S)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Ends the session in whatever state it is, unless the call is cancelled."""
-        with suppress(AvatarError, grpc.RpcError):
-            if not self._over:
-                self.ask(self.request(NOTHING, end=EndReason.FAILED if kind else EndReason.COMPLETED))
-        self.cancel()
-
-    def request(self, audio: Array, *, start: bool = False, end: EndReason | None = None) -> Message:
-        take = self._visit.take
-        opening = Opening(take.image, take.prompt, take.seed, FrameFormat.RAW) if start else None
-        return encode_request(Request(self.session, self._token, audio, opening, end))
-
-    def start(self) -> None:
-        self.ask(self.request(NOTHING, start=True))
-
-    def say(self, blocks: int) -> None:
-        """Says the next blocks of the take, and checks what comes."""
-        for _ in range(blocks):
-            answer = self.ask(self.request(self._visit.take.speech[self.said]))
-            self.said += 1
-            self._visit.compare(
-                answer.first_frame, [frame.tobytes() for frame in answer.frames], self._visit.take.frames
-            )
-
-    def ask(self, message: Message) -> Response:
-        """Raises `SessionRefused` or `SessionFailed` for an error."""
-        self._send(message)
-        answer = next(self._call)
-        if not answer.error_message:
-            return decode_response(answer.infer_response)
-        code, sentence = parse_error(answer.error_message)
-        raise (SessionRefused if FULL in sentence else SessionFailed)(sentence, code)
-
-    def refused(self, message: Message, *codes: ErrorCode | None) -> None:
-        """Asks for something that the server must refuse with one of the codes; None is Triton's own refusal."""
-        try:
-            self.ask(message)
-        except SessionFailed as error:
-            if error.code not in codes:
-                raise
-        else:
-            raise Unexpected("the server answered what it should have refused")
-
-    def cancel(self) -> None:
-        self._over = True
-        self._given.release()
-        self._call.cancel()
-        self._channel.close()
-
-    def send_and_cancel(self) -> None:
-        """Leaves with a block on its way."""
-        self._send(self.request(self._visit.take.speech[self.said]))
-        self.cancel()
-
-    def _send(self, message: Message) -> None:
-        self._messages.append(message)
-        self._given.release()
-
-    def _requests(self) -> Iterator[Message]:
-        while True:
-            self._given.acquire()
-            if self._over and not self._messages:
-                return
-            yield self._messages.pop(0)
-
-
-# ---- Endings
-
-
-def completed(visit: Visit) -> None:
-    frames = 0
-    with visit.session() as session:
-        for block in session.stream(visit.speech()):
-            visit.check(block)
-            frames += len(block)
-    if frames != visit.blocks * FRAMES_PER_BLOCK:
-        raise Unexpected(f"{frames} frames came for {visit.blocks} blocks")
-
-
-def closed(visit: Visit) -> None:
-    wanted = visit.rng.randint(0, visit.blocks - 1)
-    with visit.session() as session:
-        for block, _ in zip(session.stream(visit.speech()), range(wanted), strict=False):
-            visit.check(block)
-
-
-def interrupted(visit: Visit) -> None:
-    """Says a part and half a block, which is dropped; goes on with what follows in the take."""
-    before = visit.rng.randint(1, visit.blocks)
-    said = visit.take.speech_of(visit.blocks)
-    cut = before * BLOCK_SAMPLES
-    with visit.session() as session:
-        session.send(np.concatenate([said[:cut], said[: BLOCK_SAMPLES // 2]]))
-        session.interrupt()
-        session.send(said[cut:])
-        session.end()
-        for block in session:
-            visit.check(block)
-            if block.stale != (block.first_frame < before * FRAMES_PER_BLOCK):
-                raise Unexpected(f"stale is {block.stale} of frame {block.first_frame}, interrupted at block {before}")
-
-
-def idle(visit: Visit) -> None:
-    """Short, as its frames have to be made for it: nobody knows beforehand when there will be silence."""
-    spoken = visit.take.speech_of(min(visit.blocks, 3))
-    with visit.session(idle=True) as session:
-        time.sleep(visit.rng.uniform(0.0, 1.5))
-        session.send(spoken)
-        time.sleep(visit.rng.uniform(0.0, 1.5))
-        session.send(spoken[:BLOCK_SAMPLES])
-        session.end()
-        blocks = list(session)
-    heard = np.concatenate([block.audio for block in blocks])
-    expected = visit.world.oracle.frames(visit.take, heard)
-    visit = replace(visit, blocks=len(heard) // BLOCK_SAMPLES)
-    for block in blocks:
-        visit.compare(block.first_frame, [frame.tobytes() for frame in block.frames], expected)
-
-
-def cancelled(visit: Visit) -> None:
-    with RawStream(visit) as stream:
-        stream.start()
-        stream.say(visit.rng.randint(0, visit.blocks - 1))
-        stream.send_and_cancel()
-
-
-CLIENT = """
-import hashlib, io, sys
-import numpy as np
-from live_avatar_client import AvatarSession
-from live_avatar_client.errors import AvatarError
-given = np.load(io.BytesIO(sys.stdin.buffer.read()))
-try:
-    url, prompt, seed = sys.argv[1:]
-    with AvatarSession(url, image=given["image"].tobytes(), prompt=prompt, seed=int(seed)) as session:
-        for block in session.stream([given["speech"]]):
-            print(block.first_frame, *(hashlib.sha256(frame).hexdigest() for frame in block.frames), flush=True)
-except AvatarError as error:
-    print(type(error).__name__, error, flush=True)
-"""
-
-
-def killed(visit: Visit) -> None:
-    """A client in a process of its own gets SIGKILL."""
-    take, given = visit.take, io.BytesIO()
-    np.savez(given, image=np.frombuffer(take.image, dtype=np.uint8), speech=take.speech_of(visit.blocks))
-    command = [sys.executable, "-c", CLIENT, visit.world.url, take.prompt, str(take.seed)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
-        assert client.stdin is not None
-        assert client.stdout is not None
-        try:
-            client.stdin.write(given.getvalue())
-            client.stdin.close()
-            for line, _ in zip(client.stdout, range(visit.rng.randint(1, visit.blocks)), strict=False):
-                first, *rest = line.decode().split(maxsplit=1)
-                if not first.isdecimal():
-                    raise (SessionRefused if FULL in line.decode() else SessionFailed)(line.decode())
-                _compare_hashes(visit, int(first), rest[0].split())
-        finally:
-            client.kill()
-
-
-def _compare_hashes(visit: Visit, first: int, hashes: Sequence[str]) -> None:
-    frames = visit.take.frames[first : first + len(hashes)]
-    expected = [hashlib.sha256(frame.tobytes()).hexdigest().encode() for frame in frames]
-    visit.world.tally.compare(visit.ending, first, [word.encode() for word in hashes], expected)
-
-
-def silent(visit: Visit) -> None:
-    with RawStream(visit) as stream:
-        stream.start()
-        stream.say(visit.blocks - 1)
-        time.sleep(IDLE_S + 2.0)
-        stream.refused(stream.request(visit.take.speech[stream.said]), None, ErrorCode.FAILED_PRECONDITION)
-
-
-def started_twice(visit: Visit) -> None:
-    """The second START is refused, on the stream of the first or on another; the session goes on."""
-    with RawStream(visit) as stream:
-        stream.start()
-        before = visit.rng.randint(0, visit.blocks)
-        stream.say(before)
-        if visit.rng.random() < 0.5:
-            stream.refused(stream.request(NOTHING, start=True), ErrorCode.INVALID_ARGUMENT)
-        else:
-            _intrude(visit, stream.session, start=True)
-        stream.say(visit.blocks - before)
-
-
-def unknown(visit: Visit) -> None:
-    with RawStream(visit) as stream:
-        stream.refused(stream.request(visit.take.speech[0]), None, ErrorCode.FAILED_PRECONDITION)
-
-
-def other_token(visit: Visit) -> None:
-    with RawStream(visit) as stream:
-        stream.start()
-        before = visit.rng.randint(0, visit.blocks)
-        stream.say(before)
-        _intrude(visit, stream.session)
-        stream.say(visit.blocks - before)
-
-
-def _intrude(visit: Visit, session: int, *, start: bool = False) -> None:
-    """Another connection uses the id, without END: that is refused as well, but Triton ends the sequence."""
-    intruder = RawStream(visit, session)
-    try:
-        audio = NOTHING if start else visit.take.speech[0]
-        intruder.refused(intruder.request(audio, start=start), ErrorCode.INVALID_ARGUMENT)
-    finally:
-        intruder.cancel()
-
-
-def bad_input(visit: Visit) -> None:
-    """Something that START refuses, or a block of a wrong length, after which the session goes on."""
-    with RawStream(visit) as stream:
-        message = stream.request(NOTHING, start=True)
-        match visit.rng.choice(("picture", "seed", "prompt", "block")):
-            case "picture":
-                bad = encode_request(
-                    Request(stream.session, "t", NOTHING, Opening(b"no picture", "", 0, FrameFormat.RAW), None)
-                )
-                stream.refused(bad, ErrorCode.INVALID_ARGUMENT)
-            case "seed":
-                message.parameters[SEED_PARAMETER].string_param = "seven"
-                stream.refused(message, ErrorCode.INVALID_ARGUMENT)
-            case "prompt":
-                message.raw_input_contents[-1] = b"\x02\x00\x00\x00\xff\xfe"
-                stream.refused(message, ErrorCode.INVALID_ARGUMENT)
-            case _:
-                stream.ask(message)
-                stream.refused(stream.request(visit.take.speech[0][:-1]), ErrorCode.INVALID_ARGUMENT)
-                stream.say(visit.blocks)
-
-
-WEIGHTS: dict[Ending, float] = {
-    Ending.COMPLETED: 10,
-    Ending.CLOSED: 3,
-    Ending.INTERRUPTED: 2,
-    Ending.IDLE: 1,
-    Ending.CANCELLED: 2,
-    Ending.KILLED: 0.5,
-    Ending.SILENT: 1.5,
-    Ending.STARTED_TWICE: 1.5,
-    Ending.UNKNOWN: 1,
-    Ending.OTHER_TOKEN: 1.5,
-    Ending.BAD_INPUT: 2,
-}
-ENDINGS: dict[Ending, Callable[[Visit], None]] = {
-    Ending.COMPLETED: completed,
-    Ending.CLOSED: closed,
-    Ending.INTERRUPTED: interrupted,
-    Ending.IDLE: idle,
-    Ending.CANCELLED: cancelled,
-    Ending.KILLED: killed,
-    Ending.SILENT: silent,
-    Ending.STARTED_TWICE: started_twice,
-    Ending.UNKNOWN: unknown,
-    Ending.OTHER_TOKEN: other_token,
-    Ending.BAD_INPUT: bad_input,
-    Ending.DRAINED: completed,
-}
-
-
-# ---- The run
 
 
 class Governor:
@@ -695,63 +115,6 @@ class Governor:
 
     def wait(self, limit_s: float) -> bool:
         return self._go.wait(limit_s)
-
-
-@dataclass
-class Series:
-    """Samples of one process, or of /dev/shm."""
-
-    times_s: list[float] = field(default_factory=list)
-    mib: list[float] = field(default_factory=list)
-    threads: list[int] = field(default_factory=list)
-
-
-class Memory:
-    """Samples of every process, by name and process id; a process that is replaced begins a new series."""
-
-    def __init__(self, triton: int) -> None:
-        self.series: defaultdict[tuple[str, int], Series] = defaultdict(Series)
-        self._triton = triton
-
-    def sample(self, processes: Iterable[Process], now_s: float) -> None:
-        for process in processes:
-            self._add(process.name, process.pid, private_mib(process.pid), now_s, process.threads)
-        self._add("the soak itself", os.getpid(), private_mib(os.getpid()), now_s, threading.active_count())
-        with suppress(OSError):  # Triton has ended
-            self._add("/dev/shm", 0, shared_mib(self._triton), now_s, 0)
-
-    def now(self, name: str) -> float:
-        """The last sample of a name, in MiB."""
-        return next((one.mib[-1] for (known, _), one in reversed(list(self.series.items())) if known == name), 0.0)
-
-    def findings(self, from_s: float) -> list[dict[str, Any]]:
-        """What each series did, and the slope from `from_s` on where it is long enough to have one."""
-        return [
-            {
-                "name": name,
-                "samples": len(one.mib),
-                "first_mib": round(one.mib[0], 2),
-                "last_mib": round(one.mib[-1], 2),
-                "most_mib": round(max(one.mib), 2),
-                "threads_first": one.threads[0],
-                "threads_last": one.threads[-1],
-                "slope": asdict(slope) if (slope := slope_after(one, from_s)) else None,
-            }
-            for (name, _), one in self.series.items()
-        ]
-
-    def _add(self, name: str, pid: int, mib: float | None, now_s: float, threads: int) -> None:
-        if mib is not None:
-            one = self.series[name, pid]
-            one.times_s.append(now_s)
-            one.mib.append(mib)
-            one.threads.append(threads)
-
-
-def slope_after(series: Series, from_s: float) -> Slope | None:
-    """The slope of what was sampled from `from_s` on; None for too little."""
-    late = [pair for pair in zip(series.times_s, series.mib, strict=True) if pair[0] >= from_s]
-    return fit(*zip(*late, strict=True)) if len(late) >= LEAST_SAMPLES else None
 
 
 @dataclass
@@ -794,22 +157,24 @@ class Soak:
             return False
         finally:
             self._stop.event.set()
+            deadline = time.monotonic() + CALL_S
             for thread in threads:
-                thread.join(CALL_S)
+                thread.join(max(deadline - time.monotonic(), 0.0))
 
     def slots_lost(self) -> int:
         """Once nobody is left: what is not free, by metrics or status, after the idle limit at the latest."""
         deadline = time.monotonic() + IDLE_S + 10.0
-        while True:
+        while (lost := self._slots_taken()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return lost
+
+    def _slots_taken(self) -> int:
+        """All of them if the server does not answer."""
+        with suppress(OSError, AvatarError):
             free = scrape(self.server.options.metrics_port).get("live_avatar_sessions_free", 0.0)
             live = server_status(self.server.options.url).live_sessions
-            lost = max(SESSIONS - int(free), SESSIONS if live is None else live)
-            if not lost or time.monotonic() > deadline:
-                return lost
-            time.sleep(0.5)
-
-    def zombies(self) -> list[str]:
-        return [process.name for process in group(self.server.process.pid) if process.zombie]
+            return max(SESSIONS - int(free), SESSIONS if live is None else live)
+        return SESSIONS
 
     def drain(self) -> dict[str, Any]:
         """Drains with live sessions: a short one ends by itself, the long ones are ended, a new one is refused."""
@@ -825,7 +190,7 @@ class Soak:
         time.sleep(1.0)
         late = threading.Timer(1.0, Visit(self.world, rng, Ending.DRAINED, takes[0], 1).run)
         late.start()
-        live = server_status(self.server.options.url).live_sessions
+        live = self._slots_taken()
         by_themselves = self.server.drain(DRAIN_S)
         for thread in (*threads, late):
             thread.join(CALL_S)
@@ -878,7 +243,7 @@ class Soak:
     def _kill(self, stage: Process) -> None:
         begun_s = time.monotonic()
         self.world.outages.append((begun_s, float("inf")))
-        self.kills.append((round(begun_s - self.begun_s, 1), stage.name))
+        self.kills.append((round(begun_s - self.world.begun_s, 1), stage.name))
         os.kill(stage.pid, signal.SIGKILL)
         while time.monotonic() < begun_s + RESTORE_S:
             time.sleep(0.5)  # the supervisor looks four times a second
@@ -916,13 +281,14 @@ def failures(report: Mapping[str, Any], bound: float) -> list[str]:
     return wrong
 
 
+# Triton 2.51 never waits for a stage that was killed, so each kill leaves a zombie until Triton ends.
 FAULTS = (
     "wrong_frames",
     "unexpected_ends",
     "sessions_without_answer",
     "stages_not_restored",
     "slots_lost",
-    "zombies",
+    "zombies_unexplained",
     "processes_left_behind",
 )
 
@@ -940,9 +306,17 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
         shown = f"{slope['mib_per_hour']:+.2f} +- {slope['error']:.2f}" if slope else "too short"
         threads = f"{one['threads_first']} to {one['threads_last']} threads"
         yield f"  {one['name']:16} {one['first_mib']:8.1f} {one['last_mib']:8.1f}  {shown}, {threads}"
-    yield f"Stages killed: {report['stages_killed']}, back after {report['restored_s']} s"
+    yield f"Stages killed: {report['stages_killed']}, back after {report['restored_s']} s, {report['zombies']} zombies"
     yield f"Drain: {report['drain']}"
     yield from report["findings"]
+
+
+def left_behind(leader: int) -> int:
+    """Processes of a server that has ended; init has a moment to collect those that are dead already."""
+    deadline = time.monotonic() + 5.0
+    while (left := len(group(leader))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
 
 
 def soak(
@@ -954,7 +328,8 @@ def soak(
         run = Soak(server, world, minutes * 60, seed, cores)
         finished = run.run()
         ran_s = time.monotonic() - run.begun_s
-        slots_lost, zombies = run.slots_lost(), run.zombies()
+        slots_lost = run.slots_lost()
+        zombies = sum(process.zombie for process in group(leader))
         with suppress(OSError):
             run.counters.update(scrape(options.metrics_port))
         drain = run.drain()
@@ -976,8 +351,9 @@ def soak(
         "sessions_without_answer": tally.count(Outcome.HUNG),
         "stages_not_restored": len(run.kills) - len(run.restores_s),
         "slots_lost": slots_lost,
-        "zombies": len(zombies),
-        "processes_left_behind": len(group(leader)),
+        "zombies": zombies,
+        "zombies_unexplained": max(zombies - len(run.kills), 0),
+        "processes_left_behind": left_behind(leader),
         "outcomes": tally.table(),
         "stages_killed": run.kills,
         "restored_s": [round(seconds, 1) for seconds in run.restores_s],
@@ -1037,7 +413,9 @@ def main(
     ).on_free_ports()
     try:
         oracle, takes = prepare(artifacts, seed)
-        report = soak(options, partial(click.echo, file=log), World(options.url, oracle, takes), minutes, seed, cores)
+        report = soak(
+            options, partial(click.echo, file=log), World(options.url, oracle, takes, IDLE_S), minutes, seed, cores
+        )
     except LiveAvatarError as problem:
         raise click.ClickException(str(problem)) from problem
     wrong = failures(report, bound)

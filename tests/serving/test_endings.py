@@ -8,6 +8,7 @@ to, by `faults/model.py`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,7 @@ from tests.serving.test_equality import frames_of
 
 SESSIONS = 2
 IDLE_S = 3.0
-DRAIN_S = 4.0
+DRAIN_S = 3.0
 FAULTY_MODEL = Path(__file__).parent / "faults" / "model.py"
 TOKEN = "only the owner knows it"
 # A client that speaks for ever, in a process of its own.
@@ -146,9 +147,7 @@ def test_end_frees_everything(
             spoken(session, speech)
         with raw_session(url) as raw:  # says END without a reason
             raw.ask(BLOCK, picture, start=True)
-        wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S / 2)
-    # What was put there for a block that never came is forgotten later.
-    wait_until(lambda: held(faulty, ["rolling_sink"]) == 0, limit_s=IDLE_S + 10)
+        wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S / 2)  # at once
 
 
 def test_a_session_may_have_the_id_of_one_that_has_ended(
@@ -214,7 +213,8 @@ def test_a_silent_session_is_dropped_and_one_that_is_kept_alive_is_not(
         quiet_since_s, dropped = time.monotonic(), ended(faulty, "silent")
         wait_until(lambda: ended(faulty, "silent") == dropped + 1, limit_s=IDLE_S + 10)
         assert scrape(faulty)[series(metrics.SESSIONS_LIVE)] == 1
-        time.sleep(max(0.0, quiet_since_s + 2 * IDLE_S - time.monotonic()))
+        wait_until(lambda: held(faulty, ["rolling_sink"]) <= 1, limit_s=IDLE_S + 10)  # its sink, that nobody took
+        time.sleep(max(0.0, quiet_since_s + IDLE_S + 1.0 - time.monotonic()))
         with pytest.raises(SessionFailed, match=r"no longer knows this session.*silent for longer.*open a new session"):
             spoken(silent, BLOCK)
         kept.send(speech_of(speech, 1, 2))
@@ -311,17 +311,20 @@ def process_of(server: TritonServer, stage: str) -> int:
 def test_a_killed_stage_comes_back_without_a_restart(
     faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, stage: str
 ) -> None:
-    wait_until(lambda: is_ready(faulty.options) == (True, True), limit_s=30)
+    wait_until(lambda: is_ready(faulty.options) == (True, True) and held(faulty) == 0, limit_s=30)
     server, process = faulty.process.pid, process_of(faulty, stage)
-    with AvatarSession(
-        url, image=picture, prompt="hello", seed=3, keep_alive_s=KEEP_ALIVE_S, answer_timeout_s=20.0
-    ) as session:
-        session.send(speech_of(speech, 0, 6))
-        next(iter(session))
-        os.kill(process, signal.SIGKILL)  # with blocks under way
+    with (
+        AvatarSession(url, image=picture, keep_alive_s=KEEP_ALIVE_S, answer_timeout_s=20.0) as quiet,
+        AvatarSession(url, image=picture, keep_alive_s=KEEP_ALIVE_S, answer_timeout_s=20.0) as speaking,
+    ):
+        spoken(quiet, BLOCK)
+        speaking.send(speech_of(speech, 0, 6))
+        next(iter(speaking))
+        os.kill(process, signal.SIGKILL)  # with blocks of one under way
         wait_until(lambda: is_ready(faulty.options) == (False, False), limit_s=10)
-        with pytest.raises(SessionFailed, match="open a new session"):
-            speak_on(session)
+        for session in (quiet, speaking):
+            with pytest.raises(SessionFailed, match="open a new session"):
+                speak_on(session)
     wait_until(lambda: is_ready(faulty.options) == (True, True), limit_s=30)
     assert faulty.process.pid == server
     assert faulty.is_running()
@@ -361,7 +364,7 @@ def test_sigterm_lets_live_sessions_end_and_then_ends_them(
         assert is_ready(options) == (True, True)
         terminated_s = time.monotonic()
         result = waiting.submit(running.end, signal.SIGTERM)
-        wait_until(lambda: is_ready(options) == (False, False), limit_s=DRAIN_S / 2)
+        wait_until(lambda: is_ready(options) == (False, False), limit_s=DRAIN_S)
         with AvatarSession(options.url, image=picture) as late, pytest.raises(SessionRefused) as refused:
             spoken(late, BLOCK)
         assert refused.value.code is ErrorCode.UNAVAILABLE
@@ -400,14 +403,15 @@ def test_sigterm_waits_for_the_last_frames_and_no_longer(
 # 9. A stage without memory
 
 
-@pytest.mark.parametrize("stage", ["dit_step_2"])
 def test_a_stage_whose_memory_is_full_refuses_at_admission(
-    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending, stage: str
+    faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
 ) -> None:
     before = scrape(faulty)
     with ending(failed=1, completed=1), bystander(url, picture, speech, expected), raw_session(url) as raw:
-        error = raw.ask(NOTHING, picture, b"hello", start=True, fault=stage, fault_block=0)
-        assert f"[UNAVAILABLE] stage {stage} has 0.0 MiB of memory free, and a session takes " in error
-        assert "try again later or elsewhere." in error
+        error = raw.ask(NOTHING, picture, b"hello", start=True, fault="dit_step_2", fault_block=0)
+        sentence = (
+            r"\[UNAVAILABLE\] stage dit_step_2 has 0.* free, and a session takes .* there; try again later or else"
+        )
+        assert re.search(sentence, error), error
         raw.ask(NOTHING, end=True, end_reason="failed")
     assert changes(before, scrape(faulty), metrics.SESSIONS_REFUSED) == {"memory": 1}

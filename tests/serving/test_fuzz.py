@@ -364,7 +364,7 @@ def requests(draw: st.DrawFn, session: Any, start: bool, talks: bool) -> Request
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conversation:
     """Requests of at most two sessions, on one stream or each by itself, waiting for each answer or not."""
 

@@ -1,0 +1,169 @@
+"""The soak's own sums: what the oracle looks up and what it makes, slopes, counters, and what counts as wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from live_avatar.arrays import Array
+from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
+from perf.growth import Series, Slope, fit, group, private_mib, slope_after
+from perf.soak import FAULTS, Counters, Governor, failures
+from perf.visits import ENDINGS, WEIGHTS, Ending, Look, Oracle, Outcome, Take, Tally, pictures
+
+RNG = np.random.default_rng(7)
+BLOCKS = 4
+SPEECH = RNG.integers(-3000, 3000, (BLOCKS, BLOCK_SAMPLES), dtype=np.int16)
+FRAMES = RNG.integers(0, 256, (BLOCKS * FRAMES_PER_BLOCK, 96, 96, 3), dtype=np.uint8)
+TAKE = Take(b"", "", 0, SPEECH, FRAMES)
+
+
+def made(take: Take, blocks: Array) -> Array:
+    return np.full((len(blocks) * FRAMES_PER_BLOCK, 1, 1, 3), 9, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, BLOCKS])
+def test_the_beginning_of_a_take_is_in_the_pool(blocks: int) -> None:
+    frames = Oracle(made).frames(TAKE, TAKE.speech_of(blocks))
+    assert np.array_equal(frames, FRAMES[: blocks * FRAMES_PER_BLOCK])
+
+
+@pytest.mark.parametrize(
+    "heard",
+    [SPEECH[1:], SPEECH[[0, 0]], np.concatenate([SPEECH, SPEECH[:1]])],
+    ids=["its end", "a block twice", "more than the take"],
+)
+def test_other_speech_is_generated(heard: Array) -> None:
+    frames = Oracle(made).frames(TAKE, heard.reshape(-1))
+    assert np.array_equal(frames, made(TAKE, heard))
+
+
+def test_a_part_of_a_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="7681 samples are no whole blocks of 7680; the last one is not known"):
+        Oracle(made).frames(TAKE, SPEECH.reshape(-1)[: BLOCK_SAMPLES + 1])
+
+
+def test_wrong_and_surplus_frames_are_counted() -> None:
+    tally = Tally()
+    right = Look().of(FRAMES[:3])
+    tally.compare(Ending.COMPLETED, 12, right, right)
+    assert (tally.frames, tally.wrong_frames, tally.findings) == (3, 0, [])
+    tally.compare(Ending.COMPLETED, 12, [right[0], right[0], right[2]], right[:2])
+    assert (tally.frames, tally.wrong_frames) == (6, 2)
+    assert tally.findings == ["completed: frames 13 to 14, 2 of them wrong"]
+
+
+def test_looks_change_the_frames() -> None:
+    plain, labelled, jpeg = (look.of(FRAMES[:1])[0] for look in (Look(), Look(label="AI"), Look(90)))
+    assert plain == FRAMES[0].tobytes() != labelled
+    assert len(labelled) == len(plain)
+    assert jpeg.startswith(b"\xff\xd8")
+
+
+def test_avatars_differ() -> None:
+    assert len(set(pictures(6))) == 6
+
+
+def test_the_slope_of_a_line_is_found_within_its_error() -> None:
+    times = np.arange(240) * 10.0
+    noisy = 50 + 6 * times / 3600 + RNG.standard_normal(len(times))
+    slope = fit(times, noisy)
+    assert slope.error > 0
+    assert abs(slope.mib_per_hour - 6) < 4 * slope.error
+    assert slope.exceeds(6 - 4 * slope.error - 4 * slope.error)
+    assert not slope.exceeds(6)
+    exact = fit([0, 1800, 3600], [1, 2, 3])
+    assert (exact.mib_per_hour, exact.error) == (pytest.approx(2), pytest.approx(0, abs=1e-9))
+
+
+def test_the_error_is_that_of_many_repetitions_also_for_samples_that_resemble_their_neighbours() -> None:
+    times = np.arange(240) * 10.0
+    found = []
+    for _ in range(200):
+        walk = np.zeros(len(times))
+        for n in range(1, len(times)):
+            walk[n] = 0.8 * walk[n - 1] + RNG.standard_normal()
+        found.append(fit(times, walk))
+    scatter = np.std([slope.mib_per_hour for slope in found])
+    assert np.mean([slope.error for slope in found]) == pytest.approx(scatter, rel=0.25)
+
+
+def test_a_slope_needs_samples_after_the_warm_up() -> None:
+    series = Series([10.0 * n for n in range(60)], [100.0 - n if n < 20 else 80.0 for n in range(60)], [1] * 60)
+    late = slope_after(series, 200.0)
+    assert late is not None
+    assert (late.samples, late.mib_per_hour) == (40, pytest.approx(0, abs=1e-9))
+    assert slope_after(series, 400.0) is None
+
+
+def test_counters_go_on_over_a_restart() -> None:
+    counters = Counters()
+    for value in (3, 5, 0, 2, 2):
+        counters.update({"ended": value})
+    assert counters.totals["ended"] == 7
+
+
+def test_the_governor_stops_above_its_share() -> None:
+    governor = Governor(1.0)
+    begun = governor._last_s
+    governor.update(0.0, begun)
+    assert governor.wait(0)
+    governor.update(25.0, begun + 10)
+    assert not governor.wait(0)
+    governor.update(20.0, begun + 20)  # a process has gone, and its time with it
+    assert governor.wait(0)
+    assert governor.used_s == 25.0
+
+
+def test_processes_are_found_by_their_group() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as child:
+        (process,) = group(child.pid)
+        assert (process.pid, process.zombie, process.stage) == (child.pid, False, False)
+        assert (private_mib(child.pid) or 0) > 1
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert [one.zombie for one in group(child.pid)] == [True]
+    assert group(child.pid) == []
+    assert private_mib(child.pid) is None
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    return {**dict.fromkeys(FAULTS, 0), "memory": [], **changes}
+
+
+def memory(slope: Slope | None) -> list[dict[str, Any]]:
+    return [{"name": "triton", "slope": None if slope is None else vars(slope)}]
+
+
+def test_each_fault_is_named() -> None:
+    assert failures(report(), 10) == []
+    for fault in FAULTS:
+        assert failures(report(**{fault: 2}), 10) == [f"2 {fault.replace('_', ' ')}"]
+
+
+def test_growth_counts_beyond_three_errors() -> None:
+    assert failures(report(memory=memory(None)), 10) == []
+    assert failures(report(memory=memory(Slope(13.0, 1.1, 200))), 10) == []
+    (sentence,) = failures(report(memory=memory(Slope(13.5, 1.1, 200))), 10)
+    assert sentence == "triton grows by 13.5 +- 1.1 MiB per hour, more than 10"
+
+
+def test_every_ending_can_come() -> None:
+    assert set(ENDINGS) == set(Ending)
+    assert set(WEIGHTS) == set(Ending) - {Ending.DRAINED}
+    rng = random.Random(1)
+    assert set(rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()), k=2000)) == set(WEIGHTS)
+
+
+def test_unanswered_and_unexpected_sessions_are_findings() -> None:
+    tally = Tally()
+    for outcome in Outcome:
+        tally.ended(Ending.SILENT, outcome, outcome.value)
+    assert tally.findings == ["silent: no answer", "silent: unexpected"]
+    assert tally.table() == {"silent": {outcome.value: 1 for outcome in Outcome}}
