@@ -547,4 +547,6 @@ def _explained(message: str) -> str:
         )
     if stopped := _STOPPED_STAGE.search(message):
         return f"the process of its stage {stopped['stage']} has stopped; open a new session when the server is ready"
+    if "has no available versions" in message:
+        return "one of its stages is being started again; open a new session when the server is ready"
     return message

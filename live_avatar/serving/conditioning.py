@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from live_avatar.serving.control import Control, Phase
 from live_avatar.serving.metrics import EndCause, Meter, RefusalReason
 from live_avatar.serving.options import SessionOptions
 from live_avatar.serving.resources import KnownAvatars
-from live_avatar.serving.rolling_sink import ABSENT, FAILED, SinkClient
+from live_avatar.serving.rolling_sink import FAILED, READY, SinkClient
 from live_avatar.serving.stage import (
     NO_BLOCK,
     PipeError,
@@ -48,6 +49,7 @@ from live_avatar.serving.tensors import (
     FAILURE,
     LATENT,
     RECEIVED_NS,
+    SINK_KEY,
     SINK_MOTION,
     SINK_REFERENCE,
     SINK_TEXT,
@@ -61,7 +63,7 @@ AUDIO, PROMPT, REFERENCE_IMAGE = protocol.AUDIO.name, protocol.PROMPT.name, prot
 FIRST_FRAME, PROVENANCE = protocol.FIRST_FRAME.name, protocol.PROVENANCE.name
 
 SINK_POLL_S = 0.002
-SINK_WAIT_LIMIT_S = 120.0
+SINK_WAIT_LIMIT_S = 30.0
 
 
 @dataclass
@@ -69,6 +71,12 @@ class _Session:
     source: SinkSource
     conditioning: Conditioning
     token: str
+    revivals: int
+    sink_key: int
+    """By which the new sink comes back: an id may be used again while the sink of the session before it still waits."""
+    first_clean: Array | None = None
+    """The new sink, from when it was fetched."""
+    has_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,17 @@ class ConditioningStage(SessionStage[_Session]):
             if live is None:
                 if request.start:
                     self._refused(request.session, error)
-                raise
+                if not (request.end and self.sessions.has_failed(request.session)):
+                    raise
+                # The later stages have dropped it too, but their batchers hold its place until they see END.
             if isinstance(error, InputError) and not request.end:
                 raise
-            failure = self.failed(error, live.conditioning.blocks if request.inputs[AUDIO].size else NO_BLOCK)
+            block = live.conditioning.blocks if live and request.inputs[AUDIO].size else NO_BLOCK
+            failure = self.failed(error, block)
             cause = EndCause.SHUTDOWN if isinstance(error, ShutdownError) else EndCause.FAILED
             self._end(request.session, cause)
             self.sessions.fail(request.session, str(failure))
-            return StageResponse(self._outputs(None, None, None, received_ns, failure))
+            return StageResponse(self._outputs(live, None, None, None, received_ns, failure))
         finally:
             if request.end:
                 self._end(request.session, cause)
@@ -136,7 +147,9 @@ class ConditioningStage(SessionStage[_Session]):
 
     def silent(self, session: int, state: _Session) -> None:
         self.meter.add(metrics.SESSIONS_ENDED, reason=EndCause.SILENT)
-        log.info("session %d dropped: nothing came for the idle limit", session)
+
+    def lost(self, session: int, state: _Session) -> None:
+        self.meter.add(metrics.SESSIONS_ENDED, reason=EndCause.FAILED)
 
     def sweep(self, keep: int | None = None) -> None:
         super().sweep(keep)
@@ -149,16 +162,17 @@ class ConditioningStage(SessionStage[_Session]):
         else:
             session, opening = self._continue(request), None
         source = session.source if request.start else None
+        self._fetch_sink(session)
         if speech.size == 0:
-            return StageResponse(self._outputs(None, source, opening, received_ns))
+            return StageResponse(self._outputs(session, None, source, opening, received_ns))
         block = self._conditioner.block(session.conditioning, speech)
         if not takes_sink(block.index, self._stream):
-            return StageResponse(self._outputs(block, source, opening, received_ns), block.index)
+            return StageResponse(self._outputs(session, block, source, opening, received_ns), block.index)
         waited_from = time.monotonic()
-        replaced = session.source.replaced(self._await_sink(request.session))
+        replaced = session.source.replaced(self._await_sink(request.session, session))
         self.meter.add(metrics.SINK_UPDATES)
         waited_s = time.monotonic() - waited_from
-        return StageResponse(self._outputs(block, replaced, opening, received_ns), block.index, waited_s)
+        return StageResponse(self._outputs(session, block, replaced, opening, received_ns), block.index, waited_s)
 
     def _speech(self, inputs: Arrays) -> Array:
         speech = inputs[AUDIO]
@@ -189,7 +203,9 @@ class ConditioningStage(SessionStage[_Session]):
 
         def make() -> _Session:
             source = self._avatars.get(key, lambda: self._conditioner.avatar(image, prompt))
-            return _Session(source, self._conditioner.open(chosen.seed), token)
+            return _Session(
+                source, self._conditioner.open(chosen.seed), token, self._control.revivals, secrets.randbits(64)
+            )
 
         session = self.sessions.open(request.session, make)
         self.meter.add(metrics.SESSIONS_ADMITTED)
@@ -270,22 +286,35 @@ class ConditioningStage(SessionStage[_Session]):
         self.meter.add(metrics.SESSIONS_REFUSED, reason=reason)
         log.info("session %d refused: %s", session, reason)
 
-    def _await_sink(self, session: int) -> Array:
+    def _fetch_sink(self, session: _Session) -> None:
+        """Takes the new sink as soon as it is there, long before its block perhaps: the rolling sink forgets, but a
+        session may pause as long as it likes."""
+        begun = 0 < session.conditioning.blocks <= (self._stream.sink_update_block or 0)
+        if session.first_clean is None and begun:
+            state, latent = self._sinks.take(session.sink_key)
+            if state == READY:
+                session.first_clean = latent
+            elif state == FAILED:
+                session.has_failed = True
+
+    def _await_sink(self, number: int, session: _Session) -> Array:
         """The session's own first latent frame; it is on its way, since block 1 went ahead of this one."""
         deadline = time.monotonic() + SINK_WAIT_LIMIT_S
-        while time.monotonic() < deadline:
-            state, latent = self._sinks.take(session)
-            if state == FAILED:
-                raise SessionError(f"session {session} has failed in a later stage; end it and start a new one.")
-            if state != ABSENT:
-                return latent
+        while session.first_clean is None:
+            if session.has_failed:
+                raise SessionError(f"session {number} has failed in a later stage; end it and start a new one.")
+            if time.monotonic() >= deadline or self._control.revivals != session.revivals:
+                raise SessionError(
+                    f"session {number}: block 1 gave no new sink within {SINK_WAIT_LIMIT_S:g} s, or was lost with a "
+                    "stage that had to be loaded again; end it and start a new one."
+                )
             self._sleep(SINK_POLL_S)
-        raise SessionError(
-            f"session {session}: block 1 gave no new sink within {SINK_WAIT_LIMIT_S:g} s; end it and start a new one."
-        )
+            self._fetch_sink(session)
+        return session.first_clean
 
     def _outputs(
         self,
+        session: _Session | None,
         block: BlockInput | None,
         source: SinkSource | None,
         opening: _Opening | None,
@@ -308,6 +337,7 @@ class ConditioningStage(SessionStage[_Session]):
             SINK_MOTION: source.motion,
             SINK_TEXT: source.text,
             AVATAR: np.frombuffer(opening.avatar if opening else b"", dtype=np.uint8),
+            SINK_KEY: np.array([session.sink_key if session else 0], dtype=np.uint64),
             RECEIVED_NS: np.array([received_ns], dtype=np.int64),
             FAILURE: failure_tensor(failure),
             PROVENANCE: np.array([opening.provenance] if opening else [], dtype=np.object_),

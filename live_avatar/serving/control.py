@@ -1,6 +1,6 @@
 """What the supervisor and the stages tell one another, through files of one folder.
 
-The supervisor sets the phase; conditioning reads it with every request, and the first and the last stage say how many
+The supervisor sets the phase, and counts the stages that it loaded again; the first and the last stage say how many
 sessions are live in them. Without a folder (a Triton started by hand) the phase is always `SERVING`. Knows files only.
 """
 
@@ -45,6 +45,14 @@ class Control:
 
     def _names(self, pattern: str) -> list[str]:
         return [] if self._folder is None else [path.name for path in self._folder.glob(pattern)]
+
+    @property
+    def revivals(self) -> int:
+        """How often a stage was loaded again; each time all sessions before were lost."""
+        return int(self._read("revivals") or "0")
+
+    def count_revival(self) -> None:
+        self._write("revivals", str(self.revivals + 1))
 
     def _read(self, name: str) -> str:
         if self._folder is None:

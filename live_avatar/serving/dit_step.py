@@ -27,6 +27,7 @@ from live_avatar.serving.tensors import (
     AVATAR,
     FAILURE,
     LATENT,
+    SINK_KEY,
     SINK_MOTION,
     SINK_REFERENCE,
     SINK_TEXT,
@@ -63,14 +64,14 @@ class DiTStepStage(PipeStage[StepState]):
         audio = {"audio_local": request.inputs[AUDIO_LOCAL], "audio_global": request.inputs[AUDIO_GLOBAL]}
         latent = self._denoiser.run(state, latent, audio)
         if self._denoiser.step == self._stream.steps and gives_sink(block, self._stream):
-            self._sinks.put(request.session, first_latent_frame(latent))
+            self._sinks.put(_sink_key(request), first_latent_frame(latent))
         return self._answer(latent, block)
 
     def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
         return self._answer(np.zeros((0, *self._stream.latent_shape), dtype=np.float32), failure=failure)
 
-    def failed_here(self, session: int) -> None:
-        self._sinks.fail(session)  # so that conditioning does not wait for a sink that never comes
+    def failed_here(self, request: StageRequest) -> None:
+        self._sinks.fail(_sink_key(request))  # so that conditioning does not wait for a sink that never comes
 
     def _answer(self, latent: Array, block: int = NO_BLOCK, failure: PipeError | None = None) -> StageResponse:
         return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block)
@@ -86,3 +87,7 @@ class DiTStepStage(PipeStage[StepState]):
         if len(source.reference):
             state.sink = self._denoiser.prefill(source)
         return state
+
+
+def _sink_key(request: StageRequest) -> int:
+    return int(request.inputs[SINK_KEY][0])

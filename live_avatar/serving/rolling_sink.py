@@ -57,6 +57,9 @@ class RollingSink:
     def forgive(self, seconds: float) -> None:
         """Every call is short."""
 
+    def lose(self) -> None:
+        self._sinks.clear()
+
     def handle(self, request: StageRequest) -> StageResponse:
         """The three operations as one Triton model."""
         operation = bytes(request.inputs[OPERATION].reshape(-1)[0]).decode()

@@ -64,6 +64,10 @@ class Stage(Protocol):
         """Does not count that time, in which the stage could hear no one, as silence."""
         ...
 
+    def lose(self) -> None:
+        """Drops all sessions: another stage's process died, and what it knew of them with it."""
+        ...
+
 
 class PipeError(LiveAvatarError):
     """A failure that came down the pipe: its code, and the sentence for the client."""
@@ -130,6 +134,11 @@ class SessionTable(Generic[T]):
         entry = self._entries.get(session)
         return None if entry is None else entry.state
 
+    def has_failed(self, session: int) -> bool:
+        """Whether a session has failed and was not ended since."""
+        entry = self._entries.get(session)
+        return entry is not None and entry.failure is not None
+
     def fail(self, session: int, reason: str) -> None:
         """Drops a session's state and remembers that it has failed; its further blocks are refused."""
         if session not in self._entries or session in self:  # the first reason stays
@@ -146,6 +155,12 @@ class SessionTable(Generic[T]):
         silent = [s for s, entry in self._entries.items() if entry.last_used_s < limit and s != keep]
         dropped = [(session, self.close(session)) for session in silent]
         return [(session, state) for session, state in dropped if state is not None]
+
+    def clear(self) -> list[tuple[int, T]]:
+        """Drops all sessions; returns those that were live."""
+        live = [(session, entry.state) for session, entry in self._entries.items() if entry.state is not None]
+        self._entries.clear()
+        return live
 
     def forgive(self, seconds: float) -> None:
         """Moves what is known of everyone's silence forward."""
@@ -170,8 +185,15 @@ class SessionStage(Generic[T]):
         if seconds > LONG_S:
             self.sessions.forgive(seconds)
 
+    def lose(self) -> None:
+        for session, state in self.sessions.clear():
+            self.lost(session, state)
+
     def silent(self, session: int, state: T) -> None:
         """Told of each session that was dropped for its silence."""
+
+    def lost(self, session: int, state: T) -> None:
+        """Told of each session that was dropped because a stage was loaded again."""
 
     def failed(self, error: Exception, block: int) -> PipeError:
         """Puts what went wrong here into words that name the stage and block; counts it if the fault is ours."""
@@ -193,7 +215,7 @@ class PipeStage(SessionStage[T]):
         """The answer that takes a failure on to the next stage."""
         raise NotImplementedError
 
-    def failed_here(self, session: int) -> None:
+    def failed_here(self, request: StageRequest) -> None:
         """Told when a session has failed in this very stage."""
 
     def gone(self, session: int, state: T, failure: PipeError) -> None:
@@ -220,7 +242,7 @@ class PipeStage(SessionStage[T]):
             if request.start or request.session in self.sessions:
                 self._drop(request.session, failure)
                 self.sessions.fail(request.session, str(failure))
-                self.failed_here(request.session)
+                self.failed_here(request)
             return self.passed(request, failure)
 
     def _drop(self, session: int, failure: PipeError) -> None:

@@ -46,3 +46,6 @@ class Status:
 
     def forgive(self, seconds: float) -> None:
         """Has no sessions whose silence could count."""
+
+    def lose(self) -> None:
+        """Has no sessions to lose."""

@@ -131,11 +131,13 @@ class Supervisor:
                 self._revive(model)
 
     def _revive(self, model: str) -> None:
-        """Loads a model again whose process is gone; its sessions are lost."""
+        """Loads a model again whose process is gone. Its sessions are lost, which the other stages are told while the
+        ensemble is not there: so all sessions before that, and none after it, are dropped."""
         if self._over.is_set() or not Path(f"/proc/{self._process}").exists():
             return
         log.warning("the process of %s is gone; loading it again", model)
         self._admin.unload(model)
+        self._control.count_revival()
         if not self._admin.load(model, self._load_limit_s):
             log.error("%s could not be loaded again; trying once more in %g s", model, RETRY_S)
             self._over.wait(RETRY_S)

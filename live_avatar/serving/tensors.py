@@ -14,6 +14,7 @@ SINK_REFERENCE = "SINK_REFERENCE"  # FP32 [1 or 0, 16, 1, h, w]
 SINK_MOTION = "SINK_MOTION"  # FP32 [1 or 0, 16, 19, h, w]
 SINK_TEXT = "SINK_TEXT"  # FP32 [text_len or 0, text_dim]
 AVATAR = "AVATAR"  # UINT8 [32 or 0]: with START, what the avatar's prefilled keys and values are remembered by
+SINK_KEY = "SINK_KEY"  # UINT64 [1]: what the session's new sink is put and taken by; no two sessions share one
 RECEIVED_NS = "RECEIVED_NS"  # INT64 [1]: monotonic clock of this machine when conditioning took the request
 FAILURE = "FAILURE"  # BYTES [1 or 0]: `[CODE] sentence` of a session that has failed on its way
 

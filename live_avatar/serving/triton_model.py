@@ -50,6 +50,7 @@ from live_avatar.version import __version__
 from live_avatar_client.protocol import ErrorCode, SequenceFlag, format_error
 
 LOG_FORMAT = f"%(asctime)s{LOG_MARK}%(message)s"
+MARGIN_S = 10.0
 SWEEP_S = 1.0  # at most so long after the idle limit a session is dropped
 
 # Triton's own codes by name: the backend fills `pb_utils` only after it has imported the model.
@@ -136,6 +137,8 @@ class StageModel:
         self._floor_s = float(os.environ.get(FLOOR_VARIABLE, "0"))
         self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self.meter = TritonMeter(self.name)
+        self._control = Control(Path(os.environ[CONTROL_VARIABLE]) if os.environ.get(CONTROL_VARIABLE) else None)
+        self._revivals = self._control.revivals
         self._stage = self.make_stage()
         self._require_sessions()
         self.meter.add(STARTS)
@@ -164,14 +167,23 @@ class StageModel:
         while not self._over.wait(SWEEP_S):
             if self._busy.acquire(blocking=False):
                 try:
+                    self._look_around()
                     self._stage.sweep()
                 finally:
                     self._busy.release()
+
+    def _look_around(self) -> None:
+        """Drops what was lost with another stage's process."""
+        revivals = self._control.revivals
+        if revivals != self._revivals:
+            self._revivals = revivals
+            self._stage.lose()
 
     def _respond(self, request: Any) -> Any:
         started_s = time.monotonic()
         try:
             plain = self._plain(request)
+            self._look_around()
             self._stage.sweep(keep=plain.session)
             response = self._stage.handle(plain)
             if response.block != NO_BLOCK:
@@ -256,11 +268,6 @@ class StageModel:
         return Path(font) if font else None
 
     @property
-    def control(self) -> Control:
-        folder = os.environ.get(CONTROL_VARIABLE)
-        return Control(Path(folder) if folder else None)
-
-    @property
     def served(self) -> Served:
         return Served(
             __version__,
@@ -287,7 +294,7 @@ class ConditioningModel(StageModel):
             self.idle_limit_s,
             self.served,
             self.meter,
-            self.control,
+            self._control,
             self.known_avatars,
             self.label_font,
         )
@@ -304,15 +311,16 @@ class DiTStepModel(StageModel):
 class VAEDecoderModel(StageModel):
     def make_stage(self) -> Stage:
         return VAEDecoderStage(
-            self.runtime, self.idle_limit_s, self.meter, self.room, self.control, self.known_avatars, self.label_font
+            self.runtime, self.idle_limit_s, self.meter, self.room, self._control, self.known_avatars, self.label_font
         )
 
 
 class RollingSinkModel(StageModel):
     def make_stage(self) -> Stage:
-        return RollingSink(float(self.parameter("idle_limit_s")))
+        # A session fetches its sink with a request, which it may send just before its own limit.
+        return RollingSink(2 * float(self.parameter("idle_limit_s")) + MARGIN_S)
 
 
 class StatusModel(StageModel):
     def make_stage(self) -> Stage:
-        return Status(self.served, self.control)
+        return Status(self.served, self._control)

@@ -116,6 +116,9 @@ class VAEDecoderStage(PipeStage[_Session]):
     def silent(self, session: int, state: _Session) -> None:
         self._closed(session, EndCause.SILENT, state)
 
+    def lost(self, session: int, state: _Session) -> None:
+        self._closed(session, EndCause.FAILED, state, "another stage was loaded again")
+
     def _report(self) -> None:
         self._control.set_live_sessions(self.name, len(self.sessions))
 

@@ -90,9 +90,9 @@ def test_prompt_that_is_not_utf8(raw: RawSession, picture: bytes) -> None:
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ({"seed": -1}, "seed -1 is outside 0..9223372036854775807; choose one inside."),
-        ({"seed": "seven"}, "parameter seed is 'seven'; it must be an integer."),
-        ({"seed": True}, "parameter seed is True; it must be an integer."),
+        ({"seed": -1}, "parameter seed is -1; it must be an integer from 0 to 9223372036854775807."),
+        ({"seed": "seven"}, "parameter seed is 'seven'; it must be an integer from 0 to 9223372036854775807."),
+        ({"seed": True}, "parameter seed is True; it must be an integer from 0 to 9223372036854775807."),
         ({"frame_format": "gif"}, "parameter frame_format is 'gif'; it must be raw or jpeg."),
     ],
 )

@@ -303,12 +303,14 @@ ODD_NAMES = st.one_of(
     st.sampled_from(["priority", "timeout", "binary_data_output", "triton_enable_empty_final_response", 'a"b\\\n', ""]),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
 )
+# Triton 2.51 itself dies (it divides by zero) when asked for the classes of an output of strings.
+DEADLY = (("JPEG_FRAMES", "classification"), ("PROVENANCE", "classification"))
 OUTPUTS = st.lists(
     st.tuples(
         st.sampled_from(["FRAMES", "JPEG_FRAMES", "FIRST_FRAME", "PROVENANCE", "BLOCK", ""]),
         st.sampled_from([None, None, "classification", "shared_memory_region", "binary_data"]),
         ANYTHING,
-    ),
+    ).filter(lambda output: output[:2] not in DEADLY),
     min_size=1,
     max_size=3,
 ).map(tuple)
@@ -364,7 +366,7 @@ def requests(draw: st.DrawFn, session: Any, start: bool, talks: bool) -> Request
     )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Conversation:
     """Requests of at most two sessions, on one stream or each by itself, waiting for each answer or not."""
 
@@ -372,8 +374,9 @@ class Conversation:
     sessions: tuple[Any, ...]
     way: str
 
-    def __repr__(self) -> str:
-        return "\n".join([self.way, *(repr(request)[:500] for request in self.requests)])
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What Hypothesis shows of one that fails; pictures would fill pages."""
+        printer.text("\n".join([self.way, *(repr(request)[:500] for request in self.requests)]))
 
 
 @st.composite
@@ -423,6 +426,7 @@ class Attacker:
     def _alone(self, message: bytes) -> None:
         try:
             self._single(message, timeout=LIMIT_S)
+            self._check("")
         except grpc.RpcError as error:
             self._check_close(error)
 
@@ -627,4 +631,4 @@ def test_a_client_that_wants_one_output_holds_nobody_up(server: TritonServer, sp
     with attacking(server) as attacker, neighbour(server.options.url, speech, expected):
         started_s = time.monotonic()
         attacker.attack(Conversation(said, (6,), "in turn"))
-    assert time.monotonic() - started_s < 20
+    assert time.monotonic() - started_s < 20.0

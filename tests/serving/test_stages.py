@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ from live_avatar.serving.dit_step import DiTStepStage
 from live_avatar.serving.metrics import EndCause, RefusalReason
 from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import ABSENT, FAILED, READY, RollingSink
-from live_avatar.serving.stage import NO_BLOCK, PipeError, SessionTable, StageRequest, describe
+from live_avatar.serving.stage import NO_BLOCK, PipeError, SessionTable, StageRequest, StageResponse, describe
 from live_avatar.serving.status import Served
-from live_avatar.serving.tensors import AVATAR, BLOCK, FAILURE, LATENT, SINK_REFERENCE
+from live_avatar.serving.tensors import AVATAR, BLOCK, FAILURE, LATENT, SINK_KEY, SINK_REFERENCE
 from live_avatar.serving.vae_decoder import VAEDecoderStage
 from live_avatar_client.protocol import ErrorCode
 from tests.serving.recording import RecordingMeter
@@ -165,7 +166,6 @@ def test_a_failure_ends_the_session_in_every_stage_behind_it(
     pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.run(speech[:7680], start=True, **opening)
-    pipe.sinks.take(SESSION)
 
     def fail(*_: object) -> Array:
         raise RuntimeError("the device fell off")
@@ -173,6 +173,7 @@ def test_a_failure_ends_the_session_in_every_stage_behind_it(
     with monkeypatch.context() as broken:
         broken.setattr(pipe.steps[1]._denoiser, "run", fail)
         tensors = pipe.denoise(pipe.condition(speech[7680 : 2 * 7680]))
+        key = int(tensors[SINK_KEY][0])
     with pytest.raises(PipeError) as raised:
         pipe.decode(tensors)
     assert str(raised.value) == (
@@ -180,7 +181,7 @@ def test_a_failure_ends_the_session_in_every_stage_behind_it(
     )
     assert raised.value.code is ErrorCode.FAILED
     assert pipe.live() == [1, 1, 0, 0, 0, 0], "those before it learn of it by END"
-    assert pipe.sinks.take(SESSION)[0] == FAILED, "so that conditioning does not wait for a sink that never comes"
+    assert pipe.sinks.take(key)[0] == FAILED, "so that conditioning does not wait for a sink that never comes"
     assert [pipe.count(metrics.FAILURES, f"dit_step_{step}") for step in (1, 2, 3)] == [0, 1, 0]
 
     with pytest.raises(PipeError, match=r"session 5 has failed \(stage dit_step_2 at block 2 failed"):
@@ -211,8 +212,8 @@ def test_conditioning_that_fails_ends_the_session_everywhere(
     assert pipe.live() == [0] * 6
     assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
     assert pipe.count(metrics.SESSIONS_LIVE) == 0
-    with pytest.raises(SessionError, match="session 5 has failed"):
-        pipe.condition(NOTHING, end=True)
+    with pytest.raises(PipeError, match="session 5 has failed"):
+        pipe.run(NOTHING, end=True)  # goes all the way, since every batcher has a place for the session
     assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1, "counted once"
 
 
@@ -220,7 +221,9 @@ def test_a_stage_without_room_refuses_at_the_start(
     pipe: Pipe, onnx_runtime: OnnxRuntime, opening: dict[str, Array]
 ) -> None:
     pipe.steps[2]._room = SessionRoom("dit_step_3", onnx_runtime, 2**60)
-    said = r"stage dit_step_3 has [\d.]+ [KMG]iB of memory free, and a session takes 1073741824\.00 GiB there; try again"
+    said = (
+        r"stage dit_step_3 has [\d.]+ [KMG]iB of memory free, and a session takes 1073741824\.00 GiB there; try again"
+    )
     with pytest.raises(PipeError, match=said) as raised:
         pipe.run(NOTHING, start=True, **opening)
     assert raised.value.code is ErrorCode.UNAVAILABLE
@@ -362,34 +365,97 @@ def test_a_session_belongs_to_the_token_that_opened_it(pipe: Pipe, opening: dict
     assert ask("mine")[BLOCK] == 1, "the owner goes on"
 
 
+def alone(
+    runtime: OnnxRuntime, sinks: RollingSink, control: Control, sleep: Callable[[float], None] = lambda seconds: None
+) -> ConditioningStage:
+    return ConditioningStage(runtime, sinks, IDLE_S, served(), RecordingMeter(), control, sleep=sleep)
+
+
+def begun(stage: ConditioningStage, opening: dict[str, Array], speech: Array, blocks: int) -> int:
+    """Opens the session, sends some blocks of it, and tells under which key its new sink is awaited."""
+    given: list[dict[str, Array]] = [opening, *({} for _ in range(blocks - 1))]
+    answers = [
+        stage.handle(StageRequest(SESSION, number == 0, False, {"AUDIO": speech[:7680], **inputs}))
+        for number, inputs in enumerate(given)
+    ]
+    return int(answers[-1].outputs[SINK_KEY][0])
+
+
+def block(stage: ConditioningStage, audio: Array) -> StageResponse:
+    return stage.handle(StageRequest(SESSION, False, False, {"AUDIO": audio}))
+
+
+LATENT_FRAME = np.ones((1, 16, 1, 12, 12), dtype=np.float32)
+
+
 def test_conditioning_waits_for_the_sink_and_no_longer(
     onnx_runtime: OnnxRuntime, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sinks = RollingSink(IDLE_S)
-    latent = np.ones((1, 16, 1, 12, 12), dtype=np.float32)
-    naps: list[float] = []
+    sinks, naps = RollingSink(IDLE_S), []
 
     def sleep(seconds: float) -> None:
         naps.append(seconds)
         if len(naps) == 3:
-            sinks.put(SESSION, latent)
+            sinks.put(key, LATENT_FRAME)
 
-    control = Control(None)
-    stage = ConditioningStage(onnx_runtime, sinks, IDLE_S, served(), RecordingMeter(), control, sleep=sleep)
-    blocks = [stage.handle(StageRequest(SESSION, True, False, {"AUDIO": speech[:7680], **opening}))]
-    blocks += [stage.handle(StageRequest(SESSION, False, False, {"AUDIO": speech[:7680]})) for _ in range(4)]
+    stage = alone(onnx_runtime, sinks, Control(None), sleep)
+    key = begun(stage, opening, speech, 4)
+    fifth = block(stage, speech[:7680])
     assert len(naps) == 3
-    assert np.array_equal(blocks[4].outputs[SINK_REFERENCE], latent)
-    assert blocks[4].waited_s > 0
+    assert np.array_equal(fifth.outputs[SINK_REFERENCE], LATENT_FRAME)
+    assert fifth.waited_s > 0
 
     monkeypatch.setattr(conditioning, "SINK_WAIT_LIMIT_S", 0.0)
+    stage = alone(onnx_runtime, RollingSink(IDLE_S), Control(None))
+    begun(stage, opening, speech, 4)
+    [failure] = block(stage, speech[:7680]).outputs[FAILURE]
+    assert b"session 5: block 1 gave no new sink within 0 s, or was lost" in failure
+
+
+def test_the_sink_is_fetched_before_the_rolling_sink_forgets_it(
+    onnx_runtime: OnnxRuntime, opening: dict[str, Array], speech: Array
+) -> None:
     sinks = RollingSink(IDLE_S)
-    stage = ConditioningStage(onnx_runtime, sinks, IDLE_S, served(), RecordingMeter(), control, sleep=sleep)
-    stage.handle(StageRequest(SESSION, True, False, {"AUDIO": speech[:7680], **opening}))
+    stage = alone(onnx_runtime, sinks, Control(None), lambda seconds: pytest.fail("nothing to wait for"))
+    key = begun(stage, opening, speech, 1)
+    sinks.put(key, LATENT_FRAME)
+    block(stage, NOTHING)  # a pause, and a keep-alive in it
+    assert sinks.take(key)[0] == ABSENT
     for _ in range(3):
-        stage.handle(StageRequest(SESSION, False, False, {"AUDIO": speech[:7680]}))
-    failed = stage.handle(StageRequest(SESSION, False, False, {"AUDIO": speech[:7680]})).outputs[FAILURE]
-    assert b"block 1 gave no new sink within 0 s; end it and start a new one" in failed[0]
+        block(stage, speech[:7680])
+    assert np.array_equal(block(stage, speech[:7680]).outputs[SINK_REFERENCE], LATENT_FRAME)
+
+
+def test_an_id_used_again_gets_its_own_sink(
+    onnx_runtime: OnnxRuntime, opening: dict[str, Array], speech: Array
+) -> None:
+    sinks = RollingSink(IDLE_S)
+    stage = alone(onnx_runtime, sinks, Control(None))
+    first = begun(stage, opening, speech, 1)
+    stage.handle(StageRequest(SESSION, False, True, {"AUDIO": NOTHING}))
+    second = begun(stage, opening, speech, 4)
+    sinks.put(first, LATENT_FRAME)  # of the session that has ended, late
+    sinks.put(second, 2 * LATENT_FRAME)
+    assert np.array_equal(block(stage, speech[:7680]).outputs[SINK_REFERENCE], 2 * LATENT_FRAME)
+
+
+def test_no_one_waits_for_a_sink_that_was_lost_with_its_stage(
+    onnx_runtime: OnnxRuntime, tmp_path: Path, opening: dict[str, Array], speech: Array
+) -> None:
+    control = Control(tmp_path)
+    stage = alone(onnx_runtime, RollingSink(IDLE_S), control, lambda seconds: control.count_revival())
+    begun(stage, opening, speech, 4)
+    [failure] = block(stage, speech[:7680]).outputs[FAILURE]
+    assert b"was lost with a stage that had to be loaded again; end it and start a new one" in failure
+
+
+def test_all_sessions_are_lost_with_a_stage(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
+    pipe.run(speech[:7680], start=True, **opening)
+    for stage in pipe.stages():
+        stage.lose()
+    assert pipe.live() == [0] * 6
+    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
+    assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
 
 
 def test_a_refused_request_leaves_no_session(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
