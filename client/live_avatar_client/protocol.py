@@ -82,18 +82,23 @@ AUDIO: Final = TensorSpec("AUDIO", "INT16", (-1,))
 REFERENCE_IMAGE: Final = TensorSpec("REFERENCE_IMAGE", "UINT8", (-1,), optional=True)
 PROMPT: Final = TensorSpec("PROMPT", "BYTES", (1,), optional=True)
 FRAMES: Final = TensorSpec("FRAMES", "UINT8", (-1, -1, -1, 3))
-JPEG_FRAMES: Final = TensorSpec("JPEG_FRAMES", "BYTES", (-1,))
+# No output is of type BYTES: a client that asks for classes of one (the output parameter `classification`) would end
+# Triton 2.51 with a division by zero.
+JPEG_FRAMES: Final = TensorSpec("JPEG_FRAMES", "UINT8", (-1,))
+"""JPEG files, one after another."""
+JPEG_SIZES: Final = TensorSpec("JPEG_SIZES", "INT64", (-1,))
+"""Bytes of each of them."""
 FIRST_FRAME: Final = TensorSpec("FIRST_FRAME", "INT64", (1,))
-PROVENANCE: Final = TensorSpec("PROVENANCE", "BYTES", (-1,))
-"""One row in the answer to START, zero rows else: a JSON object in UTF-8 that says what makes the video."""
+PROVENANCE: Final = TensorSpec("PROVENANCE", "UINT8", (-1,))
+"""In the answer to START a JSON object in UTF-8 that says what makes the video; empty else."""
 
 INPUTS: Final = (AUDIO, REFERENCE_IMAGE, PROMPT)
-OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME, PROVENANCE)
+OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME, PROVENANCE, JPEG_SIZES)
 
 # The model STATUS_MODEL, which says how the server is; it belongs to no session.
 STATUS_QUERY: Final = TensorSpec("QUERY", "BYTES", (1,))
 """Ignored; send b"status"."""
-STATUS: Final = TensorSpec("STATUS", "BYTES", (1,))
+STATUS: Final = TensorSpec("STATUS", "UINT8", (-1,))
 """A JSON object in UTF-8."""
 
 

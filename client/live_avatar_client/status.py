@@ -144,7 +144,7 @@ def _served(
 
 def _checked(url: str, answer: wire.Message) -> dict[str, Any]:
     rows = wire.get_tensor(answer.outputs, answer.raw_output_contents, STATUS)
-    status = {} if rows is None else wire.decode_json(STATUS, rows[0])
+    status = {} if rows is None else wire.decode_json(STATUS, rows)
     for name, kind in _FIELDS.items():
         if not isinstance(status.get(name), kind):
             raise ServerIncompatible(

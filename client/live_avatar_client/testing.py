@@ -264,8 +264,9 @@ class FakeAvatarServer:
             raw = np.stack(frames)
         jpegs = [_jpeg(frame, session.jpeg_quality) for frame in frames] if is_jpeg else []
         is_start = request.parameters["sequence_start"].bool_param
-        provenance = [json.dumps({**SAMPLE_PROVENANCE, "seed": session.seed}).encode()] if is_start else []
-        arrays = (raw, np.array(jpegs, np.object_), np.array([first]), np.array(provenance, np.object_))
+        provenance = json.dumps({**SAMPLE_PROVENANCE, "seed": session.seed}).encode() if is_start else b""
+        sizes = np.array([len(file) for file in jpegs], np.int64)
+        arrays = (raw, _as_uint8(b"".join(jpegs)), np.array([first]), _as_uint8(provenance), sizes)
         message = service_pb2.ModelInferResponse(model_name=MODEL_NAME, id=request.id)
         for spec, array in zip(OUTPUTS, arrays, strict=True):
             put_tensor(message.outputs, message.raw_output_contents, spec, array)
@@ -329,6 +330,10 @@ def _audio(request: Message) -> Samples:
         got = "missing or not INT16 [n]" if audio is None else f"of {len(audio)} samples"
         raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"AUDIO is {got}; send INT16 [{BLOCK_SAMPLES}] or [0]")
     return audio
+
+
+def _as_uint8(content: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(content, np.uint8)
 
 
 def _jpeg(frame: Pixels, quality: int) -> bytes:

@@ -4,6 +4,7 @@ Knows the tensors' encoding, for both directions (`testing` is the other end). I
 keeps no state, and opens no connection.
 """
 
+import itertools
 import json
 import struct
 from typing import Any, Final, TypeAlias
@@ -74,15 +75,25 @@ def _put_opening(message: Message, opening: Opening) -> None:
 
 def decode_response(message: Message) -> Response:
     """Return the frames of a ModelInferResponse; raise ServerIncompatible when it is another model's."""
-    frames, jpegs, first_frame, rows = (_output(message, spec) for spec in OUTPUTS)
-    provenance = decode_json(PROVENANCE, rows[0]) if len(rows) else None
-    return Response(frames, tuple(jpegs.tolist()), int(first_frame[0]), provenance)
+    frames, jpegs, first_frame, text, sizes = (_output(message, spec) for spec in OUTPUTS)
+    provenance = decode_json(PROVENANCE, text) if len(text) else None
+    return Response(frames, _cut(jpegs.tobytes(), sizes.tolist()), int(first_frame[0]), provenance)
 
 
-def decode_json(spec: TensorSpec, row: bytes) -> dict[str, Any]:
-    """Return the JSON object in a row of `spec`; raise ServerIncompatible when it holds none."""
+def _cut(files: bytes, sizes: list[int]) -> tuple[bytes, ...]:
+    """Return the files that stand one after another."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    if ends[-1] != len(files) or min(sizes, default=0) < 0:
+        raise ServerIncompatible(
+            f"the server's JPEG_SIZES add up to {ends[-1]} of {len(files)} bytes of JPEG_FRAMES; {_SAME_VERSION}"
+        )
+    return tuple(files[start:end] for start, end in itertools.pairwise(ends))
+
+
+def decode_json(spec: TensorSpec, text: NDArray[np.uint8]) -> dict[str, Any]:
+    """Return the JSON object in a tensor of `spec`; raise ServerIncompatible when it holds none."""
     try:
-        value = json.loads(row)
+        value = json.loads(text.tobytes())
     except ValueError as error:
         raise ServerIncompatible(f"the server's {spec.name} is no JSON: {error}; {_SAME_VERSION}") from error
     if not isinstance(value, dict):

@@ -53,6 +53,7 @@ from live_avatar.serving.tensors import (
     SINK_MOTION,
     SINK_REFERENCE,
     SINK_TEXT,
+    text_tensor,
 )
 from live_avatar.sink import SinkSource, takes_sink
 from live_avatar_client import protocol
@@ -63,7 +64,7 @@ AUDIO, PROMPT, REFERENCE_IMAGE = protocol.AUDIO.name, protocol.PROMPT.name, prot
 FIRST_FRAME, PROVENANCE = protocol.FIRST_FRAME.name, protocol.PROVENANCE.name
 
 SINK_POLL_S = 0.002
-SINK_WAIT_LIMIT_S = 30.0
+SINK_WAIT_LIMIT_S = 10.0
 
 
 @dataclass
@@ -84,7 +85,7 @@ class _Opening:
     """What the answer to START carries besides the sink."""
 
     avatar: bytes
-    provenance: bytes
+    provenance: str
 
 
 class ConditioningStage(SessionStage[_Session]):
@@ -233,7 +234,7 @@ class ConditioningStage(SessionStage[_Session]):
             raise ShutdownError("this server is shutting down; reconnect, and start a new session to go on.")
         return session
 
-    def _provenance(self, image: bytes, prompt: str, seed: int) -> bytes:
+    def _provenance(self, image: bytes, prompt: str, seed: int) -> str:
         """Says what makes the video; of picture and prompt only hashes."""
         made = {
             "generator": "Live Avatar on Triton",
@@ -245,7 +246,7 @@ class ConditioningStage(SessionStage[_Session]):
             "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return json.dumps(made).encode()
+        return json.dumps(made)
 
     # How sessions come and go, in numbers
 
@@ -340,7 +341,7 @@ class ConditioningStage(SessionStage[_Session]):
             SINK_KEY: np.array([session.sink_key if session else 0], dtype=np.uint64),
             RECEIVED_NS: np.array([received_ns], dtype=np.int64),
             FAILURE: failure_tensor(failure),
-            PROVENANCE: np.array([opening.provenance] if opening else [], dtype=np.object_),
+            PROVENANCE: text_tensor(opening.provenance if opening else ""),
         }
 
 

@@ -13,7 +13,7 @@ from live_avatar.arrays import Array
 from live_avatar.config import LATENT_CHANNELS
 from live_avatar.errors import InputError
 from live_avatar.serving.stage import SessionTable, StageRequest, StageResponse
-from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
+from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE, text_tensor
 
 PUT, TAKE, FAIL = "put", "take", "fail"
 READY, ABSENT, FAILED = "ready", "absent", "failed"
@@ -73,4 +73,4 @@ class RollingSink:
             state, latent = self.take(session)
         else:
             raise InputError(f"operation {operation!r} is not one of {PUT}, {TAKE}, {FAIL}.")
-        return StageResponse({STATE: np.array([state.encode()], dtype=np.object_), LATENT: latent})
+        return StageResponse({STATE: text_tensor(state), LATENT: latent})

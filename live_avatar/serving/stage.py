@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
 from live_avatar.arrays import Array, Arrays
 from live_avatar.errors import CapacityError, InputError, LiveAvatarError, SessionError
 from live_avatar.serving.metrics import FAILURES, SESSIONS_REFUSED, EndCause, Meter, RefusalReason
-from live_avatar.serving.tensors import BLOCK, FAILURE
+from live_avatar.serving.tensors import BLOCK, FAILURE, read_text, text_tensor
 from live_avatar_client.protocol import END_REASON_PARAMETER, EndReason, ErrorCode, format_error, parse_error
 
 log = logging.getLogger(__name__)
@@ -285,16 +283,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def failure_tensor(failure: PipeError | None) -> Array:
-    """FAILURE BYTES [1], or [0] when all is well."""
-    texts = [] if failure is None else [format_error(failure.code, str(failure)).encode()]
-    return np.array(texts, dtype=np.object_)
+    """FAILURE, empty when all is well."""
+    return text_tensor("" if failure is None else format_error(failure.code, str(failure)))
 
 
 def read_failure(inputs: Arrays) -> PipeError | None:
     """The failure that a request brings along, if any."""
     if not len(inputs[FAILURE]):
         return None
-    code, sentence = parse_error(bytes(inputs[FAILURE].reshape(-1)[0]).decode())
+    code, sentence = parse_error(read_text(inputs[FAILURE]))
     return PipeError(code or ErrorCode.FAILED, sentence)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from live_avatar.serving.control import Control, Phase
 from live_avatar.serving.stage import StageRequest, StageResponse
+from live_avatar.serving.tensors import text_tensor
 from live_avatar_client import protocol
 
 
@@ -39,7 +38,7 @@ class Status:
             "live_sessions": self._control.live_sessions,
             "draining": self._control.phase is not Phase.SERVING,
         }
-        return StageResponse({protocol.STATUS.name: np.array([json.dumps(status).encode()], dtype=np.object_)})
+        return StageResponse({protocol.STATUS.name: text_tensor(json.dumps(status))})
 
     def sweep(self, keep: int | None = None) -> None:
         """Has no sessions to drop."""

@@ -1,10 +1,15 @@
 """Names of the tensors that travel between the stages, inside the ensemble.
 
 The names that clients see are in `live_avatar_client.protocol`; these are ours alone. Tensors of a request
-without speech, and a sink that does not change, have zero rows.
+without speech, and a sink that does not change, have zero rows. No output is of type BYTES (`protocol` says why):
+text is UINT8.
 """
 
 from __future__ import annotations
+
+import numpy as np
+
+from live_avatar.arrays import Array
 
 BLOCK = "BLOCK"  # INT64 [1]: block number from 0, or stage.NO_BLOCK
 LATENT = "LATENT"  # FP32 [1 or 0, 16, F, h, w]: noise at first, clean at last
@@ -16,9 +21,18 @@ SINK_TEXT = "SINK_TEXT"  # FP32 [text_len or 0, text_dim]
 AVATAR = "AVATAR"  # UINT8 [32 or 0]: with START, what the avatar's prefilled keys and values are remembered by
 SINK_KEY = "SINK_KEY"  # UINT64 [1]: what the session's new sink is put and taken by; no two sessions share one
 RECEIVED_NS = "RECEIVED_NS"  # INT64 [1]: monotonic clock of this machine when conditioning took the request
-FAILURE = "FAILURE"  # BYTES [1 or 0]: `[CODE] sentence` of a session that has failed on its way
+FAILURE = "FAILURE"  # UINT8 [n]: text, `[CODE] sentence` of a session that has failed on its way; empty if all is well
 
 # rolling_sink, called by other stages
 OPERATION = "OPERATION"  # BYTES [1]: put, take or fail
 SESSION = "SESSION"  # UINT64 [1]
-STATE = "STATE"  # BYTES [1]: ready, absent or failed
+STATE = "STATE"  # UINT8 [n]: text, ready, absent or failed
+
+
+def text_tensor(text: str) -> Array:
+    """UTF-8 as UINT8 [n]."""
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def read_text(tensor: Array) -> str:
+    return tensor.tobytes().decode()

@@ -43,7 +43,7 @@ from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import FAIL, NOTHING, PUT, TAKE, RollingSink
 from live_avatar.serving.stage import NO_BLOCK, Stage, StageRequest, StageResponse, describe
 from live_avatar.serving.status import Served, Status
-from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE
+from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE, read_text
 from live_avatar.serving.trace import TraceWriter
 from live_avatar.serving.vae_decoder import VAEDecoderStage
 from live_avatar.version import __version__
@@ -105,8 +105,8 @@ class TritonSinkClient:
 
     def take(self, session: int) -> tuple[str, Array]:
         response = self._call(TAKE, session, NOTHING)
-        state = pb_utils.get_output_tensor_by_name(response, STATE).as_numpy().reshape(-1)[0]
-        return bytes(state).decode(), pb_utils.get_output_tensor_by_name(response, LATENT).as_numpy().copy()
+        state = read_text(pb_utils.get_output_tensor_by_name(response, STATE).as_numpy())
+        return state, pb_utils.get_output_tensor_by_name(response, LATENT).as_numpy().copy()
 
     def _call(self, operation: str, session: int, latent: Array) -> Any:
         request = pb_utils.InferenceRequest(

@@ -40,7 +40,10 @@ from live_avatar_client.protocol import FrameFormat
 
 log = logging.getLogger(__name__)
 
-FRAMES, JPEG_FRAMES = protocol.FRAMES.name, protocol.JPEG_FRAMES.name
+FRAMES, JPEG_FRAMES, JPEG_SIZES = protocol.FRAMES.name, protocol.JPEG_FRAMES.name, protocol.JPEG_SIZES.name
+PASSED_ON = (protocol.FIRST_FRAME.name, protocol.PROVENANCE.name)
+"""What conditioning says to the client; it comes through here, or a client that asks for nothing else would make Triton
+leave out the stages."""
 
 
 @dataclass
@@ -100,7 +103,7 @@ class VAEDecoderStage(PipeStage[_Session]):
             frames = self._decoder.decode(session.decoder, request.inputs[LATENT])
             if session.label is not None:
                 frames = session.label.draw(frames)
-        outputs = self._outputs(frames, session.options)
+        outputs = self._outputs(frames, session.options) | {name: request.inputs[name] for name in PASSED_ON}
         self._count(session, frames, request)
         if request.end:
             self._closed(request.session, end_cause(request), session)
@@ -149,9 +152,12 @@ class VAEDecoderStage(PipeStage[_Session]):
 
     def _outputs(self, frames: Array, options: SessionOptions) -> dict[str, Array]:
         if options.frame_format is FrameFormat.RAW:
-            return {FRAMES: frames, JPEG_FRAMES: np.zeros(0, dtype=np.object_)}
-        jpegs = [_jpeg(frame, options.jpeg_quality) for frame in frames]
-        return {FRAMES: self._no_frames, JPEG_FRAMES: np.array(jpegs, dtype=np.object_)}
+            jpegs: list[bytes] = []
+        else:
+            jpegs = [_jpeg(frame, options.jpeg_quality) for frame in frames]
+            frames = self._no_frames
+        sizes = np.array([len(jpeg) for jpeg in jpegs], dtype=np.int64)
+        return {FRAMES: frames, JPEG_FRAMES: np.frombuffer(b"".join(jpegs), dtype=np.uint8), JPEG_SIZES: sizes}
 
 
 def _jpeg(frame: Array, quality: int) -> bytes:

@@ -97,7 +97,7 @@ def test_provenance_is_in_the_answer_to_the_start_alone() -> None:
 )
 def test_unreadable_provenance(row: bytes, message: str) -> None:
     with pytest.raises(ServerIncompatible, match=message):
-        decode_json(PROVENANCE, row)
+        decode_json(PROVENANCE, np.frombuffer(row, np.uint8))
 
 
 @pytest.mark.parametrize("content", [b"123", b"\xff\xff\xff\xff"])
@@ -110,7 +110,20 @@ def test_an_unreadable_answer(content: bytes) -> None:
         decode_response(message)
     message.outputs[0].shape[:] = [0, 1, 1, 3]
     message.raw_output_contents[0] = b""
-    with pytest.raises(ServerIncompatible, match="no readable JPEG_FRAMES, expected BYTES"):
+    message.outputs[1].shape[:] = [2]
+    with pytest.raises(ServerIncompatible, match=r"no readable JPEG_FRAMES, expected UINT8 \[-1\]"):
+        decode_response(message)
+
+
+@pytest.mark.parametrize("sizes", [[2], [1, 3], [5, -2]])
+def test_jpegs_that_do_not_add_up(sizes: list[int]) -> None:
+    message = FakeAvatarServer().answer(request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.JPEG))).infer_response
+    names = [tensor.name for tensor in message.outputs]
+    for name, array in (("JPEG_FRAMES", np.zeros(3, np.uint8)), ("JPEG_SIZES", np.array(sizes, np.int64))):
+        message.outputs[names.index(name)].shape[:] = array.shape
+        message.raw_output_contents[names.index(name)] = array.tobytes()
+    total = sum(sizes)
+    with pytest.raises(ServerIncompatible, match=f"JPEG_SIZES add up to {total} of 3 bytes of JPEG_FRAMES; use a"):
         decode_response(message)
 
 

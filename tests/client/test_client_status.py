@@ -65,7 +65,7 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.abort(state.failure, "not now")
         answer = service_pb2.ModelInferResponse(model_name=STATUS_MODEL)
         if state.row is not None:
-            put_tensor(answer.outputs, answer.raw_output_contents, STATUS, np.array([state.row], np.object_))
+            put_tensor(answer.outputs, answer.raw_output_contents, STATUS, np.frombuffer(state.row, np.uint8))
         return answer
 
 

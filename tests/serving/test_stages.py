@@ -22,7 +22,7 @@ from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import ABSENT, FAILED, READY, RollingSink
 from live_avatar.serving.stage import NO_BLOCK, PipeError, SessionTable, StageRequest, StageResponse, describe
 from live_avatar.serving.status import Served
-from live_avatar.serving.tensors import AVATAR, BLOCK, FAILURE, LATENT, SINK_KEY, SINK_REFERENCE
+from live_avatar.serving.tensors import AVATAR, BLOCK, FAILURE, LATENT, SINK_KEY, SINK_REFERENCE, read_text
 from live_avatar.serving.vae_decoder import VAEDecoderStage
 from live_avatar_client.protocol import ErrorCode
 from tests.serving.recording import RecordingMeter
@@ -276,7 +276,7 @@ def test_an_avatar_is_known_by_picture_and_prompt(pipe: Pipe, opening: dict[str,
 
 
 def test_the_answer_to_start_says_what_makes_the_video(pipe: Pipe, opening: dict[str, Array]) -> None:
-    provenance = json.loads(pipe.condition(NOTHING, start=True, **opening)["PROVENANCE"][0])
+    provenance = json.loads(read_text(pipe.condition(NOTHING, start=True, **opening)["PROVENANCE"]))
     assert (provenance["seed"], provenance["preset"], provenance["artifacts"]) == (3, "tiny", "abc")
     assert provenance["prompt_sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     assert len(pipe.condition(NOTHING)["PROVENANCE"]) == 0
@@ -408,8 +408,8 @@ def test_conditioning_waits_for_the_sink_and_no_longer(
     monkeypatch.setattr(conditioning, "SINK_WAIT_LIMIT_S", 0.0)
     stage = alone(onnx_runtime, RollingSink(IDLE_S), Control(None))
     begun(stage, opening, speech, 4)
-    [failure] = block(stage, speech[:7680]).outputs[FAILURE]
-    assert b"session 5: block 1 gave no new sink within 0 s, or was lost" in failure
+    failure = read_text(block(stage, speech[:7680]).outputs[FAILURE])
+    assert "session 5: block 1 gave no new sink within 0 s, or was lost" in failure
 
 
 def test_the_sink_is_fetched_before_the_rolling_sink_forgets_it(
@@ -445,8 +445,8 @@ def test_no_one_waits_for_a_sink_that_was_lost_with_its_stage(
     control = Control(tmp_path)
     stage = alone(onnx_runtime, RollingSink(IDLE_S), control, lambda seconds: control.count_revival())
     begun(stage, opening, speech, 4)
-    [failure] = block(stage, speech[:7680]).outputs[FAILURE]
-    assert b"was lost with a stage that had to be loaded again; end it and start a new one" in failure
+    failure = read_text(block(stage, speech[:7680]).outputs[FAILURE])
+    assert "was lost with a stage that had to be loaded again; end it and start a new one" in failure
 
 
 def test_all_sessions_are_lost_with_a_stage(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
