@@ -417,7 +417,7 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, memory
         "--model-control-mode=explicit",
         *(f"--load-model={model}" for model in (MODEL_NAME, *BESIDE)),
         "--disable-auto-complete-config",
-        "--exit-timeout-secs=5",
+        "--exit-timeout-secs=2",
         f"--backend-config=python,shm-region-prefix-name={memory}",
         f"--log-info={str(options.verbose).lower()}",
     ]

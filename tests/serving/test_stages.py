@@ -128,7 +128,7 @@ def test_the_chain_makes_the_generators_frames(
         frames.append(pipe.run(speech[7680 * block : 7680 * (block + 1)], end=block == 5))
     assert np.array_equal(np.concatenate(frames), expected[:72])
     assert pipe.live() == [0] * 6
-    with pytest.raises(SessionError, match="is not open here: it was never started, has ended, or was silent"):
+    with pytest.raises(SessionError, match="is not open here: it was never started, has ended, was lost"):
         pipe.run(speech[:7680])
 
 
