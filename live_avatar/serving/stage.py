@@ -121,8 +121,8 @@ class SessionTable(Generic[T]):
             raise SessionError(f"session {session} has failed ({entry.failure}); end it and start a new one.")
         if entry is None or entry.state is None:
             raise SessionError(
-                f"session {session} is not open here: it was never started, has ended, was lost with a stage that had to "
-                f"be loaded again, or was silent for more than {self._idle_limit_s:g} s; start a new session."
+                f"session {session} is not open here: it was never started, has ended, was lost with a stage that had "
+                f"to be loaded again, or was silent for more than {self._idle_limit_s:g} s; start a new session."
             )
         entry.last_used_s = self._clock()
         return entry.state

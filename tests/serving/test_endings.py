@@ -323,7 +323,7 @@ def test_a_killed_stage_comes_back_without_a_restart(
         os.kill(process, signal.SIGKILL)  # with blocks of one under way
         wait_until(lambda: is_ready(faulty.options) == (False, False), limit_s=10)
         for session in (quiet, speaking):
-            with pytest.raises(SessionFailed, match="(open|start) a new session"):
+            with pytest.raises(SessionFailed, match=r"(open|start) a new session"):
                 speak_on(session)
     wait_until(lambda: is_ready(faulty.options) == (True, True), limit_s=30)
     assert faulty.process.pid == server
