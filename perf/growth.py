@@ -110,7 +110,7 @@ def _widening(residuals: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> f
 
 
 def _process(pid: int, leader: int) -> Process | None:
-    before, _, after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    before, _, after = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace").rpartition(")")
     fields = after.split()
     if int(fields[2]) != leader:
         return None

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,6 +62,8 @@ SAMPLE_S, PROGRESS_S, TICK_S = 10.0, 60.0, 1.0
 OUTAGE_S = 150.0
 RESTORE_S = 60.0
 DRAIN_S = 4.0
+# One ends by itself, two are told to reconnect, and one comes too late.
+DRAIN_ENDS = {outcome: {Outcome.EXPECTED: 1, Outcome.SHUT_DOWN: 3}.get(outcome, 0) for outcome in Outcome}
 VICTIM = "dit_step_2"
 """The stage that is killed after the warm-up; the others keep one process each, whose memory makes a long series."""
 WARM_UP = 1 / 3
@@ -73,13 +75,13 @@ class Counters:
     """Counters that begin again at 0 when a stage's process is replaced, summed up over its processes."""
 
     def __init__(self) -> None:
-        self.totals: Counter[str] = Counter()
+        self.totals: defaultdict[str, float] = defaultdict(float)
         self._last: dict[str, float] = {}
 
     def update(self, scraped: Mapping[str, float]) -> None:
         for name, value in scraped.items():
             before = self._last.get(name, 0.0)
-            self.totals[name] += int(value - before if value >= before else value)
+            self.totals[name] += value - before if value >= before else value
             self._last[name] = value
 
 
@@ -138,6 +140,7 @@ class Soak:
         self.memory = Memory(server.process.pid)
         self.counters = Counters()
         self.restores_s: list[float] = []
+        self.clients_stuck = 0
         self.kills: list[tuple[float, str]] = []
         self.begun_s = time.monotonic()
         self._seconds = seconds
@@ -160,6 +163,7 @@ class Soak:
             deadline = time.monotonic() + CALL_S
             for thread in threads:
                 thread.join(max(deadline - time.monotonic(), 0.0))
+            self.clients_stuck += sum(thread.is_alive() for thread in threads)
 
     def slots_lost(self) -> int:
         """Once nobody is left: what is not free, by metrics or status, after the idle limit at the latest."""
@@ -188,14 +192,22 @@ class Soak:
         for thread in threads:
             thread.start()
         time.sleep(1.0)
-        late = threading.Timer(1.0, Visit(self.world, rng, Ending.DRAINED, takes[0], 1).run)
-        late.start()
         live = self._slots_taken()
+        threads.append(threading.Thread(target=self._come_late, args=(rng, takes[0]), daemon=True))
+        threads[-1].start()
         by_themselves = self.server.drain(DRAIN_S)
-        for thread in (*threads, late):
+        for thread in threads:
             thread.join(CALL_S)
+        self.clients_stuck += sum(thread.is_alive() for thread in threads)
         seen = {outcome.value: self.world.tally.outcomes[Ending.DRAINED, outcome] for outcome in Outcome}
         return {"live_before": live, "all_ended_by_themselves": by_themselves, "clients_saw": seen}
+
+    def _come_late(self, rng: random.Random, take: Take) -> None:
+        """One more session, as soon as the server is not ready any more."""
+        with suppress(AvatarError):
+            while server_status(self.server.options.url).ready:
+                time.sleep(0.05)
+        Visit(self.world, rng, Ending.DRAINED, take, 1).run()
 
     def _visit(self, number: int) -> None:
         rng = random.Random(self._seed * 1000 + number)
@@ -244,7 +256,8 @@ class Soak:
         begun_s = time.monotonic()
         self.world.outages.append((begun_s, float("inf")))
         self.kills.append((round(begun_s - self.world.begun_s, 1), stage.name))
-        os.kill(stage.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(stage.pid, signal.SIGKILL)
         while time.monotonic() < begun_s + RESTORE_S:
             time.sleep(0.5)  # the supervisor looks four times a second
             if self._is_back(stage):
@@ -288,6 +301,8 @@ FAULTS = (
     "sessions_without_answer",
     "stages_not_restored",
     "slots_lost",
+    "clients_stuck",
+    "drain_surprises",
     "zombies_unexplained",
     "processes_left_behind",
 )
@@ -351,6 +366,8 @@ def soak(
         "sessions_without_answer": tally.count(Outcome.HUNG),
         "stages_not_restored": len(run.kills) - len(run.restores_s),
         "slots_lost": slots_lost,
+        "clients_stuck": run.clients_stuck,
+        "drain_surprises": sum(abs(drain["clients_saw"][seen.value] - due) for seen, due in DRAIN_ENDS.items()),
         "zombies": zombies,
         "zombies_unexplained": max(zombies - len(run.kills), 0),
         "processes_left_behind": left_behind(leader),

@@ -292,7 +292,7 @@ class Visit:
         begun = time.monotonic()
         try:
             ENDINGS[self.ending](self)
-        except (AvatarError, grpc.RpcError, OSError, Unexpected) as error:
+        except Exception as error:  # whatever it is, it is counted
             why = f"{type(error).__name__}: {error}"
             ran = f"{begun - self.world.begun_s:.1f} to {time.monotonic() - self.world.begun_s:.1f} s"
             self.world.tally.ended(self.ending, self._outcome(why, begun), f"{why[:400]} ({ran})")
@@ -433,7 +433,7 @@ def completed(visit: Visit) -> None:
 def closed(visit: Visit) -> None:
     wanted = visit.rng.randint(0, visit.blocks - 1)
     with visit.session() as session:
-        for block, _ in zip(session.stream(visit.speech()), range(wanted), strict=False):
+        for _, block in zip(range(wanted), session.stream(visit.speech()), strict=False):
             visit.check(block)
 
 
@@ -447,10 +447,14 @@ def interrupted(visit: Visit) -> None:
         session.interrupt()
         session.send(said[cut:])
         session.end()
+        frames = 0
         for block in session:
             visit.check(block)
+            frames += len(block)
             if block.stale != (block.first_frame < before * FRAMES_PER_BLOCK):
                 raise Unexpected(f"stale is {block.stale} of frame {block.first_frame}, interrupted at block {before}")
+    if frames != visit.blocks * FRAMES_PER_BLOCK:
+        raise Unexpected(f"{frames} frames came for {visit.blocks} blocks, interrupted at block {before}")
 
 
 def idle(visit: Visit) -> None:
@@ -504,10 +508,11 @@ def killed(visit: Visit) -> None:
         try:
             client.stdin.write(given.getvalue())
             client.stdin.close()
-            for line, _ in zip(client.stdout, range(visit.rng.randint(1, visit.blocks)), strict=False):
-                first, *rest = line.decode().split(maxsplit=1)
+            for _ in range(visit.rng.randint(1, visit.blocks)):
+                first, *rest = client.stdout.readline().decode().split(maxsplit=1) or ["nothing"]
                 if not first.isdecimal():
-                    raise (SessionRefused if FULL in line.decode() else SessionFailed)(line.decode())
+                    words = " ".join([first, *rest])
+                    raise (SessionRefused if FULL in words else SessionFailed)(words)
                 _compare_hashes(visit, int(first), rest[0].split())
         finally:
             client.kill()

@@ -37,9 +37,9 @@ class AsyncAvatarSession(BaseSession):
         self._feeder: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._channel = open_async_channel(self.url, self._tls)
         with self._update() as core:
             core.open()
+        self._channel = open_async_channel(self.url, self._tls)
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
             await self._check_server(stub)

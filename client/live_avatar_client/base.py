@@ -163,6 +163,8 @@ class BaseSession(ABC):
             if request.end:
                 self._write(None)
             sent = True
+        if sent:
+            self._notify()  # who waits for an answer knows no deadline until there is a request
         return sent
 
     def _receive(self, message: wire.Message) -> None:

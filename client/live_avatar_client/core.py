@@ -473,7 +473,7 @@ class SessionCore:
     @property
     def is_complete(self) -> bool:
         """Whether every frame of the speech has come and the server has been told the end."""
-        return self._end_sent and self._total_frames is not None and self._next_frame >= self._total_frames
+        return self._end_sent and self._total_frames is not None and max(self._next_frame, 0) >= self._total_frames
 
     def _require_open(self) -> None:
         if not self._opened:

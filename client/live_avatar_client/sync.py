@@ -36,9 +36,9 @@ class AvatarSession(BaseSession):
         self._feeder: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._channel = open_channel(self.url, self._tls)
         with self._update() as core:
             core.open()
+        self._channel = open_channel(self.url, self._tls)
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
             self._check_server(stub)

@@ -1,7 +1,7 @@
 """Stage 0: a client's request becomes the first input of the pipe.
 
 Validates everything a client sends, admits sessions and counts how they end, and fetches the replaced sink for the
-block at which it takes effect. Knows no Triton API: the rolling sink is reached through a callable.
+block at which it takes effect. Knows no Triton API: the rolling sink is reached through a `SinkClient`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from live_avatar.serving.tensors import (
 )
 from live_avatar.sink import SinkSource, takes_sink
 from live_avatar_client import protocol
+from live_avatar_client.protocol import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +123,11 @@ class ConditioningStage(SessionStage[_Session]):
         down the pipe, so that it ends in every stage.
         """
         received_ns = time.monotonic_ns()
-        live = self.sessions.peek(request.session)
         cause = end_cause(request)
         try:
             return self._handle(request, received_ns)
         except Exception as error:
+            live = self.sessions.peek(request.session)
             if live is None:
                 if request.start:
                     self._refused(request.session, error)
@@ -189,6 +190,8 @@ class ConditioningStage(SessionStage[_Session]):
             raise InputError(
                 f"session {request.session} is live already; start the new session under another sequence id."
             )
+        # Before the phase is looked at, so that a drain waits for a session that is about to begin.
+        self._control.set_live_sessions(self.name, len(self.sessions) + 1)
         if self._control.phase is not Phase.SERVING:
             raise ShutdownError(
                 "this server is shutting down and takes no new sessions; connect again to reach another one."
@@ -221,16 +224,18 @@ class ConditioningStage(SessionStage[_Session]):
         return session, _Opening(key, self._provenance(image, prompt, chosen.seed))
 
     def _continue(self, request: StageRequest) -> _Session:
-        session = self.sessions.get(request.session)
-        if options.token(request.parameters) != session.token:
+        owner = self.sessions.peek(request.session)
+        if owner is not None and options.token(request.parameters) != owner.token:
             raise InputError(
                 f"session {request.session} was opened with another {protocol.TOKEN_PARAMETER}, so it belongs to "
                 "another client; start a session of your own under another sequence id."
             )
+        session = self.sessions.get(request.session)  # a sign of life
         for name in (REFERENCE_IMAGE, PROMPT):
             if name in request.inputs:
                 raise InputError(f"{name} came after the first request; start a new session to change it.")
-        if self._control.phase is Phase.CLOSING:
+        is_bare_end = request.end and request.inputs[AUDIO].size == 0
+        if self._control.phase is Phase.CLOSING and not is_bare_end:
             raise ShutdownError("this server is shutting down; reconnect, and start a new session to go on.")
         return session
 
@@ -261,6 +266,8 @@ class ConditioningStage(SessionStage[_Session]):
             self.meter.declare(metrics.SESSIONS_REFUSED, reason=refusal)
         for cause in EndCause:
             self.meter.declare(metrics.SESSIONS_ENDED, reason=cause)
+        lost = self._control.live_in(self.name)  # with the process before this one
+        self.meter.add(metrics.SESSIONS_ENDED, lost, reason=EndCause.FAILED)
         self._report()
 
     def _report(self) -> None:
@@ -283,7 +290,9 @@ class ConditioningStage(SessionStage[_Session]):
             case InputError():
                 reason = RefusalReason.INPUT
             case _:
-                return  # counted as a failure of this stage
+                if self.failed(error, NO_BLOCK).code is not ErrorCode.UNAVAILABLE:
+                    return
+                reason = RefusalReason.MEMORY
         self.meter.add(metrics.SESSIONS_REFUSED, reason=reason)
         log.info("session %d refused: %s", session, reason)
 

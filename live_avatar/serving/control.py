@@ -36,7 +36,10 @@ class Control:
     @property
     def live_sessions(self) -> int:
         """Sessions that are live in the first stage or the last: a last block may still be on its way."""
-        return max((int(self._read(name)) for name in self._names("sessions.*")), default=0)
+        return max((int(self._read(name) or "0") for name in self._names("sessions.*")), default=0)
+
+    def live_in(self, stage: str) -> int:
+        return int(self._read(f"sessions.{stage}") or "0")
 
     def set_live_sessions(self, stage: str, count: int) -> None:
         if self._told.get(stage) != count:

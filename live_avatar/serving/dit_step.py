@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from live_avatar.arrays import Array
 from live_avatar.config import KNOWN_AVATARS
 from live_avatar.denoiser import DenoisingStep, StepState
+from live_avatar.errors import SessionError
 from live_avatar.runtime import Runtime
 from live_avatar.serving.metrics import Meter
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
@@ -71,7 +74,8 @@ class DiTStepStage(PipeStage[StepState]):
         return self._answer(np.zeros((0, *self._stream.latent_shape), dtype=np.float32), failure=failure)
 
     def failed_here(self, request: StageRequest) -> None:
-        self._sinks.fail(_sink_key(request))  # so that conditioning does not wait for a sink that never comes
+        with suppress(SessionError):  # the rolling sink is gone, and every session with it
+            self._sinks.fail(_sink_key(request))  # so that conditioning does not wait for a sink that never comes
 
     def _answer(self, latent: Array, block: int = NO_BLOCK, failure: PipeError | None = None) -> StageResponse:
         return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block)

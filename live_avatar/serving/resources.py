@@ -25,7 +25,7 @@ class KnownAvatars(Generic[T]):
         self._meter = meter
         meter.declare(AVATAR_HITS)
         meter.declare(AVATAR_MISSES)
-        meter.declare(AVATARS)
+        meter.set(AVATARS, 0)  # after a process that died, too
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._made

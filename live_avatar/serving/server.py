@@ -194,7 +194,7 @@ class TritonServer:
 
     def drain(self, seconds: float) -> bool:
         """Not ready any more, no new sessions; returns when the live ones have ended, by themselves if True."""
-        return self.supervisor.drain(seconds, self.is_running)
+        return self.supervisor.drain(seconds)
 
     def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
         """Ends the server and all its workers; those that do not end within `limit_s` are killed."""
@@ -249,7 +249,9 @@ def serving(options: ServerOptions, echo: Callable[[str], None] = lambda line: N
         reader = log.follow(process.stdout)
         admin = Admin(f"http://{options.host}:{options.http_port}", secret)
         stages = [path.name for path in models.iterdir() if (path / "1").exists() and path.name != MODEL_NAME]
-        supervisor = Supervisor(process.pid, stages, admin, Control(control), START_LIMIT_S)
+        supervisor = Supervisor(
+            process.pid, stages, admin, Control(control), START_LIMIT_S, lambda: process.poll() is None
+        )
         server = TritonServer(options, process, log, supervisor, admin)
         try:
             server.wait_ready()

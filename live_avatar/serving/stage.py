@@ -196,7 +196,7 @@ class SessionStage(Generic[T]):
     def failed(self, error: Exception, block: int) -> PipeError:
         """Puts what went wrong here into words that name the stage and block; counts it if the fault is ours."""
         failure = describe(error, self.name, block)
-        if failure.code is ErrorCode.FAILED:
+        if failure.code is ErrorCode.FAILED or is_out_of_memory(error):
             log.error("%s", failure, exc_info=error)
             self.meter.add(FAILURES)
         return failure

@@ -8,11 +8,11 @@ processes; knows nothing of what the models do.
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -22,6 +22,7 @@ from typing import Final, Self
 
 from live_avatar.serving.access import SUPERVISOR_KEY
 from live_avatar.serving.control import Control, Phase
+from live_avatar_client.protocol import STATUS_MODEL
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ UNLOADABLE: Final = "draining"
 """Name of the model that cannot be loaded."""
 WATCH_S = 0.25
 RETRY_S = 5.0
+STOP_LIMIT_S = 2.0  # a model that loads for minutes is not waited for
 DRAIN_POLL_S = 0.1
 CLOSING_S = 2.0
 """How long live sessions are left to fetch their error: a speaking one sends a block every 0.48 s."""
@@ -55,8 +57,8 @@ class Admin:
         """Loads a model, again if it was unloaded; whether it is up."""
         return self._control(model, "load", limit_s)
 
-    def unload(self, model: str) -> bool:
-        return self._control(model, "unload", 10.0)
+    def unload(self, model: str) -> None:
+        self._control(model, "unload", 10.0)
 
     def _control(self, model: str, what: str, limit_s: float) -> bool:
         request = urllib.request.Request(
@@ -71,7 +73,7 @@ class Admin:
         try:
             with WITHOUT_PROXY.open(request, timeout=limit_s) as response:
                 return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):
             return False
 
 
@@ -85,12 +87,14 @@ class Supervisor:
         admin: Admin,
         control: Control,
         load_limit_s: float,
+        is_running: Callable[[], bool],
     ) -> None:
         self._process = process
         self._models = frozenset(models)
         self._admin = admin
         self._control = control
         self._load_limit_s = load_limit_s
+        self._is_running = is_running
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -102,45 +106,54 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        self._thread.join(STOP_LIMIT_S)
 
-    def drain(self, seconds: float, going_on: Callable[[], bool] = lambda: True) -> bool:
+    def drain(self, seconds: float) -> bool:
         """Takes no new sessions, lets the live ones end by themselves for so long, then ends them with an error.
 
-        Returns whether all ended by themselves. Stops waiting when `going_on` gives False.
+        Returns whether all ended by themselves.
         """
         self._control.set_phase(Phase.DRAINING)
         self._admin.load(UNLOADABLE)
-        if self._wait_empty(seconds, going_on):
-            time.sleep(LAST_ANSWER_S)
-            return True
-        self._control.set_phase(Phase.CLOSING)
-        self._wait_empty(CLOSING_S, going_on)
-        return False
+        ended = self._wait_empty(seconds)
+        if not ended:
+            self._control.set_phase(Phase.CLOSING)
+            self._wait_empty(CLOSING_S)
+        time.sleep(LAST_ANSWER_S)
+        return ended
 
-    def _wait_empty(self, seconds: float, going_on: Callable[[], bool]) -> bool:
+    def _wait_empty(self, seconds: float) -> bool:
+        """Whether all sessions have ended, at the latest after so long, or when Triton has."""
         deadline = time.monotonic() + seconds
-        while going_on() and self._control.live_sessions:
-            if time.monotonic() >= deadline:
-                return False
+        while self._is_running() and self._control.live_sessions and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
-        return True
+        return not self._control.live_sessions
 
     def _watch(self) -> None:
         while not self._over.wait(WATCH_S):
-            for model in sorted(self._models - living_stages(self._process)):
-                self._revive(model)
+            try:
+                for model in sorted(self._models - living_stages(self._process)):
+                    self._revive(model)
+            except Exception:  # whatever it was, the next stage that dies must be noticed
+                log.exception("could not look after the stages")
 
     def _revive(self, model: str) -> None:
         """Loads a model again whose process is gone. Its sessions are lost, which the other stages are told while the
         ensemble is not there: so all sessions before that, and none after it, are dropped."""
-        if self._over.is_set() or not Path(f"/proc/{self._process}").exists():
+        if self._is_over():
             return
         log.warning("the process of %s is gone; loading it again", model)
         self._admin.unload(model)
-        self._control.count_revival()
-        if not self._admin.load(model, self._load_limit_s):
+        if self._is_over():
+            return
+        if model != STATUS_MODEL:  # which has no part of any session
+            self._control.count_revival()
+        if not self._admin.load(model, self._load_limit_s) and not self._is_over():
             log.error("%s could not be loaded again; trying once more in %g s", model, RETRY_S)
             self._over.wait(RETRY_S)
+
+    def _is_over(self) -> bool:
+        return self._over.is_set() or not self._is_running()
 
 
 def living_stages(triton: int) -> set[str]:
@@ -155,7 +168,7 @@ def living_stages(triton: int) -> set[str]:
 
 def _stage(process: Path, triton: int) -> set[str]:
     """{model} if a process is a stage of that Triton: its command is the stub's, then MODEL/VERSION/model.py."""
-    state, parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
+    state, parent = process.joinpath("stat").read_bytes().decode(errors="replace").rpartition(")")[2].split()[:2]
     if int(parent) != triton or state not in ALIVE:
         return set()
     command = process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")

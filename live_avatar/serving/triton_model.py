@@ -49,6 +49,8 @@ from live_avatar.serving.vae_decoder import VAEDecoderStage
 from live_avatar.version import __version__
 from live_avatar_client.protocol import ErrorCode, SequenceFlag, format_error
 
+log = logging.getLogger(__name__)
+
 LOG_FORMAT = f"%(asctime)s{LOG_MARK}%(message)s"
 MARGIN_S = 10.0
 SWEEP_S = 1.0  # at most so long after the idle limit a session is dropped
@@ -169,6 +171,8 @@ class StageModel:
                 try:
                     self._look_around()
                     self._stage.sweep()
+                except Exception:  # the next turn comes all the same
+                    log.exception("stage %s could not drop silent sessions", self.name)
                 finally:
                     self._busy.release()
 

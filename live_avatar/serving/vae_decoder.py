@@ -20,7 +20,7 @@ from live_avatar.decoder import DecoderState, FrameDecoder
 from live_avatar.label import Label
 from live_avatar.runtime import Runtime
 from live_avatar.serving import metrics
-from live_avatar.serving.control import Control
+from live_avatar.serving.control import Control, Phase
 from live_avatar.serving.metrics import EndCause, Meter
 from live_avatar.serving.options import SessionOptions
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
@@ -114,7 +114,8 @@ class VAEDecoderStage(PipeStage[_Session]):
         raise failure
 
     def gone(self, session: int, state: _Session, failure: PipeError) -> None:
-        self._closed(session, EndCause.FAILED, state, str(failure))
+        cause = EndCause.SHUTDOWN if self._control.phase is Phase.CLOSING else EndCause.FAILED
+        self._closed(session, cause, state, str(failure))
 
     def silent(self, session: int, state: _Session) -> None:
         self._closed(session, EndCause.SILENT, state)
