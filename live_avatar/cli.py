@@ -465,6 +465,7 @@ def _watch(server: TritonServer, drain_seconds: float) -> None:
         interrupts.catch()
         click.echo(f"Draining: no new sessions, and {drain_seconds:g} s for the live ones.")
         ended = server.drain(drain_seconds)
+        interrupts.ignore()
         click.echo("All sessions have ended." if ended else "The time is up; the last sessions were told to reconnect.")
 
 

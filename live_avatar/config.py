@@ -28,7 +28,7 @@ PATCH = 2  # latent pixels per token side
 MOTION_LATENTS = 19  # latent frames that the frame packer looks at (spec section 6)
 MOTION_FRAMES = 1 + TEMPORAL_STRIDE * (MOTION_LATENTS - 1)  # 73 video frames
 PRECISIONS = ("float32", "float16", "bfloat16")
-KNOWN_AVATARS = 16  # pictures with prompts whose work is remembered, unless told otherwise
+KNOWN_AVATARS = 16  # pictures with prompts whose work a generator remembers
 
 
 def _require(condition: bool, message: str) -> None:

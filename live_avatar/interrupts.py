@@ -22,6 +22,12 @@ def catch() -> None:
             signal.signal(number, _interrupt)
 
 
+def ignore() -> None:
+    """From now on none of them does anything."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def check() -> None:
     """Raises KeyboardInterrupt if a signal has come: PyAV, interrupted while it encodes, swallows the exception."""
     if _come is not None:
@@ -36,6 +42,5 @@ def is_termination() -> bool:
 def _interrupt(number: int, frame: object) -> NoReturn:
     global _come
     _come = number
-    for ignored in SIGNALS:
-        signal.signal(ignored, signal.SIG_IGN)
+    ignore()
     raise KeyboardInterrupt

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from live_avatar.serving.supervisor import model_of
+
 MIB = 2**20
 KIB_PER_MIB = 1024
-STUB = "triton_python_backend_stub"
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SAMPLES = 30
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -116,10 +117,9 @@ def _process(pid: int, leader: int) -> Process | None:
         return None
     command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     cpu_s = sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
-    stage = command[0].endswith(STUB)
-    # The stub's command line is STUB MODEL/VERSION/model.py; a zombie has none.
-    name = Path(command[1]).parents[1].name if stage else "triton" if pid == leader else before.partition("(")[2]
-    return Process(pid, name, stage, fields[0] == "Z", int(fields[17]), cpu_s)
+    model = model_of(command)  # a zombie has no command line
+    name = model or ("triton" if pid == leader else before.partition("(")[2])
+    return Process(pid, name, model is not None, fields[0] == "Z", int(fields[17]), cpu_s)
 
 
 @dataclass

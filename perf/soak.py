@@ -35,14 +35,15 @@ from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
 from live_avatar.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving.metrics import read_series
 from live_avatar.serving.server import ServerOptions, TritonServer, serving
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client.errors import AvatarError
+from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.status import server_status
 from perf.growth import MIB, Memory, Process, Slope, group, own_cpu_s
 from perf.visits import (
     AVATARS,
-    BLOCK_S,
     CALL_S,
     TAKE_BLOCKS,
     Ending,
@@ -88,9 +89,8 @@ class Counters:
 def scrape(port: int) -> dict[str, float]:
     """The project's own series of /metrics by name and labels."""
     with WITHOUT_PROXY.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    split = (line.rpartition(" ") for line in lines if line.startswith("live_avatar_"))
-    return {name: float(value) for name, _, value in split}
+        numbers = read_series(page.read().decode())
+    return {name: value for name, value in numbers.items() if name.startswith("live_avatar_")}
 
 
 class Governor:

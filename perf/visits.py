@@ -35,6 +35,7 @@ from live_avatar_client import AvatarSession, Block
 from live_avatar_client.base import open_channel
 from live_avatar_client.core import Opening, Request, Response
 from live_avatar_client.errors import AvatarError, SessionFailed, SessionRefused
+from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.protocol import (
     BLOCK_SAMPLES,
     FRAMES_PER_BLOCK,
@@ -50,7 +51,6 @@ from live_avatar_client.wire import Message, decode_response, encode_request
 AVATARS = 6
 TAKES_PER_AVATAR = 3
 TAKE_BLOCKS = 20
-BLOCK_S = 0.48
 ANSWER_S = 30.0
 CALL_S = 90.0
 AFTER_OUTAGE_S = 2.0

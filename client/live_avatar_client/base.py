@@ -123,7 +123,7 @@ class BaseSession(ABC):
             answer_timeout_s=answer_timeout_s,
             keep_alive_s=keep_alive_s,
         )
-        self._connect_timeout_s = connect_timeout_s
+        self._connect_timeout_s = min(connect_timeout_s, LONGEST_WAIT_S)
         limits = Limits(max_in_flight_blocks, max_unread_blocks, send_timeout_s, answer_timeout_s, keep_alive_s)
         self._core = SessionCore(opening, limits, idle=idle)
         self._set_up()

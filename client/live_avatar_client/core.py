@@ -241,7 +241,7 @@ class SessionCore:
         self._stale_frames = self._blocks_sent * FRAMES_PER_BLOCK
         self._unread = deque(replace(block, stale=True) for block in self._unread)
         if self._playback:
-            self._playback.restart(self._clock())
+            self._playback.interrupted(self._clock())
 
     def keep_alive(self) -> None:
         """Have a request without samples sent, so that the server does not take a pause for an end."""

@@ -4,10 +4,10 @@ Knows files, samples and pixels. It knows no server and no session.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -82,16 +82,15 @@ def provenance_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
     `comment` says it in a sentence, `description` has the provenance as it came, and `AIGC` is the implicit
     label of GB 45438-2025: AI-generated (1), by which generator, and a number of this video.
     """
-    text = json.dumps(provenance, sort_keys=True)
     generator = " ".join(str(provenance[key]) for key in ("generator", "version") if key in provenance)
     label = {
         "Label": "1",
         "ContentProducer": generator,
-        "ProduceID": hashlib.sha256(text.encode()).hexdigest()[:32],
+        "ProduceID": uuid.uuid4().hex,
     }
     return {
         "comment": f"AI-generated video: the person in it is animated by {generator or 'a Live Avatar server'}.",
-        "description": text,
+        "description": json.dumps(provenance, sort_keys=True),
         "AIGC": json.dumps(label),
     }
 

@@ -45,4 +45,8 @@ class PlaybackClock:
     def restart(self, now_s: float) -> None:
         """Take note that nothing of what was sent is played any more."""
         self.due_at_s = now_s
-        self._spoken_at_s = -math.inf
+
+    def interrupted(self, now_s: float) -> None:
+        """Take note that nothing of what was sent is played, and that new speech may be about to come."""
+        self.restart(now_s)
+        self.speech_given(now_s)

@@ -110,7 +110,7 @@ class ErrorCode(StrEnum):
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     """A tensor or parameter of the request is wrong: trying again will not help."""
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
-    """The request does not fit the session's state, such as a second START."""
+    """The request does not fit the session's state: it is unknown, has ended or has failed."""
     FAILED = "FAILED"
     """The server failed while it worked on the session."""
 

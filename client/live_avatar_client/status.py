@@ -82,7 +82,7 @@ def server_status(
         url: `host:port` of the server's gRPC port, with or without `grpc://` or `grpcs://` in front.
         api_key: the server's API key, if it wants one.
         tls: the certificates of a TLS connection; `grpcs://` alone takes the public authorities.
-        timeout_s: how long the server may take for an answer; there are about ten.
+        timeout_s: how long the server may take for each answer; there are at most nine.
 
     Raises ConnectFailed if no server answers, ServerIncompatible if one does that is no Live Avatar server, and
     InvalidInput for a bad address or certificate file.

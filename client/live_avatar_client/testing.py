@@ -227,7 +227,7 @@ class FakeAvatarServer:
         if self.refuse is not None:
             raise _RefusalError(ErrorCode.UNAVAILABLE, self.refuse)
         if sequence_id in self._live:
-            raise _RefusalError(ErrorCode.FAILED_PRECONDITION, f"sequence {sequence_id} is live; send START once")
+            raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"sequence {sequence_id} is live; send START once")
         image = _input(request, REFERENCE_IMAGE)
         if image is None or not len(image):
             raise _RefusalError(

@@ -20,7 +20,6 @@ import numpy as np
 
 from live_avatar.arrays import Array, Arrays
 from live_avatar.conditioning import BlockInput, Conditioner, Conditioning, avatar_key
-from live_avatar.config import KNOWN_AVATARS
 from live_avatar.errors import CapacityError, InputError, SessionError, ShutdownError
 from live_avatar.label import Label
 from live_avatar.runtime import Runtime
@@ -100,7 +99,7 @@ class ConditioningStage(SessionStage[_Session]):
         served: Served,
         meter: Meter,
         control: Control,
-        known_avatars: int = KNOWN_AVATARS,
+        known_avatars: int,
         label_font: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:

@@ -7,7 +7,6 @@ from contextlib import suppress
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.config import KNOWN_AVATARS
 from live_avatar.denoiser import DenoisingStep, StepState
 from live_avatar.errors import SessionError
 from live_avatar.runtime import Runtime
@@ -49,7 +48,7 @@ class DiTStepStage(PipeStage[StepState]):
         idle_limit_s: float,
         meter: Meter,
         room: SessionRoom,
-        known_avatars: int = KNOWN_AVATARS,
+        known_avatars: int,
     ) -> None:
         super().__init__(f"dit_step_{step}", meter, SessionTable(idle_limit_s))
         self._stream = runtime.preset.stream

@@ -78,7 +78,10 @@ BLOCKS: Final = Metric(
     "live_avatar_blocks_total", Kind.COUNTER, "Blocks of speech that a stage has worked on.", ("stage",)
 )
 BUSY: Final = Metric(
-    "live_avatar_stage_busy_seconds_total", Kind.COUNTER, "Time in which a stage was at work.", ("stage",)
+    "live_avatar_stage_busy_seconds_total",
+    Kind.COUNTER,
+    "Time in which a stage was at work, but for what it refused.",
+    ("stage",),
 )
 FAILURES: Final = Metric(
     "live_avatar_stage_failures_total", Kind.COUNTER, "Sessions that failed in a stage.", ("stage",)
@@ -149,3 +152,9 @@ class Meter(Protocol):
     def observe(self, metric: Metric, value: float) -> None:
         """Puts a value into a histogram."""
         ...
+
+
+def read_series(page: str) -> dict[str, float]:
+    """What a page of `/metrics` says: values by series, name and labels as they stand there."""
+    named = (line.rpartition(" ") for line in page.splitlines() if line and not line.startswith("#"))
+    return {series: float(value) for series, _, value in named}

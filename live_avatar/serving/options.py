@@ -28,32 +28,32 @@ class SessionOptions:
     def parse(cls, parameters: Mapping[str, object]) -> SessionOptions:
         """Raises `InputError` for a value of another type or outside its bounds."""
         return cls(
-            integer(parameters, protocol.SEED_PARAMETER, 0, 0, protocol.MAX_SEED),
+            _integer(parameters, protocol.SEED_PARAMETER, 0, 0, protocol.MAX_SEED),
             _frame_format(parameters),
-            integer(
+            _integer(
                 parameters,
                 protocol.JPEG_QUALITY_PARAMETER,
                 protocol.DEFAULT_JPEG_QUALITY,
                 protocol.MIN_JPEG_QUALITY,
                 protocol.MAX_JPEG_QUALITY,
             ),
-            text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS),
+            _text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS),
         )
 
 
 def token(parameters: Mapping[str, object]) -> str:
     """The session's secret; empty if the client sends none."""
-    return text(parameters, protocol.TOKEN_PARAMETER, MAX_TOKEN_CHARS)
+    return _text(parameters, protocol.TOKEN_PARAMETER, MAX_TOKEN_CHARS)
 
 
-def integer(parameters: Mapping[str, object], name: str, default: int, least: int, most: int) -> int:
+def _integer(parameters: Mapping[str, object], name: str, default: int, least: int, most: int) -> int:
     value = parameters.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise InputError(f"parameter {name} is {_shown(value)}; it must be an integer from {least} to {most}.")
     return value
 
 
-def text(parameters: Mapping[str, object], name: str, most: int) -> str:
+def _text(parameters: Mapping[str, object], name: str, most: int) -> str:
     value = parameters.get(name, "")
     if not isinstance(value, str) or len(value) > most:
         raise InputError(f"parameter {name} is {_shown(value)}; it must be a string of at most {most} characters.")

@@ -59,7 +59,7 @@ CANDIDATES = 4
 SHARED_MEMORY = Path("/dev/shm")
 BESIDE: Final = ("rolling_sink", STATUS_MODEL)
 """Models that are served beside the ensemble's."""
-ANY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+ANY_ADDRESS: Final = "0.0.0.0"
 # Becomes the server ("$@"), and leaves a watcher in its process group: when the pipe on stdin closes, because the
 # process that started the server is gone, however it went, the watcher ends the group, and removes the folder $0
 # and the shared memory that is named after it.
@@ -109,8 +109,7 @@ class ServerOptions:
     @property
     def host(self) -> str:
         """The address for those on this machine."""
-        host = ANY_ADDRESS.get(self.address, self.address)
-        return f"[{host}]" if ":" in host else host
+        return "127.0.0.1" if self.address == ANY_ADDRESS else self.address
 
     @property
     def url(self) -> str:

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 NO_BLOCK = -1
 """Block number of a request that carries no speech: keep-alive, or the end by itself."""
 LONG_S = 1.0
-"""A request that takes longer keeps others waiting for so long that their silence is not theirs."""
+"""A request that takes longer keeps others waiting for so long that their silence is not theirs. Where most requests
+take longer, silent sessions are dropped later than the idle limit says."""
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -167,11 +167,14 @@ def living_stages(triton: int) -> set[str]:
 
 
 def _stage(process: Path, triton: int) -> set[str]:
-    """{model} if a process is a stage of that Triton: its command is the stub's, then MODEL/VERSION/model.py."""
+    """{model} if a process is a stage of that Triton."""
     state, parent = process.joinpath("stat").read_bytes().decode(errors="replace").rpartition(")")[2].split()[:2]
     if int(parent) != triton or state not in ALIVE:
         return set()
-    command = process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
-    if not command[0].endswith(STUB) or len(command) < 2:
-        return set()
-    return {Path(command[1]).parents[1].name}
+    model = model_of(process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0"))
+    return {model} if model else set()
+
+
+def model_of(command: Sequence[str]) -> str | None:
+    """The model that a process serves, from its command line: STUB MODEL/VERSION/model.py ..."""
+    return Path(command[1]).parents[1].name if command[0].endswith(STUB) and len(command) > 1 else None

@@ -82,10 +82,10 @@ class TritonMeter:
     def _of(self, metric: Metric, labels: dict[str, str]) -> Any:
         if "stage" in metric.labels:
             labels = {**labels, "stage": self._stage}
-        key = (metric.name, *(str(labels[name]) for name in metric.labels))
+        strings = {name: str(labels[name]) for name in metric.labels}
+        key = (metric.name, *strings.values())
         if key not in self._series:
             buckets = {"buckets": list(metric.buckets)} if metric.kind is Kind.HISTOGRAM else {}
-            strings = {name: str(value) for name, value in labels.items()}
             self._series[key] = self._family(metric).Metric(labels=strings, **buckets)
         return self._series[key]
 
@@ -122,7 +122,8 @@ class TritonSinkClient:
         )
         response = request.exec()
         if response.has_error():
-            raise SessionError(f"the rolling sink could not {operation}: {response.error().message()}")
+            why = response.error().message()
+            raise SessionError(f"the rolling sink could not {operation}: {why}; end the session and start a new one.")
         return response
 
 
@@ -163,6 +164,7 @@ class StageModel:
         """Called by Triton before it ends the process."""
         self._over.set()
         self._sweeper.join()
+        self._trace.close()
 
     def _sweep(self) -> None:
         """Drops silent sessions also when no request comes; a stage at work does it by itself."""
@@ -201,7 +203,8 @@ class StageModel:
 
     def _count(self, session: int, response: StageResponse, started_s: float, ended_s: float) -> None:
         self.meter.add(BUSY, ended_s - started_s)
-        self.meter.add(BLOCKS, int(response.block != NO_BLOCK))
+        if response.block != NO_BLOCK:
+            self.meter.add(BLOCKS)
         self._trace.busy(session, response.block, started_s, ended_s)
 
     def _plain(self, request: Any) -> StageRequest:

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from live_avatar.arrays import Array
-from live_avatar.config import KNOWN_AVATARS
 from live_avatar.decoder import DecoderState, FrameDecoder
 from live_avatar.label import Label
 from live_avatar.runtime import Runtime
@@ -70,7 +69,7 @@ class VAEDecoderStage(PipeStage[_Session]):
         meter: Meter,
         room: SessionRoom,
         control: Control,
-        known_avatars: int = KNOWN_AVATARS,
+        known_avatars: int,
         label_font: Path | None = None,
     ) -> None:
         super().__init__("vae_decoder", meter, SessionTable(idle_limit_s))

@@ -419,8 +419,9 @@ def test_an_idle_video_ends_with_the_last_speech() -> None:
     assert harness.requests[-1].end is EndReason.COMPLETED
 
 
-def test_an_idle_session_may_say_nothing() -> None:
-    harness = Harness(idle=True)
+@pytest.mark.parametrize("lookahead", [0, 24])
+def test_an_idle_session_may_say_nothing(lookahead: int) -> None:
+    harness = Harness(lookahead, idle=True)
     harness.flush()
     harness.pass_time(1)
     harness.end()
@@ -428,16 +429,18 @@ def test_an_idle_session_may_say_nothing() -> None:
     assert harness.requests[-1].end is EndReason.COMPLETED
 
 
-def test_an_interrupted_avatar_listens_at_once() -> None:
+def test_an_interrupted_avatar_listens_unless_it_is_made_to_speak() -> None:
     harness = Harness(idle=True)
     harness.flush()
     harness.speak([sample_speech(8 * BLOCK_SAMPLES)])
     harness.core.interrupt()
-    interrupted_s = harness.clock.now_s
+    interrupted_s, sent = harness.clock.now_s, len(harness.audio)
     harness.flush()
-    assert harness.sent_at_s[-1] == interrupted_s
+    assert len(harness.audio) == sent, "the next block is for new speech, if it comes soon"
+    assert harness.pass_time(0) == [interrupted_s + 0.24]
+    harness.pass_time(0.25)
+    assert len(harness.audio) == sent + 1
     assert not harness.audio[-1].any()
-    assert harness.pass_time(0) == [interrupted_s + 0.48]
 
 
 def test_a_busy_session_takes_nothing() -> None:

@@ -52,7 +52,7 @@ def request(
         ),
         (
             [request(7680, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW))] * 2,
-            (ErrorCode.FAILED_PRECONDITION, "sequence 5 is live; send START once"),
+            (ErrorCode.INVALID_ARGUMENT, "sequence 5 is live; send START once"),
         ),
     ],
 )

@@ -122,7 +122,11 @@ def test_the_governor_stops_above_its_share() -> None:
 
 
 def test_processes_are_found_by_their_group() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(1, flush=True); input()"], stdin=-1, stdout=-1, start_new_session=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()  # it is there now, with all its memory
         (process,) = group(child.pid)
         assert (process.pid, process.zombie, process.stage) == (child.pid, False, False)
         assert (private_mib(child.pid) or 0) > 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.serving.metrics import Metric
+from live_avatar.serving.metrics import Metric, read_series
 from live_avatar.serving.server import TritonServer
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import AvatarSession, Block
@@ -23,12 +23,15 @@ Numbers = dict[str, float]
 
 
 def scrape(server: TritonServer) -> Numbers:
-    """All numbers of the server's /metrics that are not Triton's own."""
+    """All numbers of the server's /metrics."""
+    return read_series(metrics_page(server))
+
+
+def metrics_page(server: TritonServer) -> str:
     url = f"http://{server.options.host}:{server.options.metrics_port}/metrics"
     with WITHOUT_PROXY.open(url, timeout=10.0) as answer:
-        lines = answer.read().decode().splitlines()
-    named = (line.rpartition(" ") for line in lines if line.startswith(("live_avatar_", "test_")))
-    return {series: float(value) for series, _, value in named}
+        page: str = answer.read().decode()
+    return page
 
 
 def series(metric: Metric, label: str = "") -> str:

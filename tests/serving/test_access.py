@@ -19,6 +19,7 @@ from live_avatar.doctor import exit_code
 from live_avatar.errors import ServerError
 from live_avatar.serving.access import Access, access_flags, access_warnings, is_loopback, read_key
 from live_avatar.serving.server import ServerOptions, serving
+from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import AvatarSession, ConnectFailed, SessionRefused
 from live_avatar_client.base import TLS, call_metadata, open_channel
 from live_avatar_client.protocol import API_KEY_HEADER
@@ -332,7 +333,6 @@ def test_operators_reach_what_is_theirs_and_no_model_control(secured_url: str, f
 
 # HTTP has no TLS
 
-WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 OPEN = ("v2/health/live", "v2/health/ready", "v2", "v2/models/live_avatar", "v2/models/live_avatar/ready")
 CLOSED = {
     "v2/models/live_avatar/infer": b"{}",
@@ -408,13 +408,12 @@ def test_tls_against_plain_text_is_refused(exposed: ServerOptions, files: Files)
         server_status(f"127.0.0.1:{exposed.grpc_port}", tls=files.tls(None))
 
 
-def test_serve_warns_and_refuses_a_key_in_one_sentence_each(artifacts: Artifacts, tmp_path: Path):
+def test_serve_refuses_a_key_in_one_sentence(artifacts: Artifacts, tmp_path: Path):
     options = ServerOptions(artifacts.folder).on_free_ports()
     ports = ("--grpc-port", options.grpc_port, "--http-port", options.http_port, "--metrics-port", options.metrics_port)
     (tmp_path / "short.key").write_text("secret")
     keys = ("--api-key-file", tmp_path / "short.key")
     ended = run("serve", "--artifacts", artifacts.folder, "--address", "0.0.0.0", *ports, *keys)
     assert (ended.returncode, ended.stdout) == (2, "")
-    warning, error = ended.stderr.splitlines()
-    assert warning.startswith("Warning: the server listens on 0.0.0.0 without TLS, ")
+    [error] = ended.stderr.splitlines()
     assert error.startswith(f"Error: {tmp_path / 'short.key'} holds a key of 6 characters; ")

@@ -147,7 +147,7 @@ def test_end_frees_everything(
             spoken(session, speech)
         with raw_session(url) as raw:  # says END without a reason
             raw.ask(BLOCK, picture, start=True)
-        wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S / 2)  # at once
+        wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S - 0.5)  # at once
 
 
 def test_a_session_may_have_the_id_of_one_that_has_ended(

@@ -33,6 +33,7 @@ from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.serving.server import TritonServer
 from live_avatar_client import AvatarSession
+from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.protocol import BLOCK_SAMPLES, MODEL_NAME, ErrorCode, parse_error
 from tests.serving.test_bad_input import header_of_a_huge_png
 
@@ -41,7 +42,6 @@ MIB = 2**20
 RESIDENT_LIMIT, SHARED_LIMIT = 48 * MIB, 2 * MIB
 """Bytes by which a process, and the shared memory of all, may have grown since the warm-up."""
 SERVICE = "/inference.GRPCInferenceService/"
-BLOCK_S = 0.48
 
 # What Triton itself says of requests that it refuses before a stage sees them.
 OF_TRITON = re.compile(

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import re
-import urllib.request
 from pathlib import Path
 
 from live_avatar.arrays import Array
-from live_avatar.serving.metrics import METRICS, EndCause, Kind, Metric, RefusalReason
+from live_avatar.serving.metrics import METRICS, EndCause, Kind, Metric, RefusalReason, read_series
 from live_avatar.serving.server import TritonServer
 from live_avatar_client import AvatarSession
+from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK, SAMPLES_PER_FRAME
+from tests.serving.support import STAGES, metrics_page, scrape
 
 TABLE = Path(__file__).parents[2] / "docs" / "operations.md"
-SERIES = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$")
-STAGES = {"conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder"}
-
-
-def scrape(server: TritonServer) -> str:
-    url = f"http://{server.options.host}:{server.options.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return answer.read().decode()
-
-
-def series(text: str) -> dict[str, float]:
-    """Values by name and labels as they stand there, of our own metrics."""
-    found = {}
-    for line in text.splitlines():
-        if line.startswith("live_avatar_"):
-            name, _, value = line.rpartition(" ")
-            found[name] = float(value)
-    return found
 
 
 def rows() -> list[Metric]:
@@ -46,14 +29,14 @@ def test_the_table_says_what_the_code_says() -> None:
 
 
 def test_a_scrape_has_the_tables_metrics_and_no_others(server: TritonServer) -> None:
-    text = scrape(server)
+    text = metrics_page(server)
     kinds = dict(re.findall(r"^# TYPE (live_avatar_\w+) (\w+)$", text, re.M))
     helps = dict(re.findall(r"^# HELP (live_avatar_\w+) (.*)$", text, re.M))
     assert kinds == {metric.name: metric.kind.value for metric in rows()}
     assert helps == {metric.name: metric.help for metric in rows()}
     for metric in rows():
         lines = [
-            line for line in series(text) if re.fullmatch(rf"{metric.name}(_bucket|_sum|_count)?(\{{.*\}})?", line)
+            line for line in read_series(text) if re.fullmatch(rf"{metric.name}(_bucket|_sum|_count)?(\{{.*\}})?", line)
         ]
         assert lines, metric.name
         for line in lines:
@@ -70,23 +53,23 @@ def test_names_follow_prometheus() -> None:
 
 
 def test_every_reason_is_there_before_it_happens(server: TritonServer) -> None:
-    found = series(scrape(server))
+    found = scrape(server)
     for name, reasons in (("ended", EndCause), ("refused", RefusalReason)):
         for reason in reasons:
             assert f'live_avatar_sessions_{name}_total{{reason="{reason}"}}' in found
 
 
 def test_a_session_moves_the_numbers(server: TritonServer, url: str, picture: bytes, speech: Array) -> None:
-    before = series(scrape(server))
+    before = scrape(server)
     with AvatarSession(url, image=picture, prompt="hello", seed=3) as session:
         frames = sum(len(block) for block in session.stream([speech]))
-    after = series(scrape(server))
-    blocks = -(-len(speech) // 7680)
+    after = scrape(server)
+    blocks = -(-len(speech) // BLOCK_SAMPLES)
     moved = {name: after[name] - before.get(name, 0.0) for name in after}
-    assert frames == -(-len(speech) // 640)
+    assert frames == -(-len(speech) // SAMPLES_PER_FRAME)
     assert moved["live_avatar_sessions_admitted_total"] == 1
     assert moved['live_avatar_sessions_ended_total{reason="completed"}'] == 1
-    assert moved["live_avatar_frames_total"] == 12 * blocks
+    assert moved["live_avatar_frames_total"] == FRAMES_PER_BLOCK * blocks
     assert moved["live_avatar_latency_seconds_count"] == blocks
     assert moved["live_avatar_latency_seconds_sum"] > 0
     assert moved["live_avatar_sink_updates_total"] == 1

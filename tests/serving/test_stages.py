@@ -368,7 +368,7 @@ def test_a_session_belongs_to_the_token_that_opened_it(pipe: Pipe, opening: dict
 def alone(
     runtime: OnnxRuntime, sinks: RollingSink, control: Control, sleep: Callable[[float], None] = lambda seconds: None
 ) -> ConditioningStage:
-    return ConditioningStage(runtime, sinks, IDLE_S, served(), RecordingMeter(), control, sleep=sleep)
+    return ConditioningStage(runtime, sinks, IDLE_S, served(), RecordingMeter(), control, 1, sleep=sleep)
 
 
 def begun(stage: ConditioningStage, opening: dict[str, Array], speech: Array, blocks: int) -> int:
