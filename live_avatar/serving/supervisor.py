@@ -36,6 +36,7 @@ CLOSING_S = 2.0
 """How long live sessions are left to fetch their error: a speaking one sends a block every 0.48 s."""
 LAST_ANSWER_S = 0.3
 """How long the last frames may take from the last stage to the client."""
+PROCESSES = Path("/proc")
 STUB = "triton_python_backend_stub"
 ALIVE = frozenset("RSDTtIP")  # states of a process that is not a zombie
 # A proxy of the environment is for other machines.
@@ -159,7 +160,7 @@ class Supervisor:
 def living_stages(triton: int) -> set[str]:
     """Names of the models whose python process is alive under the Triton with that process id."""
     found = set()
-    for folder in Path("/proc").iterdir():
+    for folder in PROCESSES.iterdir():
         if folder.name.isdecimal():
             with suppress(OSError):  # it ended while we looked
                 found |= _stage(folder, triton)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from live_avatar_client import AsyncAvatarSession, AvatarSession, Block, SessionBusy
+from live_avatar_client import AnswerTimeout, AsyncAvatarSession, AvatarSession, Block, SessionBusy, SessionClosed
 from live_avatar_client.protocol import BLOCK_SAMPLES
 from live_avatar_client.testing import (
     SAMPLE_IMAGE,
@@ -178,3 +178,21 @@ def test_provenance_is_there_with_the_first_frames() -> None:
             for _ in session.stream([NEW]):
                 assert session.provenance == SAMPLE_PROVENANCE
         asyncio.run(play(server.url))
+
+
+@pytest.mark.parametrize("options", [{"idle": True}, {"keep_alive_s": 0.2}])
+def test_a_server_that_hangs_in_a_pause_is_noticed(options: dict[str, Any]) -> None:
+    with FakeAvatarServer() as server:
+        with AvatarSession(server.url, image=SAMPLE_IMAGE, answer_timeout_s=0.5, **options) as session:
+            assert wait_for(lambda: bool(server.sessions))
+            server.answer = lambda request: server._stopping.wait()  # type: ignore[method-assign]
+            with pytest.raises(AnswerTimeout, match=r"has answered nothing for 0\.5 s"):
+                list(session)
+        server.stop()
+
+
+def test_a_session_entered_twice_goes_on() -> None:
+    with FakeAvatarServer() as server, AvatarSession(server.url, image=SAMPLE_IMAGE) as session:
+        with pytest.raises(SessionClosed, match="was opened before"), session:
+            pass
+        assert sum(map(len, session.stream([OLD[:BLOCK_SAMPLES]]))) == 12

@@ -217,6 +217,44 @@ def test_conditioning_that_fails_ends_the_session_everywhere(
     assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1, "counted once"
 
 
+def test_a_start_whose_first_block_fails_leaves_nothing_behind(
+    pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(pipe.conditioning._conditioner, "block", lambda *_: 1 / 0)
+        with pytest.raises(PipeError, match=r"stage conditioning at block 1 failed \(ZeroDivisionError"):
+            pipe.run(speech[:7680], start=True, **opening)
+    assert pipe.live() == [0] * 6
+    assert pipe.count(metrics.SESSIONS_ADMITTED) == pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
+    with pytest.raises(PipeError, match="session 5 has failed"):
+        pipe.run(NOTHING, end=True)
+    assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "failures"),
+    [(MemoryError("no room"), RefusalReason.MEMORY, 1), (RuntimeError("no such device"), None, 1)],
+)
+def test_an_avatar_that_cannot_be_made_opens_no_session(
+    pipe: Pipe,
+    opening: dict[str, Array],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: RefusalReason | None,
+    failures: int,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipe.conditioning._conditioner, "avatar", fail)
+    with pytest.raises(type(error)):
+        pipe.condition(NOTHING, start=True, **opening)
+    assert pipe.live() == [0] * 6
+    assert pipe.count(metrics.FAILURES) == failures
+    refused = [one for one in RefusalReason if pipe.count(metrics.SESSIONS_REFUSED, reason=one)]
+    assert refused == ([] if reason is None else [reason])
+
+
 def test_a_stage_without_room_refuses_at_the_start(
     pipe: Pipe, onnx_runtime: OnnxRuntime, opening: dict[str, Array]
 ) -> None:
@@ -304,6 +342,13 @@ def test_a_draining_server_refuses_new_sessions_and_a_closing_one_ends_the_live(
     assert pipe.live() == [0] * 6
     assert pipe.control.live_sessions == 0
     assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.SHUTDOWN) == 1
+
+
+def test_a_session_that_ends_while_the_server_closes_has_ended(pipe: Pipe, opening: dict[str, Array]) -> None:
+    pipe.run(NOTHING, start=True, **opening)
+    pipe.control.set_phase(Phase.CLOSING)
+    assert len(pipe.run(NOTHING, end=True)) == 0
+    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.ENDED) == 1
 
 
 @pytest.mark.parametrize(
