@@ -70,46 +70,47 @@ def _fail(sentence: str) -> NoReturn:
     sys.exit(USER_ERROR)
 
 
-def _speech_options(command: F) -> F:
-    """What `generate` and `stream` have in common."""
-    for option in (
-        click.option(
-            "--frames-output", type=FILE, help="Also write the raw frames, uint8 [frames, H, W, 3], to this .npy."
-        ),
-        click.option("--output", type=FILE, required=True, help="MP4 file to write: H.264 video, AAC speech."),
-        click.option(
-            "--seed",
-            type=_Integer(0, MAX_SEED),
-            default=0,
-            show_default=True,
-            help="Same seed, same inputs: same frames.",
-        ),
-        click.option("--prompt", default="", help="What the scene and the person are like."),
-        click.option("--image", type=FILE, required=True, help="Picture of the person: PNG, JPEG or WebP."),
-        click.option(
-            "--audio", type=FILE, required=True, help="Speech: any file that FFmpeg reads, resampled to 16 kHz."
-        ),
-    ):
-        command = option(command)
-    return command
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator that adds several options, of which the last is shown first."""
+
+    def add(command: F) -> F:
+        for option in options:
+            command = option(command)
+        return command
+
+    return add
 
 
-def _connection_options(command: F) -> F:
-    """How `stream` and `doctor` reach a server that asks for a key or speaks TLS."""
-    for option in (
-        click.option("--tls-key", type=FILE, help="Private key of --tls-certificate (PEM)."),
-        click.option(
-            "--tls-certificate", type=FILE, help="Certificate of this client, if the server asks for one (PEM)."
-        ),
-        click.option(
-            "--tls-ca",
-            type=FILE,
-            help="Authority of the server's certificate (PEM); for a public one put grpcs:// in front of the address.",
-        ),
-        click.option("--api-key-file", type=FILE, help="File with the server's API key."),
-    ):
-        command = option(command)
-    return command
+# What `generate` and `stream` have in common.
+_speech_options = _options(
+    click.option(
+        "--frames-output", type=FILE, help="Also write the raw frames, uint8 [frames, H, W, 3], to this .npy."
+    ),
+    click.option("--output", type=FILE, required=True, help="MP4 file to write: H.264 video, AAC speech."),
+    click.option(
+        "--seed",
+        type=_Integer(0, MAX_SEED),
+        default=0,
+        show_default=True,
+        help="Same seed, same inputs: same frames.",
+    ),
+    click.option("--prompt", default="", help="What the scene and the person are like."),
+    click.option("--image", type=FILE, required=True, help="Picture of the person: PNG, JPEG or WebP."),
+    click.option("--audio", type=FILE, required=True, help="Speech: any file that FFmpeg reads, resampled to 16 kHz."),
+)
+
+
+# How `stream` and `doctor` reach a server that asks for a key or speaks TLS.
+_connection_options = _options(
+    click.option("--tls-key", type=FILE, help="Private key of --tls-certificate (PEM)."),
+    click.option("--tls-certificate", type=FILE, help="Certificate of this client, if the server asks for one (PEM)."),
+    click.option(
+        "--tls-ca",
+        type=FILE,
+        help="Authority of the server's certificate (PEM); for a public one put grpcs:// in front of the address.",
+    ),
+    click.option("--api-key-file", type=FILE, help="File with the server's API key."),
+)
 
 
 def _connection(
@@ -132,37 +133,32 @@ def _artifacts_option(required: bool) -> Callable[[F], F]:
     )
 
 
-def _model_options(command: F) -> F:
-    """Which networks, with which weights, at which size; None keeps what the preset says."""
-    for option in (
-        click.option(
-            "--like",
-            type=FILE,
-            help="Take height and width from this picture: its shape, in steps of 64 pixels, within the preset's area.",
-        ),
-        click.option("--width", type=_Integer(min=1), help="Width of the video in pixels, a multiple of 16."),
-        click.option("--height", type=_Integer(min=1), help="Height of the video in pixels, a multiple of 16."),
-        click.option(
-            "--precision", type=click.Choice(PRECISIONS), help="Type of large weights, activations and caches."
-        ),
-        click.option(
-            "--lora-alpha", type=float, help="The adapter's alpha, where the file does not say it (64 for the release)."
-        ),
-        click.option("--lora", type=FILE, help="Adapter (safetensors) to merge into the transformer's weights."),
-        click.option(
-            "--checkpoint",
-            type=FILE,
-            help="Folder with the weights, such as the official download; without it they are random.",
-        ),
-        click.option(
-            "--preset",
-            "preset_name",
-            type=click.Choice(sorted(PRESETS)),
-            help="Which system; without it the one that --checkpoint describes, or tiny.",
-        ),
-    ):
-        command = option(command)
-    return command
+# Which networks, with which weights, at which size; None keeps what the preset says.
+_model_options = _options(
+    click.option(
+        "--like",
+        type=FILE,
+        help="Take height and width from this picture: its shape, in steps of 64 pixels, within the preset's area.",
+    ),
+    click.option("--width", type=_Integer(min=1), help="Width of the video in pixels, a multiple of 16."),
+    click.option("--height", type=_Integer(min=1), help="Height of the video in pixels, a multiple of 16."),
+    click.option("--precision", type=click.Choice(PRECISIONS), help="Type of large weights, activations and caches."),
+    click.option(
+        "--lora-alpha", type=float, help="The adapter's alpha, where the file does not say it (64 for the release)."
+    ),
+    click.option("--lora", type=FILE, help="Adapter (safetensors) to merge into the transformer's weights."),
+    click.option(
+        "--checkpoint",
+        type=FILE,
+        help="Folder with the weights, such as the official download; without it they are random.",
+    ),
+    click.option(
+        "--preset",
+        "preset_name",
+        type=click.Choice(sorted(PRESETS)),
+        help="Which system; without it the one that --checkpoint describes, or tiny.",
+    ),
+)
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -172,30 +168,27 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
         raise click.BadParameter(f"{value!r} is not a list of numbers, such as 1,0.5,0") from error
 
 
-def _stream_options(command: F) -> F:
-    """How the stream of a preset runs; None keeps the preset's value."""
-    for option in (
-        click.option(
-            "--lookahead-ms",
-            type=_Integer(min=0),
-            help="Future speech that a frame may depend on, a multiple of 40; delays the video by as much.",
-        ),
-        click.option(
-            "--sink-update-block",
-            type=_Integer(min=0),
-            help="First block that attends to the model's own first frame: 2 is the paper's Algorithm 4, 5 costs no "
-            "wait in the pipeline, 0 never.",
-        ),
-        click.option("--steps", type=_Integer(min=1), help="Denoising steps, with the released schedule for as many."),
-        click.option(
-            "--sigmas",
-            callback=_numbers,
-            help="Noise levels instead, from at most 1 falling to 0: one more than steps, such as 1,0.8577,0.6022,0.",
-        ),
-        click.option("--drop-idle-step", is_flag=True, help="Without the last step, which hardly moves: one GPU less."),
-    ):
-        command = option(command)
-    return command
+# How the stream of a preset runs; None keeps the preset's value.
+_stream_options = _options(
+    click.option(
+        "--lookahead-ms",
+        type=_Integer(min=0),
+        help="Future speech that a frame may depend on, a multiple of 40; delays the video by as much.",
+    ),
+    click.option(
+        "--sink-update-block",
+        type=_Integer(min=0),
+        help="First block that attends to the model's own first frame: 2 is the paper's Algorithm 4, 5 costs no "
+        "wait in the pipeline, 0 never.",
+    ),
+    click.option("--steps", type=_Integer(min=1), help="Denoising steps, with the released schedule for as many."),
+    click.option(
+        "--sigmas",
+        callback=_numbers,
+        help="Noise levels instead, from at most 1 falling to 0: one more than steps, such as 1,0.8577,0.6022,0.",
+    ),
+    click.option("--drop-idle-step", is_flag=True, help="Without the last step, which hardly moves: one GPU less."),
+)
 
 
 def _opened(
