@@ -223,7 +223,7 @@ class Soak:
             self.governor.update(sum(process.cpu_s for process in processes) + own_cpu_s(), now_s)
             if now_s >= sample_s:
                 sample_s += SAMPLE_S
-                self.memory.sample(processes, now_s)
+                self.memory.sample(processes, now_s, len(self.kills))
                 with suppress(OSError):
                     self.counters.update(scrape(self.server.options.metrics_port))
             if now_s >= progress_s:
@@ -319,6 +319,8 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
     for one in report["memory"]:
         slope = one["slope"]
         shown = f"{slope['mib_per_hour']:+.2f} +- {slope['error']:.2f}" if slope else "too short"
+        if slope and slope["mib_per_kill"]:
+            shown += f", {slope['mib_per_kill']:+.2f} +- {slope['kill_error']:.2f} at each kill"
         threads = f"{one['threads_first']} to {one['threads_last']} threads"
         yield f"  {one['name']:16} {one['first_mib']:8.1f} {one['last_mib']:8.1f}  {shown}, {threads}"
     yield f"Stages killed: {report['stages_killed']}, back after {report['restored_s']} s, {report['zombies']} zombies"
