@@ -266,7 +266,8 @@ class FakeAvatarServer:
         is_start = request.parameters["sequence_start"].bool_param
         provenance = json.dumps({**SAMPLE_PROVENANCE, "seed": session.seed}).encode() if is_start else b""
         sizes = np.array([len(file) for file in jpegs], np.int64)
-        arrays = (raw, _as_uint8(b"".join(jpegs)), np.array([first]), _as_uint8(provenance), sizes)
+        files, text = (_as_uint8(content) for content in (b"".join(jpegs), provenance))
+        arrays: tuple[NDArray[Any], ...] = (raw, files, np.array([first]), text, sizes)
         message = service_pb2.ModelInferResponse(model_name=MODEL_NAME, id=request.id)
         for spec, array in zip(OUTPUTS, arrays, strict=True):
             put_tensor(message.outputs, message.raw_output_contents, spec, array)
