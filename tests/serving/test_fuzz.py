@@ -510,7 +510,7 @@ class Footprint:
         resident, regions = {}, set()
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                facts = (folder / "stat").read_text().rpartition(")")[2].split()
+                facts = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 if int(facts[2]) != server.process.pid:  # its process group
                     continue
                 started = facts[19]
@@ -574,9 +574,20 @@ def neighbour(url: str, speech: Array, expected: Array) -> Iterator[Neighbour]:
     assert beside.rounds > 0
 
 
+def opening(avatar: Sequence[Tensor], index: int = 0, outputs: tuple[tuple[str, str | None, Any], ...] = ()) -> Request:
+    """Block `index` of session 6, the first of which opens it."""
+    block = Tensor("AUDIO", "INT16", (BLOCK_SAMPLES,), bytes(2 * BLOCK_SAMPLES))
+    flags = (("sequence_id", 6), ("sequence_start", index == 0), ("token", TOKENS[0]))
+    return Request((block, *(avatar if index == 0 else ())), flags, outputs)
+
+
+LARGEST = Conversation((opening((picture(bytes(32 * MIB + 1)),)),), (6,), "unary")
+
+
 def endure(server: TritonServer, speech: Array, expected: Array, warm_up: int, count: int) -> Attacker:
     """Two storms beside a live session; asserts that all processes stay and that the second takes no memory."""
     with attacking(server) as attacker, neighbour(server.options.url, speech, expected):
+        attacker.attack(LARGEST)  # for which the backend's shared memory grows once, and stays so
         storm(attacker, 1, warm_up)
         before, attacker.sent = Footprint.of(server), 0
         storm(attacker, 2, count)
@@ -596,13 +607,6 @@ def test_rubbish_is_answered_and_harms_nobody(server: TritonServer, speech: Arra
 @pytest.mark.slow
 def test_ten_thousand_requests_of_rubbish(server: TritonServer, speech: Array, expected: Array) -> None:
     assert endure(server, speech, expected, 400, 3600).sent >= 10_000
-
-
-def opening(avatar: Sequence[Tensor], index: int = 0, outputs: tuple[tuple[str, str | None, Any], ...] = ()) -> Request:
-    """Block `index` of session 6, the first of which opens it."""
-    block = Tensor("AUDIO", "INT16", (BLOCK_SAMPLES,), bytes(2 * BLOCK_SAMPLES))
-    flags = (("sequence_id", 6), ("sequence_start", index == 0), ("token", TOKENS[0]))
-    return Request((block, *(avatar if index == 0 else ())), flags, outputs)
 
 
 def test_every_good_picture_and_prompt_opens_a_session(server: TritonServer) -> None:
