@@ -39,14 +39,11 @@ class Process:
 
 @dataclass(frozen=True)
 class Slope:
-    """A line's slope in MiB per hour, from how many samples, and its step in MiB at each kill; both with their standard
-    errors."""
+    """A straight line's slope and its standard error, in MiB per hour, and from how many samples."""
 
     mib_per_hour: float
     error: float
     samples: int
-    mib_per_kill: float = 0.0
-    kill_error: float = 0.0
 
     def exceeds(self, bound: float, errors: float = 3.0) -> bool:
         """Whether it is above `bound` MiB per hour by more than so many standard errors."""
@@ -90,24 +87,18 @@ def shared_mib(leader: int) -> float:
     return total / MIB
 
 
-def fit(times_s: Sequence[float], mib: Sequence[float], kills: Sequence[int] = ()) -> Slope:
-    """The least-squares line through at least three samples; where stages were killed meanwhile, with a step at each.
+def fit(times_s: Sequence[float], mib: Sequence[float]) -> Slope:
+    """The least-squares line through at least three samples.
 
-    `kills` counts them up to each sample. Neighbouring samples of a process are alike, so the errors are widened by
-    their correlation (as of an AR(1) process).
+    Neighbouring samples of a process are alike, so the error is widened by their correlation (as of an AR(1) process).
     """
-    values = np.asarray(mib, dtype=np.float64)
-    columns = [np.ones(len(values)), np.asarray(times_s, dtype=np.float64) / 3600]
-    if len(set(kills)) > 1:
-        columns.append(np.asarray(kills, dtype=np.float64))
-    known = np.stack(columns, axis=1)
-    inverse = np.linalg.inv(known.T @ known)
-    found = inverse @ known.T @ values
-    left = values - known @ found
-    variance = float(left @ left) / max(len(values) - len(found), 1)
-    errors = np.sqrt(np.diag(inverse) * variance * _widening(left))
-    step = (float(found[2]), float(errors[2])) if len(found) > 2 else (0.0, 0.0)
-    return Slope(float(found[1]), float(errors[1]), len(values), *step)
+    times, values = np.asarray(times_s, dtype=np.float64) / 3600, np.asarray(mib, dtype=np.float64)
+    centred = times - times.mean()
+    spread = float((centred**2).sum())
+    slope = float(centred @ values) / spread
+    left = values - values.mean() - slope * centred
+    variance = float((left**2).sum()) / (len(values) - 2)
+    return Slope(slope, float(np.sqrt(variance / spread * _widening(left))), len(values))
 
 
 def _widening(residuals: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
@@ -138,7 +129,6 @@ class Series:
     times_s: list[float] = field(default_factory=list)
     mib: list[float] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
-    kills: list[int] = field(default_factory=list)
 
 
 class Memory:
@@ -148,13 +138,12 @@ class Memory:
         self.series: defaultdict[tuple[str, int], Series] = defaultdict(Series)
         self._triton = triton
 
-    def sample(self, processes: Iterable[Process], now_s: float, kills: int) -> None:
-        """Takes one of each; `kills` is how many stages were killed so far."""
+    def sample(self, processes: Iterable[Process], now_s: float) -> None:
         for process in processes:
-            self._add(process.name, process.pid, private_mib(process.pid), now_s, process.threads, kills)
-        self._add("this process", os.getpid(), private_mib(os.getpid()), now_s, threading.active_count(), kills)
+            self._add(process.name, process.pid, private_mib(process.pid), now_s, process.threads)
+        self._add("this process", os.getpid(), private_mib(os.getpid()), now_s, threading.active_count())
         with suppress(OSError):  # Triton has ended
-            self._add("/dev/shm", 0, shared_mib(self._triton), now_s, 0, kills)
+            self._add("/dev/shm", 0, shared_mib(self._triton), now_s, 0)
 
     def now(self, name: str) -> float:
         """The last sample of a name, in MiB."""
@@ -176,16 +165,15 @@ class Memory:
             for (name, _), one in self.series.items()
         ]
 
-    def _add(self, name: str, pid: int, mib: float | None, now_s: float, threads: int, kills: int) -> None:
+    def _add(self, name: str, pid: int, mib: float | None, now_s: float, threads: int) -> None:
         if mib is not None:
             one = self.series[name, pid]
             one.times_s.append(now_s)
             one.mib.append(mib)
             one.threads.append(threads)
-            one.kills.append(kills)
 
 
 def slope_after(series: Series, from_s: float) -> Slope | None:
     """The slope of what was sampled from `from_s` on; None for too little."""
-    late = [sample for sample in zip(series.times_s, series.mib, series.kills, strict=True) if sample[0] >= from_s]
+    late = [pair for pair in zip(series.times_s, series.mib, strict=True) if pair[0] >= from_s]
     return fit(*zip(*late, strict=True)) if len(late) >= LEAST_SAMPLES else None

@@ -65,9 +65,9 @@ RESTORE_S = 60.0
 DRAIN_S = 4.0
 # One ends by itself, two are told to reconnect, and one comes too late.
 DRAIN_ENDS = {outcome: {Outcome.EXPECTED: 1, Outcome.SHUT_DOWN: 3}.get(outcome, 0) for outcome in Outcome}
-VICTIM = "dit_step_2"
-"""The stage that is killed after the warm-up; the others keep one process each, whose memory makes a long series."""
 WARM_UP = 1 / 3
+"""The part of the run in which stages are killed. Each kill costs Triton 2.51 memory that it never gives back, so that
+how memory grows is told from what comes after, in which every process is one and the same."""
 MOST_CREDIT_S = 10.0
 MOST_SHOWN = 20
 
@@ -223,7 +223,7 @@ class Soak:
             self.governor.update(sum(process.cpu_s for process in processes) + own_cpu_s(), now_s)
             if now_s >= sample_s:
                 sample_s += SAMPLE_S
-                self.memory.sample(processes, now_s, len(self.kills))
+                self.memory.sample(processes, now_s)
                 with suppress(OSError):
                     self.counters.update(scrape(self.server.options.metrics_port))
             if now_s >= progress_s:
@@ -244,13 +244,11 @@ class Soak:
 
     def _kill_stages(self) -> None:
         rng = random.Random(self._seed)
-        pause_s = min(OUTAGE_S, self._seconds / 5)
-        while not self._stop.event.wait(rng.uniform(0.7, 1.0) * pause_s) and not self._stop.come():
-            warm = time.monotonic() - self.begun_s > WARM_UP * self._seconds
-            stages = [one for one in group(self.server.process.pid) if one.stage]
-            chosen = [one for one in stages if one.name == VICTIM] if warm else stages
-            if chosen:
-                self._kill(rng.choice(chosen))
+        last = Stop(self.begun_s + WARM_UP * self._seconds, self._stop.event)
+        pause_s = min(OUTAGE_S, WARM_UP * self._seconds / 3)
+        while not self._stop.event.wait(rng.uniform(0.7, 1.0) * pause_s) and not last.come():
+            if stages := [one for one in group(self.server.process.pid) if one.stage]:
+                self._kill(rng.choice(stages))
 
     def _kill(self, stage: Process) -> None:
         begun_s = time.monotonic()
@@ -319,8 +317,6 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
     for one in report["memory"]:
         slope = one["slope"]
         shown = f"{slope['mib_per_hour']:+.2f} +- {slope['error']:.2f}" if slope else "too short"
-        if slope and slope["mib_per_kill"]:
-            shown += f", {slope['mib_per_kill']:+.2f} +- {slope['kill_error']:.2f} at each kill"
         threads = f"{one['threads_first']} to {one['threads_last']} threads"
         yield f"  {one['name']:16} {one['first_mib']:8.1f} {one['last_mib']:8.1f}  {shown}, {threads}"
     yield f"Stages killed: {report['stages_killed']}, back after {report['restored_s']} s, {report['zombies']} zombies"

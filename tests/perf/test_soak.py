@@ -82,16 +82,6 @@ def test_the_slope_of_a_line_is_found_within_its_error() -> None:
     assert (exact.mib_per_hour, exact.error) == (pytest.approx(2), pytest.approx(0, abs=1e-9))
 
 
-def test_what_a_kill_costs_is_no_slope() -> None:
-    times = np.arange(240) * 10.0
-    kills = [int(time // 130) for time in times]
-    steps = 50 + 2.5 * np.array(kills) + 0.1 * np.random.default_rng(5).standard_normal(len(times))
-    found = fit(times, steps, kills)
-    assert abs(found.mib_per_hour) < 4 * found.error
-    assert found.mib_per_kill == pytest.approx(2.5, abs=4 * found.kill_error)
-    assert fit(times, steps).mib_per_hour > 50, "which a line alone takes for growth"
-
-
 def test_the_error_is_that_of_many_repetitions_also_for_samples_that_resemble_their_neighbours() -> None:
     times = np.arange(240) * 10.0
     found = []
@@ -105,9 +95,7 @@ def test_the_error_is_that_of_many_repetitions_also_for_samples_that_resemble_th
 
 
 def test_a_slope_needs_samples_after_the_warm_up() -> None:
-    series = Series(
-        [10.0 * n for n in range(60)], [100.0 - n if n < 20 else 80.0 for n in range(60)], [1] * 60, [0] * 60
-    )
+    series = Series([10.0 * n for n in range(60)], [100.0 - n if n < 20 else 80.0 for n in range(60)], [1] * 60)
     late = slope_after(series, 200.0)
     assert late is not None
     assert (late.samples, late.mib_per_hour) == (40, pytest.approx(0, abs=1e-9))

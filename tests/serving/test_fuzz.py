@@ -15,10 +15,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -35,12 +34,13 @@ from live_avatar.serving.server import TritonServer
 from live_avatar_client import AvatarSession
 from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.protocol import BLOCK_SAMPLES, MODEL_NAME, ErrorCode, parse_error
+from perf.growth import Memory, group
 from tests.serving.test_bad_input import header_of_a_huge_png
 
 LIMIT_S = 60.0  # for the answers to all requests of one stream
 MIB = 2**20
-RESIDENT_LIMIT, SHARED_LIMIT = 48 * MIB, 2 * MIB
-"""Bytes by which a process, and the shared memory of all, may have grown since the warm-up."""
+PRIVATE_LIMIT, SHARED_LIMIT = 24.0, 1.0
+"""MiB by which a process, and the shared memory of all, may grow after the warm-up."""
 SERVICE = "/inference.GRPCInferenceService/"
 
 # What Triton itself says of requests that it refuses before a stage sees them.
@@ -498,38 +498,33 @@ def storm(attacker: Attacker, drawn_from: int, count: int) -> None:
     attack()
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """The server's processes, with the bytes of memory of each, and the shared memory of all."""
+@contextmanager
+def watched(server: TritonServer) -> Iterator[Memory]:
+    """Samples of the memory of all the server's processes, one a second; asserts that they are the same at the end."""
+    pid, over = server.process.pid, threading.Event()
+    memory, before = Memory(pid), [process.pid for process in group(pid)]
 
-    resident: dict[tuple[int, str], int]
-    shared: int
+    def sample() -> None:
+        while not over.wait(1.0):
+            memory.sample(group(pid), time.monotonic())
 
-    @classmethod
-    def of(cls, server: TritonServer) -> Footprint:
-        resident, regions = {}, set()
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                facts = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                if int(facts[2]) != server.process.pid:  # its process group
-                    continue
-                started = facts[19]
-                resident[int(folder.name), started] = resident_bytes(folder)
-                maps = (folder / "maps").read_text().splitlines()
-                regions |= {line.split(maxsplit=5)[5] for line in maps if "/dev/shm/" in line}
-        return cls(resident, sum(Path(region).stat().st_size for region in regions if Path(region).exists()))
-
-    def growth(self, before: Footprint) -> tuple[int, int]:
-        """Of the process that grew most, and of the shared memory."""
-        assert self.resident.keys() == before.resident.keys(), "a process has ended or another has come"
-        return max(size - before.resident[key] for key, size in self.resident.items()), self.shared - before.shared
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        over.set()
+        thread.join()
+    assert [process.pid for process in group(pid)] == before, "a process has ended or another has come"
 
 
-def resident_bytes(folder: Path) -> int:
-    for line in (folder / "status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    return 0
+def growth(mib: Sequence[float]) -> float:
+    """From the first third of a series to the last, by their medians.
+
+    At any moment a process may hold requests of tens of MiB, so that two single samples tell nothing.
+    """
+    third = len(mib) // 3
+    return float(np.median(mib[-third:]) - np.median(mib[:third]))
 
 
 @dataclass
@@ -589,12 +584,14 @@ def endure(server: TritonServer, speech: Array, expected: Array, warm_up: int, c
     with attacking(server) as attacker, neighbour(server.options.url, speech, expected):
         attacker.attack(LARGEST)  # for which the backend's shared memory grows once, and stays so
         storm(attacker, 1, warm_up)
-        before, attacker.sent = Footprint.of(server), 0
-        storm(attacker, 2, count)
-        resident, shared = Footprint.of(server).growth(before)
+        attacker.sent = 0
+        with watched(server) as memory:
+            storm(attacker, 2, count)
     server.wait_ready(1.0)
-    assert resident <= RESIDENT_LIMIT, f"a process has grown by {resident / MIB:.1f} MiB"
-    assert shared <= SHARED_LIMIT, f"/dev/shm has grown by {shared / MIB:.1f} MiB"
+    for (name, _), series in memory.series.items():
+        limit = SHARED_LIMIT if name == "/dev/shm" else PRIVATE_LIMIT
+        if name != "this process":
+            assert growth(series.mib) <= limit, f"{name} has grown by {growth(series.mib):.1f} MiB"
     return attacker
 
 
