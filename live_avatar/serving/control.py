@@ -46,9 +46,6 @@ class Control:
             self._write(f"sessions.{stage}", str(count))
             self._told[stage] = count
 
-    def _names(self, pattern: str) -> list[str]:
-        return [] if self._folder is None else [path.name for path in self._folder.glob(pattern)]
-
     @property
     def revivals(self) -> int:
         """How often a stage was loaded again; each time all sessions before were lost."""
@@ -56,6 +53,9 @@ class Control:
 
     def count_revival(self) -> None:
         self._write("revivals", str(self.revivals + 1))
+
+    def _names(self, pattern: str) -> list[str]:
+        return [] if self._folder is None else [path.name for path in self._folder.glob(pattern)]
 
     def _read(self, name: str) -> str:
         if self._folder is None:

@@ -28,17 +28,9 @@ class RawSession:
         self._answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         client.start_stream(lambda result, error: self._answers.put((result, error)))
 
-    def ask(
-        self,
-        audio: Array | None = BLOCK,
-        image: bytes | None = None,
-        prompt: bytes | None = None,
-        start: bool = False,
-        end: bool = False,
-        **parameters: Any,
-    ) -> Any:
-        """The answer, or the words of the error."""
-        self.send(audio, image, prompt, start, end, **parameters)
+    def ask(self, *args: Any, **parameters: Any) -> Any:
+        """Sends what `send` takes; the answer, or the words of the error."""
+        self.send(*args, **parameters)
         return self.answer()
 
     def send(
