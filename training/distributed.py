@@ -14,8 +14,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from live_avatar.dit import CausalDiT
@@ -97,6 +95,8 @@ def shard(network: CausalDiT) -> Unit:
     """The network as a unit, on this process's device; optimisers must be made of its parameters afterwards."""
     unit = Unit(network.to(device()))
     if world() > 1:
+        from torch.distributed.fsdp import fully_shard
+
         # What a unit gives back may be a view; nothing here writes into one, which is what torch warns of.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         fully_shard(unit)
@@ -108,8 +108,10 @@ def gathered(state: T) -> T:
 
     All processes must call it together.
     """
-    if isinstance(state, DTensor):
-        return cast(T, state.full_tensor().cpu())
+    if world() == 1:
+        return state
+    if isinstance(state, Tensor):
+        return cast(T, _whole(state))
     if isinstance(state, Mapping):
         return cast(T, {name: gathered(value) for name, value in state.items()})
     if isinstance(state, list):
@@ -117,9 +119,20 @@ def gathered(state: T) -> T:
     return state
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+
+
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor sharded as another one is; as it is, if that is whole."""
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    if world() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    sharded = isinstance(like, DTensor)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if sharded else tensor
 
 
 def load_network(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -45,8 +45,9 @@ class LiveBytes(TorchDispatchMode):
     """Follows every tensor made while it is open; `peak` is the most bytes that were alive at a time."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[int, int] = {}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._alive: set[int] = set()
+        self._bytes = 0
         self.peak = 0
 
     def __torch_dispatch__(
@@ -59,11 +60,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            weakref.finalize(storage, self._alive.pop, key, None)
-            self.peak = max(self.peak, sum(self._alive.values()))
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self._alive:
+            self._alive.add(place)
+            self._bytes += size
+            self.peak = max(self.peak, self._bytes)
+            weakref.finalize(storage, self._forget, place, size)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._alive.discard(place)
+        self._bytes -= size
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

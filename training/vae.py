@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from live_avatar.config import VAEConfig
+from live_avatar.config import TEMPORAL_STRIDE, VAEConfig
 from live_avatar.vae import VAE
 from training.config import TrainingConfig
 from training.data.canvas import UNITS
@@ -48,9 +48,9 @@ def channels_last(vae: VAE) -> VAE:
     """The same weights in the memory format in which torch's convolutions on a CPU are fastest."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vae
 
 
@@ -105,8 +105,8 @@ def fold(vae: VAE, mean: Tensor, deviation: Tensor) -> None:
     offset, spread = vae.mean.flatten(), vae.std.flatten()
     kept = vae.config.z_dim
     shift = offset + spread * mean
-    for parameter in (vae.conv1.weight, vae.conv1.bias):
-        assert parameter is not None
+    assert vae.conv1.bias is not None
+    assert vae.conv2.bias is not None
     vae.conv1.weight[:kept] /= deviation.reshape(-1, 1, 1, 1, 1)
     vae.conv1.bias[:kept] = offset + (vae.conv1.bias[:kept] - shift) / deviation
     vae.conv2.bias += vae.conv2.weight[:, :, 0, 0, 0] @ (shift - offset * deviation)
@@ -149,7 +149,8 @@ class VAETraining:
         ratios = []
         for seed in range(VALIDATION_CLIPS):
             made, true = self._streamed(make_clip(Split.VALIDATION, seed, CLIP_BLOCKS, side))
-            ratios.append({"psnr": psnr(made, true), "mouth_psnr": psnr(made[..., rows, columns], true[..., rows, columns])})
+            mouth = psnr(made[..., rows, columns], true[..., rows, columns])
+            ratios.append({"psnr": psnr(made, true), "mouth_psnr": mouth})
         return mean(ratios)
 
     @torch.no_grad()
@@ -159,6 +160,17 @@ class VAETraining:
         latents = torch.cat([reconstruct(self._vae, self._served(clip), Streams())[1] for clip in clips], dim=2)
         fold(self._vae, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
         return {"vae": self._vae}
+
+    @property
+    def _warm_up(self) -> int:
+        """Frames of the still picture that the decoder has seen before a stream's first."""
+        return 1 + TEMPORAL_STRIDE * (self._stream.decoder_warmup_latents - 1)
+
+    def _pixel_weights(self) -> Tensor:
+        """[H, W] of mean 1: `mouth_weight` around the mouth against 1 elsewhere."""
+        weights = torch.ones(self._stream.height, self._stream.width)
+        weights[mouth_region(self._stream.height)] = self._settings.mouth_weight
+        return weights / weights.mean()
 
     def _served(self, clip: Clip) -> Tensor:
         """The clip as a stream has it: after the still picture, which the decoder warms up on."""
