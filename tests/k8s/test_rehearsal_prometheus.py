@@ -17,7 +17,8 @@ from live_avatar.artifacts import Artifacts
 from live_avatar_client import AvatarSession
 from tests.cli.support import wait_until
 from tests.conftest import noise_speech
-from tests.k8s.observing import alerts, program, queries, records, rule_groups, write_rules
+from tests.k8s.observing import alerts, queries, records, rule_groups, write_rules
+from tests.k8s.programs import program
 from tests.k8s.rehearsal import Prometheus, Server, free_port, started, two_servers, write_configuration
 from tests.serving.support import spoken
 
