@@ -18,6 +18,8 @@ from tests.k8s.programs import tool
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
+APPLIED = ("artifacts", "overlays/cpu-kind", "overlays/h800")
+"""Folders that are applied to a cluster as they are."""
 VARIABLE = re.compile(r"\$\((\w+)\)")
 
 Object = dict[str, Any]

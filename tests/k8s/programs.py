@@ -1,4 +1,4 @@
-"""The programs that the tests of k8s/ run: those of .venv, and Debian's, with the package that each comes in.
+"""The programs that the tests of k8s/ run: those of .venv and of .k8s, and Debian's, with the package of each.
 
 Knows where they lie and how one gets them; not what they do.
 """
@@ -20,6 +20,7 @@ PACKAGES = {
     "promtool": "prometheus",
 }
 """Debian's package for each program."""
+CHECKOV = Path(__file__).parents[2] / ".k8s" / "bin" / "checkov"
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # a user's PATH may lack the sbin
 
 
@@ -44,7 +45,15 @@ def program(name: str, path: str = SYSTEM) -> str:
 
 def tool(name: str) -> str:
     """Path of a program of .venv. Fails with what installs it."""
-    path = Path(sys.executable).with_name(name)
+    return _installed(Path(sys.executable).with_name(name), "make install")
+
+
+def checkov() -> str:
+    """Its path in a virtual environment of its own, as it pins much that .venv has newer."""
+    return _installed(CHECKOV, "make test-k8s")
+
+
+def _installed(path: Path, command: str) -> str:
     if not path.is_file():
-        pytest.fail(f"there is no {path}; run `make install`.")
+        pytest.fail(f"there is no {path}; run `{command}`.")
     return str(path)

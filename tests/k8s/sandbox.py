@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,7 +49,6 @@ class Container:
     mounts: Sequence[Mount] = ()
     user: int | None = None
     group: int | None = None
-    extra: Sequence[str] = field(default=())
 
     def arguments(self) -> list[str]:
         """Of bubblewrap."""
@@ -64,7 +63,7 @@ class Container:
         words += ["--remount-ro", "/", "--clearenv", "--setenv", "PATH", self.PATH]
         for name, value in self.environment.items():
             words += ["--setenv", name, value]
-        return [*words, "--chdir", self.folder, *self.extra, "--", *self._unprivileged(), *self.command]
+        return [*words, "--chdir", self.folder, "--", *self._unprivileged(), *self.command]
 
     def _unprivileged(self) -> list[str]:
         if self.user is None:

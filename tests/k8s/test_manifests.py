@@ -15,6 +15,7 @@ from live_avatar.image import MAX_BYTES
 from live_avatar.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
+    APPLIED,
     K8S,
     ROOT,
     Object,
@@ -38,7 +39,6 @@ COMPONENTS = tuple(folder for folder in FOLDERS if folder.startswith("components
 NEEDS = {"components/mtls": ("components/tls",), "components/autoscaling": ("components/monitoring",)}
 """Components that stand on others."""
 WITH_SERVER = ("base", "overlays/cpu-kind", "overlays/h800", *COMPONENTS)
-APPLIED = ("artifacts", "overlays/cpu-kind", "overlays/h800")
 SHM_GROWTH = 1.6
 """A region of shared memory over the bytes of its largest request: 46 MiB for 29.3 were measured, 16 for 11.4."""
 

@@ -114,4 +114,6 @@ def test_prometheus_could_evaluate_every_rule(prometheus: Prometheus) -> None:
     assert {rule["name"] for rule in rules} == set(alerts()) | records()
     assert [rule["lastError"] for rule in rules if rule.get("lastError")] == []
     assert {rule["health"] for rule in rules} == {"ok"}
-    assert prometheus.firing() <= {"LiveAvatarStageRestarted"}
+    # Those about speed are right on a machine that has other work.
+    [speed] = [group["rules"] for group in rule_groups() if group["name"] == "live-avatar.speed"]
+    assert prometheus.firing() - {rule["alert"] for rule in speed} <= {"LiveAvatarStageRestarted"}
