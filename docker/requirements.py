@@ -43,7 +43,10 @@ def _name(requirement: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print what the images install from a package index.")
     parser.add_argument("--without", nargs="*", default=[], help="Requirements to leave out.")
-    sys.stdout.write("\n".join(requirements(ROOT, parser.parse_args().without)) + "\n")
+    try:
+        sys.stdout.write("\n".join(requirements(ROOT, parser.parse_args().without)) + "\n")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

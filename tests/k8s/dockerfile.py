@@ -51,7 +51,7 @@ def arguments_of(path: Path, name: str) -> list[str]:
 
 def context(root: Path) -> Iterator[Path]:
     """The files of a checkout that a build gets to see, relative to it."""
-    rules = _rules(root)
+    rules = rules_of(root)
     wanted = {pattern.split("/")[0] for is_kept, pattern in rules if is_kept}
     for top in sorted(root.iterdir()):
         if top.name in wanted:  # all else is left out by the first rule, and may be large
@@ -70,8 +70,8 @@ def is_ignored(path: str, rules: list[tuple[bool, str]]) -> bool:
     return ignored
 
 
-def _rules(root: Path) -> list[tuple[bool, str]]:
-    """Whether it is an exception, and its pattern."""
+def rules_of(root: Path) -> list[tuple[bool, str]]:
+    """Of each line of .dockerignore, whether it is an exception, and its pattern."""
     lines = (line.strip() for line in (root / ".dockerignore").read_text().splitlines())
     return [(line.startswith("!"), line.removeprefix("!")) for line in lines if line and not line.startswith("#")]
 

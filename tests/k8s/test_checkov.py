@@ -1,4 +1,4 @@
-"""checkov's policies hold for what is applied to a cluster and for the Dockerfiles, but for what k8s/checkov.yaml argues.
+"""checkov's policies hold for what is applied to a cluster and for the Dockerfiles, but where k8s/checkov.yaml argues.
 
 Each folder is looked at alone, as it is applied alone. Knows what checkov finds, and not why it looks for it.
 """
