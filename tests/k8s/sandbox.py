@@ -81,8 +81,16 @@ def _tops() -> list[str]:
             words += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             words += ["--ro-bind", str(path), str(path)]
-    base = str(Path(sys.base_prefix).resolve())
-    return words if base.startswith("/usr") else [*words, "--ro-bind", base, base]
+    return [*words, *_python()]
+
+
+def _python() -> list[str]:
+    """This machine's Python, where it lies outside those; bubblewrap makes folders on the way for root alone."""
+    base = Path(sys.base_prefix).resolve()
+    if base.parts[1] in TOPS:
+        return []
+    way = [word for folder in reversed(base.parents[:-1]) for word in ("--perms", "0755", "--dir", str(folder))]
+    return [*way, "--ro-bind", str(base), str(base)]
 
 
 def _mounted(mount: Mount) -> list[str]:
