@@ -16,6 +16,7 @@ PACKAGES = {
     "bwrap": "bubblewrap",
     "haproxy": "haproxy",
     "nginx": "nginx-light",
+    "openssl": "openssl",
     "prometheus": "prometheus",
     "promtool": "prometheus",
 }

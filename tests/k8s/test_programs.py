@@ -11,13 +11,13 @@ from tests.k8s.programs import missing, program, tool
 
 def test_all_that_is_missing_is_named_at_once(tmp_path: Path):
     assert missing(str(tmp_path)) == (
-        "bwrap, haproxy, nginx, prometheus, promtool are not installed; run `apt-get install --no-install-recommends "
-        "bubblewrap haproxy nginx-light prometheus` as root, and again."
+        "bwrap, haproxy, nginx, openssl, prometheus, promtool are not installed; run `apt-get install "
+        "--no-install-recommends bubblewrap haproxy nginx-light openssl prometheus` as root, and again."
     )
 
 
 def test_what_is_there_is_not_named(tmp_path: Path):
-    for name in ("bwrap", "haproxy", "prometheus", "promtool"):
+    for name in ("bwrap", "haproxy", "openssl", "prometheus", "promtool"):
         (tmp_path / name).touch(mode=0o755)
     said = missing(str(tmp_path))
     assert said.startswith("nginx is not installed; run `apt-get install --no-install-recommends nginx-light`")

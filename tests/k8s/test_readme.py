@@ -14,7 +14,7 @@ import yaml
 from live_avatar.cli import doctor
 from tests.k8s.checks import gpus_of
 from tests.k8s.manifests import K8S, ROOT, Object, build, mount_of, of_kind, pod_of, server_of, workloads
-from tests.k8s.programs import tool
+from tests.k8s.programs import program, tool
 from tests.k8s.test_autoscaling import pods_wanted
 
 README = (K8S / "README.md").read_text()
@@ -25,7 +25,9 @@ COMMANDS = [line for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S
 def files(tmp_path: Path) -> Path:
     """A folder with what the commands before `kubectl` make; keys are their own name."""
     [command] = [line for line in COMMANDS if line.startswith("openssl ")]
-    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [program("openssl"), *command.split()[1:]], cwd=tmp_path, check=True, capture_output=True, timeout=60
+    )
     for name in ("api.key", "ca.crt"):
         (tmp_path / name).write_text(name)
     return tmp_path
@@ -61,6 +63,7 @@ def test_every_object_of_a_command_is_there():
     assert named <= known
 
 
+@pytest.mark.k8s
 def test_the_secrets_have_the_files_that_the_server_is_given(files: Path):
     server = server_of(build(K8S / "overlays" / "h800"))
     given = [word.partition("=")[2] for word in server["args"] if re.search("=/(keys|tls)/", word)]
@@ -74,6 +77,7 @@ def test_the_secrets_have_the_files_that_the_server_is_given(files: Path):
             assert Path(path).name in created(command, files)["data"], command
 
 
+@pytest.mark.k8s
 def test_the_secret_for_mutual_tls_has_the_authority(files: Path):
     (command,) = [command for command in secret_commands("live-avatar-tls") if "ca.crt" in command]
     secret = created(command, files)
@@ -81,8 +85,9 @@ def test_the_secret_for_mutual_tls_has_the_authority(files: Path):
     assert base64.b64decode(secret["data"]["ca.crt"]) == b"ca.crt"
 
 
+@pytest.mark.k8s
 def test_the_certificate_names_every_service(files: Path):
-    command = ["openssl", "x509", "-in", "tls.crt", "-noout", "-ext", "subjectAltName"]
+    command = [program("openssl"), "x509", "-in", "tls.crt", "-noout", "-ext", "subjectAltName"]
     said = subprocess.run(command, cwd=files, check=True, capture_output=True, text=True, timeout=60).stdout
     for service in of_kind(build(K8S / "base"), "Service"):
         assert f"DNS:{service['metadata']['name']}.live-avatar.svc" in said
