@@ -85,6 +85,6 @@ export: $(INSTALLED) ## Export the tiny avatar's graphs to artifacts/
 	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
 
 .PHONY: clean
-clean: ## Remove what the commands made (out/, artifacts/, caches); .venv stays
+clean: ## Remove what the commands made (out/, artifacts/, caches); .venv and .k8s stay
 	@rm -rf out artifacts .perf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from tests.k8s.programs import ROOT
 from tests.k8s.sandbox import Container, run
 
-ROOT = Path(__file__).parents[2]
 OPT = PurePosixPath("/opt")
 KNOWN = {"FROM", "ARG", "WORKDIR", "ENV", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT", "CMD"}
 BUILD_LIMIT_S = 900.0

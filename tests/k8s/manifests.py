@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from tests.k8s.programs import tool
+from tests.k8s.programs import ROOT, tool
 
-ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 APPLIED = ("artifacts", "overlays/cpu-kind", "overlays/h800")
 """Folders that are applied to a cluster as they are."""

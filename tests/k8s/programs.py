@@ -21,7 +21,8 @@ PACKAGES = {
     "promtool": "prometheus",
 }
 """Debian's package for each program."""
-CHECKOV = Path(__file__).parents[2] / ".k8s" / "bin" / "checkov"
+ROOT = Path(__file__).parents[2]
+CHECKOV = ROOT / ".k8s" / "bin" / "checkov"
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # a user's PATH may lack the sbin
 
 

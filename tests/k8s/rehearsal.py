@@ -41,7 +41,7 @@ class Server:
     options: ServerOptions
 
     def numbers(self) -> Numbers:
-        return scrape(self)  # type: ignore[arg-type]  # looks at the options alone
+        return scrape(self)  # which looks at the options alone
 
     def process_of(self, stage: str) -> int:
         [found] = [number for number, line in self.running.processes() if f"/{stage}/1/model.py" in line]

@@ -15,8 +15,8 @@ import pytest
 
 from live_avatar.serving.server import ServerOptions
 from live_avatar.version import __version__
-from tests.k8s.dockerfile import ROOT, arguments_of, context, instructions, is_ignored, rules_of
-from tests.k8s.manifests import K8S, build, pod_of, workloads
+from tests.k8s.dockerfile import arguments_of, context, instructions, is_ignored, rules_of
+from tests.k8s.manifests import K8S, ROOT, build, pod_of, workloads
 from tests.k8s.programs import tool
 
 CPU, GPU = ROOT / "docker" / "cpu.Dockerfile", ROOT / "docker" / "Dockerfile"

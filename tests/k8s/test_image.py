@@ -20,9 +20,9 @@ import pytest
 
 from live_avatar.assets import PORTRAIT, SPEECH
 from tests.cli.support import wait_until
-from tests.k8s.dockerfile import ROOT, Image
+from tests.k8s.dockerfile import Image
 from tests.k8s.dockerfile import build as build_image
-from tests.k8s.manifests import K8S, Object, arguments, build, environment, pod_of, quantity, server_of, the
+from tests.k8s.manifests import K8S, ROOT, Object, arguments, build, environment, pod_of, quantity, server_of, the
 from tests.k8s.sandbox import Container, Mount, Running, run, started
 
 pytestmark = pytest.mark.k8s
@@ -32,6 +32,12 @@ PROBE = """
 import sys, urllib.request
 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1], timeout=float(sys.argv[2]))
 """
+GRPC_HEALTH = """
+import grpc
+with grpc.insecure_channel("127.0.0.1:8001") as channel:
+    print(channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10.0))
+"""
+SERVING = b"\x08\x01"  # field 1 of HealthCheckResponse
 LIMIT_S = 300.0
 
 
@@ -63,18 +69,18 @@ class Pod:
         asked = self.server[probe]
         [port] = [port["containerPort"] for port in self.server["ports"] if port["name"] == asked["httpGet"]["port"]]
         url = f"http://127.0.0.1:{port}{asked['httpGet']['path']}"
-        return self._python("-c", PROBE, url, asked["timeoutSeconds"]).returncode == 0
+        return self.python("-c", PROBE, url, asked["timeoutSeconds"]).returncode == 0
 
     def command(self, *words: object) -> subprocess.CompletedProcess[str]:
         """`live-avatar` of this checkout as a client in the pod's network."""
-        return self._python("-m", "live_avatar.cli", *words)
+        return self.python("-m", "live_avatar.cli", *words)
 
     def speak(self, output: Path, *options: object) -> subprocess.CompletedProcess[str]:
         """Six seconds of speech."""
         files = ("--audio", SPEECH, "--image", PORTRAIT, "--output", output, "--api-key-file", self.key)
         return self.command("stream", "--url", "127.0.0.1:8001", *files, *options)
 
-    def _python(self, *words: object) -> subprocess.CompletedProcess[str]:
+    def python(self, *words: object) -> subprocess.CompletedProcess[str]:
         command = self.running.entered([sys.executable, *map(str, words)])
         return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
@@ -165,6 +171,10 @@ def test_every_probe_is_answered(pod: Pod) -> None:
         "readinessProbe": True,
         "livenessProbe": True,
     }
+
+
+def test_grpcs_own_health_needs_no_key(pod: Pod) -> None:
+    assert pod.python("-c", GRPC_HEALTH).stdout.strip() == str(SERVING)
 
 
 def test_a_session_needs_the_key_of_the_secret(pod: Pod, tmp_path: Path) -> None:

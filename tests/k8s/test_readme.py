@@ -24,10 +24,8 @@ COMMANDS = [line for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """A folder with what the commands before `kubectl` make; keys are their own name."""
-    [command] = [line for line in COMMANDS if line.startswith("openssl ")]
-    subprocess.run(
-        [program("openssl"), *command.split()[1:]], cwd=tmp_path, check=True, capture_output=True, timeout=60
-    )
+    [words] = [line.split()[1:] for line in COMMANDS if line.startswith("openssl ")]
+    subprocess.run([program("openssl"), *words], cwd=tmp_path, check=True, capture_output=True, timeout=60)
     for name in ("api.key", "ca.crt"):
         (tmp_path / name).write_text(name)
     return tmp_path
