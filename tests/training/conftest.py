@@ -1,0 +1,66 @@
+"""What the tests of the transformer's stages share: a small preset, networks that are nowhere silent, drawn clips."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from live_avatar.config import MOTION_LATENTS, TINY, Preset, VAEConfig
+from live_avatar.dit import CausalDiT
+from tests.tolerances import STREAMED
+from training.encoded import EncodedClip
+from training.init import fresh
+
+SMALL = replace(
+    TINY,
+    name="small",
+    dit=replace(TINY.dit, dim=32, num_heads=2, num_layers=3, ffn_dim=48, text_len=8, audio_inject_layers=(0, 2)),
+    vae=VAEConfig(dim=2),
+).with_stream(height=64, width=64)
+
+
+def drawn_network(preset: Preset = SMALL, seed: int = 3) -> CausalDiT:
+    """A network to train whose every parameter is drawn, gates, norms and zeroes included."""
+    draw = torch.Generator().manual_seed(seed)
+    dit = fresh(preset.dit, draw)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * fan_in**-0.5)
+    return dit
+
+
+def drawn_clip(blocks: int, seed: int = 5, preset: Preset = SMALL) -> EncodedClip:
+    """A clip of noise in the shapes of the preset; its speech is told from silence."""
+    draw = torch.Generator().manual_seed(seed)
+    stream, config = preset.stream, preset.dit
+    grid = (stream.latent_height, stream.latent_width)
+    motion = torch.randn(1, 16, MOTION_LATENTS, *grid, generator=draw)
+    states = torch.randn(blocks, config.audio_states, config.audio_dim, stream.block_frames, generator=draw)
+    return EncodedClip(
+        reference=motion[:, :, :1],
+        motion=motion,
+        text=torch.randn(config.text_len, config.text_dim, generator=draw),
+        states=states,
+        silence=torch.zeros_like(states),
+        latents=torch.randn(1, 16, blocks * stream.frames_per_block, *grid, generator=draw),
+    )
+
+
+def gradients(dit: CausalDiT) -> dict[str, Tensor]:
+    """The gradients that there are, by parameter."""
+    return {name: one.grad.clone() for name, one in dit.named_parameters() if one.grad is not None}
+
+
+def differing(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not the same but for rounding, relative to the largest value of each."""
+    assert ours.keys() == expected.keys()
+    return [name for name, one in expected.items() if (ours[name] - one).abs().max() > STREAMED * one.abs().max()]
+
+
+@pytest.fixture
+def draw() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
