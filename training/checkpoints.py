@@ -38,7 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C as well
         temporary.unlink(missing_ok=True)
         cause = _os_error(error)
         if cause is None:
@@ -119,10 +119,12 @@ class _Tensors:
         return self._tensors[name]
 
 
-def save_weights(path: Path, module: nn.Module) -> None:
-    """Writes a network as safetensors under its parameters' names, float32. Errors as `write_whole`."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    write_whole(path, lambda place: save_file(tensors, place))
+def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a network's state dict as safetensors. Errors as `write_whole`."""
+    apart = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    write_whole(path, lambda place: save_file(apart, place))
 
 
 def load_weights(path: Path, module: nn.Module, trainable: bool = False) -> None:

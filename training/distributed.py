@@ -131,8 +131,9 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    sharded = isinstance(like, DTensor)
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if sharded else tensor
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def load_network(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -56,6 +56,10 @@ class Stage(Protocol):
         """Figures on the validation clips, always the same ones."""
         ...
 
+    def products(self) -> Mapping[str, nn.Module]:
+        """The networks that the stage is for, by name, to be taken once when training is over."""
+        ...
+
 
 @dataclass
 class Progress:

@@ -71,7 +71,7 @@ def merged(dit: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not FACTOR.search(name)}
 
 
-def save_adapter(path: Path, dit: CausalDiT) -> None:
+def save_adapter(path: Path, dit: nn.Module) -> None:
     """Writes the adapter of a network as `live_avatar.lora.LoRA` reads it, alpha included."""
     part = next(part for _, part in _adapters(dit))
     alpha = part.scale * part.lora_A.out_features

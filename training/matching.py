@@ -121,6 +121,10 @@ class FlowMatching:
         heard, unheard = (self._validation_loss(spoken) for spoken in (True, False))
         return {"loss": heard, "speech_gain": unheard - heard}
 
+    def products(self) -> dict[str, nn.Module]:
+        """The network."""
+        return self.modules
+
     def _validation_loss(self, spoken: bool) -> float:
         count = len(self._validation)
         losses = [

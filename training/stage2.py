@@ -103,6 +103,10 @@ class Distillation:
         heard, unheard = (self._distance(spoken) for spoken in (True, False))
         return {"loss": heard, "speech_gain": unheard - heard}
 
+    def products(self) -> dict[str, nn.Module]:
+        """The generator."""
+        return {"dit": self.modules["dit"]}
+
     def _generate(self, key: Key, gradient: bool = False) -> Made:
         """A window for the draws of `key`; with `gradient`, its latents have the graph of the exit step."""
         draw = generator(*key)

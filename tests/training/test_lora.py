@@ -49,7 +49,7 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """The base network and the adapter of `adapted()`."""
     base, adapter = tmp_path / "dit.safetensors", tmp_path / "adapter.safetensors"
-    save_weights(base, drawn_network())
+    save_weights(base, drawn_network().state_dict())
     save_adapter(adapter, adapted())
     return base, adapter
 
