@@ -104,7 +104,7 @@ class ClipEncoder:
             torch.from_numpy(frames) @ self._speech(torch.from_numpy(samples))
             for samples, frames in speech_windows(speech, self._preset)
         ]
-        return torch.stack(made).transpose(2, 3)
+        return torch.stack(made).transpose(2, 3).contiguous()
 
     def silence(self, blocks: int) -> Tensor:
         """The states of a stream without sound."""

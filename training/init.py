@@ -43,7 +43,7 @@ def load(config: DiTConfig, out: Path, stage: str) -> CausalDiT:
     if not path.is_file():
         raise TrainingError(f"{path} does not exist; train it with --stage {stage} and the same --config, --out.")
     dit = _empty(config)
-    load_weights(path, dit)
+    load_weights(path, dit, trainable=True)
     return dit
 
 
