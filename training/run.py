@@ -97,16 +97,14 @@ class Run:
             return self._encode(identity, record["seconds"] if record else 0.0)
         return record or self._train(name, identity)
 
-    def finish(self, records: Mapping[str, Facts], threads: int | None) -> Path:
+    def finish(self, records: Mapping[str, Facts]) -> Path:
         """Puts the networks side by side and checks that they are a checkpoint; writes the record of the whole run."""
         for part, file in PRODUCTS.items():
             write_whole(self.out / WEIGHTS / f"{part}.safetensors", partial(_copy, self.out / file))
         open_checkpoint(self.config.system, self.out / WEIGHTS)
         record = {
             "command": self.command(ALL),
-            "commit": commit(),
             "environment": environment("torch", "numpy"),
-            "threads": threads or torch.get_num_threads(),
             "seconds": round(sum(record["seconds"] for record in records.values())),
             "stages": {name: _without(record, "identity", "stage") for name, record in records.items()},
             "config": dataclasses.asdict(self.config),
@@ -180,7 +178,7 @@ class Run:
         return record
 
     def _write(self, name: str, identity: Facts, facts: Facts) -> Facts:
-        record = {"stage": name, **facts, "identity": identity}
+        record = {"stage": name, **facts, "threads": torch.get_num_threads(), "commit": commit(), "identity": identity}
         if distributed.is_main():
             write_json(self.out / name / RECORD, record)
         return record
@@ -230,12 +228,12 @@ def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
             torch.set_num_threads(threads)
         distributed.join()
         try:
-            _execute(run, stage, threads)
+            _execute(run, stage)
         finally:
             distributed.leave()
 
 
-def _execute(run: Run, stage: str, threads: int | None) -> None:
+def _execute(run: Run, stage: str) -> None:
     records = {name: run.do(name) for name in (STEPS if stage == ALL else (stage,))}
     if not distributed.is_main():
         return
@@ -243,7 +241,7 @@ def _execute(run: Run, stage: str, threads: int | None) -> None:
         figures = ", ".join(f"{key} {value:g}" for key, value in record.get("validation", {}).items())
         click.echo(f"{name}: done in {record['seconds']:.0f} s{'; ' + figures if figures else ''}.")
     if stage == ALL:
-        click.echo(f"Wrote {run.finish(records, threads)}.")
+        click.echo(f"Wrote {run.finish(records)}.")
 
 
 if __name__ == "__main__":
