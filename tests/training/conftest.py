@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,15 @@ def differing(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
     """Names of tensors that are not the same but for rounding, relative to the largest value of each."""
     assert ours.keys() == expected.keys()
     return [name for name, one in expected.items() if (ours[name] - one).abs().max() > STREAMED * one.abs().max()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second thread, and on a busy machine they wait for it at every sum."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

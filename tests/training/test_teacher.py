@@ -20,7 +20,7 @@ from training.errors import TrainingError
 from training.init import fresh, load
 from training.matching import FlowMatching, Sample, draw_sample, movement
 from training.teacher import TeacherLoss
-from training.window import Window
+from training.window import Place, Window
 
 SETTINGS = TeacherStage(steps=40, batch=2, learning_rate=3e-3, blocks=2, far_share=0.5)
 
@@ -125,8 +125,6 @@ def test_a_fresh_network_predicts_no_velocity_and_hears_nothing() -> None:
     loss = TeacherLoss(window, torch.ones(1), 0.0, 0.0)
     noise = window.noise(torch.Generator().manual_seed(0))
     assert loss(dit, Sample(clip, 0), torch.Generator().manual_seed(0), spoken=True).requires_grad
-    from training.window import Place
-
     velocity = window.whole(dit, window.open(dit, clip), Place(0, 30), noise, 1.0)
     assert not velocity.any()
     spread = dit.blocks[0].self_attn.q.weight.std().item()
