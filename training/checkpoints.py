@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from live_avatar.components import replace_parameters
 from live_avatar.errors import CheckpointError
 from live_avatar.weights import SafetensorsWeights, account, shapes_of
+from training.distributed import load_network
 from training.errors import TrainingError
 
 FORMAT = 1
@@ -100,7 +101,7 @@ def check_identity(origin: str, made_of: Mapping[str, Any], identity: Mapping[st
 def restore(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Copies tensors into a module. Raises `CheckpointError` that names one that is missing, surplus or misshapen."""
     account(_Tensors(origin, tensors), shapes_of(module))
-    module.load_state_dict(tensors)
+    load_network(module, tensors)
 
 
 class _Tensors:

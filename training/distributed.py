@@ -74,6 +74,11 @@ def mean(figure: float) -> float:
     return total.item() / world()
 
 
+def anyone(fact: bool) -> bool:
+    """Whether it is so in any of the processes; all of them must ask together."""
+    return mean(float(fact)) > 0
+
+
 class Unit(nn.Module):
     """A network that is whole while it works, and sharded otherwise if there are several processes.
 
@@ -117,6 +122,15 @@ def gathered(state: T) -> T:
     if isinstance(state, list):
         return cast(T, [gathered(value) for value in state])
     return state
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded; it shares its memory."""
+    if world() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from live_avatar import interrupts
+from training import distributed
 from training.checkpoints import State, load_checkpoint, restore, save_checkpoint
 from training.config import StageConfig
 from training.errors import TrainingError
@@ -107,12 +108,13 @@ class Average:
         """Takes in the parameters after step `step`; the first steps weigh more, or the start would linger."""
         if self._decay:
             decay = min(self._decay, (1 + step) / (10 + step))
-            current = [self._parameters[name].detach() for name in self.values]
-            torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
+            held = [distributed.own(value) for value in self.values.values()]
+            current = [distributed.own(self._parameters[name].detach()) for name in self.values]
+            torch._foreach_lerp_(held, current, 1 - decay)
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self.values.items():
-            value.copy_(values[name])
+            value.copy_(distributed.spread(values[name], value))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -154,31 +156,33 @@ class Run:
     def resume(self) -> None:
         """Takes up the last checkpoint, if there is one. Raises `CheckpointError` if it is not of this run."""
         state = load_checkpoint(self.path, self.identity)
-        if state is None:
-            self.log.cut(0)
-            self.validation.cut(0)
-            return
+        if state is not None:
+            self._take(state)
+        if distributed.is_main():
+            self.log.cut(self.progress.step)
+            self.validation.cut(self.progress.step)
+
+    def _take(self, state: State) -> None:
         for name, module in self.stage.modules.items():
             restore(module, state["modules"][name], f"{self.path}, {name}")
         for name, optimizer in self.stage.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            distributed.load_optimizer(optimizer, state["optimizers"][name])
         self.average.restore(state["average"])
         self.progress = Progress(state["step"], state["elapsed_s"], state["pending"])
-        self.log.cut(self.progress.step)
-        self.validation.cut(self.progress.step)
 
     def save(self) -> None:
-        save_checkpoint(self.path, self.identity, self._state())
-
-    def _state(self) -> State:
-        return {
+        """Writes the checkpoint. All processes call it together, and one writes."""
+        state: State = {
             "step": self.progress.step,
             "elapsed_s": self.progress.elapsed_s,
             "pending": self.progress.pending,
-            "modules": {name: module.state_dict() for name, module in self.stage.modules.items()},
+            "modules": {name: dict(module.state_dict()) for name, module in self.stage.modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.stage.optimizers.items()},
             "average": self.average.values,
         }
+        whole = distributed.gathered(state)
+        if distributed.is_main():
+            save_checkpoint(self.path, self.identity, whole)
 
     def advance(self) -> Figures:
         """One step, its figures into the log. Raises `TrainingError` for a figure that is not finite."""
@@ -193,7 +197,8 @@ class Run:
         self.progress.step = number
         self.progress.pending.append({**figures, "learning_rate": rate})
         if number % self.settings.log_every == 0 or number == self.settings.steps:
-            self.log.append(number, mean(self.progress.pending))
+            if distributed.is_main():
+                self.log.append(number, mean(self.progress.pending))
             self.progress.pending = []
         return figures
 
@@ -211,8 +216,10 @@ class Run:
     def validate(self) -> None:
         """A row of figures of the averaged weights."""
         with self.average.applied():
-            self.validation.append(self.progress.step, self.stage.validate())
-        plot(self.log, self.validation, self.folder / PLOT)
+            figures = self.stage.validate()
+        if distributed.is_main():
+            self.validation.append(self.progress.step, figures)
+            plot(self.log, self.validation, self.folder / PLOT)
 
 
 def train(
@@ -235,9 +242,11 @@ def train(
             if due:
                 run.validate()
             run.progress.elapsed_s += time.monotonic() - began
-            if due or interrupts.come():
+            interrupted = distributed.anyone(interrupts.come())
+            if due or interrupted:
                 run.save()
-            interrupts.check()
+            if interrupted:
+                raise KeyboardInterrupt
             bar.set_postfix(loss=f"{figures['loss']:.4g}", refresh=False)
             bar.update()
     run.average.swap()

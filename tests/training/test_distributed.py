@@ -11,43 +11,57 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tolerances import FLOAT32
+from tests.tolerances import FLOAT32, STREAMED
 from tests.training import worker
 from training import distributed
+from training.logs import CSVLog
+from training.loop import CHECKPOINT, VALIDATION_LOG
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return worker.run()
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which one process trained."""
+    folder = tmp_path_factory.mktemp("alone")
+    worker.run(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("together") / "made.pt"
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two did."""
+    folder = tmp_path_factory.mktemp("together")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "tests.training.worker", str(path)]
+    command = [*torchrun, "-m", "tests.training.worker", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    made: dict[str, Any] = torch.load(path)
-    return made
+    return folder
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_give_the_figures_of_one(alone: dict[str, Any], together: dict[str, Any], stage: str) -> None:
+def saved(folder: Path, stage: str) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / stage / CHECKPOINT)
+    return state
+
+
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_two_processes_give_the_figures_of_one(alone: Path, together: Path, stage: str) -> None:
     """Of a step, of the next one after a resumption, and of validation."""
-    pairs = zip(alone[stage]["figures"], together[stage]["figures"], strict=True)
-    assert all(theirs == pytest.approx(ours, rel=FLOAT32) for ours, theirs in pairs)
+    ours, theirs = (saved(folder, stage) for folder in (alone, together))
+    assert ours["step"] == theirs["step"] == 2
+    pairs = zip(ours["pending"], theirs["pending"], strict=True)
+    assert all(two == pytest.approx(one, rel=FLOAT32) for one, two in pairs)
+    logs = zip(*(CSVLog(folder / stage / VALIDATION_LOG).rows() for folder in (alone, together)), strict=True)
+    for one, two in logs:
+        assert one.keys() == two.keys()
+        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=STREAMED)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_leave_the_weights_and_moments_of_one(
-    alone: dict[str, Any], together: dict[str, Any], stage: str
-) -> None:
-    ours, theirs = (dict(flat(made[stage])) for made in (alone, together))
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_two_processes_leave_the_weights_moments_and_averages_of_one(alone: Path, together: Path, stage: str) -> None:
+    ours, theirs = (dict(flat(saved(folder, stage))) for folder in (alone, together))
     assert ours.keys() == theirs.keys()
-    assert any("exp_avg_sq" in name for name in ours)
+    assert {name.split("/")[1] for name in ours} == {"modules", "optimizers", "average"}
     worst = {name: float((theirs[name] - tensor).abs().max()) for name, tensor in ours.items()}
     assert max(worst.values()) <= FLOAT32, max(worst, key=worst.__getitem__)
 

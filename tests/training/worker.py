@@ -1,73 +1,83 @@
-"""What every process of `test_distributed.py` runs: `python -m tests.training.worker FILE` writes what came of it."""
+"""What every process of `test_distributed.py` runs: `python -m tests.training.worker FOLDER` trains in that folder."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from live_avatar import interrupts
 from tests.training.conftest import SMALL, drawn_clip, drawn_network
 from training import distributed
 from training.config import DistillationStage, DiTStage
-from training.loop import Stage
+from training.loop import Stage, train
 from training.matching import FlowMatching, movement
 from training.stage1 import ForcingLoss
 from training.stage2 import Distillation, make_roller
 from training.window import Window
 
-FORCING = DiTStage(steps=2, batch=2, learning_rate=1e-3, blocks=2, far_share=0.5)
-DISTILLATION = DistillationStage(
-    steps=2, batch=2, learning_rate=1e-3, fake_learning_rate=1e-3, fake_steps=1, blocks=2, far_share=0.5
+FORCING = DiTStage(
+    steps=3, batch=2, learning_rate=1e-3, blocks=2, far_share=0.5, ema=0.9, warmup_steps=0, checkpoint_every=1
 )
+DISTILLATION = DistillationStage(
+    steps=3,
+    batch=2,
+    learning_rate=1e-3,
+    fake_learning_rate=1e-3,
+    fake_steps=1,
+    blocks=2,
+    far_share=0.5,
+    ema=0.9,
+    warmup_steps=0,
+    checkpoint_every=1,
+)
+STAGES = {"stage1": FORCING, "stage2": DISTILLATION}
 
 
-def new_stages() -> dict[str, Stage]:
+def new_stage(name: str) -> Stage:
     """Stage 1 for its gradients through the history, stage 2 for its many passes before a step."""
     clips = [drawn_clip(3, seed) for seed in range(2)]
-    loss = ForcingLoss(Window(SMALL, 2), movement(clips, 0.5), 0.5)
+    if name == "stage1":
+        loss = ForcingLoss(Window(SMALL, 2), movement(clips, 0.5), 0.5)
+        return FlowMatching("stage1", 0, FORCING, drawn_network(), loss, clips, clips)
     networks = (drawn_network(seed=1), drawn_network(seed=2), drawn_network(seed=2))
-    return {
-        "stage1": FlowMatching("stage1", 0, FORCING, drawn_network(), loss, clips, clips),
-        "stage2": Distillation(0, DISTILLATION, make_roller(SMALL, DISTILLATION), networks, clips, clips[:1]),
-    }
+    return Distillation(0, DISTILLATION, make_roller(SMALL, DISTILLATION), networks, clips, clips[:1])
 
 
-def state_of(stage: Stage) -> dict[str, Any]:
-    """As a checkpoint holds it: whole tensors."""
-    return {
-        "modules": {name: distributed.gathered(dict(one.state_dict())) for name, one in stage.modules.items()},
-        "optimizers": {name: distributed.gathered(one.state_dict()) for name, one in stage.optimizers.items()},
-    }
+def one_step(name: str, folder: Path) -> None:
+    """Goes on with a run until one of its processes, the first, gets a signal in the next step."""
+    stage = new_stage(name)
+    step = stage.step
+
+    def stopped(number: int) -> dict[str, float]:
+        if distributed.is_main():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(number)
+
+    stage.step = stopped  # type: ignore[method-assign]
+    handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    with suppress(KeyboardInterrupt):
+        train(stage, STAGES[name], folder / name, {}, quiet=True)
+    for number, handler in handlers.items():  # a signal that has come leaves them ignored
+        signal.signal(number, handler)
 
 
-def restore(stage: Stage, state: dict[str, Any]) -> None:
-    for name, module in stage.modules.items():
-        distributed.load_network(module, state["modules"][name])
-    for name, optimizer in stage.optimizers.items():
-        distributed.load_optimizer(optimizer, state["optimizers"][name])
-
-
-def run() -> dict[str, Any]:
-    """By stage: figures of a step, of one that goes on from its state in new networks, and of validation."""
-    made: dict[str, Any] = {}
-    for name, stage in new_stages().items():
-        figures = [stage.step(1)]
-        resumed = new_stages()[name]
-        restore(resumed, state_of(stage))
-        figures += [resumed.step(2), resumed.validate()]
-        made[name] = {"figures": figures, **state_of(resumed)}
-    return made
+def run(folder: Path) -> None:
+    """Two steps of each stage, the second one by a run that takes up the first one's."""
+    for name in STAGES:
+        for _ in range(2):
+            one_step(name, folder)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     distributed.join()
     try:
-        made = run()
-        if distributed.is_main():
-            torch.save(made, Path(sys.argv[1]))
+        run(Path(sys.argv[1]))
     finally:
         distributed.leave()
 
