@@ -67,7 +67,13 @@ def _os_error(error: BaseException | None) -> int | None:
 def save_checkpoint(path: Path, identity: Mapping[str, Any], state: State) -> None:
     """Writes `state` (numbers, names, tensors) with what it was made of. Errors as `write_whole`."""
     whole = {"format": FORMAT, "identity": dict(identity), **state}
-    write_whole(path, lambda place: torch.save(whole, place))
+    write_whole(path, lambda place: _save(whole, place))
+
+
+def _save(whole: State, place: Path) -> None:
+    """Through a file of Python's, because torch's own does not say why it could not write."""
+    with place.open("wb") as file:
+        torch.save(whole, file)
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> State | None:

@@ -14,8 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from live_avatar.config import Preset, preset
+from live_avatar.config import TEMPORAL_STRIDE, Preset, preset
 from live_avatar.errors import ConfigError
+
+
+def _expect(config: Any, key: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"key {key!r} is {getattr(config, key)!r}; expected {expected}.")
+
+
+def _at_least_one(config: Any, *keys: str) -> None:
+    for key in keys:
+        _expect(config, key, getattr(config, key) >= 1, "at least 1")
+
+
+def _above_zero(config: Any, *keys: str) -> None:
+    for key in keys:
+        _expect(config, key, getattr(config, key) > 0, "a number above 0")
+
+
+def _shares(config: Any, *keys: str) -> None:
+    for key in keys:
+        _expect(config, key, 0 <= getattr(config, key) <= 1, "a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,9 @@ class DataConfig:
     validation_clips: int = 16
     blocks: int = 8
     """Blocks of 12 frames (0.48 s) in each."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "train_clips", "validation_clips", "blocks")
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,14 @@ class StageConfig:
     checkpoint_every: int = 200
     log_every: int = 10
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "steps", "batch", "checkpoint_every", "log_every")
+        _above_zero(self, "learning_rate", "clip_norm")
+        _shares(self, "final_rate")
+        _expect(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
+        _expect(self, "weight_decay", self.weight_decay >= 0, "0 or more")
+        _expect(self, "ema", 0 <= self.ema < 1, "a number from 0 to below 1")
+
 
 @dataclass(frozen=True)
 class VAEStage(StageConfig):
@@ -56,6 +87,13 @@ class VAEStage(StageConfig):
     """Weight of the pixels around the mouth in the reconstruction loss, against 1 elsewhere."""
     smooth_weight: float = 1e-4
     """Weight of the mean square of the latents, which keeps them small."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = self.frames > TEMPORAL_STRIDE and self.frames % TEMPORAL_STRIDE == 1
+        _expect(self, "frames", whole, f"1 + a multiple of {TEMPORAL_STRIDE}")
+        _above_zero(self, "mouth_weight")
+        _expect(self, "smooth_weight", self.smooth_weight >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -75,6 +113,11 @@ class DiTStage(StageConfig):
     far_share: float = 0.3
     """Share of clips set at a random time of a stream of hours, so that no position is new at inference."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "blocks")
+        _shares(self, "motion_weight", "far_share")
+
 
 @dataclass(frozen=True)
 class TeacherStage(DiTStage):
@@ -83,6 +126,10 @@ class TeacherStage(DiTStage):
     audio_dropout: float = 0.1
     """Share of clips that lose their speech, for guidance by it."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _shares(self, "audio_dropout")
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -90,6 +137,10 @@ class LoRAConfig:
 
     rank: int
     alpha: float
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "rank")
+        _above_zero(self, "alpha")
 
 
 @dataclass(frozen=True)
@@ -115,6 +166,13 @@ class DistillationStage(DiTStage):
     lora: LoRAConfig | None = None
     """Trains adapters of the generator; None trains all its weights."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "fake_steps")
+        _above_zero(self, "fake_learning_rate")
+        _shares(self, "history_noise")
+        _expect(self, "guidance", self.guidance >= 0, "0 or more")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -128,6 +186,21 @@ class TrainingConfig:
     data: DataConfig = field(default_factory=DataConfig)
     preset: str = "tiny"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.system.text.tokenizer != "bytes":
+            raise ConfigError(
+                f"key 'preset' is {self.preset!r}, whose encoders are the official ones; only presets with encoders of "
+                "the project's own, such as tiny, are trained from nothing."
+            )
+        _expect(self, "seed", self.seed >= 0, "0 or more")
+        for name in ("teacher", "stage1", "stage2"):
+            blocks = getattr(self, name).blocks
+            if blocks > self.data.blocks:
+                raise ConfigError(
+                    f"key '{name}.blocks' is {blocks}; expected at most data.blocks, {self.data.blocks}: a step sees "
+                    "part of a clip."
+                )
 
     @property
     def system(self) -> Preset:
@@ -157,7 +230,12 @@ def _made(kind: Any, values: Mapping[str, Any], origin: str, prefix: str) -> Any
         required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ConfigError(f"{origin}: key {prefix + name!r} is missing; it has no default.")
-    return kind(**{name: _value(hints[name], value, origin, prefix + name) for name, value in values.items()})
+    made = {name: _value(hints[name], value, origin, prefix + name) for name, value in values.items()}
+    try:
+        return kind(**made)
+    except ConfigError as error:
+        place = f" in [{prefix.removesuffix('.')}]," if prefix else ""
+        raise ConfigError(f"{origin}:{place} {error}") from error
 
 
 def _value(hint: Any, value: Any, origin: str, key: str) -> Any:

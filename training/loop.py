@@ -214,9 +214,10 @@ class Run:
                 )
 
     def validate(self) -> None:
-        """A row of figures of the averaged weights."""
+        """A row of figures of the averaged weights. Raises `TrainingError` for one that is not finite."""
         with self.average.applied():
             figures = self.stage.validate()
+        self._check(self.progress.step, figures)
         if distributed.is_main():
             self.validation.append(self.progress.step, figures)
             plot(self.log, self.validation, self.folder / PLOT)

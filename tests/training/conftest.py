@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from live_avatar.config import MOTION_LATENTS, TINY, Preset, VAEConfig
+from live_avatar.arrays import Array, Arrays
+from live_avatar.config import MOTION_LATENTS, PRESETS, TINY, Preset, VAEConfig
 from live_avatar.dit import CausalDiT
+from live_avatar.runtime import Graph
+from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.tolerances import STREAMED
+from training import encoders, vae
+from training.config import (
+    DataConfig,
+    DistillationStage,
+    DiTStage,
+    EncoderStage,
+    TeacherStage,
+    TrainingConfig,
+    VAEStage,
+)
 from training.encoded import EncodedClip
 from training.init import fresh
 
@@ -51,6 +65,31 @@ def drawn_clip(blocks: int, seed: int = 5, preset: Preset = SMALL) -> EncodedCli
     )
 
 
+@dataclass
+class Heard:
+    """A runtime that keeps what its `audio_tokens` was given."""
+
+    runtime: TorchRuntime
+    states: list[Array] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runtime, name)
+
+    def graph(self, component: str) -> Graph:
+        graph = self.runtime.graph(component)
+        return Listening(graph, self.states) if component == "audio_tokens" else graph
+
+
+@dataclass
+class Listening:
+    graph: Graph
+    heard: list[Array]
+
+    def run(self, inputs: Arrays) -> dict[str, Array]:
+        self.heard.append(inputs["states"])
+        return self.graph.run(inputs)
+
+
 def gradients(dit: CausalDiT) -> dict[str, Tensor]:
     """The gradients that there are, by parameter."""
     return {name: one.grad.clone() for name, one in dit.named_parameters() if one.grad is not None}
@@ -60,6 +99,29 @@ def differing(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
     """Names of tensors that are not the same but for rounding, relative to the largest value of each."""
     assert ours.keys() == expected.keys()
     return [name for name, one in expected.items() if (ours[name] - one).abs().max() > STREAMED * one.abs().max()]
+
+
+def toy_config(**changes: Any) -> TrainingConfig:
+    """A whole run of a few steps with the preset `small`, which the fixture of that name registers."""
+    few: dict[str, Any] = {"steps": 2, "batch": 1, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 1}
+    stages = {
+        "vae": VAEStage(**few, frames=5),
+        "encoders": EncoderStage(**few),
+        "teacher": TeacherStage(**few, blocks=2),
+        "stage1": DiTStage(**few, blocks=2),
+        "stage2": DistillationStage(**few, blocks=2, fake_steps=1),
+    }
+    return TrainingConfig(**{**stages, "data": DataConfig(2, 1, 2), "preset": SMALL.name, **changes})
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small preset among the known ones; the VAE stage looks at few clips."""
+    monkeypatch.setitem(cast(dict[str, Preset], PRESETS), SMALL.name, SMALL)
+    monkeypatch.setattr(vae, "VALIDATION_CLIPS", 1)
+    monkeypatch.setattr(vae, "STATISTICS_CLIPS", 2)
+    monkeypatch.setattr(encoders, "VALIDATION_UTTERANCES", 2)
+    monkeypatch.setattr(encoders, "VALIDATION_PROMPTS", 4)
 
 
 @pytest.fixture(scope="module", autouse=True)

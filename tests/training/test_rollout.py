@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from live_avatar.arrays import Array, Arrays
 from live_avatar.assets import PORTRAIT
 from live_avatar.checkpoint import load_networks, open_checkpoint
 from live_avatar.conditioning import Conditioner, block_noise
 from live_avatar.dit import CausalDiT
 from live_avatar.generator import Generator
-from live_avatar.runtime import Graph
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.conftest import SEED, noise_speech
 from tests.tolerances import STREAMED
-from tests.training.conftest import SMALL, drawn_clip, drawn_network
+from tests.training.conftest import SMALL, Heard, drawn_clip, drawn_network
 from training.encoded import EncodedClip
 from training.rollout import Given, Roller, Rollout, Rules
 from training.window import Place, Window
@@ -27,31 +25,6 @@ from training.window import Place, Window
 BLOCKS = 7
 STEPS = SMALL.stream.steps
 PROMPT = "A person talks."
-
-
-@dataclass
-class Heard:
-    """A runtime that keeps what its `audio_tokens` was given."""
-
-    runtime: TorchRuntime
-    states: list[Array] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runtime, name)
-
-    def graph(self, component: str) -> Graph:
-        graph = self.runtime.graph(component)
-        return Listening(graph, self.states) if component == "audio_tokens" else graph
-
-
-@dataclass
-class Listening:
-    graph: Graph
-    heard: list[Array]
-
-    def run(self, inputs: Arrays) -> dict[str, Array]:
-        self.heard.append(inputs["states"])
-        return self.graph.run(inputs)
 
 
 @pytest.mark.parametrize("update", [2, 5])
