@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from training.distributed import load_network
 from training.errors import TrainingError
 
 FORMAT = 1
+OS_ERROR = re.compile(r"os error (\d+)")  # as safetensors' messages have it
 State = dict[str, Any]
 
 
@@ -57,9 +59,9 @@ def _os_error(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EACCES) if os.strerror(n) in str(error)), None)
-        if number is not None:
-            return number
+        told = OS_ERROR.search(str(error))
+        if told:
+            return int(told[1])
         error = error.__cause__ or error.__context__
     return None
 
