@@ -7,6 +7,7 @@ A checkpoint says what it was made of and is refused by a run of anything else. 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import re
@@ -52,6 +53,20 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             f"{path} cannot be written ({os.strerror(cause)}); {older}. {remedy.capitalize()} and run the same command "
             "again: it goes on from there."
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Errors as `write_whole`."""
+    write_whole(path, lambda place: _put(place, text))
+
+
+def _put(place: Path, text: str) -> None:
+    place.write_text(text)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A report for people and programs. Errors as `write_whole`."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def _os_error(error: BaseException | None) -> int | None:

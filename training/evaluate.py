@@ -23,16 +23,18 @@ from live_avatar.arrays import Array
 from live_avatar.artifacts import load_artifacts
 from live_avatar.config import FPS
 from live_avatar.environment import environment
-from live_avatar.errors import LiveAvatarError
+from live_avatar.errors import ConfigError
 from live_avatar.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from training.checkpoints import write_json, write_whole
+from training.command import FILE, reported
 from training.data.clips import Clip, Split, make_clip, make_utterance
 from training.mouth import best_lag, correlation, looks_distance, measure_mouth
 
 LAGS = range(-6, 7)
 LONG_WINDOWS_S = ((0, 10), (100, 110), (1000, 1010))
 """Parts of a long stream in which the looks are measured, as in the paper's Table 7."""
-SHEET_FRAMES = 12
+SHEET_ROWS, SHEET_FRAMES, SHEET_STEP = 4, 12, 3
 UTTERANCE_BLOCKS = 20
 
 Generate = Callable[[Clip, int], Array]
@@ -64,9 +66,9 @@ def by(generator: Generator) -> Generate:
     return generate
 
 
-def spoken_clips(count: int, blocks: int) -> list[Clip]:
-    """So many clips of the test split in which somebody speaks."""
-    drawn = (make_clip(Split.TEST, seed, blocks) for seed in itertools.count())
+def spoken_clips(count: int, blocks: int, size: int) -> list[Clip]:
+    """So many clips of the test split, size x size pixels, in which somebody speaks."""
+    drawn = (make_clip(Split.TEST, seed, blocks, size) for seed in itertools.count())
     return list(itertools.islice((clip for clip in drawn if clip.mouth[:, 0].std() > 0), count))
 
 
@@ -83,11 +85,11 @@ def lip_sync(takes: Sequence[Take]) -> dict[str, Any]:
     lags = [best_lag(seen, true, LAGS) for seen, true in zip(measured, truth, strict=True)]
     widths = [measure_mouth(take.frames, take.clip.picture)[:, 1] for take in takes]
     return {
-        "opening": _spread([correlation(*pair) for pair in zip(measured, truth, strict=True)]),
-        "width": _spread([correlation(w, take.clip.mouth[:, 1]) for w, take in zip(widths, takes, strict=True)]),
-        "shuffled": _spread([correlation(*pair) for pair in zip(measured, following, strict=True)]),
-        "chance": _spread([correlation(*pair) for pair in zip(truth, following, strict=True)]),
-        "ruler": _spread([correlation(*pair) for pair in zip(rendered, truth, strict=True)]),
+        "opening": spread([correlation(*pair) for pair in zip(measured, truth, strict=True)]),
+        "width": spread([correlation(w, take.clip.mouth[:, 1]) for w, take in zip(widths, takes, strict=True)]),
+        "shuffled": spread([correlation(*pair) for pair in zip(measured, following, strict=True)]),
+        "chance": spread([correlation(*pair) for pair in zip(truth, following, strict=True)]),
+        "ruler": spread([correlation(*pair) for pair in zip(rendered, truth, strict=True)]),
         "best_lag_frames": {"median": float(np.median(lags)), "each": lags},
     }
 
@@ -95,8 +97,8 @@ def lip_sync(takes: Sequence[Take]) -> dict[str, Any]:
 def looks(takes: Sequence[Take]) -> dict[str, Any]:
     """Distance of the looks to the picture in levels of 255, generated and true."""
     return {
-        "generated": _spread([float(looks_distance(take.frames, take.clip.picture).mean()) for take in takes]),
-        "truth": _spread([float(looks_distance(take.clip.frames, take.clip.picture).mean()) for take in takes]),
+        "generated": spread([float(looks_distance(take.frames, take.clip.picture).mean()) for take in takes]),
+        "truth": spread([float(looks_distance(take.clip.frames, take.clip.picture).mean()) for take in takes]),
     }
 
 
@@ -140,7 +142,8 @@ def _opening(frames: Array, clip: Clip) -> Array:
     return opening
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation of a sample, and the values."""
     return {
         "mean": round(float(np.mean(values)), 4),
         "sd": round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else 0.0,
@@ -148,30 +151,23 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def contact_sheet(takes: Sequence[Take], start: int, step: int) -> Image.Image:
-    """Rows of truth and generated frames in turn, every `step`-th frame from `start` on."""
+def contact_sheet(takes: Sequence[Take]) -> Image.Image:
+    """Rows of truth and generated frames in turn, the same moments from the middle of each clip."""
     rows = [
-        np.concatenate(frames[start : start + step * SHEET_FRAMES : step], axis=1)
-        for take in takes
-        for frames in (list(take.clip.frames), list(take.frames))
+        np.concatenate(list(_moments(frames)), axis=1) for take in takes for frames in (take.clip.frames, take.frames)
     ]
-    return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
+    return Image.fromarray(np.concatenate(rows))
 
 
-@click.command()
-@click.option("--artifacts", type=click.Path(path_type=Path), default=Path("artifacts/tiny"), show_default=True)
-@click.option("--clips", "count", type=click.IntRange(2), default=16, show_default=True, help="Test clips.")
-@click.option("--blocks", type=click.IntRange(2), default=20, show_default=True, help="Blocks of each, of 0.48 s.")
-@click.option("--streams", type=click.IntRange(0), default=3, show_default=True, help="Streams of 1010 s.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write the figures to this JSON file.")
-@click.option("--sheet", type=click.Path(path_type=Path), help="Write a contact sheet of truth and video, a PNG.")
-def main(artifacts: Path, count: int, blocks: int, streams: int, report: Path | None, sheet: Path | None) -> None:
-    """Measure an exported avatar on the test split."""
-    try:
-        generator = Generator(OnnxRuntime(load_artifacts(artifacts)))
-    except LiveAvatarError as error:
-        raise click.ClickException(str(error)) from error
-    generate, clips = by(generator), spoken_clips(count, blocks)
+def _moments(frames: Array) -> Array:
+    step = min(SHEET_STEP, len(frames) // SHEET_FRAMES)
+    start = (len(frames) - step * SHEET_FRAMES) // 2
+    return frames[start : start + step * SHEET_FRAMES : step]
+
+
+def evaluate(generator: Generator, count: int, blocks: int, streams: int) -> tuple[dict[str, Any], list[Take]]:
+    """All figures of an avatar, and the takes that they are of."""
+    clips, generate = spoken_clips(count, blocks, generator.preset.stream.height), by(generator)
     takes = [Take(clip, generate(clip, seed)) for seed, clip in enumerate(tqdm(clips, unit="clips", desc="test clips"))]
     figures = {
         "clips": len(takes),
@@ -181,11 +177,31 @@ def main(artifacts: Path, count: int, blocks: int, streams: int, report: Path | 
         "long_streams": [long_stream(generator, clips[seed], seed, LONG_WINDOWS_S) for seed in range(streams)],
         "environment": environment("onnxruntime", "numpy"),
     }
-    click.echo(json.dumps(figures, indent=1))
-    if report is not None:
-        report.write_text(json.dumps(figures, indent=1) + "\n")
-    if sheet is not None:
-        contact_sheet(takes[:4], start=4 * FPS, step=3).save(sheet)
+    return figures, takes
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--artifacts", type=FILE, default=Path("artifacts/tiny"), show_default=True, help="An exported avatar.")
+@click.option("--clips", "count", type=click.IntRange(2), default=16, show_default=True, help="Test clips.")
+@click.option("--blocks", type=click.IntRange(2), default=20, show_default=True, help="Blocks of each, of 0.48 s.")
+@click.option("--streams", type=click.IntRange(0), default=3, show_default=True, help="Streams of 1010 s.")
+@click.option("--report", type=FILE, help="Write the figures to this JSON file.")
+@click.option("--sheet", type=FILE, help="Write a contact sheet of truth and video, a PNG.")
+def main(artifacts: Path, count: int, blocks: int, streams: int, report: Path | None, sheet: Path | None) -> None:
+    """Measure an exported avatar on voices and faces of the test split."""
+    with reported():
+        generator = Generator(OnnxRuntime(load_artifacts(artifacts)))
+        if streams > count:
+            raise ConfigError(
+                f"{streams} long streams need as many faces, but there are {count} clips; give more --clips."
+            )
+        figures, takes = evaluate(generator, count, blocks, streams)
+        click.echo(json.dumps(figures, indent=1))
+        if report is not None:
+            write_json(report, figures)
+        if sheet is not None:
+            picture = contact_sheet(takes[:SHEET_ROWS])
+            write_whole(sheet, lambda place: picture.save(place, "PNG"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from training.checkpoints import write_whole
+from training.checkpoints import write_text, write_whole
 from training.errors import TrainingError
 
 Figures = Mapping[str, float]
@@ -58,11 +58,7 @@ class CSVLog:
         writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path, lambda place: _put(place, out.getvalue()))
-
-
-def _put(place: Path, text: str) -> None:
-    place.write_text(text)
+        write_text(self.path, out.getvalue())
 
 
 def mean(rows: Sequence[Figures]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from live_avatar.checkpoint import open_checkpoint
 from live_avatar.environment import environment
 from live_avatar.errors import CheckpointError
 from training import distributed, encoders, loop, stage1, stage2, teacher, vae
-from training.checkpoints import check_identity, save_weights, write_whole
+from training.checkpoints import check_identity, save_weights, write_json, write_whole
 from training.command import FILE, reported
 from training.config import TrainingConfig, load
 from training.data.split import Split
@@ -182,15 +182,6 @@ class Run:
         if distributed.is_main():
             write_json(self.out / name / RECORD, record)
         return record
-
-
-def write_json(path: Path, values: Facts) -> None:
-    """Writes a report, whole or not at all."""
-    write_whole(path, lambda place: _put(place, json.dumps(values, indent=1) + "\n"))
-
-
-def _put(place: Path, text: str) -> None:
-    place.write_text(text)
 
 
 def _copy(source: Path, place: Path) -> None:
