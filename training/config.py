@@ -81,6 +81,10 @@ class StageConfig:
 class VAEStage(StageConfig):
     """Stage 0a: the video VAE, on reconstruction of rendered clips."""
 
+    still_steps: int = 0
+    """Of the steps, those at the start that see single pictures instead of clips,"""
+    still_batch: int = 8
+    """and so many at once, each of another face."""
     frames: int = 13
     """1 + a multiple of 4 video frames."""
     mouth_weight: float = 4.0
