@@ -58,7 +58,7 @@ from perf.visits import (
 
 SESSIONS = 4
 KNOWN_AVATARS = AVATARS - 2  # fewer than there are
-IDLE_S = 4.0
+IDLE_S = 10.0
 SAMPLE_S, PROGRESS_S, TICK_S = 10.0, 60.0, 1.0
 OUTAGE_S = 150.0
 RESTORE_S = 60.0
