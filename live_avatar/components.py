@@ -171,14 +171,17 @@ class VAEDecoder(nn.Module):
         return (pixels.permute(1, 2, 3, 0).to(torch.uint8), *new_state)
 
 
-class _Phases(nn.Module):
-    """Rotary phases of a geometry: space is constant, time comes in (spec section 4)."""
+class Phases(nn.Module):
+    """Rotary phases of a geometry: space is constant, time comes in (spec section 4).
+
+    `frames` latent frames are denoised together; those of a block if it is left out.
+    """
 
     block_space: Tensor
     sink_space: Tensor
     motion_time: Tensor
 
-    def __init__(self, stream: StreamConfig, head_dim: int) -> None:
+    def __init__(self, stream: StreamConfig, head_dim: int, frames: int | None = None) -> None:
         super().__init__()
         height, width = stream.latent_height, stream.latent_width
         self.tokens = stream.frame_tokens
@@ -188,7 +191,9 @@ class _Phases(nn.Module):
         for name, value in (
             (
                 "block_space",
-                np.tile(rope.space_phase(frame.rows, frame.columns, head_dim), (1, stream.frames_per_block, 1)),
+                np.tile(
+                    rope.space_phase(frame.rows, frame.columns, head_dim), (1, frames or stream.frames_per_block, 1)
+                ),
             ),
             ("sink_space", rope.space_phase(sink.rows, sink.columns, head_dim)),
             ("motion_time", rope.time_phase(motion.frames, head_dim)),
@@ -233,7 +238,7 @@ class DiTPrefill(nn.Module):
         self.dit = networks.dit
         head_dim = preset.dit.head_dim
         time = torch.from_numpy(rope.time_phase(np.array([rope.REFERENCE_POSITION]), head_dim))
-        self.register_buffer("phase", _Phases(preset.stream, head_dim).sink(time), persistent=False)
+        self.register_buffer("phase", Phases(preset.stream, head_dim).sink(time), persistent=False)
         self.folded = _Folded(networks.dit, 0.0)
 
     def forward(self, reference: Tensor, motion: Tensor, text: Tensor) -> tuple[Tensor, ...]:
@@ -250,7 +255,7 @@ class DiTStep(nn.Module):
     def __init__(self, networks: Networks, preset: Preset, timestep: float) -> None:
         super().__init__()
         self.dit = networks.dit
-        self.phases = _Phases(preset.stream, preset.dit.head_dim)
+        self.phases = Phases(preset.stream, preset.dit.head_dim)
         self.folded = _Folded(networks.dit, timestep)
 
     def forward(

@@ -6,6 +6,8 @@ Knows signals only.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -28,6 +30,28 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def noted() -> Iterator[None]:
+    """Inside, a signal only sets `come` (and the first one makes further ones do nothing): work in hand is finished."""
+    global _come
+    _come = None
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, _note)
+    try:
+        yield
+    finally:
+        if _come is None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def come() -> bool:
+    """Whether a signal has come."""
+    return _come is not None
+
+
 def check() -> None:
     """Raises KeyboardInterrupt if a signal has come: PyAV, interrupted while it encodes, swallows the exception."""
     if _come is not None:
@@ -39,8 +63,12 @@ def is_termination() -> bool:
     return _come == signal.SIGTERM
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
+def _note(number: int, frame: object) -> None:
     global _come
     _come = number
     ignore()
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    _note(number, frame)
     raise KeyboardInterrupt

@@ -60,7 +60,7 @@ class Face:
         picture = self._background.copy()
         for layer in (self._placed(self._back_hair, pose), self._body, self._placed(head, pose)):
             picture.alpha_composite(layer)
-        return np.asarray(picture.convert("RGB"))
+        return np.array(picture.convert("RGB"))
 
     def _layer(self, draw: Callable[[Canvas], None]) -> Image.Image:
         canvas = Canvas(self._size)

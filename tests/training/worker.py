@@ -1,0 +1,84 @@
+"""What every process of `test_distributed.py` runs: `python -m tests.training.worker FOLDER` trains in that folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from tests.training.conftest import SMALL, drawn_clip, drawn_network, handlers_of_signals, restore_handlers
+from training import distributed
+from training.config import DistillationStage, DiTStage
+from training.loop import Stage, train
+from training.matching import FlowMatching, movement
+from training.stage1 import ForcingLoss
+from training.stage2 import Distillation, make_roller
+from training.window import Window
+
+FORCING = DiTStage(
+    steps=3, batch=2, learning_rate=1e-3, blocks=2, far_share=0.5, ema=0.9, warmup_steps=0, checkpoint_every=1
+)
+DISTILLATION = DistillationStage(
+    steps=3,
+    batch=2,
+    learning_rate=1e-3,
+    fake_learning_rate=1e-3,
+    fake_steps=1,
+    blocks=2,
+    far_share=0.5,
+    ema=0.9,
+    warmup_steps=0,
+    checkpoint_every=1,
+)
+STAGES = {"stage1": FORCING, "stage2": DISTILLATION}
+
+
+def new_stage(name: str) -> Stage:
+    """Stage 1 for its gradients through the history, stage 2 for its many passes before a step."""
+    clips = [drawn_clip(3, seed) for seed in range(2)]
+    if name == "stage1":
+        loss = ForcingLoss(Window(SMALL, 2), movement(clips, 0.5), 0.5)
+        return FlowMatching("stage1", 0, FORCING, drawn_network(), loss, clips, clips)
+    networks = (drawn_network(seed=1), drawn_network(seed=2), drawn_network(seed=2))
+    return Distillation(0, DISTILLATION, make_roller(SMALL, DISTILLATION), networks, clips, clips[:1])
+
+
+def one_step(name: str, folder: Path) -> None:
+    """Goes on with a run until one of its processes, the first, gets a signal in the next step."""
+    stage = new_stage(name)
+    step = stage.step
+
+    def stopped(number: int) -> dict[str, float]:
+        if distributed.is_main():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(number)
+
+    stage.step = stopped  # type: ignore[method-assign]
+    handlers = handlers_of_signals()
+    with suppress(KeyboardInterrupt):
+        train(stage, STAGES[name], folder / name, {}, quiet=True)
+    restore_handlers(handlers)
+
+
+def run(folder: Path) -> None:
+    """Two steps of each stage, the second one by a run that takes up the first one's."""
+    for name in STAGES:
+        for _ in range(2):
+            one_step(name, folder)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    distributed.join()
+    try:
+        run(Path(sys.argv[1]))
+    finally:
+        distributed.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Block-wise gradient accumulation (Algorithm 2): the gradient of a rollout with the memory of one block.
+
+A block's graph begins at its detached history and its noisy latents, so each can be made, used and freed on its own.
+Only what all blocks share, the scene, ties them: it is cut off, gradients gather at the cut, and flow back once.
+Knows no loss: it takes the gradient of one with respect to the generated latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from training.distributed import Unit
+from training.rollout import Given, Roller, Rollout
+from training.window import Scene
+
+
+class Cut:
+    """A scene without its graph; `flow_back` sends what has gathered at the cut into the graph."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._ends: list[tuple[Tensor, Tensor]] = []
+        self.scene = scene.mapped(self._end)
+
+    def _end(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:  # frozen parts, where adapters are trained
+            return tensor
+        leaf = tensor.detach().requires_grad_()
+        self._ends.append((tensor, leaf))
+        return leaf
+
+    def flow_back(self) -> None:
+        reached = [(tensor, leaf.grad) for tensor, leaf in self._ends if leaf.grad is not None]
+        torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
+
+
+def backward_by_blocks(roller: Roller, unit: Unit, given: Given, made: Rollout, gradient: Tensor) -> None:
+    """Adds to the parameters' gradients what a loss of this gradient, [1, 16, F, h, w], would give them.
+
+    `made` is the rollout of `given` without graph; the passes of its exit step are run again, one by one.
+    """
+    window, place, step = roller.window, given.place, given.exit_step
+    cut = Cut(unit(lambda dit: window.open(dit, given.clip, made.late)))
+    for index, part in enumerate(window.blocks_of(gradient)):
+        latent, past = made.inputs[index], made.written[:index]
+        velocity = unit(
+            lambda dit, index=index, latent=latent, past=past: window.block(
+                dit, cut.scene, place, index, latent, roller.levels[step], past
+            )[0]
+        )
+        roller.predicted(latent, velocity, step).backward(part)
+    cut.flow_back()

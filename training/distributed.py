@@ -1,0 +1,170 @@
+"""Several processes train one network: clips of a batch are split among them, weights are sharded with FSDP2.
+
+Started by torchrun; a process on its own takes none of these ways. Random draws are of the clip and not of the
+process, so any number of them takes the same steps up to rounding. Knows no stage.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from live_avatar.dit import CausalDiT
+from live_avatar.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def join() -> None:
+    """Meets the other processes of torchrun, if this is one of several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave() -> None:
+    """Parts from them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes logs and checkpoints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this process computes: its GPU, or the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def share(batch: int) -> range:
+    """Numbers of the batch's clips that this process takes. Raises `ConfigError` if they do not come out even."""
+    if batch % world():
+        raise ConfigError(
+            f"a batch of {batch} clips cannot be split evenly among {world()} processes; make batch a multiple of them."
+        )
+    return range(rank(), batch, world())
+
+
+def mean(figure: float) -> float:
+    """The mean of a figure over all processes."""
+    if world() == 1:
+        return figure
+    total = torch.tensor(figure, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.item() / world()
+
+
+def anyone(fact: bool) -> bool:
+    """Whether it is so in any of the processes; all of them must ask together."""
+    return mean(float(fact)) > 0
+
+
+class Unit(nn.Module):
+    """A network that is whole while it works, and sharded otherwise if there are several processes.
+
+    The unit of sharding is the network: its parts are used out of order (`text_kv`, `prefill`), which the hooks of
+    FSDP on single layers do not see. So a process has room for one whole network in a pass, while gradients and
+    optimiser states are sharded all the time.
+    """
+
+    def __init__(self, network: CausalDiT) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, work: Callable[[CausalDiT], T]) -> T:
+        """What `work` makes with the network; tensors or nests of tuples, lists and dicts of them."""
+        return work(self.network)
+
+
+def shard(network: CausalDiT) -> Unit:
+    """The network as a unit, on this process's device; optimisers must be made of its parameters afterwards."""
+    unit = Unit(network.to(device()))
+    if world() > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        # What a unit gives back may be a view; nothing here writes into one, which is what torch warns of.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        fully_shard(unit)
+    return unit
+
+
+def gathered(state: T) -> T:
+    """A state dict, or any nest of mappings and lists, with every sharded tensor whole on the CPU.
+
+    All processes must call it together.
+    """
+    if world() == 1:
+        return state
+    if isinstance(state, Tensor):
+        return cast(T, _whole(state))
+    if isinstance(state, Mapping):
+        return cast(T, {name: gathered(value) for name, value in state.items()})
+    if isinstance(state, list):
+        return cast(T, [gathered(value) for value in state])
+    return state
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded; it shares its memory."""
+    if world() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor sharded as another one is; as it is, if that is whole."""
+    if world() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def load_network(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Whole tensors into a network, sharded or not."""
+    network.load_state_dict({name: spread(tensors[name], held) for name, held in network.state_dict().items()})
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """An optimiser's gathered state into one whose parameters may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    spread_state = {
+        index: {name: _like_parameter(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": spread_state})
+
+
+def _like_parameter(value: Any, parameter: Tensor) -> Any:
+    moment = isinstance(value, Tensor) and value.shape == parameter.shape
+    return spread(value, parameter) if moment else value

@@ -1,0 +1,236 @@
+"""Clips as the transformer sees them: rendered, and encoded once by the frozen VAE and encoders.
+
+A data set is a folder of one safetensors file per clip, with a manifest of what it was made of; a half-made one is
+continued. What is stored is what `live_avatar.conditioning` gives for the same picture, prompt and speech; latents up
+to the rounding of the VAE's convolutions to bfloat16. Knows no transformer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from live_avatar.arrays import Array
+from live_avatar.artifacts import file_sha256
+from live_avatar.components import Networks, SpeechEncoder, TextEncoder, outline
+from live_avatar.config import MOTION_FRAMES, TEMPORAL_STRIDE, Preset
+from live_avatar.errors import CheckpointError
+from live_avatar.speech import SpeechWindow, interpolate
+from live_avatar.text import make_tokenizer
+from training.checkpoints import check_identity, load_weights, write_json, write_whole
+from training.config import TrainingConfig
+from training.data.clips import Clip, Split, make_clip
+from training.errors import TrainingError
+
+FOLDER = "data"
+MANIFEST = "manifest.json"
+SILENCE = "silence.safetensors"
+ENCODERS = {"vae": "vae/vae.safetensors", "speech": "encoders/speech.safetensors", "text": "encoders/text.safetensors"}
+"""Where in a run's folder the weights of the frozen networks are."""
+STORED = ("motion", "text", "states", "latents")
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """One clip, all float32.
+
+    reference [1, 16, 1, h, w] and motion [1, 16, 19, h, w]: latents of the still picture; text [text_len, text_dim];
+    states [blocks, K, A, 12]: the speech encoder's states at the frames of every block; silence: the same of a stream
+    without sound; latents [1, 16, 3 * blocks, h, w]: of the video, after the warm-up on the still picture.
+    """
+
+    reference: Tensor
+    motion: Tensor
+    text: Tensor
+    states: Tensor
+    silence: Tensor
+    latents: Tensor
+
+
+def pixels(frames: Array) -> Tensor:
+    """uint8 [T, H, W, 3] -> float32 [1, 3, T, H, W] in -1..1, as `image.decode_image` has them."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def speech_windows(speech: Array, preset: Preset) -> list[tuple[Array, Array]]:
+    """What the speech encoder sees of a stream, block by block: samples [1, n], and how features become frames.
+
+    The second, [12, T], takes the window's T features to the block's frames: `speech.interpolate` as a matrix.
+    """
+    window = SpeechWindow(preset.stream)
+    seen = []
+    for block in speech.reshape(-1, preset.stream.block_samples):
+        samples = window.push(block)
+        count = preset.speech.feature_count(samples.shape[1])
+        columns = np.eye(count, dtype=np.float32)[None]
+        seen.append((samples, interpolate(columns, window.positions(count))[0]))
+    return seen
+
+
+class ClipEncoder:
+    """The frozen networks of a run."""
+
+    def __init__(self, preset: Preset, networks: Networks, exact: bool = False) -> None:
+        """exact: the VAE computes in float32, as a stream's does."""
+        self._preset = preset
+        self._exact = exact
+        self._vae = networks.vae
+        self._speech = SpeechEncoder(networks)
+        self._text = TextEncoder(networks)
+        self._tokenizer = make_tokenizer(preset, None)
+
+    @torch.no_grad()
+    def encode(self, clip: Clip, silence: Tensor) -> EncodedClip:
+        """A rendered clip -> what is stored of it; `silence` is that of its number of blocks."""
+        # torch's 3-D convolutions in float32 are ten times slower
+        with torch.autocast("cpu", torch.bfloat16, enabled=not self._exact):
+            motion, latents = self._video(pixels(clip.picture[None]), pixels(clip.frames))
+        ids, mask = self._tokenizer.encode(clip.prompt)
+        text = self._text(torch.from_numpy(ids), torch.from_numpy(mask))
+        return EncodedClip(motion[:, :, :1], motion, text, self.states(clip.speech), silence, latents)
+
+    @torch.no_grad()
+    def states(self, speech: Array) -> Tensor:
+        """int16 [blocks * samples] -> [blocks, K, A, 12]."""
+        made = [
+            torch.from_numpy(frames) @ self._speech(torch.from_numpy(samples))
+            for samples, frames in speech_windows(speech, self._preset)
+        ]
+        return torch.stack(made).transpose(2, 3).contiguous()
+
+    def silence(self, blocks: int) -> Tensor:
+        """The states of a stream without sound."""
+        return self.states(np.zeros(blocks * self._preset.stream.block_samples, dtype=np.int16))
+
+    def _video(self, still: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of the still picture held for 73 frames, and those of a video that follows the decoder's warm-up.
+
+        Both streams begin alike.
+        """
+        warm_up = TEMPORAL_STRIDE * (self._preset.stream.decoder_warmup_latents - 1)
+        first, state = self._vae.encode(still, None)
+        warm, state = self._vae.encode(still.expand(-1, -1, warm_up, -1, -1), state)
+        rest, _ = self._vae.encode(still.expand(-1, -1, MOTION_FRAMES - 1 - warm_up, -1, -1), state)
+        latents, _ = self._vae.encode(video, state)
+        return torch.cat([first, warm, rest], dim=2), latents
+
+
+def load_encoders(preset: Preset, out: Path) -> ClipEncoder:
+    """The frozen networks that a run has trained. Raises `CheckpointError` for files of another preset."""
+    networks = outline(preset)
+    for part, file in ENCODERS.items():
+        load_weights(out / file, networks.parts()[part])
+    return ClipEncoder(preset, networks)
+
+
+def split_folder(out: Path, split: Split) -> Path:
+    return out / FOLDER / split.name.lower()
+
+
+def encode_split(config: TrainingConfig, out: Path, split: Split, count: int, quiet: bool = False) -> None:
+    """Makes the data set of a split, `count` clips of `config.data.blocks` blocks; goes on with one half made.
+
+    Raises `CheckpointError` if the clips that are there were made of something else.
+    """
+    folder, blocks = split_folder(out, split), config.data.blocks
+    _begin(folder, _made_of(config, out, split))
+    encoder = load_encoders(config.system, out)
+    silence = encoder.silence(blocks)
+    write_whole(folder / SILENCE, lambda place: save_file({"silence": silence}, place))
+    missing = [index for index in range(count) if not _clip_path(folder, index).exists()]
+    for index in tqdm(missing, desc=f"{split.name.lower()} clips", unit="clip", disable=quiet):
+        clip = make_clip(split, index, blocks, config.system.stream.height)
+        _write_clip(_clip_path(folder, index), encoder.encode(clip, silence))
+
+
+def _clip_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.safetensors"
+
+
+def _made_of(config: TrainingConfig, out: Path, split: Split) -> dict[str, Any]:
+    """What a data set's clips depend on; the first clip stands for how clips are drawn."""
+    stream = config.system.stream
+    first = make_clip(split, 0, 1, stream.height)
+    drawn = sha256(first.frames.tobytes() + first.speech.tobytes() + first.prompt.encode()).hexdigest()
+    weights = {part: file_sha256(out / file) for part, file in ENCODERS.items()}
+    return {"blocks": config.data.blocks, "drawing": drawn, **weights, "stream": dataclasses.asdict(stream)}
+
+
+def _begin(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Writes the manifest, or compares the one that is there."""
+    path = folder / MANIFEST
+    if path.exists():
+        again = f"remove {folder} to make that data set anew"
+        check_identity(str(folder), _manifest(path), json.loads(json.dumps(made_of)), again)
+        return
+    write_json(path, made_of)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        return dict(manifest)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no manifest ({error}); remove {path.parent} and make it with --stage data."
+        ) from error
+
+
+def _write_clip(path: Path, clip: EncodedClip) -> None:
+    """In float16, which keeps numbers of size 1 to 5e-4. The silence and the reference stand elsewhere already."""
+    stored = {name: getattr(clip, name).half().contiguous() for name in STORED}
+    write_whole(path, lambda place: save_file(stored, place))
+
+
+class EncodedClips:
+    """A data set on the disk, read clip by clip.
+
+    Raises `TrainingError` if there is none or fewer than `count` clips, with the command that makes them, and
+    `CheckpointError` for a file that is damaged.
+    """
+
+    def __init__(self, out: Path, split: Split, count: int) -> None:
+        self._folder = split_folder(out, split)
+        self._count = count
+        last = _clip_path(self._folder, count - 1)
+        if not (self._folder / MANIFEST).is_file() or not last.is_file():
+            raise TrainingError(
+                f"{self._folder} does not hold {count} clips; make them with --stage data and the same --config, --out."
+            )
+        self._silence = _read(self._folder / SILENCE)["silence"]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> EncodedClip:
+        if not 0 <= index < self._count:
+            raise IndexError(f"clip {index} is outside 0..{self._count - 1}.")
+        stored = {name: tensor.float() for name, tensor in _read(_clip_path(self._folder, index)).items()}
+        return EncodedClip(reference=stored["motion"][:, :, :1], silence=self._silence, **stored)
+
+
+def open_clips(config: TrainingConfig, out: Path, split: Split) -> EncodedClips:
+    """The encoded clips of the training or validation split of a run. Errors as `EncodedClips`."""
+    counts = {Split.TRAIN: config.data.train_clips, Split.VALIDATION: config.data.validation_clips}
+    return EncodedClips(out, split, counts[split])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole clip ({error}); remove it and make it again with --stage data."
+        ) from error

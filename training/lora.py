@@ -1,0 +1,79 @@
+"""Low-rank adapters in training: factors beside frozen linears, and both written in the official names (section 14).
+
+y = W x + b + alpha / rank * B A x. `live_avatar.lora` reads the files that are made here. Knows no stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from live_avatar.attention import Linear
+from live_avatar.dit import CausalDiT
+from live_avatar.lora import PREFIX, TARGET
+from training.checkpoints import write_whole
+from training.config import LoRAConfig
+from training.distributed import gathered
+
+FACTOR = re.compile(r"\.lora_[AB]\.weight$")
+
+
+class AdaptedLinear(Linear):
+    """A linear with an adapter; it has the linear's own parameters, frozen. At first it computes the same."""
+
+    def __init__(self, base: nn.Linear, settings: LoRAConfig, draw: torch.Generator) -> None:
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.scale = settings.alpha / settings.rank
+        self.lora_A = nn.Linear(base.in_features, settings.rank, bias=False)
+        self.lora_B = nn.Linear(settings.rank, base.out_features, bias=False)
+        with torch.no_grad():
+            self.lora_A.weight.normal_(std=base.in_features**-0.5, generator=draw)
+            self.lora_B.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+
+
+def adapt(dit: CausalDiT, settings: LoRAConfig, draw: torch.Generator) -> None:
+    """Puts an adapter to every target linear of the network and freezes all else."""
+    dit.requires_grad_(False)
+    for name, linear in [(name, part) for name, part in dit.named_modules() if isinstance(part, Linear)]:
+        if TARGET.search(name):
+            parent, _, own = name.rpartition(".")
+            setattr(dit.get_submodule(parent), own, AdaptedLinear(linear, settings, draw))
+
+
+def _adapters(dit: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    return ((name, part) for name, part in dit.named_modules() if isinstance(part, AdaptedLinear))
+
+
+def adapter_of(dit: nn.Module) -> dict[str, Tensor]:
+    """The factors of an adapted network under the official names; of none, nothing. All processes call it together."""
+    state = gathered({name: tensor for name, tensor in dit.state_dict().items() if FACTOR.search(name)})
+    return {f"{PREFIX}{name.removesuffix('.weight')}.default.weight": tensor for name, tensor in state.items()}
+
+
+def merged(dit: nn.Module) -> dict[str, Tensor]:
+    """The whole weights of a network with its adapters in them, under the official names; without any, as they are.
+
+    All processes call it together.
+    """
+    state = gathered(dict(dit.state_dict()))
+    for name, part in _adapters(dit):
+        down, up = (state[f"{name}.lora_{side}.weight"] for side in "AB")
+        state[f"{name}.weight"] = state[f"{name}.weight"].float().addmm(up, down, alpha=part.scale)
+    return {name: tensor for name, tensor in state.items() if not FACTOR.search(name)}
+
+
+def save_adapter(path: Path, dit: nn.Module) -> None:
+    """Writes the adapter of a network as `live_avatar.lora.LoRA` reads it, alpha included."""
+    part = next(part for _, part in _adapters(dit))
+    alpha = part.scale * part.lora_A.out_features
+    tensors = {name: tensor.contiguous() for name, tensor in adapter_of(dit).items()}
+    write_whole(path, lambda place: save_file(tensors, place, metadata={"lora_alpha": repr(alpha)}))

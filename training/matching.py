@@ -1,0 +1,138 @@
+"""What teacher and stage 1 share: a stage that lowers a flow-matching loss of single clips.
+
+A batch is clips one after another, whose gradients add up. Knows neither of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from live_avatar.dit import CausalDiT
+from training import distributed
+from training.config import DiTStage, StageConfig
+from training.encoded import EncodedClip
+from training.loop import clip_gradients, generator
+from training.window import Window, moved_to, part
+
+BETAS = (0.9, 0.99)
+"""Of Adam. Runs of some thousand steps want a shorter memory of squares than the usual 0.999."""
+MAP_CLIPS = 64  # from which the map of movement is taken
+
+
+class Clips(Protocol):
+    """Encoded clips by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> EncodedClip: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A window of a clip on this process's device, and its number of blocks from the clip's start."""
+
+    clip: EncodedClip
+    start: int
+
+
+class ClipLoss(Protocol):
+    """A loss of one sample, a scalar with a graph. All its draws come from `draw`; `spoken` False drops the speech."""
+
+    @property
+    def window(self) -> Window: ...
+
+    def __call__(self, dit: CausalDiT, sample: Sample, draw: torch.Generator, spoken: bool) -> Tensor: ...
+
+
+def draw_index(clips: Clips, draw: torch.Generator) -> int:
+    """The number of one of the clips."""
+    return int(torch.randint(len(clips), (), generator=draw))
+
+
+def draw_sample(clip: EncodedClip, blocks: int, draw: torch.Generator) -> Sample:
+    """A window of `blocks` blocks of the clip."""
+    start = int(torch.randint(len(clip.states) - blocks + 1, (), generator=draw))
+    return Sample(moved_to(part(clip, start, blocks), distributed.device()), start)
+
+
+def movement(clips: Clips, share: float) -> Tensor:
+    """Weights [1, 1, 1, h, w] of mean 1 for a loss over latents; `share` of them goes where the clips move.
+
+    A mouth is some 4 of a small picture's 144 latent pixels: a plain mean is nearly content with a good picture that
+    does not speak. One map serves all clips, so it moves no optimum; it only says what is learnt first.
+    """
+    some = [clips[index].latents for index in range(min(MAP_CLIPS, len(clips)))]
+    spread = torch.stack([latents.var(dim=2).mean(dim=1) for latents in some]).mean(dim=0)
+    return (1 - share + share * spread / spread.mean())[:, None, None].to(distributed.device())
+
+
+def adam(parameters: Sequence[nn.Parameter], settings: StageConfig, scale: float = 1.0) -> AdamW:
+    """The optimiser of all stages; its rate is `scale` of the stage's."""
+    groups = [{"params": list(parameters), "scale": scale}]
+    return AdamW(groups, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
+
+
+def update(optimizer: Optimizer, clip_norm: float) -> float:
+    """Clips the gradients that have gathered, moves the parameters and forgets them; the norm that they had."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = clip_gradients(parameters, clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+class FlowMatching:
+    """A stage that trains all weights of one network on single clips."""
+
+    def __init__(
+        self, name: str, seed: int, settings: DiTStage, dit: CausalDiT, loss: ClipLoss, clips: Clips, validation: Clips
+    ) -> None:
+        self._key = (seed, name)
+        self._settings = settings
+        self._loss = loss
+        self._clips = clips
+        self._validation = validation
+        self._unit = distributed.shard(dit)
+        self.modules: dict[str, nn.Module] = {"dit": dit}
+        self.optimizers: dict[str, Optimizer] = {"dit": adam(list(dit.parameters()), settings)}
+
+    def step(self, number: int) -> dict[str, float]:
+        """Iteration `number`, from 1."""
+        mine = distributed.share(self._settings.batch)
+        total = 0.0
+        for place in mine:
+            draw = generator(*self._key, number, place)
+            loss = self._run(self._clips[draw_index(self._clips, draw)], draw, spoken=True) / len(mine)
+            loss.backward()
+            total += loss.item()
+        norm = update(self.optimizers["dit"], self._settings.clip_norm)
+        return {"loss": distributed.mean(total), "gradient": norm}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The loss on the validation clips, and what it rises by when they lose their speech."""
+        heard, unheard = (self._validation_loss(spoken) for spoken in (True, False))
+        return {"loss": heard, "speech_gain": unheard - heard}
+
+    def products(self) -> dict[str, nn.Module]:
+        """The network."""
+        return self.modules
+
+    def _validation_loss(self, spoken: bool) -> float:
+        count = len(self._validation)
+        losses = [
+            self._run(self._validation[index], generator(*self._key, "validation", index), spoken)
+            for index in range(count)
+        ]
+        return torch.stack(losses).mean().item()
+
+    def _run(self, clip: EncodedClip, draw: torch.Generator, spoken: bool) -> Tensor:
+        sample = draw_sample(clip, self._loss.window.blocks, draw)
+        return self._unit(partial(self._loss, sample=sample, draw=draw, spoken=spoken))

@@ -1,0 +1,239 @@
+"""A training run from the command line: one stage, or all of them to weights that the export takes.
+
+`python -m training.run --config training/configs/tiny.toml --stage all --out out/tiny`. A stage leaves its networks
+and a record in a folder of its own; the same command goes on with one that was interrupted and passes over one that is
+done. Knows which files a stage is made from and leaves behind, and nothing of what it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from live_avatar.artifacts import file_sha256
+from live_avatar.checkpoint import open_checkpoint
+from live_avatar.environment import environment
+from live_avatar.errors import CheckpointError
+from training import distributed, encoders, loop, stage1, stage2, teacher, vae
+from training.checkpoints import check_identity, save_weights, write_json, write_whole
+from training.command import FILE, reported
+from training.config import TrainingConfig, load
+from training.data.split import Split
+from training.encoded import ENCODERS, FOLDER, MANIFEST, encode_split
+from training.errors import TrainingError
+from training.logs import CSVLog
+from training.loop import Stage, train
+from training.lora import merged, save_adapter
+
+RECORD = "record.json"
+WEIGHTS = "weights"
+"""Folder of a run with the four networks, as `live-avatar export --checkpoint` takes it."""
+ADAPTER = "lora.safetensors"
+DATA = (f"{FOLDER}/train/{MANIFEST}", f"{FOLDER}/validation/{MANIFEST}")
+ALL = "all"
+ROOT = Path(__file__).parents[1]
+
+Facts = dict[str, Any]
+Work = Callable[[Facts], Facts]
+"""Does a stage whose identity is given; gives the facts of its record."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage as a step of the run: the files it starts from, and those it leaves, relative to the run's folder."""
+
+    needs: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
+STEPS: Mapping[str, Step] = {
+    "vae": Step((), (ENCODERS["vae"],)),
+    "encoders": Step((), (ENCODERS["speech"], ENCODERS["text"])),
+    FOLDER: Step(tuple(ENCODERS.values()), DATA),
+    teacher.NAME: Step(DATA, ("teacher/dit.safetensors",)),
+    stage1.NAME: Step((*DATA, "teacher/dit.safetensors"), ("stage1/dit.safetensors",)),
+    stage2.NAME: Step((*DATA, "teacher/dit.safetensors", "stage1/dit.safetensors"), ("stage2/dit.safetensors",)),
+}
+"""In the order in which they run."""
+PRODUCTS = {**ENCODERS, "dit": "stage2/dit.safetensors"}
+MAKERS: Mapping[str, Callable[[TrainingConfig, Path], Stage]] = {
+    "vae": lambda config, out: vae.VAETraining(config),
+    "encoders": encoders.make_stage,
+    teacher.NAME: teacher.make_stage,
+    stage1.NAME: stage1.make_stage,
+    stage2.NAME: stage2.make_stage,
+}
+ALONE = ("vae", "encoders", FOLDER)
+"""Stages that a process does on its own: their networks are small at every scale."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's configuration, where it stands and where it goes."""
+
+    path: Path
+    config: TrainingConfig
+    out: Path
+
+    def command(self, stage: str) -> str:
+        return f"python -m training.run --config {self.path} --stage {stage} --out {self.out}"
+
+    def do(self, name: str) -> Facts:
+        """A stage, unless it is done; its record. Raises `TrainingError` and `CheckpointError`."""
+        self._require(name)
+        identity = self._identity(name)
+        record = self._record(name, identity)
+        if name == FOLDER:
+            return self._encode(identity, record["seconds"] if record else 0.0)
+        return record or self._train(name, identity)
+
+    def finish(self, records: Mapping[str, Facts]) -> Path:
+        """Puts the networks side by side and checks that they are a checkpoint; writes the record of the whole run."""
+        for part, file in PRODUCTS.items():
+            write_whole(self.out / WEIGHTS / f"{part}.safetensors", partial(_copy, self.out / file))
+        open_checkpoint(self.config.system, self.out / WEIGHTS)
+        record = {
+            "command": self.command(ALL),
+            "environment": environment("torch", "numpy"),
+            "seconds": round(sum(record["seconds"] for record in records.values())),
+            "stages": {name: _without(record, "identity", "stage") for name, record in records.items()},
+            "config": dataclasses.asdict(self.config),
+        }
+        write_json(self.out / RECORD, record)
+        return self.out / WEIGHTS
+
+    def _require(self, name: str) -> None:
+        if name in ALONE and distributed.world() > 1:
+            raise TrainingError(f"stage {name} runs in one process, and this is one of {distributed.world()}; run it "
+                                f"without torchrun: {self.command(name)}")  # fmt: skip
+        for file in STEPS[name].needs:
+            if not (self.out / file).is_file():
+                maker = next(one for one, step in STEPS.items() if file in step.gives)
+                raise TrainingError(
+                    f"stage {name} starts from {self.out / file}, which does not exist; make it first: "
+                    f"{self.command(maker)}"
+                )
+
+    def _identity(self, name: str) -> Facts:
+        """All that decides what a stage makes."""
+        settings, data = dataclasses.asdict(getattr(self.config, name)), dataclasses.asdict(self.config.data)
+        counts = {"train_clips", "validation_clips"}
+        own = {key: value for key, value in settings.items() if key not in counts}
+        seen = {key: data[key] for key in counts if DATA[0] in STEPS[name].needs}
+        return {
+            "preset": self.config.preset,
+            "seed": self.config.seed,
+            **{f"{name}.{key}": value for key, value in own.items()},
+            **{f"{FOLDER}.{key}": value for key, value in seen.items()},
+            **{file: file_sha256(self.out / file) for file in STEPS[name].needs},
+        }
+
+    def _record(self, name: str, identity: Facts) -> Facts | None:
+        """The record that a stage has left. Raises `CheckpointError` if it was made from anything else."""
+        path = self.out / name / RECORD
+        if not path.is_file() or not all((self.out / file).is_file() for file in STEPS[name].gives):
+            return None
+        try:
+            record: Facts = json.loads(path.read_text())
+            made_of, _ = record["identity"], record["seconds"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no record ({error}); remove it and run the stage again.") from error
+        check_identity(str(path.parent), made_of, identity, f"give its own, or remove {path.parent} to make it anew")
+        return record
+
+    def _train(self, name: str, identity: Facts) -> Facts:
+        settings, folder = getattr(self.config, name), self.out / name
+        stage = MAKERS[name](self.config, self.out)
+        progress = train(stage, settings, folder, identity, quiet=not distributed.is_main())
+        for part, network in stage.products().items():
+            tensors = merged(network)
+            if distributed.is_main():
+                save_weights(folder / f"{part}.safetensors", tensors)
+        if getattr(settings, "lora", None) is not None:
+            save_adapter(folder / ADAPTER, stage.modules["dit"])
+        final = _numbers(CSVLog(folder / loop.VALIDATION_LOG).rows()[-1])
+        facts = {"seconds": round(progress.elapsed_s, 1), "steps": progress.step, "validation": final}
+        return self._write(name, identity, facts)
+
+    def _encode(self, identity: Facts, spent_s: float) -> Facts:
+        """Makes the clips that are missing; their number is no part of the identity, so that a data set can grow."""
+        data, began = self.config.data, time.monotonic()
+        try:
+            for split, count in ((Split.TRAIN, data.train_clips), (Split.VALIDATION, data.validation_clips)):
+                encode_split(self.config, self.out, split, count)
+        finally:
+            seconds = round(spent_s + time.monotonic() - began, 1)
+            facts = {"seconds": seconds, "train_clips": data.train_clips, "validation_clips": data.validation_clips}
+            record = self._write(FOLDER, identity, facts)
+        return record
+
+    def _write(self, name: str, identity: Facts, facts: Facts) -> Facts:
+        record = {"stage": name, **facts, "threads": torch.get_num_threads(), "commit": commit(), "identity": identity}
+        if distributed.is_main():
+            write_json(self.out / name / RECORD, record)
+        return record
+
+
+def _copy(source: Path, place: Path) -> None:
+    place.write_bytes(source.read_bytes())
+
+
+def _without(record: Facts, *names: str) -> Facts:
+    return {name: value for name, value in record.items() if name not in names}
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+    return {name: float(value) for name, value in row.items() if value and name != "step"}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a `+` if files have changed since; None if it is no checkout."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    try:
+        head, status = git(["git", "rev-parse", "HEAD"]), git(["git", "status", "--porcelain", "-uno"])
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if status.stdout else "") if head.returncode == 0 else None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "path", type=FILE, required=True, help="TOML file, such as training/configs/tiny.toml.")
+@click.option("--stage", type=click.Choice([*STEPS, ALL]), required=True, help="Which stage, or all in this order.")
+@click.option("--out", type=FILE, required=True, help="The run's folder; a run that is in it goes on.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads to compute with; without it torch's choice.")
+def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
+    """Train the networks of a preset: the paper's two stages, and what they need."""
+    with reported("Interrupted; the same command goes on from there."):
+        run = Run(path, load(path), out)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        distributed.join()
+        try:
+            _execute(run, stage)
+        finally:
+            distributed.leave()
+
+
+def _execute(run: Run, stage: str) -> None:
+    records = {name: run.do(name) for name in (STEPS if stage == ALL else (stage,))}
+    if not distributed.is_main():
+        return
+    for name, record in records.items():
+        figures = ", ".join(f"{key} {value:g}" for key, value in record.get("validation", {}).items())
+        click.echo(f"{name}: done in {record['seconds']:.0f} s{'; ' + figures if figures else ''}.")
+    if stage == ALL:
+        click.echo(f"Wrote {run.finish(records)}.")
+
+
+if __name__ == "__main__":
+    main()

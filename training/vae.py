@@ -1,0 +1,279 @@
+"""Stage 0a: the video VAE learns to reconstruct rendered clips, as the stream that it will run in.
+
+The first steps are of stills, each of another face: the frames of one clip are nearly one picture, from which colours
+and faces are learnt too slowly. Then come clips. A clip begins with one frame, the still picture or any of the video's,
+and goes on in pieces of a block with the state of the one before. So the network sees the start of a stream and its
+continuation. When it is trained its latents are brought to mean 0 and deviation 1 per channel inside two 1x1x1
+convolutions, because the constants of the format are those of another VAE. Knows no transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW, Optimizer
+
+from live_avatar.arrays import Array
+from live_avatar.config import TEMPORAL_STRIDE, VAEConfig
+from live_avatar.vae import VAE, Downsample, Residual, Upsample
+from training.config import TrainingConfig
+from training.data.canvas import UNITS
+from training.data.clips import SWAY, Clip, make_clip
+from training.data.face import MOUTH_BOX, Face, Pose
+from training.data.identity import draw_identity
+from training.data.split import Split
+from training.encoded import pixels
+from training.logs import mean
+from training.loop import clip_gradients, generator
+
+STAGE = "vae"
+CLIP_BLOCKS = 3
+"""Length of the clips that frames are taken from: the head's sway grows in the first second."""
+STILL_SHARE = 0.5
+"""Share of the clips that begin with the still picture, as every stream does when it is served."""
+VALIDATION_CLIPS = 8
+HEAD_SCALE = 0.3
+"""Of the weights that make the first pictures: grey ones are a better start than noise."""
+OPEN_SHARE = 0.6
+"""Share of the stills whose mouth is open."""
+STATISTICS_CLIPS = 64
+"""Training clips over which the latents' means and deviations are taken."""
+
+
+@torch.no_grad()
+def fresh_vae(config: VAEConfig, draw: torch.Generator) -> VAE:
+    """A VAE that begins as one of pictures: no convolution looks back in time, and every residual branch is silent.
+
+    Convolutions keep the size of what they get (deviation 1 / sqrt(fan in), of the newest frame). In as many steps
+    this reaches 2 to 3 dB more than torch's own initialisation.
+    """
+    vae = VAE(config)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            _begin(module, draw)
+    for module in vae.modules():
+        if isinstance(module, Residual):
+            _scale(module.residual[-1], 0.0)
+        elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+            _pass_on(module.time_conv)
+    _scale(vae.decoder.head[-1], HEAD_SCALE)
+    return channels_last(vae)
+
+
+def _begin(conv: nn.Conv2d | nn.Conv3d, draw: torch.Generator) -> None:
+    assert conv.bias is not None
+    conv.bias.zero_()
+    newest = conv.weight[:, :, -1] if isinstance(conv, nn.Conv3d) else conv.weight
+    conv.weight.zero_()
+    newest.normal_(0, newest[0].numel() ** -0.5, generator=draw)
+
+
+def _scale(conv: nn.Module, factor: float) -> None:
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    conv.weight.mul_(factor)
+
+
+def _pass_on(conv: nn.Conv3d) -> None:
+    """Every output frame is the newest input frame."""
+    conv.weight.zero_()
+    for copy in conv.weight[:, :, -1, 0, 0].split(conv.in_channels):
+        copy.copy_(torch.eye(conv.in_channels))
+
+
+def channels_last(vae: VAE) -> VAE:
+    """The same weights in the memory format in which torch's convolutions on a CPU are fastest."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return vae
+
+
+def mouth_region(size: int) -> tuple[slice, slice]:
+    """Rows and columns of a picture in which the mouth is, open or closed."""
+    left, top, right, bottom = (round(edge * size / UNITS) for edge in MOUTH_BOX)
+    return slice(top, bottom), slice(left, right)
+
+
+def draw_video(clip: Clip, frames: int, draw: torch.Generator) -> Tensor:
+    """A piece of a clip, [1, 3, frames, H, W]: its start after the still picture, or any other."""
+    if torch.rand((), generator=draw) < STILL_SHARE:
+        return pixels(np.concatenate([clip.picture[None], clip.frames[: frames - 1]]))
+    first = int(torch.randint(len(clip.frames) - frames + 1, (), generator=draw))
+    return pixels(clip.frames[first : first + frames])
+
+
+def draw_still(draw: torch.Generator, side: int) -> Array:
+    """A training face in any pose and with any mouth, uint8 [side, side, 3]."""
+    face = Face(draw_identity(Split.TRAIN, int(torch.randint(2**31, (), generator=draw))), side)
+    opening, width, lid, x, y, angle, talks = torch.rand(7, generator=draw).tolist()
+    return face.frame(
+        Pose(
+            opening=opening if talks < OPEN_SHARE else 0.0,
+            width=width,
+            lid=max(0.0, 5 * lid - 4),
+            x=(2 * x - 1) * SWAY[0],
+            y=(2 * y - 1) * SWAY[1],
+            angle=(2 * angle - 1) * SWAY[2],
+        )
+    )
+
+
+@dataclass
+class Streams:
+    """States of a stream through the encoder and the decoder; None at its start."""
+
+    encoder: list[Tensor] | None = None
+    decoder: list[Tensor] | None = None
+
+    def cut(self) -> Streams:
+        """The same without gradient."""
+        assert self.encoder is not None
+        assert self.decoder is not None
+        return Streams([slot.detach() for slot in self.encoder], [slot.detach() for slot in self.decoder])
+
+
+def reconstruct(vae: VAE, video: Tensor, streams: Streams, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[1, 3, T, H, W] -> frames of the same shape, and latents; the streams move on. Noise joins the latents."""
+    first = 1 if streams.encoder is None else 0
+    sizes = [size for size in (first, video.shape[2] - first) if size]
+    latents, frames = [], []
+    for piece in video.split(sizes, dim=2):
+        latent, streams.encoder = vae.encode(piece, streams.encoder)
+        latents.append(latent)
+    whole = torch.cat(latents, dim=2)
+    for piece in (whole if noise is None else whole + noise).split([one.shape[2] for one in latents], dim=2):
+        frame, streams.decoder = vae.decode(piece, streams.decoder)
+        frames.append(frame)
+    return torch.cat(frames, dim=2), whole
+
+
+def fold(vae: VAE, mean: Tensor, deviation: Tensor) -> None:
+    """Takes an affine per channel out of the latents and into `conv1` and `conv2`; reconstructions stay as they are.
+
+    mean, deviation: [16], of the latents that `encode` gives; afterwards they are 0 and 1. With m and s the constants
+    of the format, conv1's output y becomes m + (y - m - s mean) / deviation, and conv2 takes that back first.
+    """
+    offset, spread = vae.mean.flatten(), vae.std.flatten()
+    kept = vae.config.z_dim
+    shift = offset + spread * mean
+    assert vae.conv1.bias is not None
+    assert vae.conv2.bias is not None
+    vae.conv1.weight[:kept] /= deviation.reshape(-1, 1, 1, 1, 1)
+    vae.conv1.bias[:kept] = offset + (vae.conv1.bias[:kept] - shift) / deviation
+    vae.conv2.bias += vae.conv2.weight[:, :, 0, 0, 0] @ (shift - offset * deviation)
+    vae.conv2.weight *= deviation.reshape(1, -1, 1, 1, 1)
+
+
+def psnr(made: Tensor, true: Tensor) -> float:
+    """Peak signal to noise ratio in dB of pixels in -1..1."""
+    return float(-10 * torch.log10((made - true).square().mean() / 4))
+
+
+class VAETraining:
+    """The stage: see `training.loop.Stage`."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._settings = config.vae
+        self._stream = config.system.stream
+        self._seed = config.seed
+        self._vae = fresh_vae(config.system.vae, generator(config.seed, STAGE, "start"))
+        self._weights = self._pixel_weights()
+        self.modules: Mapping[str, nn.Module] = {"vae": self._vae}
+        self.optimizers: Mapping[str, Optimizer] = {
+            "vae": AdamW(self._vae.parameters(), weight_decay=self._settings.weight_decay)
+        }
+
+    def step(self, number: int) -> dict[str, float]:
+        """`still_batch` stills of many faces, later `batch` clips one after another; an update for all.
+
+        `loss` is what is descended, `error` the plain L1.
+        """
+        draw = generator(self._seed, STAGE, number)
+        self.optimizers["vae"].zero_grad()
+        if number <= self._settings.still_steps:
+            figures = [self._learn_stills(draw)]
+        else:
+            figures = [self._learn(self._draw_clip(draw), draw) for _ in range(self._settings.batch)]
+        norm = clip_gradients(list(self._vae.parameters()), self._settings.clip_norm)
+        self.optimizers["vae"].step()
+        return {**mean(figures), "gradient_norm": norm}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """PSNR in dB of streams of unseen faces after the decoder's warm-up, whole and around the mouth."""
+        side = self._stream.height
+        rows, columns = mouth_region(side)
+        ratios = []
+        for seed in range(VALIDATION_CLIPS):
+            made, true = self._streamed(make_clip(Split.VALIDATION, seed, CLIP_BLOCKS, side))
+            mouth = psnr(made[..., rows, columns], true[..., rows, columns])
+            ratios.append({"psnr": psnr(made, true), "mouth_psnr": mouth})
+        return mean(ratios)
+
+    @torch.no_grad()
+    def products(self) -> Mapping[str, nn.Module]:
+        """The VAE with normalised latents. To be taken once, when training is over."""
+        clips = (make_clip(Split.TRAIN, seed, CLIP_BLOCKS, self._stream.height) for seed in range(STATISTICS_CLIPS))
+        latents = torch.cat([reconstruct(self._vae, self._served(clip), Streams())[1] for clip in clips], dim=2)
+        fold(self._vae, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
+        return {"vae": self._vae}
+
+    @property
+    def _warm_up(self) -> int:
+        """Frames of the still picture that the decoder has seen before a stream's first."""
+        return 1 + TEMPORAL_STRIDE * (self._stream.decoder_warmup_latents - 1)
+
+    def _pixel_weights(self) -> Tensor:
+        """[H, W] of mean 1: `mouth_weight` around the mouth against 1 elsewhere."""
+        weights = torch.ones(self._stream.height, self._stream.width)
+        weights[mouth_region(self._stream.height)] = self._settings.mouth_weight
+        return weights / weights.mean()
+
+    def _served(self, clip: Clip) -> Tensor:
+        """The clip as a stream has it: after the still picture, which the decoder warms up on."""
+        still = np.repeat(clip.picture[None], self._warm_up, axis=0)
+        return pixels(np.concatenate([still, clip.frames]))
+
+    def _streamed(self, clip: Clip) -> tuple[Tensor, Tensor]:
+        """The clip through the VAE, and the clip itself."""
+        video = self._served(clip)
+        made, _ = reconstruct(self._vae, video, Streams())
+        return made[:, :, self._warm_up :].clamp(-1, 1), video[:, :, self._warm_up :]
+
+    def _draw_clip(self, draw: torch.Generator) -> Clip:
+        seed = int(torch.randint(2**31, (), generator=draw))
+        return make_clip(Split.TRAIN, seed, CLIP_BLOCKS, self._stream.height)
+
+    def _learn(self, clip: Clip, draw: torch.Generator) -> dict[str, float]:
+        """Adds a clip's gradient."""
+        video = draw_video(clip, self._settings.frames, draw)
+        with torch.autocast("cpu", torch.bfloat16):  # torch's 3-D convolutions in float32 are ten times slower
+            made, latents = reconstruct(self._vae, video, Streams())
+        return self._descend(made, video, latents, self._settings.batch)
+
+    def _learn_stills(self, draw: torch.Generator) -> dict[str, float]:
+        """Adds the gradient of a batch of first frames, each of another face."""
+        side = self._stream.height
+        video = pixels(np.stack([draw_still(draw, side) for _ in range(self._settings.still_batch)]))
+        stills = video.transpose(0, 2)  # [batch, 3, 1, H, W]
+        with sdpa_kernel(SDPBackend.MATH):  # the one that vmap knows how to batch
+            made, latents = torch.vmap(self._first)(stills)
+        return self._descend(made, stills, latents, 1)
+
+    def _first(self, still: Tensor) -> tuple[Tensor, Tensor]:
+        """[3, 1, H, W] as the first frame of a stream, and its latent."""
+        made, latent = reconstruct(self._vae, still[None], Streams())
+        return made[0], latent[0]
+
+    def _descend(self, made: Tensor, true: Tensor, latents: Tensor, share: int) -> dict[str, float]:
+        error = (made - true).abs()
+        loss = (self._weights * error).mean() + self._settings.smooth_weight * latents.square().mean()
+        (loss / share).backward()
+        return {"loss": loss.item(), "error": error.mean().item()}
