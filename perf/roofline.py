@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import onnx
@@ -20,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, shape_inference
 from live_avatar.errors import InputError
 
 Shape = tuple[int, ...]
-BITS = {TensorProto.FLOAT4E2M1: 4, TensorProto.INT4: 4, TensorProto.UINT4: 4}
+HALF_BYTES = (TensorProto.FLOAT4E2M1, TensorProto.INT4, TensorProto.UINT4)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Tensor:
     @classmethod
     def of(cls, shape: Shape, kind: int) -> Tensor:
         """kind: ONNX's number of the element type."""
-        return cls(shape, -(-math.prod(shape) * (BITS.get(kind) or 8 * _item_bytes(kind)) // 8))
+        values = math.prod(shape)
+        return cls(shape, -(-values // 2) if kind in HALF_BYTES else values * _item_bytes(kind))
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,16 @@ class Cost:
         """Operations per byte, at best."""
         return self.flops / self.least_bytes
 
-    def __add__(self, other: Cost) -> Cost:
-        """Of two graphs, run one after the other."""
-        return Cost(
-            dict(Counter(self.flops_by_operator) + Counter(other.flops_by_operator)),
-            self.weight_bytes + other.weight_bytes,
-            self.input_bytes + other.input_bytes,
-            self.output_bytes + other.output_bytes,
-            self.unfused_bytes + other.unfused_bytes,
-        )
+    @classmethod
+    def combined(cls, *terms: tuple[int, Cost]) -> Cost:
+        """Each cost so many times."""
+        flops: Counter[str] = Counter()
+        for times, cost in terms:
+            for operator, number in cost.flops_by_operator.items():
+                flops[operator] += times * number
+        names = ("weight_bytes", "input_bytes", "output_bytes", "unfused_bytes")
+        sums = {name: sum(times * getattr(cost, name) for times, cost in terms) for name in names}
+        return cls(dict(flops), **sums)
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,6 @@ FLOPS: Mapping[str, Callable[[NodeProto, Mapping[str, Tensor]], int]] = {
     "Conv": _conv,
     "Attention": _attention,
 }
-
-
-def total(costs: Mapping[str, Cost]) -> Cost:
-    """Of several graphs, one after the other."""
-    return reduce(Cost.__add__, costs.values(), Cost())
 
 
 def load_graph(path: str) -> ModelProto:

@@ -9,7 +9,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from live_avatar.artifacts import Artifacts
 from live_avatar.errors import InputError
-from perf.roofline import Ceilings, Cost, Tensor, count, load_graph, total
+from perf.roofline import Ceilings, Cost, Tensor, count, load_graph
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.BFLOAT16
 
@@ -101,7 +101,7 @@ def test_the_bound_is_the_longer_of_the_two() -> None:
     much_work, much_data = Cost({"MatMul": 400}, weight_bytes=10), Cost({"MatMul": 100}, weight_bytes=30)
     assert (machine.bound_s(much_work), machine.limited_by(much_work)) == (4.0, "operations")
     assert (machine.bound_s(much_data), machine.limited_by(much_data)) == (3.0, "bytes")
-    both = total({"a": much_work, "b": much_data})
+    both = Cost.combined((1, much_work), (1, much_data))
     assert (both.flops, both.least_bytes) == (500, 40)
 
 
