@@ -110,8 +110,10 @@ def version() -> str:
 
 
 def _shown(command: Sequence[str]) -> tuple[str, ...]:
-    """The command without this machine's paths."""
-    return tuple(Path(word).name if word.startswith("/") else word for word in command)
+    """The command without this machine's paths and ports."""
+    url = command.index("-u") + 1
+    named = [*command[:url], "HOST:PORT", *command[url + 1 :]]
+    return tuple(Path(word).name if word.startswith("/") else word for word in named)
 
 
 def _reason(said: str) -> str:

@@ -84,7 +84,7 @@ def _large_artifacts(folder: Path) -> Path:
     checkpoint = open_checkpoint(TINY)
     height, width = LARGE
     large = dataclasses.replace(checkpoint, preset=checkpoint.preset.with_stream(height=height, width=width))
-    export_artifacts(large, folder)
+    export_artifacts(large, folder, lambda component: None)
     return folder
 
 

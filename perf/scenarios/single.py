@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from live_avatar.artifacts import load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT
 from live_avatar.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving.trace import Interval
 from live_avatar_client.protocol import FPS
 from perf.counters import watched
 from perf.figures import first_frame, hops, slowest, stage_times, summary_of, throughput
@@ -49,7 +49,7 @@ def measure(context: Context) -> Figures:
         ],
     }
     if stages:
-        figures |= _of_stages(stages, through_triton.steady_fps)
+        figures |= _of_stages(stages)
         figures["ttff_speech_at_hand"] = first_frame(run.blocks[0], stages)
         busy_picture(figures["stages"], context.picture("single"))
     return figures
@@ -68,7 +68,7 @@ def generate_fps(artifacts: Path, blocks: int) -> float:
     return generated(blocks) / (time.monotonic() - begun_s)
 
 
-def _of_stages(intervals: list[Any], steady_fps: float | None) -> Figures:
+def _of_stages(intervals: list[Interval]) -> Figures:
     stages = stage_times(intervals, skipped=STEADY)
     name, slowest_s = slowest(stages)
     return {

@@ -26,12 +26,10 @@ def measure(context: Context) -> Figures:
         speaker = Speaker(target, Path(scratch))
         first = speaker.spoken(1, prompt="The first person after the start.")[0]
         speaker.spoken(1, prompt=KNOWN)
-        prompts = {
-            "new": [f"Person number {n} of seed {context.seed}." for n in range(repeats)],
-            "known": [KNOWN] * repeats,
-        }
+        new = [f"Person number {n} of seed {context.seed}." for n in range(repeats)]
+        prompts = {"new": new, "known": [KNOWN] * repeats}
         spoken = {kind: [_spoken(speaker, prompt) for prompt in of] for kind, of in prompts.items()}
-        prompts["new"] = [f"{prompt} Again, as another." for prompt in prompts["new"]]
+        prompts["new"] = [f"{prompt} Again, as another." for prompt in new]
         at_hand = {kind: [_at_hand(speaker, prompt) for prompt in of] for kind, of in prompts.items()}
     figures: Figures = {
         "repeats": repeats,
@@ -41,15 +39,8 @@ def measure(context: Context) -> Figures:
         "speech_at_hand": {kind: _summary(found) for kind, found in at_hand.items()},
         "checks": [_check("spoken", "known", spoken["known"]), *(_check("at hand", k, f) for k, f in at_hand.items())],
     }
-    _picture(
-        context,
-        {
-            "spoken, new": spoken["new"],
-            "spoken, known": spoken["known"],
-            "at hand, new": at_hand["new"],
-            "at hand, known": at_hand["known"],
-        },
-    )
+    ways = {"spoken": spoken, "at hand": at_hand}
+    _picture(context, {f"{how}, {kind}": found for how, of in ways.items() for kind, found in of.items()})
     return figures
 
 
