@@ -77,19 +77,30 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that a machine does: operations and bytes per second; `source` says who says so."""
+    """The most that a machine does: operations and bytes per second; `source` says who says so.
+
+    operators: the rate of single operators, where another one is faster or slower than the rest.
+    """
 
     name: str
     flops_per_s: float
     bytes_per_s: float
     source: str
+    operators: Mapping[str, float] = field(default_factory=dict)
+
+    def compute_s(self, cost: Cost) -> float:
+        """Time of the operations alone."""
+        rates = (
+            (number, self.operators.get(name, self.flops_per_s)) for name, number in cost.flops_by_operator.items()
+        )
+        return sum(number / rate for number, rate in rates)
 
     def bound_s(self, cost: Cost) -> float:
         """No run of the graph is faster: its operations and its bytes, whichever takes longer."""
-        return max(cost.flops / self.flops_per_s, cost.least_bytes / self.bytes_per_s)
+        return max(self.compute_s(cost), cost.least_bytes / self.bytes_per_s)
 
     def limited_by(self, cost: Cost) -> str:
-        return "operations" if cost.flops / self.flops_per_s >= cost.least_bytes / self.bytes_per_s else "bytes"
+        return "operations" if self.compute_s(cost) >= cost.least_bytes / self.bytes_per_s else "bytes"
 
 
 def count(model: ModelProto, inputs: Mapping[str, Shape]) -> Cost:

@@ -52,8 +52,8 @@ class Pipeline:
     """The stages in order, and how they are linked. The last is the decoder, the one before it the last step.
 
     capacity: how many stages a processor serves at full speed (the cores of a CPU; 1, if not named, of a GPU).
-    hop_s: from one stage's answer to the next one's begin; turnaround_s: from a stage's answer until it can take the
-    next block; reply_s: from the decoder's answer to the client's next request.
+    hop_s: from a request or a stage's answer to the next stage's begin, and to that of the next block in the same
+    stage; delivery_s: from the decoder's answer to its frames at the client.
     """
 
     stages: tuple[StageWork, ...]
@@ -61,8 +61,7 @@ class Pipeline:
     block_frames: int = 12
     sink_update_block: int | None = 5
     hop_s: float = 0.0
-    turnaround_s: float = 0.0
-    reply_s: float = 0.0
+    delivery_s: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.stages) < 3:
@@ -192,7 +191,7 @@ class _Simulation:
     # ---- The client
 
     def _start(self, session: int) -> None:
-        self._arrive(session, NO_BLOCK, 0)
+        self._pass_on(session, NO_BLOCK, 0)
         self._send(session)
 
     def _send(self, session: int) -> None:
@@ -203,11 +202,11 @@ class _Simulation:
                 self._at(spoken_s, partial(self._send, session))
                 return
             sent_s.append(self._now)
-            self._arrive(session, block, 0)
+            self._pass_on(session, block, 0)
 
     def _receive(self, session: int) -> None:
         self._received_s[session].append(self._now)
-        self._at(self._now + self._pipeline.reply_s, partial(self._send, session))
+        self._send(session)
 
     # ---- The stages
 
@@ -244,12 +243,14 @@ class _Simulation:
         if job.block != NO_BLOCK:
             name = self._pipeline.stages[job.stage].name
             self._intervals.append(Interval(name, job.session, job.block, job.begun_s, self._now))
-        self._at(self._now + self._pipeline.turnaround_s, partial(self._free, job.stage))
+        self._at(self._now + self._pipeline.hop_s, partial(self._free, job.stage))
         if job.stage + 1 < len(self._pipeline.stages):
-            arrive = self._now + self._pipeline.hop_s
-            self._at(arrive, partial(self._arrive, job.session, job.block, job.stage + 1))
+            self._pass_on(job.session, job.block, job.stage + 1)
         elif job.block != NO_BLOCK:
-            self._receive(job.session)
+            self._at(self._now + self._pipeline.delivery_s, partial(self._receive, job.session))
+
+    def _pass_on(self, session: int, block: int, stage: int) -> None:
+        self._at(self._now + self._pipeline.hop_s, partial(self._arrive, session, block, stage))
 
     def _free(self, stage: int) -> None:
         self._occupied[stage] = False

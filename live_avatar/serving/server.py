@@ -84,7 +84,8 @@ CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
 @dataclass(frozen=True)
 class ServerOptions:
     """What to serve and where. Ports on `address`; `trace` is a folder for the stages' busy intervals, and
-    `stage_floor_s` the least time a stage takes for a block (for measurements). None keeps what the profile says."""
+    `stage_floor_s` the least time a stage takes for a block and `triton_flags` more of Triton's own options (both for
+    measurements). None keeps what the profile says."""
 
     artifacts: Path
     profile: str = "cpu"
@@ -100,6 +101,7 @@ class ServerOptions:
     access: Access = field(default_factory=Access)
     trace: Path | None = None
     stage_floor_s: float = 0.0
+    triton_flags: tuple[str, ...] = ()
     verbose: bool = False
 
     def on_free_ports(self) -> ServerOptions:
@@ -421,6 +423,7 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, memory
         "--exit-timeout-secs=2",
         f"--backend-config=python,shm-region-prefix-name={memory}",
         f"--log-info={str(options.verbose).lower()}",
+        *options.triton_flags,
     ]
     if backends is not None:
         command.append(f"--backend-directory={backends}")

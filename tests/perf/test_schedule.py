@@ -52,15 +52,15 @@ def test_a_block_passes_all_stages_and_then_one_comes_every_step() -> None:
 
 
 def test_one_block_at_a_time_pays_every_stage() -> None:
-    session = simulate(pipe(reply_s=0.05), [Client(blocks=4, window=1)]).sessions[0]
+    session = simulate(pipe(delivery_s=0.05), [Client(blocks=4, window=1)]).sessions[0]
     assert gaps(session) == pytest.approx([4 * STEP_S + 0.1 + 0.05] * 3)
 
 
-def test_links_delay_a_block_and_a_turnaround_slows_every_block() -> None:
-    linked = pipe(hop_s=0.01, turnaround_s=0.002, sink_update_block=None)
-    session = simulate(linked, [Client(blocks=6)]).sessions[0]
-    assert ttff(session) == pytest.approx(0.002 + 4 * STEP_S + 0.1 + 5 * 0.01)  # the start is turned around as well
-    assert gaps(session) == pytest.approx([STEP_S + 0.002] * 5)
+def test_a_hop_delays_a_block_at_every_stage_and_slows_every_block_once() -> None:
+    session = simulate(pipe(hop_s=0.01, delivery_s=0.02, sink_update_block=None), [Client(blocks=6)]).sessions[0]
+    start_and_block = 0.01 + 0.01  # the session's start goes before its first block
+    assert ttff(session) == pytest.approx(start_and_block + 4 * STEP_S + 0.1 + 5 * 0.01 + 0.02)
+    assert gaps(session) == pytest.approx([STEP_S + 0.01] * 5)
 
 
 @pytest.mark.parametrize(("update", "bubble"), [(2, 3), (3, 2), (4, 1), (5, 0), (None, 0)])
