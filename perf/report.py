@@ -6,10 +6,13 @@ with --check it only says whether the README has it. Knows how figures are named
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -96,3 +99,95 @@ def lines_picture(
     if len(series) > 1:
         plot.legend(frameon=False)
     save(plot, path)
+
+
+# ---- The README's table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the README's table: what, of which scenario, and how its figures say it."""
+
+    what: str
+    scenario: str
+    say: Callable[[Any], str]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _latency(one: Any) -> str:
+    return f"{_ms(one['p50_s'])} / {_ms(one['p95_s'])} / {_ms(one['p99_s'])}"
+
+
+def _playback(one: Any) -> str:
+    return f"{one['stalls']}, longest gap {_ms(one['longest_gap_s'])}"
+
+
+def _start(one: Any) -> str:
+    return f"{_ms(one['ttff_s'])}: {_ms(one['block_wait_s'])} + {_ms(one['denoising_s'])} + {_ms(one['decoding_s'])}"
+
+
+def _passing(one: Any) -> str:
+    return f"{one['hop_s'] * 1e3:.1f} ms a hop, {one['out_s'] * 1e3:.1f} ms for the frames to the client"
+
+
+def _growth(memory: Sequence[Mapping[str, Any]]) -> str:
+    grown = max(memory, key=lambda one: float(one["last_mib"]) - float(one["first_mib"]))
+    return f"{grown['name']} most, {grown['first_mib']:.0f} to {grown['last_mib']:.0f} MiB"
+
+
+ROWS = (
+    Row("FPS, one session as fast as it goes (playback is 25)", "single", lambda f: f"{f['throughput']['fps']:.1f}"),
+    Row("the same by `live-avatar generate`, in the same run", "single", lambda f: f"{f['generate_fps']:.1f}"),
+    Row("Latency in real time, p50 / p95 / p99", "realtime", lambda f: _latency(f["chunks_of_20_ms"]["latency"])),
+    Row("Stalls of playback, of 100 blocks", "realtime", lambda f: _playback(f["chunks_of_20_ms"]["playback"])),
+    Row("TTFF as one speaks: wait + denoising + decoding", "start", lambda f: _start(f["spoken"]["known"])),
+    Row("TTFF, speech at hand, known avatar", "start", lambda f: _ms(f["speech_at_hand"]["known"]["ttff_s"])),
+    Row("TTFF, speech at hand, new avatar", "start", lambda f: _ms(f["speech_at_hand"]["new"]["ttff_s"])),
+    Row("Real-time sessions at once without a stall", "sessions", lambda f: str(f["real_time_sessions"])),
+    Row("Memory of one more session", "sessions", lambda f: f"{f['memory_per_session_mib']:.0f} MiB"),
+    Row("Pipeline efficiency (stages held to 0.3 s)", "pipeline", lambda f: f"{f['frames_96x96']['efficiency']:.3f}"),
+    Row("A block's way beside the work, 96x96", "pipeline", lambda f: _passing(f["frames_96x96"]["passing"])),
+    Row("the same, 720x400", "pipeline", lambda f: _passing(f["frames_720x400"]["passing"])),
+    Row("Memory over 10,000 s of video", "long", lambda f: _growth(f["memory_mib_by_hour_of_video"])),
+)
+
+
+def measured(results: Path) -> str:
+    """The README's table, of the scenarios that have a JSON file in `results`."""
+    lines = ["| | | |", "|---|---|---|"]
+    for row in ROWS:
+        path = results / f"{row.scenario}.json"
+        if path.exists():
+            said = row.say(json.loads(path.read_text())["figures"])
+            lines.append(f"| {row.what} | {said} | [JSON](perf/results/{path.name}) |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, made: str) -> str:
+    """The text with the table between its marks. Raises `InputError` if it has not both marks once."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise InputError(f"the README must have the lines {BEGIN} and {END} once each; put them where the table goes.")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit code 1 if the README has another table.")
+def main(check: bool) -> None:
+    """Write the README's measured table from perf/results/."""
+    text = README.read_text()
+    try:
+        wanted = with_table(text, measured(RESULTS))
+    except InputError as error:
+        raise click.ClickException(str(error)) from error
+    if check and wanted != text:
+        raise click.ClickException("README.md has another table than perf/results/ makes; run python -m perf.report.")
+    if not check:
+        README.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

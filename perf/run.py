@@ -33,15 +33,15 @@ MODULES = (single, realtime, sessions, start, pipeline, long)
 SCENARIOS: dict[str, Scenario] = {module.SCENARIO.name: module.SCENARIO for module in MODULES}
 
 
-def report(scenario: Scenario, context: Context, figures: Figures) -> dict[str, Any]:
-    """The document of one run."""
+def report(scenario: Scenario, context: Context, figures: Figures, commit: str | None) -> dict[str, Any]:
+    """The document of one run, of code of `commit`."""
     artifacts = load_artifacts(context.artifacts)
     return {
         "scenario": scenario.name,
         "about": scenario.about,
         "command": command(scenario, context),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit,
         "environment": environment("nvidia-pytriton", "numpy", *scenario.packages),
         "artifacts": {"preset": artifacts.preset.name, "fingerprint": artifacts.fingerprint},
         "figures": rounded(figures),
@@ -76,7 +76,8 @@ def run(scenario: Scenario, context: Context) -> tuple[Path, list[str]]:
     """Measures, shows and writes; returns the JSON file, and a sentence for each thing that does not hold."""
     click.echo(f"{scenario.name}: {scenario.about}")
     context.out.mkdir(parents=True, exist_ok=True)
-    document = report(scenario, context, scenario.measure(context))
+    begun_at = commit()
+    document = report(scenario, context, scenario.measure(context), begun_at)
     click.echo(table(document["figures"]))
     return write(document, context.out), broken(document["figures"])
 

@@ -25,6 +25,7 @@ BLOCKS, QUICK_BLOCKS = 60, 8
 LARGE = (400, 720)
 """Height and width of the frames at which the paper measures."""
 LARGE_BLOCKS = 8
+PATIENCE_S = 600.0
 LEAST_EFFICIENCY = 0.95
 STEADY = 5
 
@@ -70,7 +71,7 @@ def _floored(context: Context, blocks: int) -> Figures:
 
 def _one_at_a_time(context: Context, blocks: int) -> Figures:
     """One block in the pipe at a time, so that every wait is for the passing and none for a stage."""
-    with context.server() as target, tempfile.TemporaryDirectory() as scratch:
+    with context.server(idle_seconds=PATIENCE_S) as target, tempfile.TemporaryDirectory() as scratch:
         speaker = Speaker(target, Path(scratch))
         with watched(target.metrics_url) as since:
             run = speaker.analyzed(blocks, None)
