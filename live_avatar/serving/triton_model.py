@@ -7,6 +7,7 @@ What a stage does is in its own module.
 
 from __future__ import annotations
 
+import asyncio  # noqa: F401 - Triton's stub would import it after a stage's first answer, while the first session waits
 import json
 import logging
 import os
@@ -244,7 +245,7 @@ class StageModel:
     def runtime(self) -> Runtime:
         """The artifacts' graphs, on the instance's GPU or on the CPU."""
         if self._gpu is None:
-            return OnnxRuntime(self.artifacts)
+            return OnnxRuntime(self.artifacts, warm=True)
         from live_avatar.runtime.tensorrt_runtime import TensorRTRuntime
 
         return TensorRTRuntime(self.artifacts, self._gpu)
