@@ -42,10 +42,12 @@ from live_avatar.serving import (
     LOG_MARK,
     PROFILE_VARIABLE,
     TRACE_VARIABLE,
+    TURNS_VARIABLE,
 )
 from live_avatar.serving.access import Access, access_flags
 from live_avatar.serving.control import Control
 from live_avatar.serving.supervisor import UNLOADABLE, Admin, Supervisor
+from live_avatar.serving.turns import turns_value
 from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -84,8 +86,8 @@ CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
 @dataclass(frozen=True)
 class ServerOptions:
     """What to serve and where. Ports on `address`; `trace` is a folder for the stages' busy intervals, and
-    `stage_floor_s` the least time a stage takes for a block and `triton_flags` more of Triton's own options (both for
-    measurements). None keeps what the profile says."""
+    `stage_floor_s` the least time a stage takes for a block, `turns` stages of which one works at a time, as on one
+    processor (both for measurements). None keeps what the profile says."""
 
     artifacts: Path
     profile: str = "cpu"
@@ -101,7 +103,7 @@ class ServerOptions:
     access: Access = field(default_factory=Access)
     trace: Path | None = None
     stage_floor_s: float = 0.0
-    triton_flags: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
     verbose: bool = False
 
     def on_free_ports(self) -> ServerOptions:
@@ -423,7 +425,6 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, memory
         "--exit-timeout-secs=2",
         f"--backend-config=python,shm-region-prefix-name={memory}",
         f"--log-info={str(options.verbose).lower()}",
-        *options.triton_flags,
     ]
     if backends is not None:
         command.append(f"--backend-directory={backends}")
@@ -452,6 +453,8 @@ def _environment(options: ServerOptions, control: Path) -> dict[str, str]:
     environment[FLOOR_VARIABLE] = str(options.stage_floor_s)
     if options.label_font is not None:
         environment[LABEL_FONT_VARIABLE] = str(options.label_font.resolve())
+    if options.turns:
+        environment[TURNS_VARIABLE] = turns_value(control.with_name("turn"), options.turns)
     environment["OMP_NUM_THREADS"] = "1"
     if options.trace is not None:
         environment[TRACE_VARIABLE] = str(options.trace.resolve())

@@ -35,6 +35,7 @@ from live_avatar.serving import (
     LOG_MARK,
     PROFILE_VARIABLE,
     TRACE_VARIABLE,
+    TURNS_VARIABLE,
 )
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
@@ -46,6 +47,7 @@ from live_avatar.serving.stage import NO_BLOCK, Stage, StageRequest, StageRespon
 from live_avatar.serving.status import Served, Status
 from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE, read_text
 from live_avatar.serving.trace import TraceWriter
+from live_avatar.serving.turns import turn_of
 from live_avatar.serving.vae_decoder import VAEDecoderStage
 from live_avatar.version import __version__
 from live_avatar_client.protocol import ErrorCode, SequenceFlag, format_error
@@ -139,6 +141,7 @@ class StageModel:
         self._input_names = [spec["name"] for spec in self._config["input"]]
         self._trace = TraceWriter.from_environment(self.name, os.environ.get(TRACE_VARIABLE))
         self._floor_s = float(os.environ.get(FLOOR_VARIABLE, "0"))
+        self._turn = turn_of(self.name, os.environ.get(TURNS_VARIABLE))
         self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self.meter = TritonMeter(self.name)
         self._control = Control(Path(os.environ[CONTROL_VARIABLE]) if os.environ.get(CONTROL_VARIABLE) else None)
@@ -158,7 +161,7 @@ class StageModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Called by Triton for every request, one session's in order."""
-        with self._busy:
+        with self._busy, self._turn():
             return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:

@@ -2,18 +2,16 @@
 
 Measured twice. With real compute all stages share this machine's cores, so the pipe can gain little. With a floor under
 every stage's time each stage behaves as if it had a processor of its own, which shows what the serving path makes of
-one: the times are set, what comes of them is measured. Stages that share a processor take turns by Triton's rate
-limiter.
+one: the times are set, what comes of them is measured. Stages that share a processor take turns by a lock (Triton's own
+rate limiter, which is for that, lost requests of sequences on 2.51).
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from live_avatar.artifacts import load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT
@@ -25,7 +23,6 @@ from perf.load import demo_blocks
 from perf.report import BLUE, GREEN, axes, save
 from perf.scenario import Context, Figures, Scenario, check
 from perf.served import SETTLED, WINDOW, observe
-from perf.turns import FLAGS, taking_turns
 from perf.variants import variant
 
 FLOOR_S = 0.2
@@ -89,14 +86,9 @@ def served(context: Context, folders: Mapping[str, Path], floor_s: float) -> dic
 
 
 def _observed(context: Context, setup: Setup, artifacts: Path, floor_s: float) -> Sequence[BlockTimes]:
-    with tempfile.TemporaryDirectory() as scratch:
-        options: dict[str, Any] = {"profile": setup.profile, "artifacts": artifacts, "stage_floor_s": floor_s}
-        if setup.share:
-            repository = taking_turns(setup.share, setup.profile, Path(scratch))
-            options |= {"model_repository": repository, "triton_flags": FLAGS}
-        with context.server(**options) as target:
-            observe(target, 2 if floor_s else SETTLED)
-            return observe(target, _blocks(context), window=setup.window).blocks
+    with context.server(profile=setup.profile, artifacts=artifacts, stage_floor_s=floor_s, turns=setup.share) as target:
+        observe(target, 2 if floor_s else SETTLED)
+        return observe(target, _blocks(context), window=setup.window).blocks
 
 
 def row(name: str, about: str, blocks: Sequence[BlockTimes]) -> Figures:
