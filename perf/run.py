@@ -26,10 +26,21 @@ from live_avatar_client.errors import AvatarError
 from perf.figures import rounded
 from perf.report import RESULTS, table
 from perf.scenario import Context, Figures, Scenario, broken
-from perf.scenarios import long, pipeline, realtime, sessions, single, start
+from perf.scenarios import (
+    ablation,
+    long,
+    pipeline,
+    realtime,
+    roofline,
+    schedule,
+    sessions,
+    single,
+    start,
+    timeline,
+)
 
 ROOT = Path(__file__).parents[1]
-MODULES = (single, realtime, sessions, start, pipeline, long)
+MODULES = (single, realtime, sessions, start, pipeline, long, ablation, schedule, roofline, timeline)
 SCENARIOS: dict[str, Scenario] = {module.SCENARIO.name: module.SCENARIO for module in MODULES}
 
 
