@@ -1,10 +1,14 @@
-"""10,000 seconds of video in one session: the speed, the latency and the memory of every process, early and late."""
+"""10,000 seconds of video in one session: the speed, the latency and the memory of every process, early and late.
+
+Ctrl-C or SIGTERM ends it early, with the figures of what was run (`finished` is false).
+"""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +61,8 @@ def measure(context: Context) -> Figures:
         speaker = Speaker(target, Path(scratch))
         speaker.warm_up()
         seen = Seen(Memory(target.pid), target.pid, every)
-        speaker.streamed(speech(blocks), seen)
+        with suppress(KeyboardInterrupt):
+            speaker.streamed(speech(blocks), seen)
     return _figures(context, seen, blocks, time.monotonic() - begun_s)
 
 
@@ -69,12 +74,13 @@ def speech(blocks: int) -> Iterator[Array]:
 
 
 def _figures(context: Context, seen: Seen, blocks: int, wall_s: float) -> Figures:
-    window = min(WINDOW_BLOCKS, blocks // 4)
+    window = min(WINDOW_BLOCKS, len(seen.blocks) // 4)
     early, late = window_figures(seen.blocks[window : 2 * window]), window_figures(seen.blocks[-window:])
-    video_s = seen.frames / FPS
+    video_s, answered = seen.frames / FPS, len(seen.blocks)
     findings = seen.memory.findings(WARM_UP * video_s)
     _picture(context, seen, window)
     return {
+        "finished": answered == blocks,
         "video_s": video_s,
         "frames": seen.frames,
         "wall_s": wall_s,
@@ -84,7 +90,7 @@ def _figures(context: Context, seen: Seen, blocks: int, wall_s: float) -> Figure
         "late_by_early_fps": late["fps"] / early["fps"],
         "memory_mib_by_hour_of_video": findings,
         "checks": [
-            check("frames by those due", seen.frames / (blocks * FRAMES_PER_BLOCK), at_least=1.0),
+            check("frames by those due", seen.frames / (answered * FRAMES_PER_BLOCK), at_least=1.0),
             *(_flat(one["name"], Slope(**one["slope"])) for one in findings if one["slope"] is not None),
         ],
     }

@@ -24,7 +24,7 @@ FLOOR_S = 0.3
 BLOCKS, QUICK_BLOCKS = 60, 8
 LARGE = (400, 720)
 """Height and width of the frames at which the paper measures."""
-LARGE_BLOCKS = 8
+ALONE_BLOCKS, LARGE_BLOCKS = 12, 4
 PATIENCE_S = 600.0
 LEAST_EFFICIENCY = 0.95
 STEADY = 5
@@ -52,7 +52,7 @@ def _floored(context: Context, blocks: int) -> Figures:
         speaker.warm_up()
         run = speaker.analyzed(blocks, rate=blocks)
         full = speaker.intervals(run.blocks)
-        single = speaker.analyzed(LARGE_BLOCKS, None)
+        single = speaker.analyzed(QUICK_BLOCKS if context.quick else ALONE_BLOCKS, None)
         alone = speaker.intervals(single.blocks)
     stages, seen = stage_times(full, skipped=STEADY), throughput(run.blocks)
     name, slowest_s = slowest(stages)
