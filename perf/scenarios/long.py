@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +31,7 @@ MOST_GROWTH_MIB = 10.0
 """Of one process in an hour of video, beyond three standard errors, after the warm-up."""
 WARM_UP = 0.2
 DEMO_BLOCKS = 12
+LEAST_BLOCKS = 30
 
 
 @dataclass
@@ -61,8 +61,11 @@ def measure(context: Context) -> Figures:
         speaker = Speaker(target, Path(scratch))
         speaker.warm_up()
         seen = Seen(Memory(target.pid), target.pid, every)
-        with suppress(KeyboardInterrupt):
+        try:
             speaker.streamed(speech(blocks), seen)
+        except KeyboardInterrupt:
+            if len(seen.blocks) < LEAST_BLOCKS:
+                raise
     return _figures(context, seen, blocks, time.monotonic() - begun_s)
 
 
@@ -78,7 +81,7 @@ def _figures(context: Context, seen: Seen, blocks: int, wall_s: float) -> Figure
     early, late = window_figures(seen.blocks[window : 2 * window]), window_figures(seen.blocks[-window:])
     video_s, answered = seen.frames / FPS, len(seen.blocks)
     findings = seen.memory.findings(WARM_UP * video_s)
-    _picture(context, seen, window)
+    _picture(context, seen)
     return {
         "finished": answered == blocks,
         "video_s": video_s,
@@ -107,7 +110,7 @@ def _flat(name: str, slope: Slope) -> Figures:
     return check(f"{name}: MiB per hour of video, less 3 errors", least, at_most=MOST_GROWTH_MIB)
 
 
-def _picture(context: Context, seen: Seen, window: int) -> None:
+def _picture(context: Context, seen: Seen) -> None:
     series = {name: (one.times_s, one.mib) for (name, _), one in seen.memory.series.items() if len(one.mib) > 1}
     lines_picture(
         context.picture("long"), "Memory of every process, one session", "seconds of video", "private MiB", series
