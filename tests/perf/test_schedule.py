@@ -10,6 +10,8 @@ import pytest
 
 from live_avatar.errors import ConfigError
 from perf.figures import BlockTimes, playback, throughput
+from perf.placement import placement, session_limit
+from perf.scenarios.schedule import PAPER, Case, asked, bounds, calibrated, compared, predicted
 from perf.schedule import (
     Client,
     Pipeline,
@@ -20,6 +22,7 @@ from perf.schedule import (
     sessions_without_stall,
     simulate,
 )
+from perf.served import SETTLED, Observed
 
 STEP_S = 0.25
 
@@ -151,3 +154,62 @@ def test_simulated_refusals_are_erlangs(informed: bool) -> None:
     expected = erlang_b(nodes * slots, load) if informed else erlang_b(slots, load / nodes)
     share = refused_share(nodes, slots, load, sessions=40_000, seed=1, informed=informed)
     assert share == pytest.approx(expected, rel=0.1)
+
+
+# ---- The scenario
+
+
+def test_the_model_finds_itself_again_in_what_one_block_at_a_time_shows() -> None:
+    """Stages whose first blocks differ, on two cores, with hops: eight blocks under way come out the same."""
+    ramp = (0.01, 0.02, 0.03, 0.04, 0.08, 0.04)
+    works = {"conditioning": (0.005,), **{f"dit_step_{n}": ramp for n in range(1, 5)}, "vae_decoder": (0.1,)}
+    real = Pipeline(
+        tuple(StageWork(name, "cpu", times) for name, times in works.items()),
+        {"cpu": 2.0},
+        hop_s=0.002,
+        delivery_s=0.003,
+    )
+    run = simulate(real, [Client(SETTLED + 4, window=1)])
+    found = calibrated(Observed(list(run.sessions[0]), list(run.intervals)), cores=2.0)
+    assert (found.hop_s, found.delivery_s) == pytest.approx((0.002, 0.003))
+    for case in (Case("", 0.0, 8), Case("", 0.2, 8, sessions=2)):
+        assert predicted(found, case, 20) == pytest.approx(predicted(real, case, 20))
+
+
+def test_errors_are_of_the_measured_value() -> None:
+    row = compared({"fps": 22.0, "ttff_s": 0.9}, {"fps": 20.0, "ttff_s": 1.0})
+    assert row["error"] == pytest.approx({"fps": 0.1, "ttff_s": -0.1})
+
+
+def test_profiles_are_read_from_the_model_repository() -> None:
+    five, four, one = (placement(profile) for profile in ("h800x5", "h800x4", "h800x1"))
+    assert list(five.values()) == ["gpu4", "gpu0", "gpu1", "gpu2", "gpu3", "gpu4"]
+    assert list(four.values()) == ["gpu3", "gpu0", "gpu1", "gpu2", "gpu3"]
+    assert set(one.values()) == {"gpu0"}
+    assert set(placement("cpu").values()) == {"cpu"}
+    assert session_limit("h800x5") == 1
+    with pytest.raises(ConfigError, match="there is no profile 'h900'; choose one of cpu, cpu-3-steps, h800x1"):
+        placement("h900")
+
+
+def test_the_papers_figures_come_out_of_its_own_times() -> None:
+    figures = asked(PAPER, "h800x5")
+    assert figures["steady_fps"] == pytest.approx(45.0)
+    assert figures["ttff_speech_at_hand_s"] == pytest.approx(1.21)
+    assert figures["ttff_s"] == pytest.approx(0.48 + 1.21)
+    assert figures["real_time_sessions_by_time"] == 1
+    assert asked(PAPER, "h800x4")["ttff_speech_at_hand_s"] == pytest.approx(1.21 - 12 / 45)
+    in_sequence_s = 4 * 12 / 45 + 1.21 - 4 * 12 / 45
+    assert asked(PAPER, "h800x1")["fps"] == pytest.approx(12 / in_sequence_s)
+
+
+def test_bounds_and_half_of_them() -> None:
+    stage = {"conditioning": 0.01, "dit_step_1": 0.1, "vae_decoder": 0.03}
+    gpus = {"H200": {"source": "given", "bound_s": stage, "prefill_bound_s": 0.06}}
+    bound, half = bounds({"figures": {"s2v_14b": {"gpus": gpus}}})
+    assert (bound.step_s, bound.prefill_s) == (0.1, 0.06)
+    assert (half.name, half.step_s) == ("H200, 50% of it", 0.2)
+    assert asked(half, "h800x5")["steady_fps"] < 60 < asked(bound, "h800x5")["steady_fps"] < 120
+    # The new sink is prefilled with block 5, in every step.
+    assert bound.pipeline("h800x5").stages[1].work_s(4) == pytest.approx(0.16)
+    assert bound.pipeline("h800x5").stages[1].work_s(5) == pytest.approx(0.1)
