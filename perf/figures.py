@@ -164,19 +164,19 @@ def real_time_sessions(stalls: Mapping[int, int]) -> int:
 
 
 def stage_times(intervals: Iterable[Interval], skipped: int = 0) -> dict[str, StageTimes]:
-    """By stage, in the order of the pipe; blocks before `skipped` (a session's start) are left out."""
+    """By stage, in the order of the pipe. Times are of the blocks from `skipped` on, without a session's start; shares of
+    all blocks, from the first begin to the last end."""
     by_stage: defaultdict[str, list[Interval]] = defaultdict(list)
     for interval in sorted(intervals, key=lambda i: (i.block, i.start_s)):
-        if interval.block >= skipped:
-            by_stage[interval.stage].append(interval)
+        by_stage[interval.stage].append(interval)
     every = [i for found in by_stage.values() for i in found]
     window_s = max(i.end_s for i in every) - min(i.start_s for i in every)
-    return {stage: _stage_times(found, window_s) for stage, found in by_stage.items()}
+    return {stage: _stage_times(found, skipped, window_s) for stage, found in by_stage.items()}
 
 
-def _stage_times(found: Sequence[Interval], window_s: float) -> StageTimes:
-    times = [i.end_s - i.start_s for i in found]
-    return StageTimes(len(times), fmean(times), median(times), sum(times) / window_s)
+def _stage_times(found: Sequence[Interval], skipped: int, window_s: float) -> StageTimes:
+    times = [i.end_s - i.start_s for i in found if i.block >= skipped]
+    return StageTimes(len(times), fmean(times), median(times), sum(i.end_s - i.start_s for i in found) / window_s)
 
 
 def slowest(stages: Mapping[str, StageTimes]) -> tuple[str, float]:

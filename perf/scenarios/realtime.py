@@ -49,7 +49,7 @@ def measure(context: Context) -> Figures:
         context.picture("realtime"),
         "Audio-to-frame latency, speech at its own pace",
         "block of 0.48 s",
-        "ms from a block's last sample to its frames",
+        "last sample to frames, ms",
         {name: _latencies(of) for name, of in waits.items()},
     )
     return figures

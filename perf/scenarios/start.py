@@ -81,7 +81,7 @@ def _picture(context: Context, found: dict[str, list[FirstFrame]]) -> None:
         widths = [fmean(getattr(one, part) for one in found[name]) for name in names]
         plot.barh(names, widths, left=left, color=colour, label=part.removesuffix("_s").replace("_", " "))
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    plot.legend(frameon=False, loc="upper right")
+    plot.legend(frameon=False, loc="lower right")
     save(plot, context.picture("start"))
 
 

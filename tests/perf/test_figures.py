@@ -113,7 +113,9 @@ def test_stage_times_and_the_slowest() -> None:
     assert stages["b"].mean_s == pytest.approx(0.5)
     assert stages["a"].busy_share == pytest.approx(5 / 5.75)
     assert slowest(stages) == ("a", pytest.approx(1.0))
-    assert stage_times(pipe(), skipped=2)["a"].blocks == 3
+    late = stage_times(pipe(), skipped=2)["a"]
+    assert late.blocks == 3
+    assert late.busy_share == pytest.approx(5 / 5.75), "of all blocks"
 
 
 def test_efficiency_is_what_the_slowest_stage_allows() -> None:
