@@ -164,8 +164,8 @@ def real_time_sessions(stalls: Mapping[int, int]) -> int:
 
 
 def stage_times(intervals: Iterable[Interval], skipped: int = 0) -> dict[str, StageTimes]:
-    """By stage, in the order of the pipe. Times are of the blocks from `skipped` on, without a session's start; shares of
-    all blocks, from the first begin to the last end."""
+    """By stage, in the order of the pipe. Times are of the blocks from `skipped` on, so without a session's start;
+    shares are of all blocks, from the first begin to the last end."""
     by_stage: defaultdict[str, list[Interval]] = defaultdict(list)
     for interval in sorted(intervals, key=lambda i: (i.block, i.start_s)):
         by_stage[interval.stage].append(interval)
