@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
+from click.testing import CliRunner
 
 from live_avatar.errors import ConfigError
 from perf.figures import BlockTimes, playback, throughput
 from perf.placement import placement, session_limit
+from perf.predict import main
 from perf.scenarios.schedule import PAPER, Case, asked, bounds, calibrated, compared, predicted
 from perf.schedule import (
     Client,
@@ -201,6 +203,18 @@ def test_the_papers_figures_come_out_of_its_own_times() -> None:
     assert asked(PAPER, "h800x4")["ttff_speech_at_hand_s"] == pytest.approx(1.21 - 12 / 45)
     in_sequence_s = 4 * 12 / 45 + 1.21 - 4 * 12 / 45
     assert asked(PAPER, "h800x1")["fps"] == pytest.approx(12 / in_sequence_s)
+
+
+def test_given_times_on_the_command_line() -> None:
+    done = CliRunner().invoke(main, ["--step-ms", "200", "--decoder-ms", "100", "--profile", "h800x5"])
+    assert done.exit_code == 0, done.output
+    lines = dict(line.split() for line in done.output.splitlines())
+    assert lines["steady_fps"] == "60"
+    assert lines["ttff_s"] == "1.38"
+    assert lines["real_time_sessions_by_time"] == "2"
+    wrong = CliRunner().invoke(main, ["--step-ms", "200", "--decoder-ms", "100", "--profile", "h900"])
+    assert wrong.exit_code == 1
+    assert "there is no profile 'h900'; choose one of cpu" in wrong.output
 
 
 def test_bounds_and_half_of_them() -> None:
