@@ -133,9 +133,11 @@ def _passing(one: Any) -> str:
     return f"{one['hop_s'] * 1e3:.1f} ms a hop, {one['out_s'] * 1e3:.1f} ms for the frames to the client"
 
 
-def _growth(memory: Sequence[Mapping[str, Any]]) -> str:
-    grown = max(memory, key=lambda one: float(one["last_mib"]) - float(one["first_mib"]))
-    return f"{grown['name']} most, {grown['first_mib']:.0f} to {grown['last_mib']:.0f} MiB"
+def _growth(one: Any) -> str:
+    memory = one["memory_mib_by_hour_of_video"]
+    most = max(memory, key=lambda process: float(process["last_mib"]) - float(process["first_mib"]))
+    grown = f"{most['name']} grew most, {most['first_mib']:.1f} to {most['last_mib']:.1f} MiB"
+    return f"{grown}, over {one['video_s']:,.0f} s of video"
 
 
 ROWS = (
@@ -151,7 +153,7 @@ ROWS = (
     Row("Pipeline efficiency (stages held to 0.3 s)", "pipeline", lambda f: f"{f['frames_96x96']['efficiency']:.3f}"),
     Row("A block's way beside the work, 96x96", "pipeline", lambda f: _passing(f["frames_96x96"]["passing"])),
     Row("the same, 720x400", "pipeline", lambda f: _passing(f["frames_720x400"]["passing"])),
-    Row("Memory over 10,000 s of video", "long", lambda f: _growth(f["memory_mib_by_hour_of_video"])),
+    Row("Memory of every process in one long session", "long", _growth),
 )
 
 

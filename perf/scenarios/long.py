@@ -23,7 +23,7 @@ from perf.report import lines_picture
 from perf.scenario import Context, Figures, Scenario, check
 
 VIDEO_S, QUICK_VIDEO_S = 10_000.0, 30.0
-SAMPLE_BLOCKS, QUICK_SAMPLE_BLOCKS = 50, 2
+SAMPLE_BLOCKS, QUICK_SAMPLE_BLOCKS = 20, 2
 """Memory is sampled every so many blocks: by what was made, not by the clock, so that a pause does not matter."""
 WINDOW_BLOCKS = 200
 PATIENCE_S = 3600.0
