@@ -162,12 +162,13 @@ def picture(machine: Ceilings, stages: Mapping[str, Figures], path: Path) -> Non
     intensities = np.geomspace(1, 2000, 100)
     roof = np.minimum(machine.flops_per_s, intensities * machine.bytes_per_s) / 1e9
     plot.loglog(intensities, roof, color=GREEN, label="measured ceilings, one thread")
+    plot.set_ylim(machine.flops_per_s / 2e10, machine.flops_per_s / 5e8)
     shown = {name: stage for name, stage in stages.items() if not name.startswith("dit_step") or name.endswith("_1")}
     for name, stage in shown.items():
         at = (stage["flops_per_byte"], stage["flops_per_s"] / 1e9)
         plot.plot(*at, "o", color=BLUE)
         plot.annotate(name, at, xytext=(6, -12), textcoords="offset points")
-    plot.legend(frameon=False, loc="upper left")
+    plot.legend(frameon=False, loc="lower right")
     save(plot, path)
 
 

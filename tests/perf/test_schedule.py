@@ -13,7 +13,7 @@ from live_avatar.errors import ConfigError
 from perf.figures import BlockTimes, playback, throughput
 from perf.placement import placement, session_limit
 from perf.predict import main
-from perf.scenarios.schedule import PAPER, Case, asked, bounds, calibrated, compared, predicted
+from perf.scenarios.schedule import PAPER, Case, Given, asked, bounds, calibrated, compared, predicted
 from perf.schedule import (
     Client,
     Pipeline,
@@ -172,7 +172,7 @@ def test_the_model_finds_itself_again_in_what_one_block_at_a_time_shows() -> Non
         delivery_s=0.003,
     )
     run = simulate(real, [Client(SETTLED + 4, window=1)])
-    found = calibrated(Observed(list(run.sessions[0]), list(run.intervals)), cores=2.0)
+    found = calibrated([Observed(list(run.sessions[0]), list(run.intervals))], cores=2.0)
     assert (found.hop_s, found.delivery_s) == pytest.approx((0.002, 0.003))
     for case in (Case("", 0.0, 8), Case("", 0.2, 8, sessions=2)):
         assert predicted(found, case, 20) == pytest.approx(predicted(real, case, 20))
@@ -227,3 +227,11 @@ def test_bounds_and_half_of_them() -> None:
     # The new sink is prefilled with block 5, in every step.
     assert bound.pipeline("h800x5").stages[1].work_s(4) == pytest.approx(0.16)
     assert bound.pipeline("h800x5").stages[1].work_s(5) == pytest.approx(0.1)
+
+
+def test_the_new_sinks_prefill_adds_up_from_step_to_step() -> None:
+    """0.48 s of speech in 0.1 s a step is no work; but four prefills one after another make one block late."""
+    figures = asked(Given("", "", 0.0, step_s=0.1, prefill_s=0.07, decoder_s=0.05), "h800x5")
+    assert figures["latest_block_s"] == pytest.approx(4 * 0.07)
+    assert figures["real_time_sessions_by_time"] == 0
+    assert figures["real_time_sessions_if_prefilled_ahead"] == 4
