@@ -145,7 +145,7 @@ ROWS = (
     Row("the same by `live-avatar generate`, in the same run", "single", lambda f: f"{f['generate_fps']:.1f}"),
     Row("Latency in real time, p50 / p95 / p99", "realtime", lambda f: _latency(f["chunks_of_20_ms"]["latency"])),
     Row("Stalls of playback, of 100 blocks", "realtime", lambda f: _playback(f["chunks_of_20_ms"]["playback"])),
-    Row("TTFF as one speaks: wait + denoising + decoding", "start", lambda f: _start(f["spoken"]["known"])),
+    Row("TTFF as one speaks, known avatar: wait, denoising, decoding", "start", lambda f: _start(f["spoken"]["known"])),
     Row("TTFF, speech at hand, known avatar", "start", lambda f: _ms(f["speech_at_hand"]["known"]["ttff_s"])),
     Row("TTFF, speech at hand, new avatar", "start", lambda f: _ms(f["speech_at_hand"]["new"]["ttff_s"])),
     Row("Real-time sessions at once without a stall", "sessions", lambda f: str(f["real_time_sessions"])),
