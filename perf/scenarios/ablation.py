@@ -140,7 +140,7 @@ def picture(rows: Mapping[str, Figures], path: Path) -> None:
     bars = plot.barh(names, speeds, color=[GREEN if name.startswith(TPP) else BLUE for name in names])
     labels = [f"{speed:.1f} FPS, TTFF {rows[name]['ttff_s']:.2f} s" for name, speed in zip(names, speeds, strict=True)]
     plot.bar_label(bars, labels, padding=4)
-    plot.set_xlim(0, 1.4 * max(speeds))
+    plot.set_xlim(0, 1.6 * max(speeds))
     save(plot, path)
 
 

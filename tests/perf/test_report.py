@@ -68,4 +68,5 @@ def test_pictures_are_small(tmp_path: Path) -> None:
     lines_picture(tmp_path / "lines.png", "title", "x", "y", {"one": ([1.0, 2.0], [3.0, 4.0]), "two": ([1.0], [5.0])})
     for name in ("busy.png", "lines.png"):
         assert (tmp_path / name).stat().st_size < 60_000
-        assert Image.open(tmp_path / name).width > 500
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 500

@@ -99,6 +99,7 @@ def test_a_scenario_in_brief(name: str, artifacts: Artifacts, tmp_path: Path) ->
     assert code in (0, 1), said
     document = json.loads((tmp_path / f"{name}.json").read_text())
     assert document["figures"]["checks"]
-    for picture in tmp_path.glob("*.png"):
-        assert picture.stat().st_size < MOST_BYTES
-        assert Image.open(picture).width > 500
+    for path in tmp_path.glob("*.png"):
+        assert path.stat().st_size < MOST_BYTES
+        with Image.open(path) as picture:
+            assert picture.width > 500
