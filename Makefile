@@ -49,6 +49,19 @@ test: lint ## Run the linter, the type checker and the tests, as CI does
 test-slow: $(INSTALLED) ## Run the tests marked slow
 	@$(BIN)/pytest -q -m slow
 
+# checkov has an environment of its own: it pins packages that .venv has newer.
+CHECKOV := .k8s/.checkov-3.3.30
+
+$(CHECKOV): | $(INSTALLED)
+	@echo "Installing checkov into .k8s"; \
+	$(BIN)/python -m venv --clear .k8s; \
+	.k8s/bin/python -m pip install -qq --disable-pip-version-check checkov==$(lastword $(subst -, ,$@)); \
+	touch $@
+
+.PHONY: test-k8s
+test-k8s: $(INSTALLED) $(CHECKOV) ## Check k8s/ and docker/ whole, with rehearsals (as root; says which Debian packages are missing)
+	@$(BIN)/pytest -q -m "not slow" tests/k8s
+
 MINUTES := 60
 
 .PHONY: soak
@@ -72,6 +85,6 @@ export: $(INSTALLED) ## Export the tiny avatar's graphs to artifacts/
 	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
 
 .PHONY: clean
-clean: ## Remove what the commands made (out/, artifacts/, caches); .venv stays
+clean: ## Remove what the commands made (out/, artifacts/, caches); .venv and .k8s stay
 	@rm -rf out artifacts .perf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,6 +99,12 @@ LATENCY: Final = Metric(
     "From a block of speech taken up by the first stage to its frames made by the last.",
     buckets=(0.05, 0.1, 0.15, 0.2, 0.3, 0.48, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
+FIRST_BLOCK: Final = Metric(
+    "live_avatar_first_block_seconds",
+    Kind.HISTOGRAM,
+    "Latency of a session's first block, with the work for its avatar: the server's part of the time to first frame.",
+    buckets=(0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0),
+)
 AVATAR_HITS: Final = Metric(
     "live_avatar_avatar_cache_hits_total",
     Kind.COUNTER,
@@ -127,6 +133,7 @@ METRICS: Final = (
     STARTS,
     FRAMES,
     LATENCY,
+    FIRST_BLOCK,
     AVATAR_HITS,
     AVATAR_MISSES,
     AVATARS,

@@ -82,6 +82,7 @@ class VAEDecoderStage(PipeStage[_Session]):
         self._no_frames = np.zeros((0, self._stream.height, self._stream.width, 3), dtype=np.uint8)
         meter.declare(metrics.FRAMES)
         meter.declare(metrics.LATENCY)
+        meter.declare(metrics.FIRST_BLOCK)
         self._report()
 
     def handle(self, request: StageRequest) -> StageResponse:
@@ -141,6 +142,8 @@ class VAEDecoderStage(PipeStage[_Session]):
         if not len(frames):
             return
         latency_s = (time.monotonic_ns() - int(request.inputs[RECEIVED_NS][0])) / 1e9
+        if session.blocks == 0:
+            self.meter.observe(metrics.FIRST_BLOCK, latency_s)
         session.blocks += 1
         session.frames += len(frames)
         session.latency_sum_s += latency_s

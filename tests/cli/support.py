@@ -16,7 +16,9 @@ import numpy as np
 from click.testing import CliRunner, Result
 
 from live_avatar.arrays import Array
+from live_avatar.artifacts import Artifacts
 from live_avatar.cli import main
+from live_avatar.serving.server import ServerOptions
 
 COMMANDS = ("generate", "export", "serve", "stream", "doctor", "demo")
 SAMPLE_RATE_HZ = 16_000
@@ -92,11 +94,11 @@ class Running:
         """The processes, temporary folders and shared memory that are still there."""
         names = [path.name for path in self._temporary.glob("live-avatar-*")]
         memory = [region.name for name in self._servers for region in Path("/dev/shm").glob(f"{name}*")]
-        return [*(line for _, line in self._processes()), *names, *memory]
+        return [*(line for _, line in self.processes()), *names, *memory]
 
     def kill_server(self) -> None:
         """Kills Triton, as the kernel does when memory runs out."""
-        [server] = [number for number, line in self._processes() if "/tritonserver " in line.split(" --")[0] + " "]
+        [server] = [number for number, line in self.processes() if "/tritonserver " in line.split(" --")[0] + " "]
         os.kill(server, signal.SIGKILL)
 
     def kill(self) -> None:
@@ -105,7 +107,7 @@ class Running:
             self._process.kill()
         self._process.communicate()
 
-    def _processes(self) -> Iterator[tuple[int, str]]:
+    def processes(self) -> Iterator[tuple[int, str]]:
         """Number and command line of each that has inherited the folder, zombies aside."""
         mark = f"TMPDIR={self._temporary}".encode()
         for folder in Path("/proc").glob("[0-9]*"):
@@ -114,6 +116,19 @@ class Running:
                     yield int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")
             except OSError:  # it has ended meanwhile, or is another user's
                 continue
+
+
+@contextmanager
+def served(temporary: Path, artifacts: Artifacts, *options: object) -> Iterator[tuple[Running, ServerOptions]]:
+    """`live-avatar serve` in a process of its own."""
+    free = ServerOptions(artifacts.folder).on_free_ports()
+    ports = ("--grpc-port", free.grpc_port, "--http-port", free.http_port, "--metrics-port", free.metrics_port)
+    running = Running(temporary, "serve", "--artifacts", artifacts.folder, *ports, *options)
+    try:
+        running.await_line("Serving ")
+        yield running, free
+    finally:
+        running.kill()
 
 
 def wait_until(condition: Callable[[], object], limit_s: float = PATIENCE_S) -> None:

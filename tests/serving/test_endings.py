@@ -32,7 +32,7 @@ from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, TritonSe
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import AvatarSession, SessionFailed, SessionRefused
 from live_avatar_client.protocol import ErrorCode
-from tests.cli.support import Running, wait_until
+from tests.cli.support import served, wait_until
 from tests.conftest import noise_speech
 from tests.serving.conftest import generated
 from tests.serving.raw import BLOCK, NOTHING, raw_session
@@ -336,19 +336,6 @@ def test_a_killed_stage_comes_back_without_a_restart(
 
 
 # 8. SIGTERM
-
-
-@contextmanager
-def served(temporary: Path, artifacts: Artifacts, *options: object) -> Iterator[tuple[Running, ServerOptions]]:
-    """`live-avatar serve` in a process of its own."""
-    free = ServerOptions(artifacts.folder).on_free_ports()
-    ports = ("--grpc-port", free.grpc_port, "--http-port", free.http_port, "--metrics-port", free.metrics_port)
-    running = Running(temporary, "serve", "--artifacts", artifacts.folder, *ports, *options)
-    try:
-        running.await_line("Serving ")
-        yield running, free
-    finally:
-        running.kill()
 
 
 def test_sigterm_lets_live_sessions_end_and_then_ends_them(

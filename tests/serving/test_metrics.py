@@ -72,6 +72,8 @@ def test_a_session_moves_the_numbers(server: TritonServer, url: str, picture: by
     assert moved["live_avatar_frames_total"] == FRAMES_PER_BLOCK * blocks
     assert moved["live_avatar_latency_seconds_count"] == blocks
     assert moved["live_avatar_latency_seconds_sum"] > 0
+    assert moved["live_avatar_first_block_seconds_count"] == 1
+    assert 0 < moved["live_avatar_first_block_seconds_sum"] < moved["live_avatar_latency_seconds_sum"]
     assert moved["live_avatar_sink_updates_total"] == 1
     for stage in STAGES:
         assert moved[f'live_avatar_blocks_total{{stage="{stage}"}}'] == blocks

@@ -1,0 +1,53 @@
+"""What both distributions of this repository need from a package index, a line each: `pip install -r` for an image.
+
+`python docker/requirements.py [--without NAME ...]`. An image installs these before the code is there, so that a change
+of the code leaves that layer alone. Knows the two pyproject.toml, and no version: those stand in constraints.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tomllib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def requirements(root: Path, without: Collection[str] = ()) -> list[str]:
+    """Requirements of the server and of the client with its media extra, but for `without` and one another.
+
+    Raises `ValueError` for a name in `without` that nobody needs.
+    """
+    server, client = (_project(root / name) for name in ("pyproject.toml", "client/pyproject.toml"))
+    needed = [*server["dependencies"], *client["dependencies"], *client["optional-dependencies"]["media"]]
+    unknown = sorted(set(without) - {_name(requirement) for requirement in needed})
+    if unknown:
+        raise ValueError(f"--without {unknown[0]}: nothing here needs that; leave it out.")
+    absent = {server["name"], client["name"], *without}
+    return [requirement for requirement in needed if _name(requirement) not in absent]
+
+
+def _project(path: Path) -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads(path.read_text())["project"]
+    return project
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print what the images install from a package index.")
+    parser.add_argument("--without", nargs="*", default=[], help="Requirements to leave out.")
+    try:
+        sys.stdout.write("\n".join(requirements(ROOT, parser.parse_args().without)) + "\n")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
