@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from live_avatar.arrays import Array
 from live_avatar.checkpoint import load_networks, open_checkpoint
+from live_avatar.components import VAEDecoder, VAEDecoderFirst
 from live_avatar.conditioning import block_noise
 from live_avatar.config import FPS, Preset
-from live_avatar.decoder import DecoderState, FrameDecoder
 from live_avatar.dit import CausalDiT
 from live_avatar.environment import environment
-from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.schedule import without_idle_step
 from training import stage1, stage2
 from training.checkpoints import write_json
@@ -41,6 +39,7 @@ from training.init import load as load_network
 from training.mouth import correlation, looks_distance, measure_mouth
 from training.rollout import Given, Roller, Rules
 from training.run import WEIGHTS
+from training.vae import channels_last
 from training.window import Place, Window
 
 LATE_S = 1000
@@ -90,32 +89,43 @@ def variants(preset: Preset, clean_trained: bool) -> list[Variant]:
     return rows + (trained if clean_trained else [])
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A test clip, what a network is conditioned on, and the decoder's state after the stream's warm-up."""
+
+    clip: Clip
+    encoded: EncodedClip
+    decoder: Sequence[Tensor]
+
+
 class Studio:
     """Generates clips with any variant; holds the networks of a run that all of them share."""
 
     def __init__(self, preset: Preset, weights: Path) -> None:
-        checkpoint = open_checkpoint(preset, weights)
-        self._preset = preset
-        self._encoder = ClipEncoder(preset, load_networks(checkpoint))
-        self._decoder = FrameDecoder(TorchRuntime(checkpoint))
-
-    def encode(self, clip: Clip) -> EncodedClip:
-        blocks = len(clip.frames) // self._preset.stream.block_frames
-        return self._encoder.encode(clip, self._encoder.silence(blocks))
+        networks = load_networks(open_checkpoint(preset, weights))
+        channels_last(networks.vae)
+        self._stream = preset.stream
+        self._encoder = ClipEncoder(preset, networks)
+        self._start, self._decoder = VAEDecoderFirst(networks), VAEDecoder(networks)
 
     @torch.inference_mode()
-    def frames(self, dit: CausalDiT, variant: Variant, clip: EncodedClip, seed: int, first_block: int) -> Array:
-        """The clip's picture, prompt and speech as frames uint8 [n, H, W, 3], its first block standing there."""
-        stream, blocks = variant.preset.stream, len(clip.states)
-        noise = [block_noise(seed, block, (1, *stream.latent_shape)) for block in range(blocks)]
-        roller, place = variant.roller(blocks), Place(first_block, stream.sink_distance)
+    def prepare(self, clip: Clip) -> Prepared:
+        blocks = len(clip.frames) // self._stream.block_frames
+        encoded = self._encoder.encode(clip, self._encoder.silence(blocks))
+        past = encoded.motion[:, :, : self._stream.decoder_warmup_latents]
+        _, *state = self._decoder(past[:, :, 1:], *self._start(past[:, :, :1]))
+        return Prepared(clip, encoded, state)
+
+    @torch.inference_mode()
+    def take(self, dit: CausalDiT, variant: Variant, prepared: Prepared, seed: int, first_block: int) -> Take:
+        """The clip with generated frames; its first block stands at `first_block` of its stream."""
+        clip, stream = prepared.encoded, variant.preset.stream
+        noise = [block_noise(seed, block, (1, *stream.latent_shape)) for block in range(len(clip.states))]
+        roller, place = variant.roller(len(clip.states)), Place(first_block, stream.sink_distance)
         given = Given(clip, place, torch.from_numpy(np.concatenate(noise, axis=2)), roller.steps - 1, replaces=True)
         made = roller.roll_out(dit, given, torch.Generator())
-        return self._decoded(clip.motion, made.clean)
-
-    def _decoded(self, motion: Tensor, latents: Sequence[Tensor]) -> Array:
-        state = DecoderState(self._decoder.warm_up(motion.numpy()))
-        return np.concatenate([self._decoder.decode(state, block.numpy()) for block in latents])
+        frames, *_ = self._decoder(made.latents, *prepared.decoder)  # at once: torch is slow with a few frames
+        return Take(prepared.clip, frames.numpy())
 
 
 def figures(takes: Sequence[Take]) -> dict[str, float]:
@@ -134,28 +144,19 @@ def figures(takes: Sequence[Take]) -> dict[str, float]:
 
 
 def measure(
-    studio: Studio, networks: dict[str, CausalDiT], rows: Sequence[Variant], clips: Sequence[Clip], seeds: int
-) -> list[dict[str, Any]]:
+    studio: Studio, networks: Mapping[str, CausalDiT], rows: Sequence[Variant], clips: Sequence[Prepared], seeds: int
+) -> Iterator[dict[str, Any]]:
     """By row: the figures at both places, each as mean, standard deviation and values over the seeds."""
-    encoded = [studio.encode(clip) for clip in clips]
-    measured = []
-    with tqdm(total=len(rows) * seeds * len(clips) * 2, unit="clips", desc="ablations") as bar:
-        for row in rows:
-            late = LATE_S * FPS // row.preset.stream.block_frames
-            found: dict[str, Any] = {"name": row.name, "network": row.network, "nfe": row.nfe}
-            for label, first_block in (("start", 0), ("late", late)):
-                by_seed = []
-                for seed in range(seeds):
-                    takes = []
-                    for number, (clip, given) in enumerate(zip(clips, encoded, strict=True)):
-                        noise_seed = seed * len(clips) + number
-                        frames = studio.frames(networks[row.network], row, given, noise_seed, first_block)
-                        takes.append(Take(clip, frames))
-                        bar.update()
-                    by_seed.append(figures(takes))
-                found[label] = {name: spread([one[name] for one in by_seed]) for name in by_seed[0]}
-            measured.append(found)
-    return measured
+    for row in rows:
+        late = LATE_S * FPS // row.preset.stream.block_frames
+        found: dict[str, Any] = {"name": row.name, "network": row.network, "nfe": row.nfe}
+        for label, first_block in (("start", 0), ("late", late)):
+            by_seed = [
+                figures([studio.take(networks[row.network], row, clip, seed, first_block) for clip in clips])
+                for seed in range(seeds)
+            ]
+            found[label] = {name: spread([one[name] for one in by_seed]) for name in by_seed[0]}
+        yield found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -198,8 +199,11 @@ def main(
         networks = {stage: load_network(preset.dit, folder, stage) for stage in (stage1.NAME, stage2.NAME)}
         if clean_trained is not None:
             networks[CLEAN_TRAINED] = load_network(preset.dit, clean_trained, stage2.NAME)
-        studio, clips = Studio(preset, folder / WEIGHTS), spoken_clips(count, blocks, preset.stream.height)
-        rows = measure(studio, networks, variants(preset, clean_trained is not None), clips, seeds)
+        studio, drawn = Studio(preset, folder / WEIGHTS), spoken_clips(count, blocks, preset.stream.height)
+        clips = [studio.prepare(clip) for clip in tqdm(drawn, unit="clips", desc="test clips")]
+        chosen = variants(preset, clean_trained is not None)
+        measured = measure(studio, networks, chosen, clips, seeds)
+        rows = list(tqdm(measured, total=len(chosen), unit="rows", desc="ablations"))
         made = {
             "clips": count,
             "blocks": blocks,

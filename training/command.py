@@ -26,7 +26,7 @@ class UserError(click.ClickException):
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def reported(interrupted: str = "Interrupted.") -> Iterator[None]:
     """Inside, an error of the project, of the file system, or Ctrl-C ends the command as the module says."""
     interrupts.catch()
     try:
@@ -37,5 +37,5 @@ def reported() -> Iterator[None]:
         place = error.filename or "standard output"
         raise UserError(f"{place}: {error.strerror}; use a path that exists and is writable.") from error
     except KeyboardInterrupt:
-        click.echo("Interrupted; the same command goes on from there.", err=True)
+        click.echo(interrupted, err=True)
         sys.exit(INTERRUPTED)

@@ -29,7 +29,7 @@ from live_avatar.config import MOTION_FRAMES, TEMPORAL_STRIDE, Preset
 from live_avatar.errors import CheckpointError
 from live_avatar.speech import SpeechWindow, interpolate
 from live_avatar.text import make_tokenizer
-from training.checkpoints import check_identity, load_weights, write_whole
+from training.checkpoints import check_identity, load_weights, write_json, write_whole
 from training.config import TrainingConfig
 from training.data.clips import Clip, Split, make_clip
 from training.errors import TrainingError
@@ -172,12 +172,7 @@ def _begin(folder: Path, made_of: Mapping[str, Any]) -> None:
         again = f"remove {folder} to make that data set anew"
         check_identity(str(folder), _manifest(path), json.loads(json.dumps(made_of)), again)
         return
-    text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
-    write_whole(path, lambda place: _put(place, text))
-
-
-def _put(place: Path, text: str) -> None:
-    place.write_text(text)
+    write_json(path, made_of)
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from live_avatar.config import MOTION_LATENTS, TINY, Preset
 from live_avatar.config import preset as preset_of
 from live_avatar.environment import environment
 from training.accumulation import backward_by_blocks
+from training.checkpoints import write_json
+from training.command import FILE, reported
 from training.distributed import Unit
 from training.encoded import EncodedClip
 from training.init import fresh
@@ -37,6 +39,7 @@ from training.rollout import Given, Roller
 from training.window import Place, Window
 
 MIB = 2**20
+COUNTS = (1, 2, 4, 8, 16)
 EXIT_STEP = 1  # of the rollout; memory does not depend on it, time does
 SEED = 0
 
@@ -161,23 +164,25 @@ def table(peaks: list[Peak]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--preset", "name", default=TINY.name, show_default=True, help="Whose networks.")
-@click.option("--blocks", default="1,2,4,8,16", show_default=True, help="Numbers of blocks, with commas.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the report to this file.")
-def main(name: str, blocks: str, path: Path | None) -> None:
+@click.option(
+    "--blocks", type=click.IntRange(1), multiple=True, default=COUNTS, show_default=True, help="Numbers of blocks."
+)
+@click.option("--report", type=FILE, help="Also write the report to this JSON file.")
+def main(name: str, blocks: tuple[int, ...], report: Path | None) -> None:
     """Measure what block-wise gradient accumulation saves."""
-    counts = tuple(int(count) for count in blocks.split(","))
-    peaks = list(measure_all(preset_of(name), counts))
-    click.echo(table(peaks))
-    report = {
-        "command": f"python -m training.memory --preset {name} --blocks {blocks}",
-        "environment": environment("torch"),
-        "peaks": [asdict(peak) for peak in peaks],
-    }
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    click.echo(json.dumps(report))
+    with reported():
+        peaks = list(measure_all(preset_of(name), blocks))
+        made = {
+            "command": f"python -m training.memory --preset {name}" + "".join(f" --blocks {count}" for count in blocks),
+            "environment": environment("torch"),
+            "peaks": [asdict(peak) for peak in peaks],
+        }
+        if report is not None:
+            write_json(report, made)
+        click.echo(table(peaks))
+        click.echo(json.dumps(made))
 
 
 if __name__ == "__main__":

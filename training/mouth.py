@@ -27,6 +27,8 @@ _MIDDLE = 7
 _RED, _GREEN = 0, 1
 _LIP_FLOOR = 0.08
 
+ROUNDING = 1e-6
+
 REGIONS: dict[str, tuple[Box, ...]] = {
     "background": ((2, 4, 11, 40), (85, 4, 94, 40)),
     "hair": ((41, 16, 55, 20),),
@@ -49,7 +51,10 @@ def measure_mouth(frames: Array, picture: Array) -> Array:
 
 
 def correlation(measured: Array, truth: Array, lag: int = 0) -> float:
-    """Pearson's correlation of two series [n] after taking `measured` as `lag` frames late; 0 if one is constant."""
+    """Pearson's correlation of two series [n] after taking `measured` as `lag` frames late; 0 if one is constant.
+
+    Constant is what varies by no more than rounding does.
+    """
     if measured.shape != truth.shape or measured.ndim != 1 or len(measured) < abs(lag) + 2:
         raise InputError(
             f"the series have shapes {list(measured.shape)} and {list(truth.shape)}; expected two of the same length, "
@@ -57,7 +62,7 @@ def correlation(measured: Array, truth: Array, lag: int = 0) -> float:
         )
     late = measured[max(0, lag) : len(measured) + min(0, lag)]
     early = truth[max(0, -lag) : len(truth) - max(0, lag)]
-    if not (late.std() and early.std()):
+    if min(late.std(), early.std()) < ROUNDING:
         return 0.0
     return float(np.corrcoef(late, early)[0, 1])
 

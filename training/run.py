@@ -213,7 +213,7 @@ def commit() -> str | None:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads to compute with; without it torch's choice.")
 def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
     """Train the networks of a preset: the paper's two stages, and what they need."""
-    with reported():
+    with reported("Interrupted; the same command goes on from there."):
         run = Run(path, load(path), out)
         if threads is not None:
             torch.set_num_threads(threads)

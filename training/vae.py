@@ -58,10 +58,10 @@ def fresh_vae(config: VAEConfig, draw: torch.Generator) -> VAE:
             _begin(module, draw)
     for module in vae.modules():
         if isinstance(module, Residual):
-            module.residual[-1].weight.zero_()
+            _scale(module.residual[-1], 0.0)
         elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
             _pass_on(module.time_conv)
-    vae.decoder.head[-1].weight.mul_(HEAD_SCALE)
+    _scale(vae.decoder.head[-1], HEAD_SCALE)
     return channels_last(vae)
 
 
@@ -71,6 +71,11 @@ def _begin(conv: nn.Conv2d | nn.Conv3d, draw: torch.Generator) -> None:
     newest = conv.weight[:, :, -1] if isinstance(conv, nn.Conv3d) else conv.weight
     conv.weight.zero_()
     newest.normal_(0, newest[0].numel() ** -0.5, generator=draw)
+
+
+def _scale(conv: nn.Module, factor: float) -> None:
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    conv.weight.mul_(factor)
 
 
 def _pass_on(conv: nn.Conv3d) -> None:

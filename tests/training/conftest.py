@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from live_avatar import interrupts
 from live_avatar.arrays import Array, Arrays
 from live_avatar.config import MOTION_LATENTS, PRESETS, TINY, Preset, VAEConfig
 from live_avatar.dit import CausalDiT
@@ -28,6 +30,8 @@ from training.config import (
 )
 from training.encoded import EncodedClip
 from training.init import fresh
+
+Handlers = dict[signal.Signals, Any]
 
 SMALL = replace(
     TINY,
@@ -112,6 +116,23 @@ def toy_config(**changes: Any) -> TrainingConfig:
         "stage2": DistillationStage(**few, blocks=2, fake_steps=1),
     }
     return TrainingConfig(**{**stages, "data": DataConfig(2, 1, 2), "preset": SMALL.name, **changes})
+
+
+def handlers_of_signals() -> Handlers:
+    """Of Ctrl-C and its kin, to be put back: a run that one of them has ended leaves them ignored."""
+    return {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+
+
+def restore_handlers(handlers: Handlers) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    handlers = handlers_of_signals()
+    yield
+    restore_handlers(handlers)
 
 
 @pytest.fixture

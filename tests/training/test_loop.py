@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from live_avatar import interrupts
 from live_avatar.errors import CheckpointError
-from tests.training.conftest import SMALL, drawn_clip, drawn_network, toy_config
+from tests.training.conftest import (
+    SMALL,
+    drawn_clip,
+    drawn_network,
+    handlers_of_signals,
+    restore_handlers,
+    toy_config,
+)
 from tests.training.test_checkpoints import fill_the_disk
 from tests.training.test_distributed import flat
 from training.config import StageConfig, TeacherStage
@@ -34,15 +40,6 @@ IDENTITY = {"preset": "small"}
 SETTINGS = TeacherStage(
     steps=STEPS, batch=1, learning_rate=1e-3, blocks=2, warmup_steps=2, ema=0.9, checkpoint_every=2, log_every=4
 )
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Handlers as they were: after a signal the loop leaves them ignored, since its process is about to end."""
-    handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def new_teacher(settings: TeacherStage = SETTINGS) -> FlowMatching:
@@ -135,10 +132,10 @@ def test_a_run_that_was_interrupted_is_the_uninterrupted_one(tmp_path: Path, new
         if number == 6:
             raise MemoryError
 
-    handlers = signal.getsignal(signal.SIGINT)
+    handlers = handlers_of_signals()
     with pytest.raises(KeyboardInterrupt):
         run(Watched(new(), interrupt), often)
-    signal.signal(signal.SIGINT, handlers)
+    restore_handlers(handlers)
     assert torch.load(often / CHECKPOINT)["step"] == 3
     with pytest.raises(MemoryError):
         run(Watched(new(), crash), often)

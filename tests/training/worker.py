@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from live_avatar import interrupts
-from tests.training.conftest import SMALL, drawn_clip, drawn_network
+from tests.training.conftest import SMALL, drawn_clip, drawn_network, handlers_of_signals, restore_handlers
 from training import distributed
 from training.config import DistillationStage, DiTStage
 from training.loop import Stage, train
@@ -59,11 +58,10 @@ def one_step(name: str, folder: Path) -> None:
         return step(number)
 
     stage.step = stopped  # type: ignore[method-assign]
-    handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    handlers = handlers_of_signals()
     with suppress(KeyboardInterrupt):
         train(stage, STAGES[name], folder / name, {}, quiet=True)
-    for number, handler in handlers.items():  # a signal that has come leaves them ignored
-        signal.signal(number, handler)
+    restore_handlers(handlers)
 
 
 def run(folder: Path) -> None:
