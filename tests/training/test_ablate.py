@@ -73,7 +73,7 @@ def test_the_first_row_is_the_stream(run: Run) -> None:
         ("without rolling RoPE", 4, 0, 1),
         ("clean KV", 5, 0, 1),
         ("without the idle step", 3, 0, 0),
-        ("without distillation, 40 steps", 40, 0, 0),
+        pytest.param("without distillation, 40 steps", 40, 0, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_row_changes_what_it_says(run: Run, name: str, nfe: int, first_block: int, same_blocks: int) -> None:

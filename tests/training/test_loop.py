@@ -117,7 +117,9 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("new", [new_teacher, new_distillation, new_vae, new_encoders])
+@pytest.mark.parametrize(
+    "new", [new_teacher, new_distillation, new_vae, pytest.param(new_encoders, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_interrupted_is_the_uninterrupted_one(tmp_path: Path, new: Callable[[], Stage]) -> None:
     """By Ctrl-C, after which step 3 is finished and saved; by a crash in step 6, after which step 5 is done again."""
     once, often = tmp_path / "once", tmp_path / "often"
