@@ -25,7 +25,7 @@ ROW, BAR, RADIUS = 46, 32, 5
 TICKS_AT_MOST = 14
 TICK_STEPS_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
-PAPER, WARM_UP, GRID, MUTED, INK = "#fbfcfe", "#f1f4f9", "#dde3ec", "#5b6675", "#1c2530"
+PAPER, WARM_UP, BUBBLE, GRID, MUTED, INK = "#fbfcfe", "#f1f4f9", "#fbeee0", "#dde3ec", "#5b6675", "#1c2530"
 BLOCKS = ("#3b6fd4", "#0f857a", "#4a8428", "#a86a12", "#c4513a", "#7d4fc0")  # as in docs/pipeline.svg
 
 
@@ -52,6 +52,17 @@ class Timeline:
         return median(gaps) if gaps else None
 
 
+def sink_bubble(timeline: Timeline, update_block: int | None) -> tuple[float, float] | None:
+    """Begin and end of the time in which the first step has nothing to do, because block `update_block` (from 1) waits
+    for the new sink; None if the session is over before, or the sink is never replaced."""
+    first_step = timeline.stages[1] if len(timeline.stages) > 1 else None
+    worked = {i.block: i for i in timeline.intervals if i.stage == first_step}
+    before, after = ((update_block or 0) - 2, (update_block or 0) - 1)
+    if before not in worked or after not in worked:
+        return None
+    return worked[before].end_s, worked[after].start_s
+
+
 def last_session(intervals: Iterable[Interval]) -> Timeline:
     """The session that began last. Raises `InputError` if there is none."""
     by_start = sorted(intervals, key=lambda i: i.start_s)
@@ -68,13 +79,18 @@ def last_session(intervals: Iterable[Interval]) -> Timeline:
     return Timeline(tuple(dict.fromkeys(i.stage for i in sorted(kept, key=lambda i: (i.block, i.start_s)))), kept)
 
 
-def draw(timeline: Timeline) -> Image.Image:
-    """One row per stage, one bar per block with its number from 1, and the time until the first frames shaded."""
+def draw(timeline: Timeline, bubble: tuple[float, float] | None = None) -> Image.Image:
+    """One row per stage, one bar per block with its number from 1; shaded are the time until the first frames, and
+    that of the sink's update if one is given."""
     bottom = TOP + ROW * len(timeline.stages)
     canvas = _Canvas(bottom + BOTTOM, timeline.end_s)
     first_s = timeline.delivered_s[0]
     edge = canvas.x(first_s)
     canvas.box(LEFT, TOP, edge, bottom, WARM_UP)
+    if bubble is not None:
+        begin, end = map(canvas.x, bubble)
+        canvas.box(begin, TOP, end, bottom, BUBBLE)
+        canvas.text((begin + end) / 2, TOP - 44, f"AAS: {bubble[1] - bubble[0]:.2f} s until the new sink", 15, INK)
     for at in _ticks(timeline.end_s):
         canvas.line(canvas.x(at), TOP, canvas.x(at), bottom, GRID)
         canvas.text(canvas.x(at), bottom + 14, f"{at:g}", 14, MUTED)
@@ -144,7 +160,7 @@ def main(trace: Path, output: Path) -> None:
     """Draw when each stage worked on which block."""
     try:
         picture = draw(last_session(_read(trace)))
-        _write(picture, output)
+        write(picture, output)
     except LiveAvatarError as error:
         raise click.ClickException(str(error)) from error
 
@@ -156,7 +172,8 @@ def _read(folder: Path) -> list[Interval]:
         raise InputError(f"{folder} is not a whole trace ({error}); name a folder from --trace.") from error
 
 
-def _write(picture: Image.Image, output: Path) -> None:
+def write(picture: Image.Image, output: Path) -> None:
+    """Raises `InputError` for a place that cannot be written."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         picture.quantize(64).save(output, "PNG", optimize=True)

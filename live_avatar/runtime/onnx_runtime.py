@@ -6,13 +6,15 @@ graph give the same bits wherever they happen. Needs no torch.
 
 from __future__ import annotations
 
+import numpy as np
 import onnxruntime
 
 from live_avatar.arrays import Array, Arrays
 from live_avatar.artifacts import Artifacts
+from live_avatar.contract import Contract
 from live_avatar.errors import ArtifactError
 from live_avatar.memory import host_available_bytes
-from live_avatar.runtime.host import host_zeros
+from live_avatar.runtime.host import host_zeros, numpy_dtype
 from live_avatar.text import make_tokenizer
 
 
@@ -37,12 +39,13 @@ class OnnxGraph:
 
 
 class OnnxRuntime:
-    """The graphs of an artifacts folder."""
+    """The graphs of an artifacts folder. With `warm` each has run once when it is given out: the first run of a graph
+    pays for the memory that all runs use."""
 
     zeros = staticmethod(host_zeros)
     free_bytes = staticmethod(host_available_bytes)
 
-    def __init__(self, artifacts: Artifacts) -> None:
+    def __init__(self, artifacts: Artifacts, warm: bool = False) -> None:
         """Raises `ArtifactError` for a precision that ONNX Runtime's CPU kernels do not have."""
         if artifacts.preset.precision == "bfloat16":
             raise ArtifactError(
@@ -52,6 +55,15 @@ class OnnxRuntime:
         self.preset = artifacts.preset
         self.tokenizer = make_tokenizer(self.preset, artifacts.tokenizer)
         self._artifacts = artifacts
+        self._warm = warm
 
     def graph(self, component: str) -> OnnxGraph:
-        return OnnxGraph(str(self._artifacts.graph_path(component)))
+        graph = OnnxGraph(str(self._artifacts.graph_path(component)))
+        if self._warm:
+            graph.run(_usual_inputs(self._artifacts.contracts[component]))
+        return graph
+
+
+def _usual_inputs(contract: Contract) -> dict[str, Array]:
+    """Ones of the usual shapes: masks that hide nothing, token ids that exist."""
+    return {spec.name: np.ones(contract.shape(spec, 1), numpy_dtype(spec.dtype)) for spec in contract.inputs}

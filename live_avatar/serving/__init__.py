@@ -17,5 +17,7 @@ FLOOR_VARIABLE = "LIVE_AVATAR_STAGE_FLOOR_S"
 """The least time a stage takes for a block, in seconds; unset for none.
 
 A measuring aid: with equal stages that do not share cores, what is left is the serving path itself."""
+TURNS_VARIABLE = "LIVE_AVATAR_TURNS"
+"""A lock file and the stages that take turns by it (`turns`); unset for none. A measuring aid."""
 LOG_MARK = " live-avatar "
 """What every line has that a stage writes into the log."""

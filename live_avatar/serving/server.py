@@ -42,10 +42,12 @@ from live_avatar.serving import (
     LOG_MARK,
     PROFILE_VARIABLE,
     TRACE_VARIABLE,
+    TURNS_VARIABLE,
 )
 from live_avatar.serving.access import Access, access_flags
 from live_avatar.serving.control import Control
 from live_avatar.serving.supervisor import UNLOADABLE, Admin, Supervisor
+from live_avatar.serving.turns import turns_value
 from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -84,7 +86,8 @@ CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
 @dataclass(frozen=True)
 class ServerOptions:
     """What to serve and where. Ports on `address`; `trace` is a folder for the stages' busy intervals, and
-    `stage_floor_s` the least time a stage takes for a block (for measurements). None keeps what the profile says."""
+    `stage_floor_s` the least time a stage takes for a block, `turns` stages of which one works at a time, as on one
+    processor (both for measurements). None keeps what the profile says."""
 
     artifacts: Path
     profile: str = "cpu"
@@ -100,6 +103,7 @@ class ServerOptions:
     access: Access = field(default_factory=Access)
     trace: Path | None = None
     stage_floor_s: float = 0.0
+    turns: tuple[str, ...] = ()
     verbose: bool = False
 
     def on_free_ports(self) -> ServerOptions:
@@ -449,6 +453,8 @@ def _environment(options: ServerOptions, control: Path) -> dict[str, str]:
     environment[FLOOR_VARIABLE] = str(options.stage_floor_s)
     if options.label_font is not None:
         environment[LABEL_FONT_VARIABLE] = str(options.label_font.resolve())
+    if options.turns:
+        environment[TURNS_VARIABLE] = turns_value(control.with_name("turn"), options.turns)
     environment["OMP_NUM_THREADS"] = "1"
     if options.trace is not None:
         environment[TRACE_VARIABLE] = str(options.trace.resolve())

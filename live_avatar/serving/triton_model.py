@@ -7,6 +7,7 @@ What a stage does is in its own module.
 
 from __future__ import annotations
 
+import asyncio  # noqa: F401 - Triton's stub would import it after a stage's first answer, while the first session waits
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from live_avatar.serving import (
     LOG_MARK,
     PROFILE_VARIABLE,
     TRACE_VARIABLE,
+    TURNS_VARIABLE,
 )
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
@@ -45,6 +47,7 @@ from live_avatar.serving.stage import NO_BLOCK, Stage, StageRequest, StageRespon
 from live_avatar.serving.status import Served, Status
 from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE, read_text
 from live_avatar.serving.trace import TraceWriter
+from live_avatar.serving.turns import turn_of
 from live_avatar.serving.vae_decoder import VAEDecoderStage
 from live_avatar.version import __version__
 from live_avatar_client.protocol import ErrorCode, SequenceFlag, format_error
@@ -138,6 +141,7 @@ class StageModel:
         self._input_names = [spec["name"] for spec in self._config["input"]]
         self._trace = TraceWriter.from_environment(self.name, os.environ.get(TRACE_VARIABLE))
         self._floor_s = float(os.environ.get(FLOOR_VARIABLE, "0"))
+        self._turn = turn_of(self.name, os.environ.get(TURNS_VARIABLE))
         self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self.meter = TritonMeter(self.name)
         self._control = Control(Path(os.environ[CONTROL_VARIABLE]) if os.environ.get(CONTROL_VARIABLE) else None)
@@ -157,7 +161,7 @@ class StageModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Called by Triton for every request, one session's in order."""
-        with self._busy:
+        with self._busy, self._turn():
             return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:
@@ -244,7 +248,7 @@ class StageModel:
     def runtime(self) -> Runtime:
         """The artifacts' graphs, on the instance's GPU or on the CPU."""
         if self._gpu is None:
-            return OnnxRuntime(self.artifacts)
+            return OnnxRuntime(self.artifacts, warm=True)
         from live_avatar.runtime.tensorrt_runtime import TensorRTRuntime
 
         return TensorRTRuntime(self.artifacts, self._gpu)

@@ -1,0 +1,122 @@
+"""Drives NVIDIA's perf_analyzer on the ensemble, and reads what it saw.
+
+Sequences over one gRPC stream, with the input data of `perf.input_data`: START with the first block of a sequence, END
+with the last. perf_analyzer sends whole blocks, at a request rate (all at once, or 25/12 in a second, which is playback
+pace) or with one block in flight per sequence. It cannot send the 20 ms chunks that a microphone gives, nor START
+before there is speech: for those there is the client library. Knows perf_analyzer's options and its export.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from live_avatar.errors import ServerError
+from live_avatar_client.protocol import FPS, FRAMES_PER_BLOCK, MODEL_NAME
+from perf.figures import BlockTimes
+
+PLACE = Path(__file__).parents[1] / ".perf" / "bin" / "perf_analyzer"
+GET = "perf/get_perf_analyzer.sh"
+REAL_TIME = FPS / FRAMES_PER_BLOCK
+"""Blocks per second of one session at playback pace."""
+LIMIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to send: `blocks` in all, by `sequences` at once, at `rate` blocks per second together; None: as fast as
+    answers come, with one block of each sequence in flight."""
+
+    blocks: int
+    sequences: int = 1
+    rate: float | None = None
+    first_id: int = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: blocks by sequence in the order they were sent, in seconds of `time.monotonic`."""
+
+    command: tuple[str, ...]
+    version: str
+    sequences: Mapping[int, tuple[BlockTimes, ...]]
+    said: str
+
+    @property
+    def blocks(self) -> list[BlockTimes]:
+        return [block for blocks in self.sequences.values() for block in blocks]
+
+
+def program() -> Path:
+    """perf_analyzer of `.perf/`, or the one on the PATH. Raises `ServerError` if there is none."""
+    found = PLACE if PLACE.exists() else shutil.which("perf_analyzer")
+    if found is None:
+        raise ServerError(f"there is no perf_analyzer; run {GET}, or run in Triton's -py3-sdk image.")
+    return Path(found)
+
+
+def options(load: Load) -> list[str]:
+    """Its options for a load. perf_analyzer refuses fewer requests than the rate, and rates of nothing."""
+    if load.rate is None:
+        pace = ["--concurrency-range", str(load.sequences), "--serial-sequences"]
+    else:
+        pace = ["--request-rate-range", f"{load.rate:.5f}", "--num-of-sequences", str(load.sequences)]
+    ids = ["--sequence-id-range", str(load.first_id)]
+    return [*pace, *ids, "--request-count", str(load.blocks), "--max-threads", "1"]
+
+
+def measure(url: str, data: Path, load: Load, scratch: Path) -> Run:
+    """Runs it once. Raises `ServerError` with its words if it fails or the server refuses."""
+    export = scratch / f"export-{load.first_id}.json"
+    fixed = ["-m", MODEL_NAME, "-u", url, "-i", "grpc", "--streaming", "--input-data", str(data)]
+    command = [str(program()), *fixed, *options(load), "--profile-export-file", str(export)]
+    clocks_s = time.time() - time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    said = (done.stdout + done.stderr).strip()
+    if done.returncode or not export.exists():
+        raise ServerError(f"perf_analyzer ended with code {done.returncode}: {_reason(said)}")
+    document = json.loads(export.read_text())
+    export.unlink()  # it holds every frame as a list of numbers
+    return Run(_shown(command), version(), sequences(document, clocks_s), said)
+
+
+def sequences(document: Mapping[str, Any], clocks_s: float) -> dict[int, tuple[BlockTimes, ...]]:
+    """What an export holds; its times are nanoseconds since 1970, which is `clocks_s` more than `time.monotonic`.
+
+    A block was there whole when it was sent, so that it begins, is complete and is sent at once.
+    """
+    found: defaultdict[int, list[BlockTimes]] = defaultdict(list)
+    for request in document["experiments"][0]["requests"]:
+        if not request["response_timestamps"]:
+            raise ServerError(f"perf_analyzer saw no answer to a block of sequence {request['sequence_id']}.")
+        sent_s = request["timestamp"] / 1e9 - clocks_s
+        received_s = request["response_timestamps"][0] / 1e9 - clocks_s
+        found[int(request["sequence_id"])].append(BlockTimes(FRAMES_PER_BLOCK, sent_s, sent_s, sent_s, received_s))
+    return {sequence: tuple(sorted(blocks, key=lambda b: b.sent_s)) for sequence, blocks in found.items()}
+
+
+def version() -> str:
+    """`2.51.0`, say."""
+    said = subprocess.run([str(program()), "--version"], capture_output=True, text=True, timeout=60, check=False)
+    words = (said.stdout + said.stderr).split()
+    return words[words.index("Version") + 1] if "Version" in words else "unknown"
+
+
+def _shown(command: Sequence[str]) -> tuple[str, ...]:
+    """The command without this machine's paths and ports."""
+    url = command.index("-u") + 1
+    named = [*command[:url], "HOST:PORT", *command[url + 1 :]]
+    return tuple(Path(word).name if word.startswith("/") else word for word in named)
+
+
+def _reason(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    wrong = [line for line in lines if line.lower().startswith(("error", "failed", "thread"))]
+    return " ".join(wrong[:3] or lines[-3:]) or "it said nothing"

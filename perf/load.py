@@ -1,0 +1,95 @@
+"""Sessions to measure a server with: the demo's person says the demo's speech, through one of two real clients.
+
+The client library sends START when it connects and speech in chunks of any size, as an application does. perf_analyzer
+sends START with the first whole block, so that all work for TTFF lies between two of its times. Knows both clients and
+where blocks are seen again in the server's trace; knows no figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from live_avatar.arrays import Array
+from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
+from live_avatar.demo import spoken
+from live_avatar.serving.trace import Interval, read_trace
+from live_avatar_client import AvatarSession, Block
+from live_avatar_client.media import read_speech
+from perf import analyzer
+from perf.analyzer import Load, Run
+from perf.figures import BlockTimes
+from perf.input_data import blocks_of, write_input_data
+from perf.scenario import Target
+
+FIRST_ID = 1_000_000
+PATIENCE_S = 3600.0
+"""A run may be paused for long, to let others measure."""
+
+
+@dataclass
+class Speaker:
+    """Makes the load on one server. Every run of perf_analyzer has sequence ids of its own."""
+
+    target: Target
+    scratch: Path
+    runs: int = 0
+
+    def analyzed(self, blocks: int, rate: float | None, *, prompt: str = DEMO_PROMPT) -> Run:
+        """perf_analyzer: one sequence of so many blocks, at `rate` per second."""
+        return self._analyzed(blocks, rate, prompt, self._next_id())
+
+    def analyzed_at_once(self, sessions: int, blocks: int, rate: float) -> list[Run]:
+        """As many perf_analyzers at once, each with one sequence: one alone mixes the pace of its sequences."""
+        ids = [self._next_id() for _ in range(sessions)]
+        with ThreadPoolExecutor(sessions) as pool:
+            return list(pool.map(lambda first: self._analyzed(blocks, rate, DEMO_PROMPT, first), ids))
+
+    def spoken(self, blocks: int, *, prompt: str = DEMO_PROMPT, realtime: bool = True) -> list[BlockTimes]:
+        """The client library: chunks of 20 ms, each when it would have been spoken; or all speech at once."""
+        speech = demo_blocks(blocks).reshape(-1)
+        with self.session(prompt) as session:
+            return [BlockTimes.of(block) for block in session.stream(spoken(speech) if realtime else [speech])]
+
+    def streamed(self, blocks: Iterator[Array], seen: Callable[[Block], object]) -> None:
+        """The client library: blocks as fast as they are taken, each answer shown to `seen` and forgotten."""
+        with self.session(DEMO_PROMPT) as session:
+            for block in session.stream(blocks):
+                seen(block)
+
+    def session(self, prompt: str) -> AvatarSession:
+        image = PORTRAIT.read_bytes()
+        return AvatarSession(
+            self.target.url, image=image, prompt=prompt, answer_timeout_s=PATIENCE_S, keep_alive_s=PATIENCE_S
+        )
+
+    def warm_up(self) -> None:
+        """Makes the demo's avatar known, and every stage's first pass done."""
+        self.analyzed(6, None)
+
+    def intervals(self, blocks: Sequence[BlockTimes]) -> list[Interval]:
+        """What the stages did from the first of the blocks to the last; nothing of a server without a trace."""
+        if self.target.trace is None:
+            return []
+        begun_s, ended_s = min(b.sent_s for b in blocks) - 1e-3, max(b.received_s for b in blocks)
+        return [i for i in read_trace(self.target.trace) if begun_s <= i.start_s <= ended_s]
+
+    def _analyzed(self, blocks: int, rate: float | None, prompt: str, first: int) -> Run:
+        data = write_input_data(
+            self.scratch / f"input-{first}.json", PORTRAIT.read_bytes(), prompt, demo_blocks(blocks)
+        )
+        load = Load(blocks, rate=None if rate is None else min(rate, float(blocks)), first_id=first)
+        run = analyzer.measure(self.target.url, data, load, self.scratch)
+        # At a rate it begins the next sequence while it waits for the last answers.
+        return replace(run, sequences={first: run.sequences[first][:blocks]})
+
+    def _next_id(self) -> int:
+        self.runs += 1
+        return FIRST_ID * self.runs
+
+
+def demo_blocks(blocks: int) -> Array:
+    """int16 [blocks, samples]: the demo's speech, over and over."""
+    return blocks_of(read_speech(SPEECH), blocks)

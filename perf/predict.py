@@ -1,0 +1,34 @@
+"""What a profile does with given stage times: `python -m perf.predict --profile h800x5 --step-ms 120 --decoder-ms 60`.
+
+The model of `perf.schedule`, by the command line. Knows no server.
+"""
+
+from __future__ import annotations
+
+import click
+
+from live_avatar.errors import ConfigError
+from perf.figures import rounded
+from perf.report import table
+from perf.scenarios.schedule import Given, asked
+
+MILLISECONDS = click.FloatRange(min=0)
+
+
+@click.command()
+@click.option("--profile", default="h800x5", show_default=True, help="Which stage is on which GPU.")
+@click.option("--step-ms", type=MILLISECONDS, required=True, help="One denoising step of a block.")
+@click.option("--decoder-ms", type=MILLISECONDS, required=True, help="Decoding a block.")
+@click.option("--conditioning-ms", type=MILLISECONDS, default=0.0, help="Speech encoder and audio tokens of a block.")
+@click.option("--prefill-ms", type=MILLISECONDS, default=0.0, help="Prefill of the new sink, once in a session.")
+def main(profile: str, step_ms: float, decoder_ms: float, conditioning_ms: float, prefill_ms: float) -> None:
+    """FPS, TTFF and real-time sessions of one node, for a known avatar."""
+    times = (one / 1e3 for one in (conditioning_ms, step_ms, prefill_ms, decoder_ms))
+    try:
+        click.echo(table(rounded(asked(Given("given", "the command line", *times), profile))))
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

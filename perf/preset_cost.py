@@ -1,0 +1,87 @@
+"""What a preset's networks cost, counted from their graphs: of artifacts as they are, of any preset without weights.
+
+A released transformer takes minutes to trace in full; but its layers are alike, so two layers and one say what each
+further one adds. Knows the exporter's tracer and the contracts; knows no machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Final
+
+import onnx_ir as ir
+from onnx import ModelProto
+
+from export.graphs import TracedGraph, Tracer
+from live_avatar.artifacts import Artifacts
+from live_avatar.checkpoint import outline_networks
+from live_avatar.components import build_components, outline
+from live_avatar.config import Preset
+from live_avatar.contract import Contract, contracts, step_name
+from live_avatar.weights import Checkpoint, RandomWeights, shapes_of
+from perf.roofline import Cost, count, load_graph
+
+GREATEST = 2  # entry of a symbolic dimension's range: a full history, a full speech window
+CONDITIONING: Final = ("speech_encoder", "audio_tokens")
+DECODER: Final = "vae_decoder"
+
+
+def stage_components(preset: Preset) -> dict[str, tuple[str, ...]]:
+    """What each stage runs for every block."""
+    steps = [step_name(step) for step in range(1, preset.stream.steps + 1)]
+    return {"conditioning": CONDITIONING, **{step: (step,) for step in steps}, DECODER: (DECODER,)}
+
+
+def artifacts_costs(artifacts: Artifacts) -> dict[str, Cost]:
+    """Every component of an artifacts folder."""
+    return {
+        name: count(load_graph(str(artifacts.graph_path(name))), _shapes(agreed))
+        for name, agreed in artifacts.contracts.items()
+    }
+
+
+def preset_costs(preset: Preset) -> dict[str, Cost]:
+    """What every stage of a preset runs for a block, and the prefill, without any weights."""
+    others = _traced(preset, (*CONDITIONING, DECODER))
+    step, prefill = (_deep(preset, name) for name in (step_name(1), "dit_prefill"))
+    steps = {step_name(number): step for number in range(1, preset.stream.steps + 1)}
+    return {**others, **steps, "dit_prefill": prefill}
+
+
+def _deep(preset: Preset, component: str) -> Cost:
+    """A component of the transformer: one layer, which injects audio; more that do not; and what injecting adds."""
+    one, plain, injecting = (_with_layers(preset, *shape) for shape in ((1, (0,)), (2, (0,)), (2, (0, 1))))
+    first, further, both = (_traced(small, [component])[component] for small in (one, plain, injecting))
+    layers, injections = preset.dit.num_layers, len(preset.dit.audio_inject_layers)
+    return Cost.combined(
+        (1, first), (layers - 1, further), (1 - layers, first), (injections - 1, both), (1 - injections, further)
+    )
+
+
+def _with_layers(preset: Preset, layers: int, injecting: tuple[int, ...]) -> Preset:
+    dit = dataclasses.replace(preset.dit, num_layers=layers, audio_inject_layers=injecting)
+    return dataclasses.replace(preset, dit=dit)
+
+
+def _traced(preset: Preset, names: Collection[str]) -> dict[str, Cost]:
+    """Costs of components whose weights are nowhere; a timestep's modulation is the only one that is drawn."""
+    weights = RandomWeights(shapes_of(outline(preset).dit), preset.weight_seed)
+    networks = outline_networks(Checkpoint(preset, {"dit": weights}))
+    components = build_components(preset, networks)
+    agreed = contracts(preset)
+    tracer = Tracer({name: components[name] for name in names})
+    return {name: count(_without_values(tracer.trace(agreed[name])), _shapes(agreed[name])) for name in names}
+
+
+def _without_values(graph: TracedGraph) -> ModelProto:
+    """The graph with weights that stand in a file that is not there."""
+    for _, weight in graph.weights:
+        assert weight.dtype is not None
+        assert weight.shape is not None
+        weight.const_value = ir.ExternalTensor("", 0, 0, weight.dtype, shape=weight.shape, name=str(weight.name))
+    return ir.to_proto(graph.model)
+
+
+def _shapes(agreed: Contract) -> Mapping[str, tuple[int, ...]]:
+    return {spec.name: agreed.shape(spec, GREATEST) for spec in agreed.inputs}

@@ -1,0 +1,314 @@
+"""A discrete-event model of the pipe: when each block of each session passes each stage, and what a node can take.
+
+What it knows of the serving path: a stage works on one block at a time, in the order in which they come, one session's
+in order; a session opens in every stage before its first block; a client has a bounded number of blocks under way; the
+block that brings the new sink waits in conditioning until the last step has made it (at the end of its work, before a
+stage-time floor is waited for). Stages of one processor share it evenly. Knows no server: times are given.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+
+from live_avatar.errors import ConfigError
+from live_avatar.serving.stage import NO_BLOCK
+from live_avatar.serving.trace import Interval
+from live_avatar_client.protocol import FPS
+from perf.figures import BlockTimes, playback
+
+EPSILON_S = 1e-12
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage alone on its processor, in seconds.
+
+    blocks_s: work on block 0, 1, 2, ... of a session, the last for all further ones; open_s: work at a session's start;
+    floor_s: the least time in which it answers a block.
+    """
+
+    name: str
+    processor: str
+    blocks_s: tuple[float, ...]
+    open_s: float = 0.0
+    floor_s: float = 0.0
+
+    def work_s(self, block: int) -> float:
+        return self.open_s if block == NO_BLOCK else self.blocks_s[min(block, len(self.blocks_s) - 1)]
+
+    def least_s(self, block: int) -> float:
+        return 0.0 if block == NO_BLOCK else self.floor_s
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages in order, and how they are linked. The last is the decoder, the one before it the last step.
+
+    capacity: how many stages a processor serves at full speed (the cores of a CPU; 1, if not named, of a GPU).
+    hop_s: from a request or a stage's answer to the next stage's begin, and to that of the next block in the same
+    stage; delivery_s: from the decoder's answer to its frames at the client.
+    """
+
+    stages: tuple[StageWork, ...]
+    capacity: Mapping[str, float] = field(default_factory=dict)
+    block_frames: int = 12
+    sink_update_block: int | None = 5
+    hop_s: float = 0.0
+    delivery_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.stages) < 3:
+            raise ConfigError(
+                f"a pipe of {len(self.stages)} stages; give conditioning, at least one step, and the decoder."
+            )
+
+    @property
+    def block_s(self) -> float:
+        """Playback time of a block."""
+        return self.block_frames / FPS
+
+    @property
+    def busiest_s(self) -> float:
+        """Least time from block to block in the long run: of the slowest stage, and of the fullest processor."""
+        stages = [max(stage.blocks_s[-1], stage.floor_s) for stage in self.stages]
+        work: dict[str, float] = {}
+        for stage in self.stages:
+            work[stage.processor] = work.get(stage.processor, 0.0) + stage.blocks_s[-1]
+        return max(*stages, *(total / self.capacity.get(name, 1.0) for name, total in work.items()))
+
+    def with_floor(self, floor_s: float) -> Pipeline:
+        """The same with a least time per block in every stage."""
+        return replace(self, stages=tuple(replace(stage, floor_s=floor_s) for stage in self.stages))
+
+
+@dataclass(frozen=True)
+class Client:
+    """One session: its start, its blocks, and how many of them it has under way at most.
+
+    pace_s: time in which a block is spoken; 0 is speech at hand. Of a known avatar, nothing is worked out at the start.
+    """
+
+    blocks: int
+    start_s: float = 0.0
+    window: int = 8
+    pace_s: float = 0.0
+    known: bool = True
+
+    def spoken_s(self, block: int) -> float:
+        """When the samples before this block have been spoken."""
+        return self.start_s + block * self.pace_s
+
+
+@dataclass(frozen=True)
+class Run:
+    """Every client's blocks, and when each stage worked on which."""
+
+    sessions: tuple[tuple[BlockTimes, ...], ...]
+    intervals: tuple[Interval, ...]
+
+
+def simulate(pipeline: Pipeline, clients: Sequence[Client]) -> Run:
+    """Runs all clients to their end."""
+    return _Simulation(pipeline, clients).run()
+
+
+@dataclass
+class _Job:
+    """A block (or a session's start) in one stage; it ends when its work is done, and not before `earliest_s`."""
+
+    session: int
+    block: int
+    stage: int
+    begun_s: float
+    left_s: float
+    earliest_s: float
+
+
+class _Simulation:
+    """Time goes from event to event: either a timed one, or the end of some stage's work at its present speed."""
+
+    def __init__(self, pipeline: Pipeline, clients: Sequence[Client]) -> None:
+        self._pipeline = pipeline
+        self._clients = clients
+        self._now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+        self._queues: list[deque[tuple[int, int]]] = [deque() for _ in pipeline.stages]
+        self._occupied = [False] * len(pipeline.stages)
+        self._working: list[_Job] = []
+        self._waiting: dict[int, _Job] = {}
+        self._sinks: set[int] = set()
+        self._sent_s: list[list[float]] = [[] for _ in clients]
+        self._received_s: list[list[float]] = [[] for _ in clients]
+        self._intervals: list[Interval] = []
+
+    def run(self) -> Run:
+        for session, client in enumerate(self._clients):
+            self._at(client.start_s, partial(self._start, session))
+        while self._events or self._working:
+            self._step()
+        return Run(tuple(map(self._seen, range(len(self._clients)))), tuple(self._intervals))
+
+    def _seen(self, session: int) -> tuple[BlockTimes, ...]:
+        client, frames = self._clients[session], self._pipeline.block_frames
+        times = enumerate(zip(self._sent_s[session], self._received_s[session], strict=True))
+        return tuple(BlockTimes(frames, client.spoken_s(n), client.spoken_s(n + 1), *pair) for n, pair in times)
+
+    def _at(self, time_s: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time_s, next(self._order), event))
+
+    def _step(self) -> None:
+        """To the next event, whichever comes first."""
+        speeds = self._speeds()
+        timed = self._events[0][0] if self._events else math.inf
+        done = min((self._now + job.left_s / speed for job, speed in speeds), default=math.inf)
+        until = min(timed, done)
+        for job, speed in speeds:
+            job.left_s -= speed * (until - self._now)
+        self._now = until
+        for job in [job for job in self._working if job.left_s <= EPSILON_S]:
+            self._working.remove(job)
+            self._worked(job)
+        while self._events and self._events[0][0] <= self._now:
+            heapq.heappop(self._events)[2]()
+
+    def _speeds(self) -> list[tuple[_Job, float]]:
+        """Each working stage's share of its processor."""
+        crowd: dict[str, int] = {}
+        for job in self._working:
+            processor = self._pipeline.stages[job.stage].processor
+            crowd[processor] = crowd.get(processor, 0) + 1
+        speed = {name: min(1.0, self._pipeline.capacity.get(name, 1.0) / n) for name, n in crowd.items()}
+        return [(job, speed[self._pipeline.stages[job.stage].processor]) for job in self._working]
+
+    # ---- The client
+
+    def _start(self, session: int) -> None:
+        self._pass_on(session, NO_BLOCK, 0)
+        self._send(session)
+
+    def _send(self, session: int) -> None:
+        """The next block, if it is spoken and there is room for it; else its time comes."""
+        client, sent_s = self._clients[session], self._sent_s[session]
+        while (block := len(sent_s)) < client.blocks and block - len(self._received_s[session]) < client.window:
+            if (spoken_s := client.spoken_s(block + 1)) > self._now + EPSILON_S:
+                self._at(spoken_s, partial(self._send, session))
+                return
+            sent_s.append(self._now)
+            self._pass_on(session, block, 0)
+
+    def _receive(self, session: int) -> None:
+        self._received_s[session].append(self._now)
+        self._send(session)
+
+    # ---- The stages
+
+    def _arrive(self, session: int, block: int, stage: int) -> None:
+        self._queues[stage].append((session, block))
+        self._take(stage)
+
+    def _take(self, stage: int) -> None:
+        if self._occupied[stage] or not self._queues[stage]:
+            return
+        session, block = self._queues[stage].popleft()
+        times = self._pipeline.stages[stage]
+        opening = block == NO_BLOCK and self._clients[session].known
+        work_s = 0.0 if opening else times.work_s(block)
+        self._occupied[stage] = True
+        self._working.append(_Job(session, block, stage, self._now, work_s, self._now + times.least_s(block)))
+
+    def _worked(self, job: _Job) -> None:
+        """The stage's own work is over: it may give the sink, or have to wait for it, or for its floor."""
+        takes = (self._pipeline.sink_update_block or 0) - 1
+        if job.block == 0 and job.stage == len(self._pipeline.stages) - 2:
+            self._sinks.add(job.session)
+            if (waiting := self._waiting.pop(job.session, None)) is not None:
+                self._end_at(waiting)
+        if job.stage == 0 and job.block == takes and job.block > 0 and job.session not in self._sinks:
+            self._waiting[job.session] = job
+        else:
+            self._end_at(job)
+
+    def _end_at(self, job: _Job) -> None:
+        self._at(max(self._now, job.earliest_s), partial(self._ended, job))
+
+    def _ended(self, job: _Job) -> None:
+        if job.block != NO_BLOCK:
+            name = self._pipeline.stages[job.stage].name
+            self._intervals.append(Interval(name, job.session, job.block, job.begun_s, self._now))
+        self._at(self._now + self._pipeline.hop_s, partial(self._free, job.stage))
+        if job.stage + 1 < len(self._pipeline.stages):
+            self._pass_on(job.session, job.block, job.stage + 1)
+        elif job.block != NO_BLOCK:
+            self._at(self._now + self._pipeline.delivery_s, partial(self._receive, job.session))
+
+    def _pass_on(self, session: int, block: int, stage: int) -> None:
+        self._at(self._now + self._pipeline.hop_s, partial(self._arrive, session, block, stage))
+
+    def _free(self, stage: int) -> None:
+        self._occupied[stage] = False
+        self._take(stage)
+
+
+# ---- What a node can take
+
+
+def sessions_without_stall(pipeline: Pipeline, most: int, blocks: int = 40) -> int:
+    """How many sessions, spoken in real time and begun evenly spread over a block, a node serves without any stall."""
+    held = 0
+    while held < most:
+        held += 1
+        clients = [Client(blocks, start_s=pipeline.block_s * n / held, pace_s=pipeline.block_s) for n in range(held)]
+        if any(playback(seen).stalls for seen in simulate(pipeline, clients).sessions):
+            return held - 1
+    return held
+
+
+# ---- What many nodes can take
+
+
+def erlang_b(slots: int, load: float) -> float:
+    """Share of sessions refused by `slots` places under a load in erlangs (arrivals per mean session length)."""
+    refused = 1.0
+    for place in range(1, slots + 1):
+        refused = load * refused / (place + load * refused)
+    return refused
+
+
+def load_for(slots: int, refused: float) -> float:
+    """The load in erlangs at which so many places refuse that share of sessions."""
+    low, high = 0.0, slots / (1 - refused) + 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if erlang_b(slots, middle) < refused else (low, middle)
+    return low
+
+
+def refused_share(nodes: int, slots: int, load: float, sessions: int, seed: int, *, informed: bool) -> float:
+    """Share of `sessions` that find no place, each node with `slots`: Poisson arrivals, exponential lengths of mean 1.
+
+    informed: each goes to the node with most free places; else to any node, as a balancer sends it that knows nothing,
+    and is refused if that one is full.
+    """
+    rng = random.Random(seed)
+    free = [slots] * nodes
+    ends: list[tuple[float, int]] = []
+    now, refused = 0.0, 0
+    for _ in range(sessions):
+        now += rng.expovariate(load)
+        while ends and ends[0][0] <= now:
+            free[heapq.heappop(ends)[1]] += 1
+        node = max(range(nodes), key=free.__getitem__) if informed else rng.randrange(nodes)
+        if free[node]:
+            free[node] -= 1
+            heapq.heappush(ends, (now + rng.expovariate(1.0), node))
+        else:
+            refused += 1
+    return refused / sessions

@@ -1,0 +1,51 @@
+"""One session at a time through a served pipe, seen from both ends: by its client, and by the stages' trace.
+
+Knows the client library and the trace; knows no model of the pipe and no figure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from live_avatar.assets import DEMO_PROMPT, PORTRAIT
+from live_avatar.errors import InputError
+from live_avatar.serving.trace import Interval
+from live_avatar_client import AvatarSession
+from perf.figures import BlockTimes
+from perf.load import PATIENCE_S, Speaker, demo_blocks
+from perf.scenario import Target
+
+WINDOW = 8
+"""Blocks that the client library has under way at most, unless it is told otherwise."""
+SETTLED = 6
+"""Blocks after which caches are full and the sink is replaced."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One session: its blocks as the client saw them, and as the stages did."""
+
+    blocks: list[BlockTimes]
+    intervals: list[Interval]
+
+
+def observe(target: Target, blocks: int, *, window: int = WINDOW, prompt: str = DEMO_PROMPT) -> Observed:
+    """Speech at hand, sent as fast as it is taken, with at most `window` blocks under way.
+
+    Raises `InputError` for a server without a trace.
+    """
+    if target.trace is None:
+        raise InputError("the stages' times are read from the server's trace; leave --url out.")
+    speech = demo_blocks(blocks).reshape(-1)
+    session = AvatarSession(
+        target.url,
+        image=PORTRAIT.read_bytes(),
+        prompt=prompt,
+        max_in_flight_blocks=window,
+        answer_timeout_s=PATIENCE_S,
+        keep_alive_s=PATIENCE_S,
+    )
+    with session:
+        seen = [BlockTimes.of(block) for block in session.stream([speech])]
+    return Observed(seen, Speaker(target, Path()).intervals(seen))
