@@ -94,7 +94,7 @@ def calibrate(checkpoint: Checkpoint, image: bytes, prompt: str, speech: Array, 
 
 @click.command()
 @click.option("--output", type=FILE, required=True, help="JSON file to write, for `live-avatar export --fp8`.")
-@click.option("--checkpoint", type=FILE, help="Folder with the weights; without it they are random.")
+@click.option("--checkpoint", type=FILE, help="Folder with the weights; else the package's own, or random ones.")
 @click.option("--lora", type=FILE, help="Adapter, as in `live-avatar export`: calibrate what will be exported.")
 @click.option("--lora-alpha", type=float, help="The adapter's alpha, where the file does not say it.")
 @click.option("--preset", "preset_name", type=click.Choice(sorted(PRESETS)), help="As in `live-avatar export`.")

@@ -101,7 +101,7 @@ def _difference(ours: list[dict[str, Array]], theirs: list[dict[str, Array]]) ->
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="Weights it was exported from, if not the random ones.",
+    help="Weights it was exported from, if not the package's or random ones.",
 )
 @click.option("--lora", type=click.Path(path_type=Path), help="Adapter it was exported with.")
 @click.option("--lora-alpha", type=float, help="The adapter's alpha, where the file does not say it.")

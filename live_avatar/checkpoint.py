@@ -2,8 +2,8 @@
 
 A checkpoint folder is the official download (`official.py`), or four files of the project's own, `dit.safetensors`,
 `vae.safetensors`, `speech.safetensors` and `text.safetensors`, with the official parameter names. Every tensor must
-be there, none may be left over. Without a folder the weights are drawn from the preset's seed. A LoRA is merged on
-the way in. Knows no graphs.
+be there, none may be left over. Without a folder networks of the tiny preset's sizes have the weights that the package
+ships, and others are drawn from the preset's seed. A LoRA is merged on the way in. Knows no graphs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from live_avatar.assets import TINY_WEIGHTS
 from live_avatar.components import Networks, outline, replace_parameters
 from live_avatar.config import TINY, Preset
 from live_avatar.errors import CheckpointError
@@ -21,6 +22,7 @@ from live_avatar.lora import LoRA, MergedWeights
 from live_avatar.official import is_official, open_official
 from live_avatar.weights import Checkpoint, RandomWeights, SafetensorsWeights, Weights, account, shapes_of
 
+PARTS = ("dit", "vae", "speech", "text")
 # What the modulation of a timestep is made of (spec section 3, steps 2, 4, 5).
 MODULATION = ("time_embedding", "time_projection", "modulation")
 
@@ -52,7 +54,7 @@ def _as_preset(found: Checkpoint, wanted: Preset | None, folder: Path) -> Checkp
     """The checkpoint under the wanted preset, if its networks are the same."""
     if wanted is None:
         return found
-    for part in ("dit", "vae", "speech", "text"):
+    for part in PARTS:
         ours, theirs = getattr(wanted, part), getattr(found.preset, part)
         for field in dataclasses.fields(ours):
             expected, value = getattr(ours, field.name), getattr(theirs, field.name)
@@ -75,6 +77,7 @@ def _own(preset: Preset, folder: Path | None) -> Checkpoint:
             f"checkpoint {folder} has neither the official files (config.json and others) nor dit.safetensors; give "
             "the folder that holds the weights."
         )
+    folder = folder or _shipped(preset)
     parts: dict[str, Weights] = {}
     for index, (name, network) in enumerate(outline(preset).parts().items()):
         if folder is None:
@@ -82,6 +85,12 @@ def _own(preset: Preset, folder: Path | None) -> Checkpoint:
         else:
             parts[name] = SafetensorsWeights(folder / f"{name}.safetensors")
     return Checkpoint(preset, parts)
+
+
+def _shipped(preset: Preset) -> Path | None:
+    """The weights that the package has for a preset's networks: streams of every size share them."""
+    trained = all(getattr(preset, part) == getattr(TINY, part) for part in (*PARTS, "weight_seed"))
+    return TINY_WEIGHTS if trained else None
 
 
 def load_networks(checkpoint: Checkpoint) -> Networks:

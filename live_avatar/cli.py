@@ -150,7 +150,7 @@ _model_options = _options(
     click.option(
         "--checkpoint",
         type=FILE,
-        help="Folder with the weights, such as the official download; without it they are random.",
+        help="Folder with the weights, such as the official download; else the package's own, or random ones.",
     ),
     click.option(
         "--preset",

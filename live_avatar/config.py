@@ -277,7 +277,7 @@ class Preset:
     text: TextEncoderConfig
     stream: StreamConfig
     weight_seed: int = field(default=20_26)
-    """Seed of the random weights that stand in where no trained ones exist."""
+    """Seed of the random weights that stand in where no trained ones are: the tiny networks of this seed have some."""
     precision: str = "float32"
     """Type of the transformer's large linears, of the VAE and of the caches, and of the text encoder if it is bfloat16.
     The transformer's residual stream, norms, modulation and head, and both audio networks, are float32 in any case

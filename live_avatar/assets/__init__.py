@@ -1,4 +1,5 @@
-"""The demo's inputs, shipped with the package: a drawn face and six seconds of synthetic speech."""
+"""What the package ships: the weights of the tiny preset, and the demo's inputs, a drawn face and six seconds of
+synthetic speech."""
 
 from pathlib import Path
 
@@ -6,4 +7,5 @@ _FOLDER = Path(__file__).parent
 
 SPEECH = _FOLDER / "speech.wav"
 PORTRAIT = _FOLDER / "portrait.png"
-DEMO_PROMPT = "A friendly woman with dark bobbed hair talks to the camera against a plain teal background."
+DEMO_PROMPT = "a red-haired woman in a yellow shirt, orange background"
+TINY_WEIGHTS = _FOLDER / "tiny"

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.synthetic import official_preset, write_checkpoint
-from live_avatar.checkpoint import load_networks, open_checkpoint, outline_networks
+from live_avatar.assets import TINY_WEIGHTS
+from live_avatar.checkpoint import PARTS, load_networks, open_checkpoint, outline_networks
 from live_avatar.components import Networks, outline
 from live_avatar.config import PRECISIONS, S2V_14B, TINY
 from live_avatar.errors import CheckpointError
 from live_avatar.weights import account, shapes_of
 
+DRAWN = replace(TINY, weight_seed=TINY.weight_seed + 1)  # another seed than that whose place trained weights have
 OTHER = replace(TINY, weight_seed=TINY.weight_seed + 100)
 OFFICIAL = official_preset(TINY, {"layers": 1})
 # Parameters of the transformer that have the type of the preset's precision.
@@ -64,7 +66,7 @@ def expected_type(part: str, name: str, precision: str) -> torch.dtype:
 
 @pytest.fixture(scope="module")
 def drawn() -> Networks:
-    return load_networks(open_checkpoint(TINY))
+    return load_networks(open_checkpoint(DRAWN))
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_weights_of_another_type_are_converted(drawn: Networks, folder: Path) ->
 
 def test_the_seed_alone_decides_the_weights(drawn: Networks) -> None:
     torch.manual_seed(1)
-    assert same(drawn, load_networks(open_checkpoint(TINY)))
+    assert same(drawn, load_networks(open_checkpoint(DRAWN)))
 
 
 def test_without_a_preset_the_tiny_one_is_taken() -> None:
@@ -102,6 +104,19 @@ def test_opened_weights_are_those_of_the_networks(folder: Path) -> None:
         assert checkpoint.tokenizer is None
         for part, network in outline(TINY).parts().items():
             account(checkpoint.parts[part], shapes_of(network))
+
+
+def test_networks_of_the_tiny_sizes_have_the_weights_of_the_package(drawn: Networks) -> None:
+    shipped = load_networks(open_checkpoint(TINY, TINY_WEIGHTS))
+    assert same(shipped, load_networks(open_checkpoint(TINY)))
+    assert same(shipped, load_networks(open_checkpoint(TINY.with_stream(height=64, width=128))))
+    assert not same(shipped, drawn)
+
+
+def test_the_weights_of_the_package_are_small() -> None:
+    files = list(TINY_WEIGHTS.glob("*.safetensors"))
+    assert {file.stem for file in files} == set(PARTS)
+    assert sum(file.stat().st_size for file in files) < 20_000_000
 
 
 def test_loaded_networks_do_not_train(drawn: Networks) -> None:
@@ -123,7 +138,7 @@ def test_loaded_networks_are_alive_everywhere(drawn: Networks) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_parameter_has_its_documented_type(drawn: Networks, precision: str) -> None:
-    networks = load_networks(open_checkpoint(TINY.with_precision(precision)))
+    networks = load_networks(open_checkpoint(DRAWN.with_precision(precision)))
     exact = states(drawn)
     for part, module in networks.parts().items():
         for name, parameter in module.named_parameters():
@@ -150,7 +165,7 @@ def test_tied_weights_stay_tied(precision: str) -> None:
 
 
 def test_an_outline_holds_what_modulation_is_made_of_and_no_more(drawn: Networks) -> None:
-    networks = outline_networks(open_checkpoint(TINY))
+    networks = outline_networks(open_checkpoint(DRAWN))
     for part, module in networks.parts().items():
         for name, parameter in module.named_parameters():
             real = part == "dit" and MODULATION.fullmatch(name) is not None
