@@ -27,6 +27,8 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- measured: made by `python -m perf.report` -->", "<!-- /measured -->"
 BLUE, GREEN, RED, GREY = "#3b6fd4", "#0f857a", "#c4513a", "#8a94a3"
+CLIENT = "this process"
+"""As `perf.growth` names the one that measures: it holds frames that wait to be read."""
 COLOURS = 32
 """Of a picture's palette: plots need few, and stay small."""
 
@@ -134,7 +136,7 @@ def _passing(one: Any) -> str:
 
 
 def _growth(one: Any) -> str:
-    memory = one["memory_mib_by_hour_of_video"]
+    memory = [process for process in one["memory_mib_by_hour_of_video"] if process["name"] != CLIENT]
     most = max(memory, key=lambda process: float(process["last_mib"]) - float(process["first_mib"]))
     grown = f"{most['name']} grew most, {most['first_mib']:.1f} to {most['last_mib']:.1f} MiB"
     return f"{grown}, over {one['video_s']:,.0f} s of video"
@@ -153,7 +155,7 @@ ROWS = (
     Row("Pipeline efficiency (stages held to 0.3 s)", "pipeline", lambda f: f"{f['frames_96x96']['efficiency']:.3f}"),
     Row("A block's way beside the work, 96x96", "pipeline", lambda f: _passing(f["frames_96x96"]["passing"])),
     Row("the same, 720x400", "pipeline", lambda f: _passing(f["frames_720x400"]["passing"])),
-    Row("Memory of every process in one long session", "long", _growth),
+    Row("Memory of the server's processes in one long session", "long", _growth),
 )
 
 
