@@ -130,7 +130,7 @@ def _read(checkpoint: Checkpoint, name: str, value: ir.Value) -> memoryview:
     return tensor_bytes(checkpoint.parts[part].read(official).to(getattr(torch, str(value.dtype.numpy()))))
 
 
-def _provenance(weights: Weights) -> dict[str, Any]:
+def provenance(weights: Weights) -> dict[str, Any]:
     """What a network's weights are: the files by name, and how much of an adapter; or the seed they are drawn from."""
     if not weights.files:
         return {"origin": weights.origin}
@@ -145,7 +145,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | N
         "format": FORMAT,
         "version": __version__,
         "preset": preset.to_dict(),
-        "weights": {part: _provenance(weights) for part, weights in checkpoint.parts.items()},
+        "weights": {part: provenance(weights) for part, weights in checkpoint.parts.items()},
         "opset": OPSET,
         "fp8": None if calibration is None else {"calibrated_on_blocks": calibration.blocks},
         "made_with": {

@@ -94,6 +94,7 @@ def test_the_command_finds_graphs_with_other_weights(least_artifacts: Artifacts,
     )
 
 
+@pytest.mark.slow
 def test_16_bits_have_a_tolerance_of_their_own(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(LEAST.with_precision("float16"))
     low = export_artifacts(checkpoint, tmp_path / "low", lambda component: None)

@@ -177,6 +177,7 @@ def test_every_exported_graph_is_readable(artifacts: Artifacts) -> None:
     assert {"Attention", "Resize", "Cast"} <= {node.op_type for graph in graphs for node in graph.proto.node}
 
 
+@pytest.mark.slow
 def test_every_graph_in_bfloat16_is_readable() -> None:
     graphs = list(traced(LEAST.with_precision("bfloat16")))
     assert [fault for graph in graphs for fault in faults(graph)] == []

@@ -70,7 +70,9 @@ def test_a_variant_of_weights_that_are_not_here_is_refused(artifacts: Artifacts,
     manifest["weights"]["dit"] = {"files": {"dit.safetensors": "0" * 64}}
     (tmp_path / MANIFEST).unlink()
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"holds weights of files; give artifacts of random weights \(preset tiny\)"):
+    with pytest.raises(
+        InputError, match=r"holds weights of other files; give artifacts of the preset's own \(preset tiny\)"
+    ):
         variant(tmp_path, "3-steps", steps=3)
 
 

@@ -26,6 +26,7 @@ def test_memory_that_a_process_takes_is_seen_and_told_by_kind() -> None:
     assert peaks["RssAnon"] < peaks["total"] <= peaks["RssAnon"] + peaks["RssFile"] + peaks["RssShmem"]
 
 
+@pytest.mark.slow
 def test_an_export_is_measured_against_its_largest_file(tmp_path: Path) -> None:
     write_checkpoint(official_preset(replace(LEAST, vae=VAEConfig(dim=4)), {}), tmp_path / "weights", seed=None)
     words = ["--checkpoint", str(tmp_path / "weights"), "--height", "64", "--width", "64", "--steps", "1"]

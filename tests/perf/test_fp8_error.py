@@ -27,6 +27,7 @@ def test_a_network_against_itself_has_no_error() -> None:
     assert [error.cosine for error in found] == [pytest.approx(1.0)] * BLOCKS
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_error, "TINY", LEAST)
     path = tmp_path / "figures.json"

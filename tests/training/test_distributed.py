@@ -44,6 +44,7 @@ def saved(folder: Path, stage: str) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", worker.STAGES)
 def test_two_processes_give_the_figures_of_one(alone: Path, together: Path, stage: str) -> None:
     """Of a step, of the next one after a resumption, and of validation."""
