@@ -74,6 +74,12 @@ def mean(figure: float) -> float:
     return total.item() / world()
 
 
+def wait() -> None:
+    """Until all processes have come here: what the first one wrote before it is there for the others after it."""
+    if world() > 1:
+        dist.barrier()
+
+
 def anyone(fact: bool) -> bool:
     """Whether it is so in any of the processes; all of them must ask together."""
     return mean(float(fact)) > 0

@@ -171,7 +171,7 @@ class Run:
         self.progress = Progress(state["step"], state["elapsed_s"], state["pending"])
 
     def save(self) -> None:
-        """Writes the checkpoint. All processes call it together, and one writes."""
+        """Writes the checkpoint. All processes call it together, one writes, and it is there when any goes on."""
         state: State = {
             "step": self.progress.step,
             "elapsed_s": self.progress.elapsed_s,
@@ -183,6 +183,7 @@ class Run:
         whole = distributed.gathered(state)
         if distributed.is_main():
             save_checkpoint(self.path, self.identity, whole)
+        distributed.wait()
 
     def advance(self) -> Figures:
         """One step, its figures into the log. Raises `TrainingError` for a figure that is not finite."""

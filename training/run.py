@@ -181,6 +181,7 @@ class Run:
         record = {"stage": name, **facts, "threads": torch.get_num_threads(), "commit": commit(), "identity": identity}
         if distributed.is_main():
             write_json(self.out / name / RECORD, record)
+        distributed.wait()  # the next stage reads the record and what stands beside it
         return record
 
 

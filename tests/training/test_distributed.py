@@ -33,8 +33,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two did."""
     folder = tmp_path_factory.mktemp("together")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "tests.training.worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    limit = ["timeout", "--kill-after", "40", "200"]  # torchrun ends its processes at SIGTERM; a kill would leave them
+    command = [*limit, *torchrun, "-m", "tests.training.worker", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.training.conftest import SMALL, drawn_clip, drawn_network, handlers_of_signals, restore_handlers
-from training import distributed
+from training import distributed, loop
+from training.checkpoints import save_checkpoint
 from training.config import DistillationStage, DiTStage
 from training.loop import Stage, train
 from training.matching import FlowMatching, movement
@@ -64,6 +67,12 @@ def one_step(name: str, folder: Path) -> None:
     restore_handlers(handlers)
 
 
+def slow_save(*told: Any) -> None:
+    """The first process is the last one that is ready: if the others did not wait, they would begin anew."""
+    time.sleep(1)
+    save_checkpoint(*told)
+
+
 def run(folder: Path) -> None:
     """Two steps of each stage, the second one by a run that takes up the first one's."""
     for name in STAGES:
@@ -73,6 +82,7 @@ def run(folder: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    loop.save_checkpoint = slow_save  # type: ignore[attr-defined]
     distributed.join()
     try:
         run(Path(sys.argv[1]))
