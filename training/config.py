@@ -101,8 +101,20 @@ class VAEStage(StageConfig):
 
 
 @dataclass(frozen=True)
+class MouthStage(VAEStage):
+    """Stage 0b: the video VAE goes on, mostly with mouths."""
+
+    mouth_batch: int = 2
+    """Whole clips, cut to the surroundings of the mouth, that a step sees beside its `batch` pieces of clips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "mouth_batch")
+
+
+@dataclass(frozen=True)
 class EncoderStage(StageConfig):
-    """Stage 0b: the speech and text encoders. No public ones have these sizes, so that they learn what the drawn face
+    """Stage 0c: the speech and text encoders. No public ones have these sizes, so that they learn what the drawn face
     needs: mouth shapes from speech, looks from a prompt."""
 
 
@@ -125,7 +137,7 @@ class DiTStage(StageConfig):
 
 @dataclass(frozen=True)
 class TeacherStage(DiTStage):
-    """Stage 0c: the bidirectional teacher."""
+    """Stage 0d: the bidirectional teacher."""
 
     audio_dropout: float = 0.1
     """Share of clips that lose their speech, for guidance by it."""
@@ -183,6 +195,7 @@ class TrainingConfig:
     """A whole run."""
 
     vae: VAEStage
+    mouths: MouthStage
     encoders: EncoderStage
     teacher: TeacherStage
     stage1: DiTStage

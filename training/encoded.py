@@ -37,7 +37,11 @@ from training.errors import TrainingError
 FOLDER = "data"
 MANIFEST = "manifest.json"
 SILENCE = "silence.safetensors"
-ENCODERS = {"vae": "vae/vae.safetensors", "speech": "encoders/speech.safetensors", "text": "encoders/text.safetensors"}
+ENCODERS = {
+    "vae": "mouths/vae.safetensors",
+    "speech": "encoders/speech.safetensors",
+    "text": "encoders/text.safetensors",
+}
 """Where in a run's folder the weights of the frozen networks are."""
 STORED = ("motion", "text", "states", "latents")
 

@@ -1,4 +1,4 @@
-"""Stage 0b: the speech encoder learns mouth shapes from sound, and the text encoder looks from a prompt.
+"""Stage 0c: the speech encoder learns mouth shapes from sound, and the text encoder looks from a prompt.
 
 No public encoders have the tiny preset's sizes, and the transformer's stages are too short to learn hearing from video
 alone. Each encoder gets a linear head for this stage, which is thrown away afterwards. Speech comes in the windows of

@@ -57,7 +57,8 @@ class Step:
 
 
 STEPS: Mapping[str, Step] = {
-    "vae": Step((), (ENCODERS["vae"],)),
+    vae.STAGE: Step((), (vae.VAE_FILE,)),
+    vae.MOUTHS: Step((vae.VAE_FILE,), (ENCODERS["vae"],)),
     "encoders": Step((), (ENCODERS["speech"], ENCODERS["text"])),
     FOLDER: Step(tuple(ENCODERS.values()), DATA),
     teacher.NAME: Step(DATA, ("teacher/dit.safetensors",)),
@@ -67,13 +68,14 @@ STEPS: Mapping[str, Step] = {
 """In the order in which they run."""
 PRODUCTS = {**ENCODERS, "dit": "stage2/dit.safetensors"}
 MAKERS: Mapping[str, Callable[[TrainingConfig, Path], Stage]] = {
-    "vae": lambda config, out: vae.VAETraining(config),
+    vae.STAGE: lambda config, out: vae.make_stage(config),
+    vae.MOUTHS: vae.make_mouth_stage,
     "encoders": encoders.make_stage,
     teacher.NAME: teacher.make_stage,
     stage1.NAME: stage1.make_stage,
     stage2.NAME: stage2.make_stage,
 }
-ALONE = ("vae", "encoders", FOLDER)
+ALONE = (vae.STAGE, vae.MOUTHS, "encoders", FOLDER)
 """Stages that a process does on its own: their networks are small at every scale."""
 
 

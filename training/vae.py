@@ -1,16 +1,21 @@
-"""Stage 0a: the video VAE learns to reconstruct rendered clips, as the stream that it will run in.
+"""Stages 0a and 0b: the video VAE learns to reconstruct rendered clips, as the stream that it will run in.
 
 The first steps are of stills, each of another face: the frames of one clip are nearly one picture, from which colours
 and faces are learnt too slowly. Then come clips. A clip begins with one frame, the still picture or any of the video's,
 and goes on in pieces of a block with the state of the one before. So the network sees the start of a stream and its
 continuation. When it is trained its latents are brought to mean 0 and deviation 1 per channel inside two 1x1x1
-convolutions, because the constants of the format are those of another VAE. Knows no transformer.
+convolutions, because the constants of the format are those of another VAE.
+
+What stills cannot teach is to keep the four frames of one latent apart, and nearly all that differs in them is the
+mouth: a sixth of the picture. So the second stage goes on with whole clips of that part alone, and as many pieces of
+whole pictures as keep the rest in mind. Knows no transformer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,9 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 
 from live_avatar.arrays import Array
-from live_avatar.config import TEMPORAL_STRIDE, VAEConfig
+from live_avatar.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
 from live_avatar.vae import VAE, Downsample, Residual, Upsample
-from training.config import TrainingConfig
+from training.checkpoints import load_weights
+from training.config import TrainingConfig, VAEStage
 from training.data.canvas import UNITS
 from training.data.clips import SWAY, Clip, make_clip
 from training.data.face import MOUTH_BOX, Face, Pose
@@ -32,6 +38,9 @@ from training.logs import mean
 from training.loop import clip_gradients, generator
 
 STAGE = "vae"
+MOUTHS = "mouths"
+VAE_FILE = f"{STAGE}/vae.safetensors"
+"""What the first stage leaves in a run's folder."""
 CLIP_BLOCKS = 3
 """Length of the clips that frames are taken from: the head's sway grows in the first second."""
 STILL_SHARE = 0.5
@@ -99,6 +108,15 @@ def mouth_region(size: int) -> tuple[slice, slice]:
     """Rows and columns of a picture in which the mouth is, open or closed."""
     left, top, right, bottom = (round(edge * size / UNITS) for edge in MOUTH_BOX)
     return slice(top, bottom), slice(left, right)
+
+
+def mouth_surroundings(size: int) -> tuple[slice, slice]:
+    """Rows and columns of the latents' cells that have a part of the mouth, in pixels."""
+    rows, columns = (
+        slice(span.start // SPATIAL_STRIDE * SPATIAL_STRIDE, -(-span.stop // SPATIAL_STRIDE) * SPATIAL_STRIDE)
+        for span in mouth_region(size)
+    )
+    return rows, columns
 
 
 def draw_video(clip: Clip, frames: int, draw: torch.Generator) -> Tensor:
@@ -177,13 +195,13 @@ def psnr(made: Tensor, true: Tensor) -> float:
 
 
 class VAETraining:
-    """The stage: see `training.loop.Stage`."""
+    """The first stage: see `training.loop.Stage`."""
 
-    def __init__(self, config: TrainingConfig) -> None:
-        self._settings = config.vae
+    def __init__(self, config: TrainingConfig, name: str, settings: VAEStage, vae: VAE) -> None:
+        self._settings = settings
         self._stream = config.system.stream
-        self._seed = config.seed
-        self._vae = fresh_vae(config.system.vae, generator(config.seed, STAGE, "start"))
+        self._key = (config.seed, name)
+        self._vae = vae
         self._weights = self._pixel_weights()
         self.modules: Mapping[str, nn.Module] = {"vae": self._vae}
         self.optimizers: Mapping[str, Optimizer] = {
@@ -195,12 +213,9 @@ class VAETraining:
 
         `loss` is what is descended, `error` the plain L1.
         """
-        draw = generator(self._seed, STAGE, number)
+        draw = generator(*self._key, number)
         self.optimizers["vae"].zero_grad()
-        if number <= self._settings.still_steps:
-            figures = [self._learn_stills(draw)]
-        else:
-            figures = [self._learn(self._draw_clip(draw), draw) for _ in range(self._settings.batch)]
+        figures = self._learn(number, draw)
         norm = clip_gradients(list(self._vae.parameters()), self._settings.clip_norm)
         self.optimizers["vae"].step()
         return {**mean(figures), "gradient_norm": norm}
@@ -251,12 +266,21 @@ class VAETraining:
         seed = int(torch.randint(2**31, (), generator=draw))
         return make_clip(Split.TRAIN, seed, CLIP_BLOCKS, self._stream.height)
 
-    def _learn(self, clip: Clip, draw: torch.Generator) -> dict[str, float]:
-        """Adds a clip's gradient."""
-        video = draw_video(clip, self._settings.frames, draw)
+    def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
+        """Adds a step's gradients."""
+        if number <= self._settings.still_steps:
+            return [self._learn_stills(draw)]
+        return [self._learn_piece(draw, self._settings.batch) for _ in range(self._settings.batch)]
+
+    def _learn_piece(self, draw: torch.Generator, shares: int) -> dict[str, float]:
+        """Adds the gradient of a piece of a clip, one of `shares`."""
+        video = draw_video(self._draw_clip(draw), self._settings.frames, draw)
+        return self._learn_video(video, self._weights, shares)
+
+    def _learn_video(self, video: Tensor, weights: Tensor, shares: int) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16):  # torch's 3-D convolutions in float32 are ten times slower
             made, latents = reconstruct(self._vae, video, Streams())
-        return self._descend(made, video, latents, self._settings.batch)
+        return self._descend(made, video, latents, weights, shares)
 
     def _learn_stills(self, draw: torch.Generator) -> dict[str, float]:
         """Adds the gradient of a batch of first frames, each of another face."""
@@ -265,15 +289,47 @@ class VAETraining:
         stills = video.transpose(0, 2)  # [batch, 3, 1, H, W]
         with sdpa_kernel(SDPBackend.MATH):  # the one that vmap knows how to batch
             made, latents = torch.vmap(self._first)(stills)
-        return self._descend(made, stills, latents, 1)
+        return self._descend(made, stills, latents, self._weights, 1)
 
     def _first(self, still: Tensor) -> tuple[Tensor, Tensor]:
         """[3, 1, H, W] as the first frame of a stream, and its latent."""
         made, latent = reconstruct(self._vae, still[None], Streams())
         return made[0], latent[0]
 
-    def _descend(self, made: Tensor, true: Tensor, latents: Tensor, share: int) -> dict[str, float]:
+    def _descend(self, made: Tensor, true: Tensor, latents: Tensor, weights: Tensor, shares: int) -> dict[str, float]:
         error = (made - true).abs()
-        loss = (self._weights * error).mean() + self._settings.smooth_weight * latents.square().mean()
-        (loss / share).backward()
+        loss = (weights * error).mean() + self._settings.smooth_weight * latents.square().mean()
+        (loss / shares).backward()
         return {"loss": loss.item(), "error": error.mean().item()}
+
+
+class MouthTraining(VAETraining):
+    """The second stage. `settings` is its own."""
+
+    def __init__(self, config: TrainingConfig, vae: VAE) -> None:
+        super().__init__(config, MOUTHS, config.mouths, vae)
+        self._mouths = config.mouths.mouth_batch
+
+    def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
+        pieces, mouths = self._settings.batch, self._mouths
+        figures = [self._learn_piece(draw, pieces + mouths) for _ in range(pieces)]
+        return figures + [self._learn_mouth(draw, pieces + mouths) for _ in range(mouths)]
+
+    def _learn_mouth(self, draw: torch.Generator, shares: int) -> dict[str, float]:
+        """Adds the gradient of what is around the mouth in a whole clip, one of `shares`."""
+        clip = self._draw_clip(draw)
+        rows, columns = mouth_surroundings(self._stream.height)
+        video = pixels(np.concatenate([clip.picture[None], clip.frames]))[..., rows, columns]
+        return self._learn_video(video, self._weights[rows, columns], shares)
+
+
+def make_stage(config: TrainingConfig) -> VAETraining:
+    """The first stage."""
+    return VAETraining(config, STAGE, config.vae, fresh_vae(config.system.vae, generator(config.seed, STAGE, "start")))
+
+
+def make_mouth_stage(config: TrainingConfig, out: Path) -> MouthTraining:
+    """The second, on the VAE that the first left in the run's folder `out`. Raises `CheckpointError`."""
+    vae = VAE(config.system.vae)
+    load_weights(out / VAE_FILE, vae, trainable=True)
+    return MouthTraining(config, channels_last(vae))

@@ -24,6 +24,7 @@ from training.config import (
     DistillationStage,
     DiTStage,
     EncoderStage,
+    MouthStage,
     TeacherStage,
     TrainingConfig,
     VAEStage,
@@ -110,6 +111,7 @@ def toy_config(**changes: Any) -> TrainingConfig:
     few: dict[str, Any] = {"steps": 2, "batch": 1, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 1}
     stages = {
         "vae": VAEStage(**few, frames=5),
+        "mouths": MouthStage(**few, frames=5, mouth_batch=1),
         "encoders": EncoderStage(**few),
         "teacher": TeacherStage(**few, blocks=2),
         "stage1": DiTStage(**few, blocks=2),

@@ -32,7 +32,7 @@ from training.loop import CHECKPOINT, LOG, PLOT, VALIDATION_LOG, Average, Progre
 from training.matching import FlowMatching, movement
 from training.stage2 import Distillation, make_roller
 from training.teacher import TeacherLoss
-from training.vae import VAETraining
+from training.vae import VAETraining, make_stage
 from training.window import Window
 
 STEPS = 6
@@ -57,7 +57,7 @@ def new_distillation() -> Distillation:
 
 def new_vae() -> VAETraining:
     config = toy_config()
-    return VAETraining(replace(config, vae=replace(config.vae, **common())))
+    return make_stage(replace(config, vae=replace(config.vae, **common())))
 
 
 def new_encoders() -> EncoderTraining:

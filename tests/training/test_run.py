@@ -109,7 +109,8 @@ def test_all_stages_make_a_checkpoint_that_streams(toy: Run) -> None:
 @pytest.mark.parametrize(
     ("stage", "missing", "maker"),
     [
-        ("data", "vae/vae.safetensors", "vae"),
+        ("mouths", "vae/vae.safetensors", "vae"),
+        ("data", "mouths/vae.safetensors", "mouths"),
         ("teacher", "data/train/manifest.json", "data"),
         ("stage1", "data/train/manifest.json", "data"),
         ("stage2", "data/train/manifest.json", "data"),
