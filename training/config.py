@@ -106,10 +106,14 @@ class MouthStage(VAEStage):
 
     mouth_batch: int = 2
     """Whole clips, cut to the surroundings of the mouth, that a step sees beside its `batch` pieces of clips."""
+    square_weight: float = 0.0
+    """Weight of the mean square error beside the mean absolute one. It goes to the few pixels that are far off, which
+    is where a mouth is not yet followed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_one(self, "mouth_batch")
+        _expect(self, "square_weight", self.square_weight >= 0, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -298,9 +298,13 @@ class VAETraining:
 
     def _descend(self, made: Tensor, true: Tensor, latents: Tensor, weights: Tensor, shares: int) -> dict[str, float]:
         error = (made - true).abs()
-        loss = (weights * error).mean() + self._settings.smooth_weight * latents.square().mean()
+        loss = (weights * self._penalty(error)).mean() + self._settings.smooth_weight * latents.square().mean()
         (loss / shares).backward()
         return {"loss": loss.item(), "error": error.mean().item()}
+
+    def _penalty(self, error: Tensor) -> Tensor:
+        """Of absolute errors."""
+        return error
 
 
 class MouthTraining(VAETraining):
@@ -308,7 +312,10 @@ class MouthTraining(VAETraining):
 
     def __init__(self, config: TrainingConfig, vae: VAE) -> None:
         super().__init__(config, MOUTHS, config.mouths, vae)
-        self._mouths = config.mouths.mouth_batch
+        self._mouths, self._square = config.mouths.mouth_batch, config.mouths.square_weight
+
+    def _penalty(self, error: Tensor) -> Tensor:
+        return error + self._square * error.square()
 
     def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
         pieces, mouths = self._settings.batch, self._mouths
