@@ -9,4 +9,3 @@ PHASE = 5e-7  # a rotary phase at a position of up to 10^9: float64 angle, round
 STREAMED = 2e-5  # cached or streamed against all at once, float32, relative to the largest value
 EXPORTED_STREAM = 2e-5  # latents of a stream on ONNX Runtime against torch, relative to the largest value
 OTHER_LEVEL_SHARE = 5e-4  # part of such a stream's pixel values that may fall to the neighbouring level
-BFLOAT16 = 1e-1  # a network with its convolutions in bfloat16 against float32, RMS relative to the deviation

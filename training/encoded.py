@@ -86,10 +86,8 @@ def speech_windows(speech: Array, preset: Preset) -> list[tuple[Array, Array]]:
 class ClipEncoder:
     """The frozen networks of a run."""
 
-    def __init__(self, preset: Preset, networks: Networks, exact: bool = False) -> None:
-        """exact: the VAE computes in float32, as a stream's does."""
+    def __init__(self, preset: Preset, networks: Networks) -> None:
         self._preset = preset
-        self._exact = exact
         self._vae = networks.vae
         self._speech = SpeechEncoder(networks)
         self._text = TextEncoder(networks)
@@ -98,9 +96,7 @@ class ClipEncoder:
     @torch.no_grad()
     def encode(self, clip: Clip, silence: Tensor) -> EncodedClip:
         """A rendered clip -> what is stored of it; `silence` is that of its number of blocks."""
-        # torch's 3-D convolutions in float32 are ten times slower
-        with torch.autocast("cpu", torch.bfloat16, enabled=not self._exact):
-            motion, latents = self._video(pixels(clip.picture[None]), pixels(clip.frames))
+        motion, latents = self._video(pixels(clip.picture[None]), pixels(clip.frames))
         ids, mask = self._tokenizer.encode(clip.prompt)
         text = self._text(torch.from_numpy(ids), torch.from_numpy(mask))
         return EncodedClip(motion[:, :, :1], motion, text, self.states(clip.speech), silence, latents)

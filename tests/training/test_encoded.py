@@ -14,7 +14,7 @@ from live_avatar.checkpoint import load_networks, open_checkpoint
 from live_avatar.conditioning import Conditioner
 from live_avatar.errors import CheckpointError
 from live_avatar.runtime.torch_runtime import TorchRuntime
-from tests.tolerances import BFLOAT16, STREAMED
+from tests.tolerances import STREAMED
 from tests.training.conftest import SMALL, Heard, toy_config
 from training.checkpoints import save_weights
 from training.data.clips import Clip, Split, make_clip
@@ -43,7 +43,7 @@ def clip() -> Clip:
 
 @pytest.fixture(scope="module")
 def encoder() -> ClipEncoder:
-    return ClipEncoder(SMALL, load_networks(CHECKPOINT), exact=True)
+    return ClipEncoder(SMALL, load_networks(CHECKPOINT))
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,6 @@ def test_latents_are_those_of_a_stream_after_its_warm_up(clip: Clip, encoded: En
             latent, state = vae.encode(piece, state)
             latents.append(latent)
     assert_close(encoded.latents, torch.cat(latents, dim=2))
-
-
-def test_stored_latents_differ_by_rounding_only(encoder: ClipEncoder, clip: Clip, encoded: EncodedClip) -> None:
-    rounded = ClipEncoder(SMALL, load_networks(CHECKPOINT)).encode(clip, encoder.silence(BLOCKS))
-    for name in ("motion", "latents"):
-        expected = getattr(encoded, name)
-        error = (getattr(rounded, name) - expected).square().mean().sqrt()
-        assert 0 < error <= BFLOAT16 * expected.std(), name
 
 
 @pytest.fixture
