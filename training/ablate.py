@@ -105,7 +105,7 @@ class Studio:
         networks = load_networks(open_checkpoint(preset, weights))
         channels_last(networks.vae)
         self._stream = preset.stream
-        self._encoder = ClipEncoder(preset, networks, exact=True)
+        self._encoder = ClipEncoder(preset, networks)
         self._start, self._decoder = VAEDecoderFirst(networks), VAEDecoder(networks)
 
     @torch.inference_mode()

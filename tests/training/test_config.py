@@ -38,7 +38,7 @@ def test_values_come_from_the_file_and_defaults_from_the_paper(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("[vae]", "sed = 1\n[vae]", "there is no key 'sed'; the keys there are data, encoders, mouths, preset, seed, stage1,"),
+        ("[vae]", "sed = 1\n[vae]", "there is no key 'sed'; the keys there are data, encoders, mouths, preset, seed,"),
         ("batch", "bacth", "there is no key 'vae.bacth'; the keys there are batch, checkpoint_every,"),
         ("steps = 2\n", "", "key 'vae.steps' is missing; it has no default."),
         ("[encoders]\n" + STAGE, "", "key 'encoders' is missing; it has no default."),
