@@ -1,7 +1,7 @@
 """Peak memory of a generator's update against the number of blocks: the plain loop and block-wise accumulation.
 
-`python -m training.memory --blocks 1,2,4,8,16` prints a Markdown table and, as the last line, the report as JSON;
---json also writes it.
+`python -m training.memory --blocks 1 --blocks 2` prints a Markdown table and, as the last line, the report as JSON;
+--report also writes it.
 
 An update is a window's rollout and the backward pass of a given slope through it; the scores, which keep no graph, are
 no part of it. Networks have the preset's sizes and drawn weights. Every figure is of a process of its own:
