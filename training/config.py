@@ -78,13 +78,9 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class VAEStage(StageConfig):
-    """Stage 0a: the video VAE, on reconstruction of rendered clips."""
+class ReconstructionStage(StageConfig):
+    """What the VAE's two stages share."""
 
-    still_steps: int = 0
-    """Of the steps, those at the start that see single pictures instead of clips,"""
-    still_batch: int = 8
-    """and so many at once, each of another face."""
     frames: int = 13
     """1 + a multiple of 4 video frames."""
     mouth_weight: float = 4.0
@@ -101,7 +97,17 @@ class VAEStage(StageConfig):
 
 
 @dataclass(frozen=True)
-class MouthStage(VAEStage):
+class VAEStage(ReconstructionStage):
+    """Stage 0a: the video VAE, on reconstruction of rendered clips."""
+
+    still_steps: int = 0
+    """Of the steps, those at the start that see single pictures instead of clips,"""
+    still_batch: int = 8
+    """and so many at once, each of another face."""
+
+
+@dataclass(frozen=True)
+class MouthStage(ReconstructionStage):
     """Stage 0b: the video VAE goes on, mostly with mouths."""
 
     mouth_batch: int = 2

@@ -27,7 +27,7 @@ from live_avatar.arrays import Array
 from live_avatar.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
 from live_avatar.vae import VAE, Downsample, Residual, Upsample
 from training.checkpoints import load_weights
-from training.config import TrainingConfig, VAEStage
+from training.config import ReconstructionStage, TrainingConfig
 from training.data.canvas import UNITS
 from training.data.clips import SWAY, Clip, make_clip
 from training.data.face import MOUTH_BOX, Face, Pose
@@ -195,9 +195,9 @@ def psnr(made: Tensor, true: Tensor) -> float:
 
 
 class VAETraining:
-    """The first stage: see `training.loop.Stage`."""
+    """What both stages do: see `training.loop.Stage`."""
 
-    def __init__(self, config: TrainingConfig, name: str, settings: VAEStage, vae: VAE) -> None:
+    def __init__(self, config: TrainingConfig, name: str, settings: ReconstructionStage, vae: VAE) -> None:
         self._settings = settings
         self._stream = config.system.stream
         self._key = (config.seed, name)
@@ -209,7 +209,7 @@ class VAETraining:
         }
 
     def step(self, number: int) -> dict[str, float]:
-        """`still_batch` stills of many faces, later `batch` clips one after another; an update for all.
+        """Stills of many faces at once, or clips one after another; an update for all.
 
         `loss` is what is descended, `error` the plain L1.
         """
@@ -268,9 +268,7 @@ class VAETraining:
 
     def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
         """Adds a step's gradients."""
-        if number <= self._settings.still_steps:
-            return [self._learn_stills(draw)]
-        return [self._learn_piece(draw, self._settings.batch) for _ in range(self._settings.batch)]
+        raise NotImplementedError
 
     def _learn_piece(self, draw: torch.Generator, shares: int) -> dict[str, float]:
         """Adds the gradient of a piece of a clip, one of `shares`."""
@@ -281,20 +279,6 @@ class VAETraining:
         with torch.autocast("cpu", torch.bfloat16):  # torch's 3-D convolutions in float32 are ten times slower
             made, latents = reconstruct(self._vae, video, Streams())
         return self._descend(made, video, latents, weights, shares)
-
-    def _learn_stills(self, draw: torch.Generator) -> dict[str, float]:
-        """Adds the gradient of a batch of first frames, each of another face."""
-        side = self._stream.height
-        video = pixels(np.stack([draw_still(draw, side) for _ in range(self._settings.still_batch)]))
-        stills = video.transpose(0, 2)  # [batch, 3, 1, H, W]
-        with sdpa_kernel(SDPBackend.MATH):  # the one that vmap knows how to batch
-            made, latents = torch.vmap(self._first)(stills)
-        return self._descend(made, stills, latents, self._weights, 1)
-
-    def _first(self, still: Tensor) -> tuple[Tensor, Tensor]:
-        """[3, 1, H, W] as the first frame of a stream, and its latent."""
-        made, latent = reconstruct(self._vae, still[None], Streams())
-        return made[0], latent[0]
 
     def _descend(self, made: Tensor, true: Tensor, latents: Tensor, weights: Tensor, shares: int) -> dict[str, float]:
         error = (made - true).abs()
@@ -307,8 +291,35 @@ class VAETraining:
         return error
 
 
+class PictureTraining(VAETraining):
+    """The first stage."""
+
+    def __init__(self, config: TrainingConfig, vae: VAE) -> None:
+        super().__init__(config, STAGE, config.vae, vae)
+        self._still_steps, self._still_batch = config.vae.still_steps, config.vae.still_batch
+
+    def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
+        if number <= self._still_steps:
+            return [self._learn_stills(draw)]
+        return [self._learn_piece(draw, self._settings.batch) for _ in range(self._settings.batch)]
+
+    def _learn_stills(self, draw: torch.Generator) -> dict[str, float]:
+        """Adds the gradient of a batch of first frames, each of another face."""
+        side = self._stream.height
+        video = pixels(np.stack([draw_still(draw, side) for _ in range(self._still_batch)]))
+        stills = video.transpose(0, 2)  # [batch, 3, 1, H, W]
+        with sdpa_kernel(SDPBackend.MATH):  # the one that vmap knows how to batch
+            made, latents = torch.vmap(self._first)(stills)
+        return self._descend(made, stills, latents, self._weights, 1)
+
+    def _first(self, still: Tensor) -> tuple[Tensor, Tensor]:
+        """[3, 1, H, W] as the first frame of a stream, and its latent."""
+        made, latent = reconstruct(self._vae, still[None], Streams())
+        return made[0], latent[0]
+
+
 class MouthTraining(VAETraining):
-    """The second stage. `settings` is its own."""
+    """The second stage."""
 
     def __init__(self, config: TrainingConfig, vae: VAE) -> None:
         super().__init__(config, MOUTHS, config.mouths, vae)
@@ -330,9 +341,9 @@ class MouthTraining(VAETraining):
         return self._learn_video(video, self._weights[rows, columns], shares)
 
 
-def make_stage(config: TrainingConfig) -> VAETraining:
+def make_stage(config: TrainingConfig) -> PictureTraining:
     """The first stage."""
-    return VAETraining(config, STAGE, config.vae, fresh_vae(config.system.vae, generator(config.seed, STAGE, "start")))
+    return PictureTraining(config, fresh_vae(config.system.vae, generator(config.seed, STAGE, "start")))
 
 
 def make_mouth_stage(config: TrainingConfig, out: Path) -> MouthTraining:
