@@ -3,7 +3,8 @@
 What it knows of the serving path: a stage works on one block at a time, in the order in which they come, one session's
 in order; a session opens in every stage before its first block; a client has a bounded number of blocks under way; the
 block that brings the new sink waits in conditioning until the last step has made it (at the end of its work, before a
-stage-time floor is waited for). Stages of one processor share it evenly. Knows no server: times are given.
+stage-time floor is waited for). Stages of one processor share it evenly, with one another and with what server and
+client do to pass a block on. Knows no server: times are given.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,7 +54,8 @@ class Pipeline:
 
     capacity: how many stages a processor serves at full speed (the cores of a CPU; 1, if not named, of a GPU).
     hop_s: from a request or a stage's answer to the next stage's begin, and to that of the next block in the same
-    stage; delivery_s: from the decoder's answer to its frames at the client.
+    stage; delivery_s: from the decoder's answer to its frames at the client. passing_s: work of server and client on
+    processor `host` for a block's whole way, a like part at each hop; it delays no block, but may slow a stage.
     """
 
     stages: tuple[StageWork, ...]
@@ -62,6 +64,8 @@ class Pipeline:
     sink_update_block: int | None = 5
     hop_s: float = 0.0
     delivery_s: float = 0.0
+    passing_s: float = 0.0
+    host: str = "cpu"
 
     def __post_init__(self) -> None:
         if len(self.stages) < 3:
@@ -81,6 +85,7 @@ class Pipeline:
         work: dict[str, float] = {}
         for stage in self.stages:
             work[stage.processor] = work.get(stage.processor, 0.0) + stage.blocks_s[-1]
+        work[self.host] = work.get(self.host, 0.0) + self.passing_s
         return max(*stages, *(total / self.capacity.get(name, 1.0) for name, total in work.items()))
 
     def with_floor(self, floor_s: float) -> Pipeline:
@@ -120,6 +125,15 @@ def simulate(pipeline: Pipeline, clients: Sequence[Client]) -> Run:
 
 
 @dataclass
+class _Work:
+    """What is left to do on a processor, and what happens when it is done."""
+
+    processor: str
+    left_s: float
+    then: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class _Job:
     """A block (or a session's start) in one stage; it ends when its work is done, and not before `earliest_s`."""
 
@@ -127,7 +141,6 @@ class _Job:
     block: int
     stage: int
     begun_s: float
-    left_s: float
     earliest_s: float
 
 
@@ -142,7 +155,7 @@ class _Simulation:
         self._order = count()
         self._queues: list[deque[tuple[int, int]]] = [deque() for _ in pipeline.stages]
         self._occupied = [False] * len(pipeline.stages)
-        self._working: list[_Job] = []
+        self._working: list[_Work] = []
         self._waiting: dict[int, _Job] = {}
         self._sinks: set[int] = set()
         self._sent_s: list[list[float]] = [[] for _ in clients]
@@ -168,25 +181,22 @@ class _Simulation:
         """To the next event, whichever comes first."""
         speeds = self._speeds()
         timed = self._events[0][0] if self._events else math.inf
-        done = min((self._now + job.left_s / speed for job, speed in speeds), default=math.inf)
+        done = min((self._now + work.left_s / speed for work, speed in speeds), default=math.inf)
         until = min(timed, done)
-        for job, speed in speeds:
-            job.left_s -= speed * (until - self._now)
+        for work, speed in speeds:
+            work.left_s -= speed * (until - self._now)
         self._now = until
-        for job in [job for job in self._working if job.left_s <= EPSILON_S]:
-            self._working.remove(job)
-            self._worked(job)
+        for work in [work for work in self._working if work.left_s <= EPSILON_S]:
+            self._working.remove(work)
+            work.then()
         while self._events and self._events[0][0] <= self._now:
             heapq.heappop(self._events)[2]()
 
-    def _speeds(self) -> list[tuple[_Job, float]]:
-        """Each working stage's share of its processor."""
-        crowd: dict[str, int] = {}
-        for job in self._working:
-            processor = self._pipeline.stages[job.stage].processor
-            crowd[processor] = crowd.get(processor, 0) + 1
+    def _speeds(self) -> list[tuple[_Work, float]]:
+        """Each piece of work with its share of its processor."""
+        crowd = Counter(work.processor for work in self._working)
         speed = {name: min(1.0, self._pipeline.capacity.get(name, 1.0) / n) for name, n in crowd.items()}
-        return [(job, speed[self._pipeline.stages[job.stage].processor]) for job in self._working]
+        return [(work, speed[work.processor]) for work in self._working]
 
     # ---- The client
 
@@ -222,7 +232,8 @@ class _Simulation:
         opening = block == NO_BLOCK and self._clients[session].known
         work_s = 0.0 if opening else times.work_s(block)
         self._occupied[stage] = True
-        self._working.append(_Job(session, block, stage, self._now, work_s, self._now + times.least_s(block)))
+        job = _Job(session, block, stage, self._now, self._now + times.least_s(block))
+        self._working.append(_Work(times.processor, work_s, partial(self._worked, job)))
 
     def _worked(self, job: _Job) -> None:
         """The stage's own work is over: it may give the sink, or have to wait for it, or for its floor."""
@@ -247,14 +258,26 @@ class _Simulation:
         if job.stage + 1 < len(self._pipeline.stages):
             self._pass_on(job.session, job.block, job.stage + 1)
         elif job.block != NO_BLOCK:
+            self._pass(job.block)
             self._at(self._now + self._pipeline.delivery_s, partial(self._receive, job.session))
 
     def _pass_on(self, session: int, block: int, stage: int) -> None:
+        self._pass(block)
         self._at(self._now + self._pipeline.hop_s, partial(self._arrive, session, block, stage))
+
+    def _pass(self, block: int) -> None:
+        """One of a block's hops, of which there is one more than stages, keeps the host busy beside the stages."""
+        if block != NO_BLOCK and self._pipeline.passing_s:
+            share_s = self._pipeline.passing_s / (len(self._pipeline.stages) + 1)
+            self._working.append(_Work(self._pipeline.host, share_s, _nothing))
 
     def _free(self, stage: int) -> None:
         self._occupied[stage] = False
         self._take(stage)
+
+
+def _nothing() -> None:
+    pass
 
 
 # ---- What a node can take

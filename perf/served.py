@@ -13,6 +13,7 @@ from live_avatar.errors import InputError
 from live_avatar.serving.trace import Interval
 from live_avatar_client import AvatarSession
 from perf.figures import BlockTimes
+from perf.growth import group, own_cpu_s
 from perf.load import PATIENCE_S, Speaker, demo_blocks
 from perf.scenario import Target
 
@@ -24,18 +25,22 @@ SETTLED = 6
 
 @dataclass(frozen=True)
 class Observed:
-    """One session: its blocks as the client saw them, and as the stages did."""
+    """One session: its blocks as the client saw them, and as the stages did.
+
+    cpu_s: CPU time of server and client from the first block received to the last, so without the session's start.
+    """
 
     blocks: list[BlockTimes]
     intervals: list[Interval]
+    cpu_s: float
 
 
 def observe(target: Target, blocks: int, *, window: int = WINDOW, prompt: str = DEMO_PROMPT) -> Observed:
     """Speech at hand, sent as fast as it is taken, with at most `window` blocks under way.
 
-    Raises `InputError` for a server without a trace.
+    Raises `InputError` for a server that somebody else started.
     """
-    if target.trace is None:
+    if target.trace is None or target.pid is None:
         raise InputError("the stages' times are read from the server's trace; leave --url out.")
     speech = demo_blocks(blocks).reshape(-1)
     session = AvatarSession(
@@ -47,5 +52,14 @@ def observe(target: Target, blocks: int, *, window: int = WINDOW, prompt: str = 
         keep_alive_s=PATIENCE_S,
     )
     with session:
-        seen = [BlockTimes.of(block) for block in session.stream([speech])]
-    return Observed(seen, Speaker(target, Path()).intervals(seen))
+        stream = session.stream([speech])
+        seen = [BlockTimes.of(next(stream))]
+        begun_s = _cpu_s(target.pid)
+        seen += [BlockTimes.of(block) for block in stream]
+        cpu_s = _cpu_s(target.pid) - begun_s
+    return Observed(seen, Speaker(target, Path()).intervals(seen), cpu_s)
+
+
+def _cpu_s(leader: int) -> float:
+    """Of the server's processes and of this one, which is the client."""
+    return sum(process.cpu_s for process in group(leader)) + own_cpu_s()

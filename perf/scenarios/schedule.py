@@ -86,7 +86,18 @@ def calibrated(alone: Sequence[Observed], cores: float) -> Pipeline:
     stages = tuple(StageWork(name, CPU, _times(found)) for name, found in works.items())
     delivery_s = median(late for run in alone for late in _deliveries(run, stages[-1].name))
     hop_s = median(hop for run in alone for hop in hops(run.intervals))
-    return Pipeline(stages, {CPU: cores}, hop_s=hop_s, delivery_s=delivery_s)
+    return Pipeline(stages, {CPU: cores}, hop_s=hop_s, delivery_s=delivery_s, passing_s=_passing_s(alone), host=CPU)
+
+
+def _passing_s(alone: Sequence[Observed]) -> float:
+    """CPU time of a block that is no stage's work: Triton's, the client's, and that of the stages between blocks."""
+    beside_s = sum(run.cpu_s - _busy_s(run) for run in alone)
+    return max(0.0, beside_s / sum(len(run.blocks) - 1 for run in alone))
+
+
+def _busy_s(run: Observed) -> float:
+    """The stages' work on all blocks but the first."""
+    return sum(interval.end_s - interval.start_s for interval in run.intervals if interval.block > 0)
 
 
 def _times(found: Mapping[int, Sequence[float]]) -> tuple[float, ...]:
@@ -157,6 +168,7 @@ def described(pipeline: Pipeline) -> Figures:
         "capacity": dict(pipeline.capacity),
         "hop_s": pipeline.hop_s,
         "delivery_s": pipeline.delivery_s,
+        "passing_s": pipeline.passing_s,
     }
 
 

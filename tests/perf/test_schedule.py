@@ -90,6 +90,19 @@ def test_stages_of_one_processor_share_it() -> None:
     assert throughput(doubled).fps == pytest.approx(12 / two_cores.busiest_s, rel=0.03)
 
 
+def test_what_server_and_client_do_beside_slows_stages_of_their_processor_only() -> None:
+    """Of one full core, the work beside is a like part at each of seven hops, and no hop's delay."""
+    stages = tuple(StageWork(stage.name, "cpu", stage.blocks_s) for stage in pipe().stages)
+    work_s = 4 * STEP_S + 0.1
+    for host, block_s in (("cpu", work_s + 0.07), ("elsewhere", work_s)):
+        shared = Pipeline(stages, passing_s=0.07, host=host, sink_update_block=None)
+        assert shared.busiest_s == pytest.approx(block_s)
+        session = simulate(shared, [Client(blocks=40)]).sessions[0]
+        assert throughput(session).fps == pytest.approx(12 / block_s, rel=1e-3)
+    alone = simulate(pipe(passing_s=0.07), [Client(blocks=6)]).sessions[0]
+    assert gaps(alone) == pytest.approx([STEP_S] * 5)
+
+
 def test_a_floor_is_waited_for_without_the_processor() -> None:
     """Stages that share one processor, but do little on it, do not slow each other down."""
     stages = tuple(StageWork(f"s{n}", "cpu", (0.01,), floor_s=0.2) for n in range(6))
@@ -170,10 +183,12 @@ def test_the_model_finds_itself_again_in_what_one_block_at_a_time_shows() -> Non
         {"cpu": 2.0},
         hop_s=0.002,
         delivery_s=0.003,
+        passing_s=0.007,
     )
     run = simulate(real, [Client(SETTLED + 4, window=1)])
-    found = calibrated([Observed(list(run.sessions[0]), list(run.intervals))], cores=2.0)
-    assert (found.hop_s, found.delivery_s) == pytest.approx((0.002, 0.003))
+    cpu_s = sum(i.end_s - i.start_s for i in run.intervals if i.block > 0) + (SETTLED + 3) * real.passing_s
+    found = calibrated([Observed(list(run.sessions[0]), list(run.intervals), cpu_s)], cores=2.0)
+    assert (found.hop_s, found.delivery_s, found.passing_s) == pytest.approx((0.002, 0.003, 0.007))
     for case in (Case("", 0.0, 8), Case("", 0.2, 8, sessions=2)):
         assert predicted(found, case, 20) == pytest.approx(predicted(real, case, 20))
 
