@@ -28,6 +28,10 @@ class SinkSource:
         """The same with the model's own frame [1, 16, 1, h, w] as reference; motion and text stay."""
         return SinkSource(first_clean, self.motion, self.text)
 
+    def copied(self) -> SinkSource:
+        """The same in memory of its own, to be kept beyond a request."""
+        return SinkSource(self.reference.copy(), self.motion.copy(), self.text.copy())
+
 
 def gives_sink(block: int, stream: StreamConfig) -> bool:
     """Whether the clean latents of this block (counted from 0) hold the replacement of the sink."""

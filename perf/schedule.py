@@ -1,10 +1,12 @@
 """A discrete-event model of the pipe: when each block of each session passes each stage, and what a node can take.
 
 What it knows of the serving path: a stage works on one block at a time, in the order in which they come, one session's
-in order; a session opens in every stage before its first block; a client has a bounded number of blocks under way; the
-block that brings the new sink waits in conditioning until the last step has made it (at the end of its work, before a
-stage-time floor is waited for). Stages of one processor share it evenly, with one another and with what server and
-client do to pass a block on. Knows no server: times are given.
+in order; a session opens in every stage before its first block; a client has a bounded number of blocks under way. The
+new sink goes down with the first block that comes when the last step has made it (at the end of its work, before a
+stage-time floor is waited for), and each step prefills it behind that block (it is assumed to have the memory); the
+block at which it takes effect waits for it in conditioning, and is the last that may bring it. Stages of one processor
+share it evenly, with one another and with what server and client do to pass a block on. Knows no server: times are
+given.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ class StageWork:
     """One stage alone on its processor, in seconds.
 
     blocks_s: work on block 0, 1, 2, ... of a session, the last for all further ones; open_s: work at a session's start;
-    floor_s: the least time in which it answers a block.
+    prefill_s: work on the new sink; floor_s: the least time in which it answers a block.
     """
 
     name: str
     processor: str
     blocks_s: tuple[float, ...]
     open_s: float = 0.0
+    prefill_s: float = 0.0
     floor_s: float = 0.0
 
     def work_s(self, block: int) -> float:
@@ -72,6 +75,11 @@ class Pipeline:
             raise ConfigError(
                 f"a pipe of {len(self.stages)} stages; give conditioning, at least one step, and the decoder."
             )
+
+    @property
+    def takes_sink(self) -> int | None:
+        """The block, from 0, at which the new sink takes effect."""
+        return None if self.sink_update_block is None else self.sink_update_block - 1
 
     @property
     def block_s(self) -> float:
@@ -158,6 +166,8 @@ class _Simulation:
         self._working: list[_Work] = []
         self._waiting: dict[int, _Job] = {}
         self._sinks: set[int] = set()
+        self._carriers: dict[int, int] = {}
+        self._ahead: set[tuple[int, int]] = set()
         self._sent_s: list[list[float]] = [[] for _ in clients]
         self._received_s: list[list[float]] = [[] for _ in clients]
         self._intervals: list[Interval] = []
@@ -230,19 +240,21 @@ class _Simulation:
         session, block = self._queues[stage].popleft()
         times = self._pipeline.stages[stage]
         opening = block == NO_BLOCK and self._clients[session].known
-        work_s = 0.0 if opening else times.work_s(block)
+        if stage == 0 and session in self._sinks:
+            self._carriers.setdefault(session, block)
+        work_s = 0.0 if opening else times.work_s(block) + self._inline_s(session, block, stage)
         self._occupied[stage] = True
         job = _Job(session, block, stage, self._now, self._now + times.least_s(block))
         self._working.append(_Work(times.processor, work_s, partial(self._worked, job)))
 
     def _worked(self, job: _Job) -> None:
         """The stage's own work is over: it may give the sink, or have to wait for it, or for its floor."""
-        takes = (self._pipeline.sink_update_block or 0) - 1
+        takes = self._pipeline.takes_sink
         if job.block == 0 and job.stage == len(self._pipeline.stages) - 2:
             self._sinks.add(job.session)
             if (waiting := self._waiting.pop(job.session, None)) is not None:
                 self._end_at(waiting)
-        if job.stage == 0 and job.block == takes and job.block > 0 and job.session not in self._sinks:
+        if job.stage == 0 and job.block == takes and job.session not in self._sinks:
             self._waiting[job.session] = job
         else:
             self._end_at(job)
@@ -254,7 +266,7 @@ class _Simulation:
         if job.block != NO_BLOCK:
             name = self._pipeline.stages[job.stage].name
             self._intervals.append(Interval(name, job.session, job.block, job.begun_s, self._now))
-        self._at(self._now + self._pipeline.hop_s, partial(self._free, job.stage))
+        self._free_after(job)
         if job.stage + 1 < len(self._pipeline.stages):
             self._pass_on(job.session, job.block, job.stage + 1)
         elif job.block != NO_BLOCK:
@@ -263,13 +275,35 @@ class _Simulation:
 
     def _pass_on(self, session: int, block: int, stage: int) -> None:
         self._pass(block)
-        self._at(self._now + self._pipeline.hop_s, partial(self._arrive, session, block, stage))
+        self._at_hop(partial(self._arrive, session, block, stage))
 
     def _pass(self, block: int) -> None:
         """One of a block's hops, of which there is one more than stages, keeps the host busy beside the stages."""
         if block != NO_BLOCK and self._pipeline.passing_s:
             share_s = self._pipeline.passing_s / (len(self._pipeline.stages) + 1)
             self._working.append(_Work(self._pipeline.host, share_s, _nothing))
+
+    # ---- The new sink
+
+    def _inline_s(self, session: int, block: int, stage: int) -> float:
+        """Work on the sink that has to be done with its own block."""
+        if block == NO_BLOCK or block != self._pipeline.takes_sink:
+            return 0.0
+        return 0.0 if (stage, session) in self._ahead else self._pipeline.stages[stage].prefill_s
+
+    def _free_after(self, job: _Job) -> None:
+        """The stage takes the next block, once it has prefilled a sink that came before its own block."""
+        free = partial(self._at_hop, partial(self._free, job.stage))
+        stage = self._pipeline.stages[job.stage]
+        came = self._carriers.get(job.session, math.inf) <= job.block < (self._pipeline.takes_sink or 0)
+        if came and stage.prefill_s and (job.stage, job.session) not in self._ahead:
+            self._ahead.add((job.stage, job.session))
+            self._working.append(_Work(stage.processor, stage.prefill_s, free))
+        else:
+            free()
+
+    def _at_hop(self, event: Callable[[], None]) -> None:
+        self._at(self._now + self._pipeline.hop_s, event)
 
     def _free(self, stage: int) -> None:
         self._occupied[stage] = False

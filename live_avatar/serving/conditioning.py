@@ -1,7 +1,8 @@
 """Stage 0: a client's request becomes the first input of the pipe.
 
-Validates everything a client sends, admits sessions and counts how they end, and fetches the replaced sink for the
-block at which it takes effect. Knows no Triton API: the rolling sink is reached through a `SinkClient`.
+Validates everything a client sends, admits sessions and counts how they end, and sends the replaced sink down the pipe
+as soon as it is there, at the latest with the block at which it takes effect. Knows no Triton API: the rolling sink is
+reached through a `SinkClient`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,15 @@ class _Session:
     """By which the new sink comes back: an id may be used again while the sink of the session before it still waits."""
     first_clean: Array | None = None
     """The new sink, from when it was fetched."""
+    has_sent_sink: bool = False
     has_failed: bool = False
+
+    def new_source(self) -> SinkSource | None:
+        """What the new sink is made of, once, as soon as it is there."""
+        if self.first_clean is None or self.has_sent_sink:
+            return None
+        self.has_sent_sink = True
+        return self.source.replaced(self.first_clean)
 
 
 @dataclass(frozen=True)
@@ -162,18 +171,15 @@ class ConditioningStage(SessionStage[_Session]):
             session, opening = self._start(request)
         else:
             session, opening = self._continue(request), None
-        source = session.source if request.start else None
         self._fetch_sink(session)
-        if speech.size == 0:
-            return StageResponse(self._outputs(session, None, source, opening, received_ns))
-        block = self._conditioner.block(session.conditioning, speech)
-        if not takes_sink(block.index, self._stream):
-            return StageResponse(self._outputs(session, block, source, opening, received_ns), block.index)
-        waited_from = time.monotonic()
-        replaced = session.source.replaced(self._await_sink(request.session, session))
-        self.meter.add(metrics.SINK_UPDATES)
-        waited_s = time.monotonic() - waited_from
-        return StageResponse(self._outputs(session, block, replaced, opening, received_ns), block.index, waited_s)
+        block = self._conditioner.block(session.conditioning, speech) if speech.size else None
+        waited_s = 0.0
+        if block is not None and takes_sink(block.index, self._stream):
+            waited_s = self._await_sink(request.session, session)
+            self.meter.add(metrics.SINK_UPDATES)
+        source = session.source if request.start else session.new_source()
+        outputs = self._outputs(session, block, source, opening, received_ns)
+        return StageResponse(outputs, block.index if block else NO_BLOCK, waited_s)
 
     def _speech(self, inputs: Arrays) -> Array:
         speech = inputs[AUDIO]
@@ -306,9 +312,11 @@ class ConditioningStage(SessionStage[_Session]):
             elif state == FAILED:
                 session.has_failed = True
 
-    def _await_sink(self, number: int, session: _Session) -> Array:
-        """The session's own first latent frame; it is on its way, since block 1 went ahead of this one."""
-        deadline = time.monotonic() + SINK_WAIT_LIMIT_S
+    def _await_sink(self, number: int, session: _Session) -> float:
+        """Waits for the session's own first latent frame, and says how long; it is on its way, since block 1 went ahead
+        of this one."""
+        begun_s = time.monotonic()
+        deadline = begun_s + SINK_WAIT_LIMIT_S
         while session.first_clean is None:
             if session.has_failed:
                 raise SessionError(f"session {number} has failed in a later stage; end it and start a new one.")
@@ -319,7 +327,7 @@ class ConditioningStage(SessionStage[_Session]):
                 )
             self._sleep(SINK_POLL_S)
             self._fetch_sink(session)
-        return session.first_clean
+        return time.monotonic() - begun_s
 
     def _outputs(
         self,

@@ -1,8 +1,16 @@
-"""One denoising step as a served stage: it owns the caches of every session at its noise level."""
+"""One denoising step as a served stage: it owns the caches of every session at its noise level.
+
+A new sink is prefilled behind a block before its own, where there is one: done with its own block in every step, the
+prefills would add up to a late block. Knows no other step; at which block the sink changes, `live_avatar.sink` says.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakSet
 
 import numpy as np
 
@@ -10,7 +18,7 @@ from live_avatar.arrays import Array
 from live_avatar.denoiser import DenoisingStep, StepState
 from live_avatar.errors import SessionError
 from live_avatar.runtime import Runtime
-from live_avatar.serving.metrics import Meter
+from live_avatar.serving.metrics import SINKS_AHEAD, Meter
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
 from live_avatar.serving.rolling_sink import SinkClient
 from live_avatar.serving.stage import (
@@ -34,10 +42,19 @@ from live_avatar.serving.tensors import (
     SINK_REFERENCE,
     SINK_TEXT,
 )
-from live_avatar.sink import SinkSource, first_latent_frame, gives_sink
+from live_avatar.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 
 
-class DiTStepStage(PipeStage[StepState]):
+@dataclass(eq=False)
+class _Session:
+    """One session's caches; until its next sink takes effect, what that is made of, and the sink if it is prefilled."""
+
+    state: StepState
+    next_source: SinkSource | None = None
+    next_sink: dict[str, Array] | None = None
+
+
+class DiTStepStage(PipeStage[_Session]):
     """Step `step` (from 1) of all live sessions: LATENT at its noise level -> LATENT at the next."""
 
     def __init__(
@@ -56,18 +73,28 @@ class DiTStepStage(PipeStage[StepState]):
         self._sinks = sinks
         self._room = room
         self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(known_avatars, meter)
+        self._ahead: WeakSet[_Session] = WeakSet()  # weakly: an ended session's sink goes with it
+        meter.declare(SINKS_AHEAD)
 
     def work(self, request: StageRequest, block: int) -> StageResponse:
         latent = request.inputs[LATENT]
-        state = self._state(request)
-        if block == NO_BLOCK:
-            return self._answer(latent)
-        expect_block(request.session, block, state.blocks)
+        session = self._session(request)
+        if block != NO_BLOCK:
+            latent = self._denoise(request, session, latent, block)
+        behind = None
+        if session.next_source is not None and not request.end and self._has_room_ahead(session):
+            behind = partial(self._prefill_ahead, session)
+        return self._answer(latent, block, behind=behind)
+
+    def _denoise(self, request: StageRequest, session: _Session, latent: Array, block: int) -> Array:
+        expect_block(request.session, block, session.state.blocks)
+        if takes_sink(block, self._stream):
+            self._replace_sink(session)
         audio = {"audio_local": request.inputs[AUDIO_LOCAL], "audio_global": request.inputs[AUDIO_GLOBAL]}
-        latent = self._denoiser.run(state, latent, audio)
+        latent = self._denoiser.run(session.state, latent, audio)
         if self._denoiser.step == self._stream.steps and gives_sink(block, self._stream):
             self._sinks.put(_sink_key(request), first_latent_frame(latent))
-        return self._answer(latent, block)
+        return latent
 
     def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
         return self._answer(np.zeros((0, *self._stream.latent_shape), dtype=np.float32), failure=failure)
@@ -76,20 +103,55 @@ class DiTStepStage(PipeStage[StepState]):
         with suppress(SessionError):  # the rolling sink is gone, and every session with it
             self._sinks.fail(_sink_key(request))  # so that conditioning does not wait for a sink that never comes
 
-    def _answer(self, latent: Array, block: int = NO_BLOCK, failure: PipeError | None = None) -> StageResponse:
-        return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block)
+    def _answer(
+        self,
+        latent: Array,
+        block: int = NO_BLOCK,
+        failure: PipeError | None = None,
+        behind: Callable[[], None] | None = None,
+    ) -> StageResponse:
+        return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block, behind=behind)
 
-    def _state(self, request: StageRequest) -> StepState:
-        """The session's state: new at its start, with another sink when one comes along."""
+    def _session(self, request: StageRequest) -> _Session:
+        """The session: new at its start, with what its next sink is made of when that comes along."""
         source = SinkSource(*(request.inputs[name] for name in (SINK_REFERENCE, SINK_MOTION, SINK_TEXT)))
         if request.start:
             self._room.require()
             sink = self._avatars.get(request.inputs[AVATAR].tobytes(), lambda: self._denoiser.prefill(source))
-            return self.sessions.open(request.session, lambda: self._denoiser.open(sink))
-        state = self.sessions.get(request.session)
+            return self.sessions.open(request.session, lambda: _Session(self._denoiser.open(sink)))
+        session = self.sessions.get(request.session)
         if len(source.reference):
-            state.sink = self._denoiser.prefill(source)
-        return state
+            session.next_source = source.copied()
+        return session
+
+    def _has_room_ahead(self, session: _Session) -> bool:
+        """`live_avatar.memory` counts one sink that replaces another; of further ones none may keep a session out."""
+        return session not in self._ahead and (not self._ahead or self._room.holds(2))
+
+    def _prefill_ahead(self, session: _Session) -> None:
+        """If this fails, it is tried again with the sink's own block, where the client can be told."""
+        session.next_sink = self._prefill(session)
+        self._ahead.add(session)
+
+    def _replace_sink(self, session: _Session) -> None:
+        sink = session.next_sink
+        if sink is not None:
+            self.meter.add(SINKS_AHEAD)
+        else:
+            if self._ahead and not self._room.holds(1):
+                self._forget_ahead()
+            sink = self._prefill(session)
+        session.state.sink, session.next_source, session.next_sink = sink, None, None
+        self._ahead.discard(session)
+
+    def _forget_ahead(self) -> None:
+        for session in self._ahead:
+            session.next_sink = None
+        self._ahead.clear()
+
+    def _prefill(self, session: _Session) -> dict[str, Array]:
+        assert session.next_source is not None, "conditioning sends it with the sink's own block at the latest"
+        return self._denoiser.prefill(session.next_source)
 
 
 def _sink_key(request: StageRequest) -> int:

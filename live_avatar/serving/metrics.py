@@ -118,6 +118,12 @@ AVATARS: Final = Metric("live_avatar_avatar_cache_entries", Kind.GAUGE, "Avatars
 SINK_UPDATES: Final = Metric(
     "live_avatar_sink_updates_total", Kind.COUNTER, "Sinks replaced by a session's own first latent frame."
 )
+SINKS_AHEAD: Final = Metric(
+    "live_avatar_sinks_ahead_total",
+    Kind.COUNTER,
+    "New sinks that a step prefilled behind an earlier block; each of the others makes its own block later.",
+    ("stage",),
+)
 
 METRICS: Final = (
     INFO,
@@ -138,6 +144,7 @@ METRICS: Final = (
     AVATAR_MISSES,
     AVATARS,
     SINK_UPDATES,
+    SINKS_AHEAD,
 )
 
 

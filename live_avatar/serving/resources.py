@@ -46,6 +46,10 @@ class SessionRoom:
         self._runtime = runtime
         self._needed = needed
 
+    def holds(self, sessions: int) -> bool:
+        """Whether there is room for that many more."""
+        return self._runtime.free_bytes() >= sessions * self._needed
+
     def require(self) -> None:
         """Raises `CapacityError` if there is none."""
         free = self._runtime.free_bytes()

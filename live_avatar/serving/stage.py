@@ -43,11 +43,16 @@ class StageRequest:
 
 @dataclass(frozen=True)
 class StageResponse:
-    """Outputs by tensor name; the block they belong to, and how long the stage waited at the end (not busy)."""
+    """Outputs by tensor name; the block they belong to, and how long the stage waited at the end (not busy).
+
+    behind: work that is done once the outputs are on their way, before the stage's next request. What it raises nobody
+    is told, so it must leave the stage as good as before.
+    """
 
     outputs: dict[str, Array]
     block: int = NO_BLOCK
     waited_s: float = 0.0
+    behind: Callable[[], object] | None = None
 
 
 class Stage(Protocol):

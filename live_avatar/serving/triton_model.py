@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ class StageModel:
             self._stage.lose()
 
     def _respond(self, request: Any) -> Any:
+        """The answer; None if it is on its way already, because there was work to do behind it."""
         started_s = time.monotonic()
         try:
             plain = self._plain(request)
@@ -199,11 +201,26 @@ class StageModel:
             if response.block != NO_BLOCK:
                 time.sleep(max(0.0, started_s + self._floor_s - time.monotonic()))
             self._count(plain.session, response, started_s, time.monotonic() - response.waited_s)
-            return self._answer(response)
+            answer = self._answer(response)
         except Exception as error:
             return pb_utils.InferenceResponse(output_tensors=[], error=self._error(error))
         finally:
             self._stage.forgive(time.monotonic() - started_s)
+        if response.behind is None:
+            return answer
+        request.get_response_sender().send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._behind(response.behind)
+        return None
+
+    def _behind(self, work: Callable[[], object]) -> None:
+        started_s = time.monotonic()
+        try:
+            work()
+        except Exception:  # the answer has been given
+            log.exception("stage %s could not do its work behind a block", self.name)
+        seconds = time.monotonic() - started_s
+        self.meter.add(BUSY, seconds)
+        self._stage.forgive(seconds)
 
     def _count(self, session: int, response: StageResponse, started_s: float, ended_s: float) -> None:
         self.meter.add(BUSY, ended_s - started_s)

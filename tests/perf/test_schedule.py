@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -239,14 +240,37 @@ def test_bounds_and_half_of_them() -> None:
     assert (bound.step_s, bound.prefill_s) == (0.1, 0.06)
     assert (half.name, half.step_s) == ("H200, 50% of it", 0.2)
     assert asked(half, "h800x5")["steady_fps"] < 60 < asked(bound, "h800x5")["steady_fps"] < 120
-    # The new sink is prefilled with block 5, in every step.
-    assert bound.pipeline("h800x5").stages[1].work_s(4) == pytest.approx(0.16)
-    assert bound.pipeline("h800x5").stages[1].work_s(5) == pytest.approx(0.1)
+    assert [stage.prefill_s for stage in bound.pipeline("h800x5").stages] == [0, 0.06, 0.06, 0.06, 0.06, 0]
 
 
-def test_the_new_sinks_prefill_adds_up_from_step_to_step() -> None:
-    """0.48 s of speech in 0.1 s a step is no work; but four prefills one after another make one block late."""
-    figures = asked(Given("", "", 0.0, step_s=0.1, prefill_s=0.07, decoder_s=0.05), "h800x5")
-    assert figures["latest_block_s"] == pytest.approx(4 * 0.07)
-    assert figures["real_time_sessions_by_time"] == 0
-    assert figures["real_time_sessions_if_prefilled_ahead"] == 4
+PREFILL_S = 0.07
+
+
+def prefilling(update: int) -> Pipeline:
+    """Steps of 0.1 s, so that block 1 leaves the last one 0.4 s after it was spoken; the decoder takes 0.05 s."""
+    steps = tuple(StageWork(f"step{n}", f"gpu{n}", (0.1,), prefill_s=PREFILL_S) for n in range(4))
+    ends = (StageWork("conditioning", "host", (0.0,)), StageWork("decoder", "gpu4", (0.05,)))
+    return Pipeline((ends[0], *steps, ends[1]), sink_update_block=update)
+
+
+def late_s(pipeline: Pipeline) -> list[float]:
+    session = simulate(pipeline, [Client(blocks=6, pace_s=pipeline.block_s)]).sessions[0]
+    return [block.received_s - session[0].received_s - n * pipeline.block_s for n, block in enumerate(session)]
+
+
+def test_a_new_sink_that_comes_with_its_own_block_adds_up_from_step_to_step() -> None:
+    """Block 2 is spoken when the sink is just there: four prefills one after another make it late."""
+    assert late_s(prefilling(update=2)) == pytest.approx([0, 4 * PREFILL_S, 0, 0, 0, 0])
+
+
+def test_a_new_sink_that_came_before_is_prefilled_behind_a_block_and_makes_none_late() -> None:
+    assert late_s(prefilling(update=3)) == pytest.approx([0] * 6)
+    run = simulate(prefilling(update=5), [Client(blocks=6)])
+    begins = [interval.start_s for interval in run.intervals if interval.stage == "step0"]
+    assert list(np.diff(begins)) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.1 + PREFILL_S]), "at full speed it comes last"
+
+
+def test_sessions_by_time_when_sinks_are_prefilled_ahead() -> None:
+    figures = asked(Given("", "", 0.0, step_s=0.1, prefill_s=PREFILL_S, decoder_s=0.05), "h800x5")
+    assert figures["latest_block_s"] == pytest.approx(0)
+    assert figures["real_time_sessions_by_time"] == 4

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
+
 from live_avatar.arrays import Array
 from live_avatar.serving.metrics import METRICS, EndCause, Kind, Metric, RefusalReason, read_series
 from live_avatar.serving.server import TritonServer
 from live_avatar_client import AvatarSession
 from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK, SAMPLES_PER_FRAME
 from tests.serving.support import STAGES, metrics_page, scrape
+from tests.serving.test_equality import frames_of
 
 TABLE = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -84,3 +87,16 @@ def test_a_session_moves_the_numbers(server: TritonServer, url: str, picture: by
         assert after[f'live_avatar_stage_failures_total{{stage="{stage}"}}'] == 0
     limit = after["live_avatar_sessions_limit"]
     assert after["live_avatar_sessions_live"] + after["live_avatar_sessions_free"] == limit
+
+
+def test_a_sink_is_prefilled_ahead_and_makes_the_same_frames(
+    server: TritonServer, url: str, picture: bytes, speech: Array, expected: Array
+) -> None:
+    """With one block under way the new sink comes with block 2, and each step prefills it behind that."""
+    before = scrape(server)
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, max_in_flight_blocks=1) as session:
+        assert np.array_equal(frames_of(list(session.stream([speech]))), expected)
+    after = scrape(server)
+    for step in range(1, 5):
+        series = f'live_avatar_sinks_ahead_total{{stage="dit_step_{step}"}}'
+        assert after[series] - before.get(series, 0.0) == 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from live_avatar.arrays import Array
-from live_avatar.config import TINY
 from live_avatar.errors import CapacityError, InputError, SessionError, ShutdownError
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import conditioning, metrics
@@ -24,6 +24,7 @@ from live_avatar.serving.stage import NO_BLOCK, PipeError, SessionTable, StageRe
 from live_avatar.serving.status import Served
 from live_avatar.serving.tensors import AVATAR, BLOCK, FAILURE, LATENT, SINK_KEY, SINK_REFERENCE, read_text
 from live_avatar.serving.vae_decoder import VAEDecoderStage
+from live_avatar.sink import SinkSource
 from live_avatar_client.protocol import ErrorCode
 from tests.serving.recording import RecordingMeter
 
@@ -82,7 +83,11 @@ class Pipe:
         since: int = 0,
     ) -> dict[str, Array]:
         for stage in self.steps[since:upto]:
-            tensors = tensors | stage.handle(StageRequest(session, start, end, tensors)).outputs
+            response = stage.handle(StageRequest(session, start, end, tensors))
+            tensors = tensors | response.outputs
+            if response.behind is not None:
+                with suppress(RuntimeError):  # the answer has been given
+                    response.behind()
         return tensors
 
     def decode(
@@ -150,16 +155,112 @@ def test_a_start_without_speech_prepares_every_stage(
     assert np.array_equal(pipe.run(speech[:7680]), expected[:12])
 
 
-def test_the_sink_travels_with_the_blocks_that_need_it(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
+def test_the_sink_travels_as_soon_as_it_is_there(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
     carried = []
     for block in range(6):
         given = opening if block == 0 else {}
         tensors = pipe.condition(speech[7680 * block : 7680 * (block + 1)], start=block == 0, **given)
         carried.append(len(tensors[SINK_REFERENCE]))
         pipe.denoise(tensors, start=block == 0)
-    update = TINY.stream.sink_update_block
-    assert update is not None
-    assert [block + 1 for block, rows in enumerate(carried) if rows] == [1, update]
+    assert [block + 1 for block, rows in enumerate(carried) if rows] == [1, 2]
+
+
+class Prefills:
+    """Counts the prefills of step 1, and drives sessions through the steps block by block."""
+
+    def __init__(self, pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.works = True
+        self._pipe, self._opening, self._speech = pipe, opening, speech
+        self._blocks: dict[int, int] = {}
+        prefill = pipe.steps[0]._denoiser.prefill
+
+        def counted(source: SinkSource) -> dict[str, Array]:
+            self.count += 1
+            if not self.works:
+                raise RuntimeError("the device fell off")
+            return prefill(source)
+
+        monkeypatch.setattr(pipe.steps[0]._denoiser, "prefill", counted)
+
+    def blocks(self, upto: int, session: int = SESSION, end: bool = False) -> str:
+        """Runs the session's next blocks, up to block `upto` (from 1); says what failed at the last."""
+        failure = ""
+        for block in range(self._blocks.get(session, 0), upto):
+            failure = self._block(block, session, end and block == upto - 1)
+        self._blocks[session] = 0 if end else upto
+        return failure
+
+    def _block(self, block: int, session: int, end: bool) -> str:
+        speech, start = self._speech[7680 * block : 7680 * (block + 1)], block == 0
+        tensors = self._pipe.condition(speech, start, end, session, **(self._opening if start else {}))
+        return read_text(self._pipe.denoise(tensors, start=start, end=end, session=session)[FAILURE])
+
+    def ahead(self) -> float:
+        """How many sinks took effect in step 1 that had been prefilled before."""
+        return self._pipe.count(metrics.SINKS_AHEAD, "dit_step_1")
+
+
+@pytest.fixture
+def prefills(pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch) -> Prefills:
+    return Prefills(pipe, opening, speech, monkeypatch)
+
+
+def test_a_new_sink_is_prefilled_behind_an_earlier_block(prefills: Prefills, pipe: Pipe) -> None:
+    prefills.blocks(upto=2)
+    assert prefills.count == 2, "of the picture, and behind block 2"
+    state = pipe.steps[0].sessions.get(SESSION).state
+    first = state.sink
+    prefills.blocks(upto=4)
+    assert state.sink is first, "until its block"
+    prefills.blocks(upto=5)
+    assert state.sink is not first
+    assert (prefills.count, prefills.ahead()) == (2, 1)
+
+
+def test_every_session_has_its_sink_ahead_where_there_is_room(prefills: Prefills) -> None:
+    prefills.blocks(upto=2)
+    prefills.blocks(upto=2, session=6)
+    assert prefills.count == 3, "one of the picture, which they share, and one of each"
+    prefills.blocks(upto=5)
+    prefills.blocks(upto=5, session=6)
+    assert (prefills.count, prefills.ahead()) == (3, 2)
+
+
+def test_without_room_one_sink_is_ahead_and_gives_way_to_one_whose_block_has_come(
+    prefills: Prefills, pipe: Pipe, onnx_runtime: OnnxRuntime
+) -> None:
+    """So that no more memory is needed than for one sink that replaces another."""
+    prefills.blocks(upto=2)
+    prefills.blocks(upto=1, session=6)
+    pipe.steps[0]._room = SessionRoom("dit_step_1", onnx_runtime, 2**60)
+    prefills.blocks(upto=4, session=6)
+    assert prefills.count == 2
+    prefills.blocks(upto=5, session=6)
+    assert (prefills.count, prefills.ahead()) == (3, 0), "with its own block"
+    prefills.blocks(upto=5)
+    assert (prefills.count, prefills.ahead()) == (4, 1), "it had to go, and was prefilled again behind block 3"
+
+
+def test_a_sink_ahead_goes_with_its_session(prefills: Prefills) -> None:
+    prefills.blocks(upto=2)
+    prefills.blocks(upto=3, end=True)
+    prefills.blocks(upto=2, session=6)
+    assert prefills.count == 3, "there is room ahead again"
+
+
+def test_an_end_prefills_nothing(prefills: Prefills) -> None:
+    prefills.blocks(upto=2, end=True)
+    assert prefills.count == 1
+
+
+def test_a_prefill_that_fails_ahead_is_tried_again_until_its_own_block(prefills: Prefills) -> None:
+    """Behind an answer nobody can be told; with its own block the client is."""
+    prefills.blocks(upto=1)
+    prefills.works = False
+    assert prefills.blocks(upto=4) == ""
+    assert prefills.count == 4
+    assert "stage dit_step_1 at block 5 failed (RuntimeError: the device fell off)" in prefills.blocks(upto=5)
 
 
 def test_a_failure_ends_the_session_in_every_stage_behind_it(
@@ -292,11 +393,11 @@ def test_known_avatars_skip_encoder_prefill_and_warm_up(
             idle.setattr(worker, work, lambda *_: pytest.fail("work that was done before"))
         first = pipe.run(speech[:7680], start=True, **opening)
         assert pipe.run(speech[:7680], start=True, session=6, **opening).tobytes() == first.tobytes()
-    one, other = (step_state.sink for step_state in map(pipe.steps[0].sessions.get, (5, 6)))
+    one, other = (session.state.sink for session in map(pipe.steps[0].sessions.get, (5, 6)))
     assert one is other, "shared until the sink update"
     frames = [first, *(pipe.run(speech[7680 * block : 7680 * (block + 1)]) for block in range(1, 6))]
     assert np.array_equal(np.concatenate(frames), expected[:72])
-    assert pipe.steps[0].sessions.get(6).sink is other, "the other session's sink is as it was"
+    assert pipe.steps[0].sessions.get(6).state.sink is other, "the other session's sink is as it was"
     for stage in pipe.meters:
         assert (pipe.count(metrics.AVATAR_HITS, stage), pipe.count(metrics.AVATAR_MISSES, stage)) == (2, 1)
         assert pipe.count(metrics.AVATARS, stage) == 1
@@ -464,11 +565,11 @@ def test_the_sink_is_fetched_before_the_rolling_sink_forgets_it(
     stage = alone(onnx_runtime, sinks, Control(None), lambda seconds: pytest.fail("nothing to wait for"))
     key = begun(stage, opening, speech, 1)
     sinks.put(key, LATENT_FRAME)
-    block(stage, NOTHING)  # a pause, and a keep-alive in it
+    paused = block(stage, NOTHING)  # a keep-alive in a pause
+    assert np.array_equal(paused.outputs[SINK_REFERENCE], LATENT_FRAME)
     assert sinks.take(key)[0] == ABSENT
-    for _ in range(3):
-        block(stage, speech[:7680])
-    assert np.array_equal(block(stage, speech[:7680]).outputs[SINK_REFERENCE], LATENT_FRAME)
+    for _ in range(4):
+        assert len(block(stage, speech[:7680]).outputs[SINK_REFERENCE]) == 0, "it is sent once"
 
 
 def test_an_id_used_again_gets_its_own_sink(
