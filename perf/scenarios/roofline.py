@@ -6,18 +6,21 @@ by their maker, and no kernel reaches them: what follows is a bound, and no pred
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import onnx.parser
 import torch
 
-from export.graphs import random_inputs
+from export.graphs import OPSET, random_inputs
+from live_avatar.arrays import Array
 from live_avatar.artifacts import Artifacts, load_artifacts
 from live_avatar.config import S2V_14B, Preset
-from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.onnx_runtime import OnnxGraph, OnnxRuntime
 from live_avatar_client.protocol import FPS
 from perf.preset_cost import GREATEST, artifacts_costs, preset_costs, stage_components
 from perf.report import BLUE, GREEN, axes, save
@@ -119,20 +122,42 @@ def _counted(cost: Cost) -> Figures:
 
 
 def this_machine(runs: int) -> Ceilings:
-    """The faster of a few sizes of float32 products, and a copy (read and written) that no cache holds."""
+    """The fastest of a few sizes of float32 products, of two libraries, and a copy (read and written) that no cache
+    holds."""
     with one_thread():
-        flops_per_s = max(2 * size**3 / _fastest(_product(size), runs) for size in MATMUL_SIZES)
+        products = [(size, product(size)) for size in MATMUL_SIZES for product in (_torch_product, _onnx_product)]
+        flops_per_s = max(2 * size**3 / _fastest(product, runs) for size, product in products)
     source, target = np.ones(COPY_BYTES, np.uint8), np.zeros(COPY_BYTES, np.uint8)
     bytes_per_s = 2 * COPY_BYTES / _fastest(lambda: np.copyto(target, source), runs)
     sizes = ", ".join(map(str, MATMUL_SIZES))
-    measured = f"measured on one thread: torch's float32 matmul of {sizes}; numpy's copy of {COPY_BYTES >> 20} MiB"
+    measured = (
+        f"measured on one thread: float32 products of {sizes}, the faster of torch's and ONNX Runtime's; "
+        f"numpy's copy of {COPY_BYTES >> 20} MiB"
+    )
     return Ceilings("this machine", flops_per_s, bytes_per_s, measured)
 
 
-def _product(size: int) -> Callable[[], object]:
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.rand(size, size, generator=generator) for _ in range(2))
+def _torch_product(size: int) -> Callable[[], object]:
+    left, right = map(torch.from_numpy, _factors(size))
     return lambda: torch.matmul(left, right)
+
+
+def _onnx_product(size: int) -> Callable[[], object]:
+    left, right = _factors(size)
+    graph = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : {OPSET}]> '
+        f"product (float[{size}, {size}] left, float[{size}, {size}] right) => (float[{size}, {size}] out)"
+        "{ out = MatMul(left, right) }"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(graph, f"{folder}/product.onnx")
+        loaded = OnnxGraph(f"{folder}/product.onnx")
+    return lambda: loaded.run({"left": left, "right": right})
+
+
+def _factors(size: int) -> list[Array]:
+    generator = np.random.default_rng(0)
+    return [generator.random((size, size), dtype=np.float32) for _ in range(2)]
 
 
 def _fastest(work: Callable[[], object], runs: int) -> float:
