@@ -68,10 +68,14 @@ def own_cpu_s() -> float:
 
 
 def private_mib(pid: int) -> float | None:
-    """Memory that only this process has; None if it is gone."""
+    """Memory that only this process has and has written to; None if it is gone.
+
+    Pages of files that nobody changed, such as libraries, are not in it: they count as private or as shared by whether
+    some other process on the machine happens to have mapped them too.
+    """
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / KIB_PER_MIB
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / KIB_PER_MIB
     return None
 
 

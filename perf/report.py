@@ -29,6 +29,8 @@ BEGIN, END = "<!-- measured: made by `python -m perf.report` -->", "<!-- /measur
 BLUE, GREEN, RED, GREY = "#3b6fd4", "#0f857a", "#c4513a", "#8a94a3"
 CLIENT = "this process"
 """As `perf.growth` names the one that measures: it holds frames that wait to be read."""
+COLUMN = 6
+"""A legend of more lines than this stands beside its plot."""
 COLOURS = 32
 """Of a picture's palette: plots need few, and stay small."""
 
@@ -98,7 +100,9 @@ def lines_picture(
     for (name, (xs, ys)), colour in zip(series.items(), (BLUE, GREEN, RED, GREY) * 4, strict=False):
         plot.plot(xs, ys, label=name, color=colour, marker="o" if len(xs) < 40 else None, markersize=3.5)
     plot.set_ylim(bottom=0)
-    if len(series) > 1:
+    if len(series) > COLUMN:
+        plot.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif len(series) > 1:
         plot.legend(frameon=False)
     save(plot, path)
 

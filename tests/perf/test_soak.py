@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from live_avatar.arrays import Array
 from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
-from perf.growth import Series, Slope, fit, group, private_mib, slope_after
+from perf.growth import MIB, Series, Slope, fit, group, private_mib, slope_after
 from perf.soak import FAULTS, Counters, Governor, failures
 from perf.visits import ENDINGS, WEIGHTS, Ending, Look, Oracle, Outcome, Take, Tally, pictures
 
@@ -149,6 +152,19 @@ def test_each_fault_is_named() -> None:
     assert failures(report(), 10) == []
     for fault in FAULTS:
         assert failures(report(**{fault: 2}), 10) == [f"2 {fault.replace('_', ' ')}"]
+
+
+def test_pages_of_a_library_count_only_when_they_are_written() -> None:
+    """Read, they are shared or private by what other processes do."""
+    size, library = 16 * MIB, Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as pages:
+        before = private_mib(os.getpid()) or 0.0
+        for at in range(0, size, 4096):
+            assert pages[at] >= 0
+        assert (private_mib(os.getpid()) or 0.0) - before < 8
+        for at in range(0, size, 4096):
+            pages[at] = 1
+        assert (private_mib(os.getpid()) or 0.0) - before > 12
 
 
 def test_growth_counts_beyond_three_errors() -> None:
