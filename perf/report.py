@@ -139,6 +139,10 @@ def _passing(one: Any) -> str:
     return f"{one['hop_s'] * 1e3:.1f} ms a hop, {one['out_s'] * 1e3:.1f} ms for the frames to the client"
 
 
+def _early_and_late(one: Any) -> str:
+    return f"{one['early']['fps']:.1f}, {one['late']['fps']:.1f}"
+
+
 def _growth(one: Any) -> str:
     memory = [process for process in one["memory_mib_by_hour_of_video"] if process["name"] != CLIENT]
     most = max(memory, key=lambda process: float(process["last_mib"]) - float(process["first_mib"]))
@@ -159,7 +163,8 @@ ROWS = (
     Row("Pipeline efficiency (stages held to 0.3 s)", "pipeline", lambda f: f"{f['frames_96x96']['efficiency']:.3f}"),
     Row("A block's way beside the work, 96x96", "pipeline", lambda f: _passing(f["frames_96x96"]["passing"])),
     Row("the same, 720x400", "pipeline", lambda f: _passing(f["frames_720x400"]["passing"])),
-    Row("Memory of the server's processes in one long session", "long", _growth),
+    Row("FPS of one long session, early and late", "long", _early_and_late),
+    Row("Memory of the server's processes in it", "long", _growth),
 )
 
 

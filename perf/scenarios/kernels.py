@@ -212,6 +212,7 @@ def _picture(context: Context, preset: Preset, components: Mapping[str, Figures]
     }
     plot = axes(f"{preset.name} in torch, by component and way", "milliseconds", "", height=0.6 + 0.22 * len(shown))
     plot.barh(list(shown)[::-1], list(shown.values())[::-1], color=BLUE)
+    plot.set_xscale("log")
     save(plot, context.picture("kernels"))
 
 
