@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from live_avatar.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.server import ServerOptions, TritonServer, serving
 from tests.conftest import noise_speech
+from tests.serving.pipe import Pipe
 
 SECONDS = 3.5  # 8 blocks: the ring wraps, and the sink is replaced at block 5
 
@@ -57,3 +59,14 @@ def speech() -> Array:
 def expected(oracle: Generator, picture: bytes, speech: Array) -> Array:
     """Frames of `speech` with prompt "hello" and seed 3."""
     return generated(oracle, picture, "hello", 3, speech)
+
+
+@pytest.fixture
+def pipe(onnx_runtime: OnnxRuntime, tmp_path: Path) -> Pipe:
+    return Pipe(onnx_runtime, tmp_path)
+
+
+@pytest.fixture
+def opening(picture: bytes) -> dict[str, Array]:
+    image = np.frombuffer(picture, dtype=np.uint8)
+    return {"REFERENCE_IMAGE": image, "PROMPT": np.array([b"hello"], dtype=np.object_)}

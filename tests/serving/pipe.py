@@ -1,0 +1,96 @@
+"""All stages in a row, in plain arrays and without a server, for tests to drive block by block."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from live_avatar.arrays import Array
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving import metrics
+from live_avatar.serving.conditioning import ConditioningStage
+from live_avatar.serving.control import Control
+from live_avatar.serving.dit_step import DiTStepStage
+from live_avatar.serving.resources import SessionRoom
+from live_avatar.serving.rolling_sink import RollingSink
+from live_avatar.serving.stage import StageRequest
+from live_avatar.serving.status import Served
+from live_avatar.serving.vae_decoder import VAEDecoderStage
+from tests.serving.recording import RecordingMeter
+
+SESSION = 5
+IDLE_S = 30.0
+NOTHING = np.zeros(0, dtype=np.int16)
+
+
+def served(max_sessions: int = 2) -> Served:
+    return Served("0", "tiny", "abc", "cpu", max_sessions)
+
+
+class Pipe:
+    """All stages in a row, as the ensemble wires them; the rolling sink is the real one."""
+
+    def __init__(self, runtime: OnnxRuntime, folder: Path) -> None:
+        self.sinks = RollingSink(IDLE_S)
+        self.control = Control(folder)
+        self.meters = {
+            name: RecordingMeter() for name in ("conditioning", *(f"dit_step_{i}" for i in range(1, 5)), "vae_decoder")
+        }
+        room = SessionRoom("any", runtime, 0)
+        self.conditioning = ConditioningStage(
+            runtime, self.sinks, IDLE_S, served(), self.meters["conditioning"], self.control, known_avatars=1
+        )
+        self.steps = [
+            DiTStepStage(runtime, step, self.sinks, IDLE_S, self.meters[f"dit_step_{step}"], room, known_avatars=1)
+            for step in range(1, 5)
+        ]
+        self.decoder = VAEDecoderStage(runtime, IDLE_S, self.meters["vae_decoder"], room, self.control, known_avatars=1)
+
+    def condition(
+        self, audio: Array, start: bool = False, end: bool = False, session: int = SESSION, **inputs: Array
+    ) -> dict[str, Array]:
+        parameters = {"seed": 3} if start else {}
+        request = StageRequest(session, start, end, {"AUDIO": audio, **inputs}, parameters)
+        return self.conditioning.handle(request).outputs
+
+    def denoise(
+        self,
+        tensors: dict[str, Array],
+        upto: int = 4,
+        start: bool = False,
+        end: bool = False,
+        session: int = SESSION,
+        since: int = 0,
+    ) -> dict[str, Array]:
+        for stage in self.steps[since:upto]:
+            response = stage.handle(StageRequest(session, start, end, tensors))
+            tensors = tensors | response.outputs
+            if response.behind is not None:
+                with suppress(RuntimeError):  # the answer has been given
+                    response.behind()
+        return tensors
+
+    def decode(
+        self, tensors: dict[str, Array], start: bool = False, end: bool = False, session: int = SESSION
+    ) -> Array:
+        return self.decoder.handle(StageRequest(session, start, end, tensors)).outputs["FRAMES"]
+
+    def run(
+        self, audio: Array, start: bool = False, end: bool = False, session: int = SESSION, **inputs: Array
+    ) -> Array:
+        """One block through everything -> frames."""
+        tensors = self.condition(audio, start, end, session, **inputs)
+        tensors = self.denoise(tensors, start=start, end=end, session=session)
+        return self.decode(tensors, start, end, session)
+
+    def stages(self) -> list[ConditioningStage | DiTStepStage | VAEDecoderStage]:
+        return [self.conditioning, *self.steps, self.decoder]
+
+    def live(self) -> list[int]:
+        """Sessions that each stage holds."""
+        return [len(stage.sessions) for stage in self.stages()]
+
+    def count(self, metric: metrics.Metric, stage: str = "conditioning", **labels: str) -> float:
+        return self.meters[stage].of(metric, **labels)
