@@ -132,7 +132,7 @@ def simulate(pipeline: Pipeline, clients: Sequence[Client]) -> Run:
     return _Simulation(pipeline, clients).run()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
     """What is left to do on a processor, and what happens when it is done."""
 
