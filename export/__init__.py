@@ -1,4 +1,1 @@
-"""From a preset's torch components to an artifacts folder: ONNX graphs, shared weights, a manifest.
-
-Run as `live-avatar export` or, to check a folder against torch, as `python -m export.compare`.
-"""
+"""Scripts beside `live-avatar export`: engines, comparison with torch, FP8 calibration, synthetic checkpoints."""

@@ -1,7 +1,7 @@
 """The largest inputs of the linears that FP8 quantises, seen on a stream: `python -m export.calibrate`.
 
 Runs the torch networks as `live-avatar generate` does, on speech and a picture that should be like those to be served,
-and notes what goes into each linear in each component. Knows no graph; `export/fp8.py` uses the figures.
+and notes what goes into each linear in each component. Knows no graph; `live_avatar.exporter.quantization` uses them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 import click
 from torch import Tensor, nn
 
-from export.fp8 import PART, Calibration, quantised
 from live_avatar.arrays import Array, Arrays
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import PRECISIONS, PRESETS, preset
-from live_avatar.contract import Contract
 from live_avatar.errors import ExportError, LiveAvatarError
-from live_avatar.generator import Generator, cut_blocks
-from live_avatar.lora import LoRA
+from live_avatar.exporter.quantization import PART, Calibration, quantised
+from live_avatar.graphs.contract import Contract
+from live_avatar.pipeline.generator import Generator, cut_blocks
 from live_avatar.runtime.torch_runtime import TorchGraph, TorchRuntime
-from live_avatar.weights import Checkpoint
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.lora import LoRA
+from live_avatar.weights.tensors import Checkpoint
 
 FILE = click.Path(path_type=Path)
 

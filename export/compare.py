@@ -13,16 +13,16 @@ from pathlib import Path
 import click
 import numpy as np
 
-from export.graphs import random_inputs
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts, load_artifacts
-from live_avatar.checkpoint import open_checkpoint
-from live_avatar.contract import Contract
 from live_avatar.errors import ArtifactError, LiveAvatarError
-from live_avatar.lora import LoRA
+from live_avatar.exporter.tracing import random_inputs
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.contract import Contract
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
-from live_avatar.weights import Checkpoint
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.lora import LoRA
+from live_avatar.weights.tensors import Checkpoint
 
 RELATIVE_TOLERANCE = 1e-4  # float32, of the largest value of an output
 FLOAT16_TOLERANCE = 1e-2

@@ -1,7 +1,7 @@
 """A checkpoint with the layout of the official download and random weights: `python -m export.synthetic`.
 
 For trying the whole path, at any widths and depths, without a download: the names, shapes, types and kinds of file are
-those that `live_avatar.official` reads. Every tensor is a function of the seed and its name, as in `RandomWeights`.
+those that `weights.official` reads. Every tensor is a function of the seed and its name, as in `RandomWeights`.
 The files are first laid out without values (`lay_out`; they take no room on the disk then) and then filled tensor by
 tensor, so that the largest tensor decides the memory. Knows no graphs.
 """
@@ -27,11 +27,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from live_avatar.components import outline
 from live_avatar.config import PRESETS, Preset
 from live_avatar.errors import ConfigError, ExportError, LiveAvatarError
-from live_avatar.lora import TARGET
-from live_avatar.official import (
+from live_avatar.model.networks import outline
+from live_avatar.weights.lora import TARGET
+from live_avatar.weights.official import (
     CONFIG_FILE,
     DIT_DEFAULTS,
     DIT_FILE,
@@ -47,7 +47,7 @@ from live_avatar.official import (
     VAE_FILE,
     stored_name,
 )
-from live_avatar.weights import RandomWeights, Shapes, shapes_of
+from live_avatar.weights.tensors import RandomWeights, Shapes, shapes_of
 
 SHARD_MIB = 9_500  # about the official shards' size
 ASCII = [chr(code) for code in range(0x21, 0x7F)]
@@ -180,7 +180,7 @@ def _networks(preset: Preset) -> Mapping[str, torch.nn.Module]:
 
 
 def _random(preset: Preset, seed: int) -> Mapping[str, RandomWeights]:
-    """Each part from a seed of its own, as `live_avatar.checkpoint` draws them."""
+    """Each part from a seed of its own, as `live_avatar.weights.checkpoint` draws them."""
     parts = _networks(preset).items()
     return {part: RandomWeights(shapes_of(network), seed + index) for index, (part, network) in enumerate(parts)}
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
-from live_avatar.artifacts import load_artifacts
 from live_avatar.environment import environment
+from live_avatar.graphs.artifacts import load_artifacts
 
 POLL_S = 0.02
 GIB = 2**30

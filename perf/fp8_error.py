@@ -25,24 +25,24 @@ import click
 import numpy as np
 from torch import Tensor, nn
 
-from export.build import export_artifacts
 from export.calibrate import calibrate
-from live_avatar import fp8
 from live_avatar.arrays import Array, Arrays
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
-from live_avatar.checkpoint import open_checkpoint
-from live_avatar.conditioning import Conditioner
 from live_avatar.config import S2V_14B, TINY, Preset
-from live_avatar.contract import step_name
-from live_avatar.denoiser import DenoisingStep
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
-from live_avatar.generator import cut_blocks
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.graphs.contract import step_name
+from live_avatar.pipeline.conditioning import Conditioner
+from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.generator import cut_blocks
+from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime import Graph, Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
-from live_avatar.sink import SinkSource
-from live_avatar.weights import Checkpoint
+from live_avatar.weights import fp8
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.tensors import Checkpoint
 from live_avatar_client.media import read_speech
 
 SEED, CALIBRATION_SEED = 0, 1

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from live_avatar.attention import Linear
-from live_avatar.components import Networks, outline, replace_parameters
 from live_avatar.config import Preset
-from live_avatar.contract import Contract
-from live_avatar.fp8 import quantise
-from live_avatar.lora import TARGET
+from live_avatar.graphs.contract import Contract
+from live_avatar.model.attention import Linear
+from live_avatar.model.networks import Networks, outline, replace_parameters
+from live_avatar.weights.fp8 import quantise
+from live_avatar.weights.lora import TARGET
 from perf.roofline import Ceilings
 
 Outputs = tuple[Tensor, ...]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from live_avatar.arrays import Array
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
-from live_avatar.demo import spoken
+from live_avatar.cli.demo import spoken
 from live_avatar.serving.trace import Interval, read_trace
 from live_avatar_client import AvatarSession, Block
 from live_avatar_client.media import read_speech

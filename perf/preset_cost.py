@@ -13,13 +13,14 @@ from typing import Final
 import onnx_ir as ir
 from onnx import ModelProto
 
-from export.graphs import TracedGraph, Tracer
-from live_avatar.artifacts import Artifacts
-from live_avatar.checkpoint import outline_networks
-from live_avatar.components import build_components, outline
 from live_avatar.config import Preset
-from live_avatar.contract import Contract, contracts, step_name
-from live_avatar.weights import Checkpoint, RandomWeights, shapes_of
+from live_avatar.exporter.tracing import TracedGraph, Tracer
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import Contract, contracts, step_name
+from live_avatar.model.networks import outline
+from live_avatar.weights.checkpoint import outline_networks
+from live_avatar.weights.tensors import Checkpoint, RandomWeights, shapes_of
 from perf.roofline import Cost, count, load_graph
 
 GREATEST = 2  # entry of a symbolic dimension's range: a full history, a full speech window

@@ -19,9 +19,9 @@ from typing import Any
 import click
 
 from live_avatar import interrupts
-from live_avatar.artifacts import load_artifacts
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
+from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar_client.errors import AvatarError
 from perf.figures import rounded
 from perf.report import RESULTS, table

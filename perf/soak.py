@@ -30,10 +30,10 @@ import click
 
 from live_avatar import interrupts
 from live_avatar.arrays import Array
-from live_avatar.artifacts import load_artifacts
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import load_artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.metrics import read_series
 from live_avatar.serving.server import ServerOptions, TritonServer, serving

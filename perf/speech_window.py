@@ -23,16 +23,11 @@ import click
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import load_artifacts
 from live_avatar.assets import SPEECH
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, TINY, StreamConfig
 from live_avatar.errors import ConfigError, InputError, LiveAvatarError
-from live_avatar.generator import cut_blocks
-from live_avatar.runtime import Graph, Runtime
-from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.runtime.torch_runtime import TorchRuntime
-from live_avatar.speech import (
+from live_avatar.graphs.artifacts import load_artifacts
+from live_avatar.inputs.speech import (
     FEATURE_RATE_HZ,
     NORMALISATION_EPS,
     PCM_SCALE,
@@ -41,6 +36,11 @@ from live_avatar.speech import (
     interpolate,
     trained_columns,
 )
+from live_avatar.pipeline.generator import cut_blocks
+from live_avatar.runtime import Graph, Runtime
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar_client.errors import AvatarError
 from live_avatar_client.media import read_speech
 

@@ -24,15 +24,15 @@ import torch
 from safetensors.numpy import load_file
 
 from live_avatar.arrays import Array
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import SPATIAL_STRIDE, TINY, DiTConfig, Preset, StreamConfig
-from live_avatar.denoiser import DenoisingStep
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
+from live_avatar.model.schedule import make_schedule, without_idle_step
+from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.sink import SinkSource, first_latent_frame, takes_sink
 from live_avatar.runtime.torch_runtime import TorchRuntime
-from live_avatar.schedule import make_schedule, without_idle_step
-from live_avatar.sink import SinkSource, first_latent_frame, takes_sink
-from live_avatar.weights import Checkpoint, SafetensorsWeights
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.tensors import Checkpoint, SafetensorsWeights
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "data"
 LAST_OF_FOUR = "after_step3"

@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from export.build import export_artifacts, provenance
-from live_avatar.artifacts import Artifacts, load_artifacts
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.errors import ArtifactError, InputError
+from live_avatar.exporter.build import export_artifacts, provenance
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.weights.checkpoint import open_checkpoint
 
 
 def variant(artifacts: Path, name: str, **stream: Any) -> Artifacts:

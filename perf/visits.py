@@ -29,8 +29,8 @@ from tritonclient.grpc import service_pb2_grpc
 
 from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
-from live_avatar.generator import Generator
-from live_avatar.label import Label
+from live_avatar.pipeline.generator import Generator
+from live_avatar.serving.label import Label
 from live_avatar_client import AvatarSession, Block
 from live_avatar_client.base import open_channel
 from live_avatar_client.core import Opening, Request, Response

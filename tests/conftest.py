@@ -8,16 +8,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.build import export_artifacts
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
 from live_avatar.assets import PORTRAIT
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import open_checkpoint
+from tests.support.networks import SMALL
 
 SEED = 7
+
+
+@pytest.fixture(scope="session")
+def small_runtime() -> TorchRuntime:
+    return TorchRuntime(open_checkpoint(SMALL))
 
 
 @pytest.fixture(scope="session")

@@ -20,18 +20,24 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "live_avatar"
 CLIENT = ROOT / "client" / "live_avatar_client"
 
-# Parts of the distribution that know more than the core: they serve it, and they are its command line.
-OUTSIDE_THE_CORE = (CORE / "serving", CORE / "cli.py", CORE / "demo.py", CORE / "doctor.py")
-FORBIDDEN_IN_THE_CORE = {
-    "click",
-    "export",
-    "grpc",
-    "live_avatar_client",
-    "perf",
-    "training",
-    "triton_python_backend_utils",
-    "tritonclient",
-}
+# The packages of live_avatar in order: each may import those before it and itself, lazy imports included.
+PACKAGE_ORDER = (
+    "",
+    "assets",
+    "model",
+    "inputs",
+    "weights",
+    "graphs",
+    "runtime",
+    "pipeline",
+    "exporter",
+    "serving",
+    "cli",
+)
+"""The first one, without a name, is the shared vocabulary: the modules of `live_avatar` itself."""
+CORE_PACKAGES = PACKAGE_ORDER[: PACKAGE_ORDER.index("serving")]
+FORBIDDEN_IN_THE_CORE = {"click", "grpc", "live_avatar_client", "triton_python_backend_utils", "tritonclient"}
+FORBIDDEN_IN_THE_PACKAGE = {"export", "perf", "tests", "training"}
 # A folder of one machine, at the start of a path; spelled so that this file does not find itself.
 MACHINE_PATH = re.compile(rb"(?<![\w.-])/(?:" + b"|".join([b"work/", b"tmp/bash_jobs"]) + rb")")
 BLOCK_SAMPLES = 7_680
@@ -71,29 +77,39 @@ def offences(files: list[Path], root: Path, forbidden: set[str]) -> list[str]:
     ]
 
 
-def core_files() -> list[Path]:
-    return [
-        path
+def package_of(path: Path) -> str:
+    """The package of a file of live_avatar: the name of its folder, "" for the modules of `live_avatar` itself."""
+    return path.relative_to(CORE).parts[0] if len(path.relative_to(CORE).parts) > 1 else ""
+
+
+def imported_package(name: str) -> str:
+    """The package that an imported name `live_avatar.x.y` belongs to."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and (CORE / parts[1]).is_dir() else ""
+
+
+def test_every_package_has_its_place_in_the_order():
+    assert {package_of(path) for path in python_files(CORE)} == set(PACKAGE_ORDER)
+
+
+def test_no_import_runs_upward():
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
         for path in python_files(CORE)
-        if not any(path == outside or outside in path.parents for outside in OUTSIDE_THE_CORE)
+        for name in imports(path, ROOT)
+        if name.split(".")[0] == "live_avatar"
+        and PACKAGE_ORDER.index(imported_package(name)) > PACKAGE_ORDER.index(package_of(path))
     ]
+    assert found == []
+
+
+def test_the_package_imports_nothing_that_is_not_installed_with_it():
+    assert offences(python_files(CORE), ROOT, FORBIDDEN_IN_THE_PACKAGE) == []
 
 
 def test_the_core_imports_no_server_no_client_and_no_command_line():
-    files = core_files()
-    assert files, f"no Python file under {CORE}"
+    files = [path for path in python_files(CORE) if package_of(path) in CORE_PACKAGES]
     assert offences(files, ROOT, FORBIDDEN_IN_THE_CORE) == []
-
-
-def test_the_core_does_not_import_what_is_built_on_it():
-    above = ("live_avatar.serving", "live_avatar.cli", "live_avatar.demo", "live_avatar.doctor")
-    found = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in core_files()
-        for name in imports(path, ROOT)
-        if any(name == module or name.startswith(f"{module}.") for module in above)
-    ]
-    assert found == []
 
 
 def test_serving_knows_the_core_and_the_clients_protocol_only():

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from live_avatar.checkpoint import load_networks, open_checkpoint
-from live_avatar.components import VAEDecoder, VAEDecoderFirst
-from live_avatar.conditioning import block_noise
 from live_avatar.config import FPS, Preset
-from live_avatar.dit import CausalDiT
 from live_avatar.environment import environment
-from live_avatar.schedule import without_idle_step
+from live_avatar.graphs.components import VAEDecoder, VAEDecoderFirst
+from live_avatar.model.dit import CausalDiT
+from live_avatar.model.schedule import without_idle_step
+from live_avatar.pipeline.conditioning import block_noise
+from live_avatar.weights.checkpoint import load_networks, open_checkpoint
 from training import stage1, stage2
 from training.checkpoints import write_json
 from training.command import FILE, reported

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from live_avatar.components import replace_parameters
 from live_avatar.errors import CheckpointError
-from live_avatar.weights import SafetensorsWeights, account, shapes_of
+from live_avatar.model.networks import replace_parameters
+from live_avatar.weights.tensors import SafetensorsWeights, account, shapes_of
 from training.distributed import load_network
 from training.errors import TrainingError
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from live_avatar.dit import CausalDiT
 from live_avatar.errors import ConfigError
+from live_avatar.model.dit import CausalDiT
 
 T = TypeVar("T")
 

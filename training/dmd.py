@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from live_avatar.config import StreamConfig
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from training.distributed import Unit
 from training.encoded import EncodedClip
 from training.flow import choice, mixed, moved, training_levels

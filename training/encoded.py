@@ -1,8 +1,8 @@
 """Clips as the transformer sees them: rendered, and encoded once by the frozen VAE and encoders.
 
 A data set is a folder of one safetensors file per clip, with a manifest of what it was made of; a half-made one is
-continued. What is stored is what `live_avatar.conditioning` gives for the same picture, prompt and speech; latents up
-to the rounding of the VAE's convolutions to bfloat16. Knows no transformer.
+continued. What is stored equals the output of `pipeline.conditioning` for the same picture, prompt and speech; latents
+up to the rounding of the VAE's convolutions to bfloat16.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import file_sha256
-from live_avatar.components import Networks, SpeechEncoder, TextEncoder, outline
 from live_avatar.config import MOTION_FRAMES, TEMPORAL_STRIDE, Preset
 from live_avatar.errors import CheckpointError
-from live_avatar.speech import SpeechWindow, interpolate
-from live_avatar.text import make_tokenizer
+from live_avatar.graphs.artifacts import file_sha256
+from live_avatar.graphs.components import SpeechEncoder, TextEncoder
+from live_avatar.inputs.speech import SpeechWindow, interpolate
+from live_avatar.inputs.text import make_tokenizer
+from live_avatar.model.networks import Networks, outline
 from training.checkpoints import check_identity, load_weights, write_json, write_whole
 from training.config import TrainingConfig
 from training.data.clips import Clip, Split, make_clip

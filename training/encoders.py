@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from live_avatar.arrays import Array
-from live_avatar.components import speech_network, text_network
-from live_avatar.text import make_tokenizer
+from live_avatar.inputs.text import make_tokenizer
+from live_avatar.model.networks import speech_network, text_network
 from training.config import TrainingConfig
 from training.data.identity import BACKGROUNDS, CLOTHES, EYES, GLASSES, HAIR, SKIN, STYLES, Identity, draw_identity
 from training.data.speech import Utterance, make_utterance

@@ -20,11 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import load_artifacts
 from live_avatar.config import FPS
 from live_avatar.environment import environment
 from live_avatar.errors import ConfigError
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import load_artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from training.checkpoints import write_json, write_whole
 from training.command import FILE, reported

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from live_avatar.config import StreamConfig
-from live_avatar.schedule import TRAIN_TIMESTEPS, make_schedule
+from live_avatar.model.schedule import TRAIN_TIMESTEPS, make_schedule
 
 
 def chance(share: float, draw: torch.Generator) -> bool:

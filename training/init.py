@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from live_avatar.config import DiTConfig
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from training.checkpoints import load_weights
 from training.errors import TrainingError
 

@@ -1,6 +1,6 @@
 """Low-rank adapters in training: factors beside frozen linears, and both written in the official names (section 14).
 
-y = W x + b + alpha / rank * B A x. `live_avatar.lora` reads the files that are made here. Knows no stage.
+y = W x + b + alpha / rank * B A x. `live_avatar.weights.lora` reads the files that are made here. Knows no stage.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from live_avatar.attention import Linear
-from live_avatar.dit import CausalDiT
-from live_avatar.lora import PREFIX, TARGET
+from live_avatar.model.attention import Linear
+from live_avatar.model.dit import CausalDiT
+from live_avatar.weights.lora import PREFIX, TARGET
 from training.checkpoints import write_whole
 from training.config import LoRAConfig
 from training.distributed import gathered
@@ -72,7 +72,7 @@ def merged(dit: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(path: Path, dit: nn.Module) -> None:
-    """Writes the adapter of a network as `live_avatar.lora.LoRA` reads it, alpha included."""
+    """Writes the adapter of a network as `live_avatar.weights.lora.LoRA` reads it, alpha included."""
     part = next(part for _, part in _adapters(dit))
     alpha = part.scale * part.lora_A.out_features
     tensors = {name: tensor.contiguous() for name, tensor in adapter_of(dit).items()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from training import distributed
 from training.config import DiTStage, StageConfig
 from training.encoded import EncodedClip

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from live_avatar.dit import KV, CausalDiT
-from live_avatar.schedule import make_schedule
+from live_avatar.model.dit import KV, CausalDiT
+from live_avatar.model.schedule import make_schedule
 from training.encoded import EncodedClip
 from training.flow import mixed, moved
 from training.window import Place, Window

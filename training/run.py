@@ -20,10 +20,10 @@ from typing import Any
 import click
 import torch
 
-from live_avatar.artifacts import file_sha256
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.environment import environment
 from live_avatar.errors import CheckpointError
+from live_avatar.graphs.artifacts import file_sha256
+from live_avatar.weights.checkpoint import open_checkpoint
 from training import distributed, encoders, loop, stage1, stage2, teacher, vae
 from training.checkpoints import check_identity, save_weights, write_json, write_whole
 from training.command import FILE, reported

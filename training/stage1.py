@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from live_avatar.config import StreamConfig
-from live_avatar.dit import KV, CausalDiT
-from live_avatar.schedule import make_schedule
+from live_avatar.model.dit import KV, CausalDiT
+from live_avatar.model.schedule import make_schedule
 from training import distributed
 from training.config import TrainingConfig
 from training.data.clips import Split

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from live_avatar.config import Preset
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from training import distributed
 from training.accumulation import backward_by_blocks
 from training.config import DistillationStage, TrainingConfig

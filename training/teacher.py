@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from training import distributed
 from training.config import TrainingConfig
 from training.data.clips import Split

@@ -25,7 +25,7 @@ from torch.optim import AdamW, Optimizer
 
 from live_avatar.arrays import Array
 from live_avatar.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
-from live_avatar.vae import VAE, Downsample, Residual, Upsample
+from live_avatar.model.vae import VAE, Downsample, Residual, Upsample
 from training.checkpoints import load_weights
 from training.config import ReconstructionStage, TrainingConfig
 from training.data.canvas import UNITS

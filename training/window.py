@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from live_avatar import rope
-from live_avatar.audio import AudioTokens
-from live_avatar.components import Phases
 from live_avatar.config import FPS, Preset, StreamConfig
-from live_avatar.dit import KV, CausalDiT, Conditions
+from live_avatar.graphs.components import Phases
+from live_avatar.model import rope
+from live_avatar.model.audio import AudioTokens
+from live_avatar.model.dit import KV, CausalDiT, Conditions
 from training.encoded import EncodedClip
 from training.flow import chance, timestep
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from live_avatar.arrays import Array, Arrays
 from live_avatar.config import Preset
-from live_avatar.text import Tokenizer
+from live_avatar.inputs.text import Tokenizer
 
 
 class Graph(Protocol):

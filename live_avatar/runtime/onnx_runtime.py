@@ -10,12 +10,12 @@ import numpy as np
 import onnxruntime
 
 from live_avatar.arrays import Array, Arrays
-from live_avatar.artifacts import Artifacts
-from live_avatar.contract import Contract
 from live_avatar.errors import ArtifactError
-from live_avatar.memory import host_available_bytes
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.contract import Contract
+from live_avatar.graphs.memory import host_available_bytes
+from live_avatar.inputs.text import make_tokenizer
 from live_avatar.runtime.host import host_zeros, numpy_dtype
-from live_avatar.text import make_tokenizer
 
 
 class OnnxGraph:

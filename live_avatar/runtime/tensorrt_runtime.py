@@ -38,12 +38,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from live_avatar.artifacts import Artifacts
-from live_avatar.contract import Contract, TensorSpec
-from live_avatar.engines import Engine, Machine, build_command, engine_path, fault, read_engines
 from live_avatar.errors import ArtifactError
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.contract import Contract, TensorSpec
+from live_avatar.graphs.engines import Engine, Machine, build_command, engine_path, fault, read_engines
+from live_avatar.inputs.text import make_tokenizer
 from live_avatar.runtime import Zeros
-from live_avatar.text import make_tokenizer
 
 LEAST_VERSION = (10, 15)  # the first that reads every operator of opset 23 that the graphs use
 ALIGNMENT = 256  # bytes, of every address that is bound (TensorRT documentation of setTensorAddress)

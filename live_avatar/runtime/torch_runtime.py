@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from live_avatar.arrays import Array, Arrays
-from live_avatar.checkpoint import load_networks
-from live_avatar.components import build_components
-from live_avatar.contract import Contract, contracts
-from live_avatar.memory import host_available_bytes
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import Contract, contracts
+from live_avatar.graphs.memory import host_available_bytes
+from live_avatar.inputs.text import make_tokenizer
 from live_avatar.runtime.host import host_zeros
-from live_avatar.text import make_tokenizer
-from live_avatar.weights import Checkpoint
+from live_avatar.weights.checkpoint import load_networks
+from live_avatar.weights.tensors import Checkpoint
 
 
 class TorchGraph:

@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from live_avatar.arrays import Array, Arrays
-from live_avatar.conditioning import BlockInput, Conditioner, Conditioning, avatar_key
 from live_avatar.errors import CapacityError, InputError, SessionError, ShutdownError
-from live_avatar.label import Label
+from live_avatar.pipeline.conditioning import BlockInput, Conditioner, Conditioning, avatar_key
+from live_avatar.pipeline.sink import SinkSource, takes_sink
 from live_avatar.runtime import Runtime
 from live_avatar.serving import metrics, options
 from live_avatar.serving.control import Control, Phase
+from live_avatar.serving.label import Label
 from live_avatar.serving.metrics import EndCause, Meter, RefusalReason
 from live_avatar.serving.options import SessionOptions
 from live_avatar.serving.resources import KnownAvatars
@@ -55,7 +56,6 @@ from live_avatar.serving.tensors import (
     SINK_TEXT,
     text_tensor,
 )
-from live_avatar.sink import SinkSource, takes_sink
 from live_avatar_client import protocol
 from live_avatar_client.protocol import ErrorCode
 

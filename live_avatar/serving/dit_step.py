@@ -1,7 +1,7 @@
 """One denoising step as a served stage: it owns the caches of every session at its noise level.
 
 A new sink is prefilled behind a block before its own, where there is one: done with its own block in every step, the
-prefills would add up to a late block. Knows no other step; at which block the sink changes, `live_avatar.sink` says.
+prefills would add up to a late block. `live_avatar.pipeline.sink` says at which block the sink changes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from weakref import WeakSet
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.denoiser import DenoisingStep, StepState
 from live_avatar.errors import SessionError
+from live_avatar.pipeline.denoiser import DenoisingStep, StepState
+from live_avatar.pipeline.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 from live_avatar.runtime import Runtime
 from live_avatar.serving.metrics import SINKS_AHEAD, Meter
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
@@ -42,7 +43,6 @@ from live_avatar.serving.tensors import (
     SINK_REFERENCE,
     SINK_TEXT,
 )
-from live_avatar.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 
 
 @dataclass(eq=False)
@@ -125,7 +125,7 @@ class DiTStepStage(PipeStage[_Session]):
         return session
 
     def _has_room_ahead(self, session: _Session) -> bool:
-        """`live_avatar.memory` counts one sink that replaces another; of further ones none may keep a session out."""
+        """`graphs.memory` counts one replacement sink; further ones must not keep a new session out."""
         return session not in self._ahead and (not self._ahead or self._room.holds(2))
 
     def _prefill_ahead(self, session: _Session) -> None:

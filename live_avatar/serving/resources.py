@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from live_avatar.errors import CapacityError
-from live_avatar.lru import LRU
-from live_avatar.memory import readable
+from live_avatar.graphs.memory import readable
+from live_avatar.pipeline.lru import LRU
 from live_avatar.runtime import Runtime
 from live_avatar.serving.metrics import AVATAR_HITS, AVATAR_MISSES, AVATARS, Meter
 

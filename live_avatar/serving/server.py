@@ -30,10 +30,9 @@ from typing import IO, Final
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from live_avatar.artifacts import Artifacts, load_artifacts
 from live_avatar.errors import ServerError
-from live_avatar.label import Label
-from live_avatar.memory import host_available_bytes, require_sessions
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.memory import host_available_bytes, require_sessions
 from live_avatar.serving import (
     ARTIFACTS_VARIABLE,
     CONTROL_VARIABLE,
@@ -46,6 +45,7 @@ from live_avatar.serving import (
 )
 from live_avatar.serving.access import Access, access_flags
 from live_avatar.serving.control import Control
+from live_avatar.serving.label import Label
 from live_avatar.serving.supervisor import UNLOADABLE, Admin, Supervisor
 from live_avatar.serving.turns import turns_value
 from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL

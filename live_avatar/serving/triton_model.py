@@ -23,9 +23,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts, load_artifacts
 from live_avatar.errors import InputError, SessionError
-from live_avatar.memory import require_sessions, session_memory
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.memory import require_sessions, session_memory
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import (

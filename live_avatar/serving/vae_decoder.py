@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from live_avatar.arrays import Array
-from live_avatar.decoder import DecoderState, FrameDecoder
-from live_avatar.label import Label
+from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.runtime import Runtime
 from live_avatar.serving import metrics
 from live_avatar.serving.control import Control, Phase
+from live_avatar.serving.label import Label
 from live_avatar.serving.metrics import EndCause, Meter
 from live_avatar.serving.options import SessionOptions
 from live_avatar.serving.resources import KnownAvatars, SessionRoom

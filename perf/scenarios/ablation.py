@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from live_avatar.artifacts import load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import load_artifacts
+from live_avatar.model.schedule import without_idle_step
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.schedule import without_idle_step
 from perf.figures import BlockTimes, throughput
 from perf.load import demo_blocks
 from perf.report import BLUE, GREEN, axes, save

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from live_avatar.artifacts import load_artifacts
-from live_avatar.components import Networks, build_components
 from live_avatar.config import LATENT_CHANNELS, S2V_14B, Preset
-from live_avatar.contract import contracts, vae_state_shapes
+from live_avatar.graphs.artifacts import load_artifacts
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import contracts, vae_state_shapes
+from live_avatar.model.networks import Networks
 from perf.kernels import (
     Timed,
     Work,

@@ -11,9 +11,9 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from export.build import export_artifacts
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar_client.protocol import FRAMES_PER_BLOCK
 from perf.counters import watched
 from perf.figures import hops, passing, pipeline_efficiency, slowest, stage_times, summary_of, throughput

@@ -16,10 +16,10 @@ import numpy as np
 import onnx.parser
 import torch
 
-from export.graphs import OPSET, random_inputs
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts, load_artifacts
 from live_avatar.config import S2V_14B, Preset
+from live_avatar.exporter.tracing import OPSET, random_inputs
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.runtime.onnx_runtime import OnnxGraph, OnnxRuntime
 from live_avatar_client.protocol import FPS
 from perf.preset_cost import GREATEST, artifacts_costs, preset_costs, stage_components

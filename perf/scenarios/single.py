@@ -6,9 +6,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from live_avatar.artifacts import load_artifacts
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import load_artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.trace import Interval
 from live_avatar_client.protocol import FPS

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
 from live_avatar.assets import PORTRAIT
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.interrupts import SIGNALS
 from live_avatar.serving.server import ServerOptions, serving
 from tests.cli.support import Running, invoke, write_audio

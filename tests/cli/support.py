@@ -16,8 +16,8 @@ import numpy as np
 from click.testing import CliRunner, Result
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
-from live_avatar.cli import main
+from live_avatar.cli.main import main
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server import ServerOptions
 
 COMMANDS = ("generate", "export", "serve", "stream", "doctor", "demo")

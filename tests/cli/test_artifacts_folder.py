@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from live_avatar.artifacts import Artifacts
+from live_avatar.graphs.artifacts import Artifacts
 from tests.cli.support import assert_refused, invoke
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from live_avatar.doctor import as_json, as_lines, exit_code
+from live_avatar.cli.doctor import as_json, as_lines, exit_code
 from live_avatar_client.status import KeyState, ServerStatus
 from tests.cli.support import assert_refused, invoke
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from live_avatar import interrupts
-from live_avatar.artifacts import Artifacts
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.interrupts import SIGNALS
 from live_avatar.serving.server import ServerOptions
 from tests.cli.support import Running, assert_refused, invoke, run, wait_until

@@ -9,7 +9,7 @@ import time
 import click
 import pytest
 
-from live_avatar.cli import main
+from live_avatar.cli.main import main
 from tests.cli.support import COMMANDS, assert_refused, command, invoke
 
 HEAVY = {"av", "grpc", "numpy", "onnx", "onnxruntime", "torch", "transformers", "tritonclient"}
@@ -48,12 +48,12 @@ def test_every_command_and_every_option_has_help(name: str) -> None:
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    assert modules_after("import live_avatar.cli").isdisjoint(HEAVY)
+    assert modules_after("import live_avatar.cli.main").isdisjoint(HEAVY)
 
 
 def test_stream_needs_neither_torch_nor_an_engine() -> None:
     loaded = modules_after(
-        "import live_avatar.cli, live_avatar.demo, live_avatar_client.media, live_avatar_client.video"
+        "import live_avatar.cli.main, live_avatar.cli.demo, live_avatar_client.media, live_avatar_client.video"
     )
     assert loaded.isdisjoint({"export", "onnx", "onnxruntime", "torch", "transformers"})
     assert {"av", "grpc"} <= loaded

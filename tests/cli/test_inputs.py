@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from live_avatar.artifacts import Artifacts
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar_client.media import read_speech
 from tests.cli.support import assert_refused, frames_of, invoke, tone, unprivileged, write_audio
 
@@ -224,7 +224,7 @@ def test_a_picture_that_would_fill_the_memory(tmp_path: Path, artifacts: Artifac
     bomb.write_bytes(png(BOMB_SIDE, BOMB_SIDE, data))
     words = ["--audio", inputs / "short.wav", "--image", bomb, "--output", tmp_path / "a.mp4"]
     program = (
-        "import resource, sys\nfrom live_avatar.cli import main\n"
+        "import resource, sys\nfrom live_avatar.cli.main import main\n"
         "try:\n    main()\nfinally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     started_s = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from live_avatar.artifacts import Artifacts
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar_client import InvalidInput, MediaError
 from live_avatar_client.video import SpeechVideo
 from tests.cli.support import assert_refused, invoke, unprivileged

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
 from live_avatar.assets import SPEECH
 from live_avatar.config import TINY
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar_client.media import read_speech
 from tests.cli.conftest import SPEECH_SAMPLES
 from tests.cli.support import assert_refused, command, frames_of, invoke, run

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from export.build import export_artifacts
-from live_avatar.artifacts import MANIFEST, Artifacts
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY, VAEConfig
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.graphs.artifacts import MANIFEST, Artifacts
+from live_avatar.weights.checkpoint import open_checkpoint
 
 LEAST = replace(
     TINY,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from export.build import export_artifacts, weight_file
-from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
-from live_avatar.checkpoint import open_checkpoint
-from live_avatar.contract import contracts
 from live_avatar.errors import CheckpointError, ExportError
+from live_avatar.exporter.build import export_artifacts, weight_file
+from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
+from live_avatar.graphs.contract import contracts
 from live_avatar.version import __version__
-from live_avatar.weights import SafetensorsWeights
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.tensors import SafetensorsWeights
 from tests.export.conftest import LEAST, old_artifacts
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from export.build import export_artifacts
 from export.compare import COARSE_TOLERANCE, FLOAT16_TOLERANCE, RELATIVE_TOLERANCE, Difference, compare, main
-from live_avatar.artifacts import MANIFEST, Artifacts
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import TINY
-from live_avatar.contract import contracts
-from live_avatar.generator import GeneratedBlock, Generator
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.graphs.artifacts import MANIFEST, Artifacts
+from live_avatar.graphs.contract import contracts
+from live_avatar.pipeline.generator import GeneratedBlock, Generator
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import open_checkpoint
 from tests.conftest import SEED, noise_speech
 from tests.export.conftest import LEAST
 from tests.tolerances import EXPORT, EXPORTED_STREAM, OTHER_LEVEL_SHARE

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from export.engines import LOCK, TIMING_CACHE, EngineOptions, build_engines, main
-from live_avatar.artifacts import MANIFEST, Artifacts, load_artifacts
-from live_avatar.engines import FOLDER, Engine, Machine, engine_path, read_engines
 from live_avatar.errors import CapacityError, ExportError
-from live_avatar.memory import WORKSPACE_BYTES
-from tests.core.fake_tensorrt import HostDevice, OnnxParser, install
+from live_avatar.exporter.engines import LOCK, TIMING_CACHE, EngineOptions, build_engines, main
+from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
+from live_avatar.graphs.engines import FOLDER, Engine, Machine, engine_path, read_engines
+from live_avatar.graphs.memory import WORKSPACE_BYTES
+from tests.support.fake_tensorrt import HostDevice, OnnxParser, install
 
 VERSION = "11.4.0.106"
 

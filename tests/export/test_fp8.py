@@ -14,9 +14,11 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from export.build import export_artifacts
 from export.calibrate import ObservedRuntime, calibrate, main
-from export.fp8 import (
+from live_avatar.config import S2V_14B
+from live_avatar.errors import ExportError
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.exporter.quantization import (
     HEADROOM,
     INPUT_SCALE,
     PART,
@@ -30,18 +32,17 @@ from export.fp8 import (
     scale,
     weight,
 )
-from export.graphs import TracedGraph, Tracer, random_inputs
-from live_avatar import fp8
-from live_avatar.artifacts import Artifacts
-from live_avatar.checkpoint import open_checkpoint
-from live_avatar.components import build_components, outline
-from live_avatar.config import S2V_14B
-from live_avatar.contract import contracts
-from live_avatar.dit import CausalDiT
-from live_avatar.errors import ExportError
+from live_avatar.exporter.tracing import TracedGraph, Tracer, random_inputs
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import contracts
+from live_avatar.model.dit import CausalDiT
+from live_avatar.model.networks import outline
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
-from live_avatar.weights import Checkpoint, RenamedWeights, Weights
+from live_avatar.weights import fp8
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.tensors import Checkpoint, RenamedWeights, Weights
 from tests.conftest import noise_speech
 from tests.export.conftest import LEAST
 from tests.export.test_tensorrt_operators import Graph, faults

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from export import compare, synthetic
-from live_avatar import cli
-from live_avatar.artifacts import load_artifacts
+from live_avatar.cli.main import main as cli
 from live_avatar.config import S2V_14B
+from live_avatar.graphs.artifacts import load_artifacts
 
 SIZES = ("--layers", "1", "--text-layers", "1", "--text-vocab", "1024", "--speech-layers", "1")
 

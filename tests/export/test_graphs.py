@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.graphs import OPSET, Tracer, random_inputs
-from live_avatar.artifacts import Artifacts
-from live_avatar.components import TextEncoder, outline
 from live_avatar.config import S2V_14B, TINY
-from live_avatar.contract import FLOAT, INT64, Contract, TensorSpec, contracts
 from live_avatar.errors import ExportError
+from live_avatar.exporter.tracing import OPSET, Tracer, random_inputs
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.components import TextEncoder
+from live_avatar.graphs.contract import FLOAT, INT64, Contract, TensorSpec, contracts
+from live_avatar.model.networks import outline
 
 COMPONENTS = list(contracts(TINY))
 ROOT = Path(__file__).parents[2]

@@ -10,16 +10,16 @@ import pytest
 from click.testing import CliRunner
 
 from export import compare
-from export.build import export_artifacts
 from export.synthetic import official_preset, write_checkpoint, write_lora
-from live_avatar.artifacts import TOKENIZER, Artifacts
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import VAEConfig
-from live_avatar.generator import Generator
-from live_avatar.lora import LoRA
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.graphs.artifacts import TOKENIZER, Artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
-from live_avatar.weights import Checkpoint
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.lora import LoRA
+from live_avatar.weights.tensors import Checkpoint
 from tests.conftest import SEED, noise_speech
 from tests.export.conftest import LEAST
 from tests.tolerances import EXPORTED_STREAM

@@ -13,13 +13,13 @@ from safetensors import safe_open
 
 from export import synthetic
 from export.synthetic import lora_shapes, main, official_preset, write_checkpoint, write_lora
-from live_avatar.checkpoint import open_checkpoint
-from live_avatar.components import outline
 from live_avatar.config import PRESETS, S2V_14B, TINY, Preset
 from live_avatar.errors import ConfigError, ExportError
-from live_avatar.lora import LoRA, MergedWeights
-from live_avatar.official import DIT_INDEX, SPEECH_FOLDER, TEXT_FILE, open_official
-from live_avatar.weights import RandomWeights, SafetensorsWeights, TorchFileWeights, shapes_of
+from live_avatar.model.networks import outline
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.lora import LoRA, MergedWeights
+from live_avatar.weights.official import DIT_INDEX, SPEECH_FOLDER, TEXT_FILE, open_official
+from live_avatar.weights.tensors import RandomWeights, SafetensorsWeights, TorchFileWeights, shapes_of
 from tests.export.conftest import LEAST
 
 SMALL = official_preset(LEAST, {})

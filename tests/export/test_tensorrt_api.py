@@ -1,7 +1,7 @@
 """All that the project takes from the module `tensorrt` is in TensorRT's own bindings, 10.15 to 11.4.
 
 Two steps: every `trt.` name in the code, and every member and argument of the stand-in that the tests run the code
-on (`tests/core/fake_tensorrt.py`), is looked up in what the bindings offer (`data/tensorrt_api.json`). What the code
+on (`tests/support/fake_tensorrt.py`), is looked up in what the bindings offer (`data/tensorrt_api.json`). What the code
 calls on an object that it got is thereby covered: the stand-in has nothing else.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from live_avatar.runtime.tensorrt_runtime import LEAST_VERSION
-from tests.core.fake_tensorrt import tensorrt_module
+from tests.support.fake_tensorrt import tensorrt_module
 
 ROOT = Path(__file__).parents[2]
 API = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())

@@ -16,11 +16,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.graphs import OPSET, Tracer
-from live_avatar.artifacts import Artifacts
-from live_avatar.components import build_components, outline
 from live_avatar.config import S2V_14B, Preset
-from live_avatar.contract import contracts
+from live_avatar.exporter.tracing import OPSET, Tracer
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import contracts
+from live_avatar.model.networks import outline
 from tests.export.conftest import LEAST
 
 LIST = json.loads((Path(__file__).parent / "data" / "tensorrt_operators.json").read_text())

@@ -14,11 +14,11 @@ import pytest
 import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
 
-from export.build import LEAST_BYTES, weight_file
-from export.weights import ALIGNMENT, WeightFile, tensor_bytes
-from live_avatar.artifacts import Artifacts
-from live_avatar.checkpoint import load_networks, open_checkpoint
 from live_avatar.config import TINY
+from live_avatar.exporter.build import LEAST_BYTES, weight_file
+from live_avatar.exporter.weight_file import ALIGNMENT, WeightFile, tensor_bytes
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.weights.checkpoint import load_networks, open_checkpoint
 
 
 def value(name: str, *shape: int, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from live_avatar.config import DiTConfig, VAEConfig
-from live_avatar.dit import CausalDiT
-from live_avatar.vae import VAE
+from live_avatar.model.dit import CausalDiT
+from live_avatar.model.vae import VAE
 
 DATA = Path(__file__).parent / "data"
 LARGEST_ERROR: dict[str, dict[str, float]] = defaultdict(dict)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from live_avatar.dit import CausalDiT
-from live_avatar.speech import bucket_features, features_30hz
+from live_avatar.inputs.speech import bucket_features, features_30hz
+from live_avatar.model.dit import CausalDiT
 from tests.golden.conftest import Golden
 from tests.tolerances import INTERPOLATED_AUDIO, PORT
 

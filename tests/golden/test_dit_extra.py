@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from live_avatar import rope
-from live_avatar.audio import AudioTokens
-from live_avatar.dit import CausalDiT
+from live_avatar.model import rope
+from live_avatar.model.audio import AudioTokens
+from live_avatar.model.dit import CausalDiT
 from tests.golden.conftest import Golden
 from tests.golden.trace import Geometry, Trace, audio_tokens, prefill
 from tests.tolerances import PORT

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from tests.golden.conftest import Golden
 from tests.golden.trace import Geometry, Trace, audio_tokens, prefill, token_major
 from tests.tolerances import PORT

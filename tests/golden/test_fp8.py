@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from live_avatar import fp8
+from live_avatar.weights import fp8
 from tests.golden.conftest import Golden
 from tests.tolerances import FLOAT32
 

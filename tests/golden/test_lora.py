@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from live_avatar.dit import CausalDiT
-from live_avatar.lora import LoRA, MergedWeights
-from live_avatar.weights import SafetensorsWeights
+from live_avatar.model.dit import CausalDiT
+from live_avatar.weights.lora import LoRA, MergedWeights
+from live_avatar.weights.tensors import SafetensorsWeights
 from tests.golden.conftest import Golden
 from tests.golden.test_dit_step import COLUMNS
 from tests.golden.trace import Geometry, Trace, audio_tokens, prefill, token_major

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from live_avatar.config import TINY
-from live_avatar.dit import CausalDiT
-from live_avatar.schedule import make_schedule
+from live_avatar.model.dit import CausalDiT
+from live_avatar.model.schedule import make_schedule
 from tests.golden.conftest import Golden
 from tests.golden.trace import Geometry, Trace, audio_tokens, prefill, token_major
 from tests.tolerances import PORT, ROLLOUT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from live_avatar.vae import VAE
+from live_avatar.model.vae import VAE
 from tests.golden.conftest import Golden
 from tests.tolerances import PORT
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from live_avatar import rope
-from live_avatar.audio import AudioTokens
-from live_avatar.dit import KV, CausalDiT, Conditions
+from live_avatar.model import rope
+from live_avatar.model.audio import AudioTokens
+from live_avatar.model.dit import KV, CausalDiT, Conditions
 
 
 @dataclass

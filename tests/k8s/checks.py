@@ -19,7 +19,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import export.engines
-import live_avatar.cli
+import live_avatar.cli.main
 from live_avatar.serving import server, supervisor
 from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions
 from live_avatar.version import __version__
@@ -51,8 +51,8 @@ RESTRICTED = {
     "capabilities": {"drop": ["ALL"]},
 }
 COMMANDS: dict[tuple[str, ...], click.Command] = {
-    ("live-avatar", "serve"): live_avatar.cli.serve,
-    ("live-avatar", "export"): live_avatar.cli.export,
+    ("live-avatar", "serve"): live_avatar.cli.main.serve,
+    ("live-avatar", "export"): live_avatar.cli.main.export,
     ("python3", "-m", "export.engines"): export.engines.main,
 }
 WRITTEN = {("live-avatar", "export"): "output", ("python3", "-m", "export.engines"): "artifacts"}

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from live_avatar.config import S2V_14B
-from live_avatar.image import MAX_BYTES
-from live_avatar.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
+from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
+from live_avatar.inputs.image import MAX_BYTES
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
     APPLIED,
@@ -185,7 +185,7 @@ def test_no_ingress_of_a_namespace_that_was_not_let_in(objects_of):
     assert not any(port["port"] == "http" for rule in policy["ingress"] for port in rule["ports"])
 
 
-# Sizes: the comments in the YAML have the sums, live_avatar/memory.py the terms.
+# Sizes: the comments in the YAML have the sums, live_avatar/graphs/memory.py the terms.
 
 
 def tensor_bytes() -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from live_avatar.cli import doctor
+from live_avatar.cli.main import doctor
 from tests.k8s.checks import gpus_of
 from tests.k8s.manifests import K8S, ROOT, Object, build, mount_of, of_kind, pod_of, server_of, workloads
 from tests.k8s.programs import program, tool

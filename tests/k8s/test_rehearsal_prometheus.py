@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from live_avatar.artifacts import Artifacts
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar_client import AvatarSession
 from tests.cli.support import wait_until
 from tests.conftest import noise_speech

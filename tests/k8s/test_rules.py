@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from live_avatar.cli import serve
+from live_avatar.cli.main import serve
 from live_avatar.serving.server import ServerOptions
 from tests.k8s.observing import (
     K8S,
@@ -134,7 +134,7 @@ def test_each_table_row_of_the_runbook_says_what_the_rule_says() -> None:
         ("sessions of this server are taken", "live_avatar/serving/stage.py"),
         ("the process of STAGE is gone", "live_avatar/serving/supervisor.py"),
         ("waiting for another process that builds engines", "export/engines.py"),
-        ("has not been built", "live_avatar/engines.py"),
+        ("has not been built", "live_avatar/graphs/engines.py"),
         (" started: ", "live_avatar/serving/conditioning.py"),
     ],
 )

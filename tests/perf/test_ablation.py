@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from live_avatar.artifacts import MANIFEST, Artifacts
 from live_avatar.errors import InputError
+from live_avatar.graphs.artifacts import MANIFEST, Artifacts
 from perf.figures import BlockTimes
 from perf.placement import stages
 from perf.scenarios.ablation import (

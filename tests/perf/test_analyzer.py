@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from live_avatar.artifacts import Artifacts
 from live_avatar.errors import ServerError
+from live_avatar.graphs.artifacts import Artifacts
 from perf import analyzer
 from perf.analyzer import REAL_TIME, Load, options, program, sequences
 from perf.load import Speaker

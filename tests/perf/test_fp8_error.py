@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from live_avatar.assets import SPEECH
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import S2V_14B
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar_client.media import read_speech
 from perf import fp8_error
 from perf.fp8_error import cut, errors, main, record

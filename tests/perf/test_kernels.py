@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from live_avatar.attention import Linear
-from live_avatar.components import build_components
 from live_avatar.config import TINY
-from live_avatar.contract import contracts
-from live_avatar.fp8 import rounded
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import contracts
+from live_avatar.model.attention import Linear
+from live_avatar.weights.fp8 import rounded
 from perf.kernels import (
     FP8Linear,
     attention,

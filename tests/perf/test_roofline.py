@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from live_avatar.artifacts import Artifacts
 from live_avatar.errors import InputError
+from live_avatar.graphs.artifacts import Artifacts
 from perf.preset_cost import artifacts_costs, preset_costs
 from perf.roofline import Ceilings, Cost, Tensor, count, load_graph
 

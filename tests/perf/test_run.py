@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from live_avatar.artifacts import Artifacts
 from live_avatar.errors import InputError
+from live_avatar.graphs.artifacts import Artifacts
 from perf import run
 from perf.run import SCENARIOS, main
 from perf.scenario import Context, Figures, Scenario, broken, check

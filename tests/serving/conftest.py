@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.server import ServerOptions, TritonServer, serving
 from tests.conftest import noise_speech

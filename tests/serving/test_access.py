@@ -14,9 +14,9 @@ import trustme
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
-from live_avatar.doctor import exit_code
+from live_avatar.cli.doctor import exit_code
 from live_avatar.errors import ServerError
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.access import Access, access_flags, access_warnings, is_loopback, read_key
 from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.supervisor import WITHOUT_PROXY

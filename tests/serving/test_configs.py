@@ -8,7 +8,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from live_avatar import conditioning, config, image, text
+from live_avatar import config
+from live_avatar.inputs import image, text
+from live_avatar.pipeline import conditioning
 from live_avatar.serving.server import MODEL_REPOSITORY
 from live_avatar_client import protocol
 

@@ -24,9 +24,9 @@ import pytest
 import tritonclient.grpc as triton
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
 from live_avatar.assets import PORTRAIT
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.serving import metrics
 from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, TritonServer, serving
 from live_avatar.serving.supervisor import WITHOUT_PROXY

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts, load_artifacts
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.server import ServerOptions, serving
 from live_avatar_client import AvatarSession, Block

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from live_avatar.arrays import Array
+from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import conditioning, metrics
 from live_avatar.serving.conditioning import ConditioningStage
@@ -17,7 +18,6 @@ from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import ABSENT, FAILED, READY, RollingSink
 from live_avatar.serving.stage import StageRequest, StageResponse
 from live_avatar.serving.tensors import FAILURE, SINK_KEY, SINK_REFERENCE, read_text
-from live_avatar.sink import SinkSource
 from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe, served
 from tests.serving.recording import RecordingMeter
 

@@ -11,9 +11,9 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts, load_artifacts
 from live_avatar.errors import ServerError
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.server import ServerOptions, TritonServer, serving
 from live_avatar.serving.trace import read_trace

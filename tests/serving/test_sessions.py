@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from live_avatar.arrays import Array
-from live_avatar.artifacts import Artifacts
-from live_avatar.generator import Generator
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.pipeline.generator import Generator
 from live_avatar.serving import metrics
 from live_avatar.serving.server import ServerOptions, TritonServer, serving
 from live_avatar.version import __version__

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from live_avatar.artifacts import Artifacts
+from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.trace import read_trace
 from live_avatar.serving.turns import turn_of, turns_value

@@ -14,7 +14,7 @@ from torch import Tensor
 from live_avatar import interrupts
 from live_avatar.arrays import Array, Arrays
 from live_avatar.config import MOTION_LATENTS, PRESETS, TINY, Preset, VAEConfig
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from live_avatar.runtime import Graph
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.tolerances import STREAMED

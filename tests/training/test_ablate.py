@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from live_avatar.checkpoint import load_networks, open_checkpoint
-from live_avatar.dit import CausalDiT
-from live_avatar.generator import Generator
+from live_avatar.model.dit import CausalDiT
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import load_networks, open_checkpoint
 from tests.tolerances import OTHER_LEVEL_SHARE
 from tests.training.conftest import SMALL, drawn_network, toy_config
 from tests.training.test_run import toml

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from live_avatar.checkpoint import load_networks, open_checkpoint
-from live_avatar.conditioning import Conditioner
 from live_avatar.errors import CheckpointError
+from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import load_networks, open_checkpoint
 from tests.tolerances import STREAMED
 from tests.training.conftest import SMALL, Heard, toy_config
 from training.checkpoints import save_weights

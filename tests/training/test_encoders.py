@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from live_avatar.components import speech_network
+from live_avatar.model.networks import speech_network
 from tests.tolerances import STREAMED
 from tests.training.conftest import SMALL, toy_config
 from training.data.speech import make_utterance

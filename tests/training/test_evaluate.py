@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from live_avatar.arrays import Array
-from live_avatar.checkpoint import open_checkpoint
-from live_avatar.generator import Generator
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import open_checkpoint
 from tests.training.conftest import SMALL
 from training.data.clips import Clip, Split, make_clip
 from training.evaluate import (

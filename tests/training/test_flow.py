@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from live_avatar.config import TINY
-from live_avatar.schedule import make_schedule
+from live_avatar.model.schedule import make_schedule
 from tests.tolerances import FLOAT32
 from training.flow import chance, choice, mixed, moved, timestep, training_levels, velocity_loss
 

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from live_avatar.dit import CausalDiT
-from live_avatar.lora import PREFIX, TARGET, LoRA, MergedWeights
-from live_avatar.weights import SafetensorsWeights
+from live_avatar.model.dit import CausalDiT
+from live_avatar.weights.lora import PREFIX, TARGET, LoRA, MergedWeights
+from live_avatar.weights.tensors import SafetensorsWeights
 from tests.tolerances import FLOAT32, STREAMED
 from tests.training.conftest import SMALL, drawn_clip, drawn_network
 from training.checkpoints import save_weights

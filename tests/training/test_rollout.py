@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from live_avatar.assets import PORTRAIT
-from live_avatar.checkpoint import load_networks, open_checkpoint
-from live_avatar.conditioning import Conditioner, block_noise
-from live_avatar.dit import CausalDiT
-from live_avatar.generator import Generator
+from live_avatar.model.dit import CausalDiT
+from live_avatar.pipeline.conditioning import Conditioner, block_noise
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import load_networks, open_checkpoint
 from tests.conftest import SEED, noise_speech
 from tests.tolerances import STREAMED
 from tests.training.conftest import SMALL, Heard, drawn_clip, drawn_network

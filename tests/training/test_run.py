@@ -16,11 +16,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from live_avatar.assets import PORTRAIT
-from live_avatar.checkpoint import open_checkpoint
 from live_avatar.config import PRESETS
-from live_avatar.generator import Generator
-from live_avatar.lora import LoRA
+from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.lora import LoRA
 from tests.conftest import noise_speech
 from tests.training.conftest import toy_config
 from training import run

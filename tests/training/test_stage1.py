@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from live_avatar import rope
-from live_avatar.attention import rotate
-from live_avatar.dit import KV, CausalDiT, unpatchify
-from live_avatar.schedule import make_schedule
+from live_avatar.model import rope
+from live_avatar.model.attention import rotate
+from live_avatar.model.dit import KV, CausalDiT, unpatchify
+from live_avatar.model.schedule import make_schedule
 from tests.training.conftest import SMALL, differing, drawn_clip, drawn_network, gradients
 from training.encoded import EncodedClip
 from training.flow import timestep, training_levels

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from live_avatar.dit import CausalDiT
+from live_avatar.model.dit import CausalDiT
 from tests.training.conftest import SMALL, differing, drawn_clip, drawn_network, gradients
 from training.accumulation import backward_by_blocks
 from training.config import DistillationStage, LoRAConfig

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from live_avatar.dit import CausalDiT
 from live_avatar.errors import ConfigError
+from live_avatar.model.dit import CausalDiT
 from tests.tolerances import FLOAT32
 from tests.training.conftest import SMALL, drawn_clip, drawn_network
 from training import distributed

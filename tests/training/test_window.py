@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from live_avatar import rope
-from live_avatar.audio import AudioTokens
-from live_avatar.dit import CausalDiT, Conditions
+from live_avatar.model import rope
+from live_avatar.model.audio import AudioTokens
+from live_avatar.model.dit import CausalDiT, Conditions
 from tests.tolerances import STREAMED
 from tests.training.conftest import SMALL, drawn_clip, drawn_network
 from training.encoded import EncodedClip

@@ -1,0 +1,158 @@
+"""An artifacts folder, made whole or not at all.
+
+Everything is written into a folder beside the target and moved into place at the end, so an interrupted
+export leaves no half-made artifacts behind. Knows presets, graphs and files; knows no engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+from live_avatar.errors import ExportError
+from live_avatar.exporter.quantization import Calibration, quantise_checkpoint, quantise_graph
+from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
+from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
+from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, file_sha256, load_artifacts
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import contracts
+from live_avatar.version import __version__
+from live_avatar.weights.checkpoint import outline_networks
+from live_avatar.weights.lora import MergedWeights
+from live_avatar.weights.tensors import Checkpoint, Weights
+
+LEAST_BYTES = 1024  # constants smaller than this stay in the graph
+Progress = Callable[[str], None]
+
+
+def weight_file(component: str) -> str:
+    """External file of a component; components of one network share theirs."""
+    group = "dit" if component.startswith("dit_") else "vae" if component.startswith("vae_") else component
+    return f"{group}.weights"
+
+
+def export_artifacts(
+    checkpoint: Checkpoint, output: Path, progress: Progress, calibration: Calibration | None = None
+) -> Artifacts:
+    """Exports every component of a checkpoint into the folder `output`, replacing artifacts that stand there.
+
+    `progress` is told each component's name before its export. With a calibration the transformer's large linears are
+    in FP8. Host memory holds one weight at a time. Raises `ExportError` if `output` exists and is not an artifacts
+    folder, or if the calibration is of other graphs, and `CheckpointError` for unusable weights.
+    """
+    if output.exists() and not _replaceable(output):
+        raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
+        folder = Path(unfinished) / output.name
+        folder.mkdir()
+        _write_graphs(checkpoint, folder, progress, calibration)
+        if checkpoint.tokenizer is not None:
+            shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
+        (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, calibration), indent=1))
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    return load_artifacts(output)
+
+
+def _replaceable(output: Path) -> bool:
+    """Whether it is an empty folder, or artifacts of any version: a manifest of something else is no licence."""
+    if not output.is_dir() or not any(output.iterdir()):
+        return output.is_dir()
+    try:
+        manifest = json.loads((output / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format", "contracts", "files"} <= manifest.keys()
+
+
+def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress, calibration: Calibration | None) -> None:
+    agreed = contracts(checkpoint.preset)
+    components = build_components(checkpoint.preset, outline_networks(checkpoint))
+    tracer = Tracer(components)
+    if calibration is not None:
+        checkpoint = quantise_checkpoint(checkpoint, calibration)
+    by_file: dict[str, list[str]] = {}
+    for name in agreed:
+        by_file.setdefault(weight_file(name), []).append(name)
+    for file, names in by_file.items():
+        with WeightFile(folder / file) as weights:
+            for name in names:
+                progress(name)
+                graph = tracer.trace(agreed[name])
+                if calibration is not None and name.startswith("dit_"):
+                    graph = quantise_graph(graph, name, calibration)
+                _place(graph, checkpoint, weights)
+                onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")
+    for name in agreed:
+        onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
+
+
+def _place(graph: TracedGraph, checkpoint: Checkpoint, file: WeightFile) -> None:
+    """Gives every initializer of the graph its value: a place in the file, unless it is small."""
+    named = {value: name for name, value in graph.weights}
+    for value in graph.model.graph.initializers.values():
+        name = named.get(value)
+        if name is not None and name in graph.constants:
+            value.const_value = _constant(TorchTensor(graph.constants[name], name=value.name), value, file)
+        elif name is not None:
+            value.const_value = file.place(name, value, partial(_read, checkpoint, name, value))
+        elif not isinstance(value.const_value, ir.ExternalTensor):  # not placed yet; components may share a model
+            assert value.const_value is not None
+            value.const_value = _constant(value.const_value, value, file)
+
+
+def _constant(constant: ir.TensorProtocol, value: ir.Value, file: WeightFile) -> ir.TensorProtocol:
+    """A constant is known by what it is, since its name may mean another value in another component."""
+    if constant.nbytes < LEAST_BYTES:
+        return constant
+    data = constant.tobytes()
+    return file.place(hashlib.sha256(data).hexdigest(), value, lambda: data)
+
+
+def _read(checkpoint: Checkpoint, name: str, value: ir.Value) -> memoryview:
+    """A weight in the type of the graph, as bytes; parameters are called `part.name in the state dict`."""
+    part, _, official = name.partition(".")
+    assert value.dtype is not None
+    return tensor_bytes(checkpoint.parts[part].read(official).to(getattr(torch, str(value.dtype.numpy()))))
+
+
+def provenance(weights: Weights) -> dict[str, Any]:
+    """What a network's weights are: the files by name, and how much of an adapter; or the seed they are drawn from."""
+    if not weights.files:
+        return {"origin": weights.origin}
+    lora = {"lora_scale": weights.scale} if isinstance(weights, MergedWeights) else {}
+    return {"files": {path.name: file_sha256(path) for path in weights.files}, **lora}
+
+
+def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | None) -> dict[str, Any]:
+    preset = checkpoint.preset
+    files = sorted(path for path in folder.iterdir())
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "preset": preset.to_dict(),
+        "weights": {part: provenance(weights) for part, weights in checkpoint.parts.items()},
+        "opset": OPSET,
+        "fp8": None if calibration is None else {"calibrated_on_blocks": calibration.blocks},
+        "made_with": {
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "contracts": {name: contract.to_dict() for name, contract in contracts(preset).items()},
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files},
+    }

@@ -1,0 +1,1 @@
+"""The exported graphs: contracts, components, artifacts folders, engine records, memory."""

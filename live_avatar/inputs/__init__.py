@@ -1,0 +1,1 @@
+"""User input, prepared for the encoders: picture, speech, prompt."""

@@ -1,0 +1,1 @@
+"""The networks and the sampler, with explicit state."""

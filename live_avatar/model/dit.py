@@ -1,0 +1,205 @@
+"""The causal video diffusion transformer, with every state passed in and out (spec sections 2 to 6).
+
+`CausalDiT` carries the official parameter names, so an official state dict loads as it is. It knows
+no step number, no ring and no session: a caller gives the modulation of a timestep, the history's keys
+and values and the rotary phases, and gets a velocity and the block's own keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from live_avatar.config import PATCH, DiTConfig
+from live_avatar.model.attention import Attention, Linear, rotate
+from live_avatar.model.audio import AudioEncoder, AudioInjector, AudioTokens
+from live_avatar.model.motion import FramePacker
+
+KV = list[tuple[Tensor, Tensor]]
+"""Keys and values of every layer, [1, N, L, D] each."""
+
+NOISY, REFERENCE, MOTION = 0, 1, 2  # rows of `trainable_cond_mask`
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What a timestep adds to the network: `layers` [layers, 6, C] and `head` [2, C], both complete."""
+
+    layers: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a block attends to beside itself.
+
+    text, sink: keys and values of every layer; sink keys are not rotated. history: rotated keys and plain
+    values of the past blocks (L may be 0). audio: this block's audio tokens. pose: latents
+    [1, 16, F, h, w], or None for no pose video.
+    """
+
+    text: KV
+    sink: KV
+    history: KV
+    audio: AudioTokens
+    pose: Tensor | None = None
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """One transformer layer: self-attention, text attention, feed-forward."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+        self.self_attn = Attention(config.dim, config.num_heads, config.eps)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = Attention(config.dim, config.num_heads, config.eps)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            Linear(config.ffn_dim, config.dim),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        phase: Tensor,
+        text: tuple[Tensor, Tensor],
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """x [1, L, C], modulation [6, C], phase [2, L, D/2], past: rotated keys and values seen beside x.
+
+        Returns x (float32), its (un-rotated keys, values), and its rotated keys, in the type of caches.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(0)
+        attention = self.self_attn
+        normed = _modulated(x, shift1, scale1, self.eps)
+        key, value = attention.key(normed), attention.value(normed)
+        rotated = rotate(key, phase).to(value.dtype)
+        keys = torch.cat([*(k for k, _ in past), rotated], dim=2)
+        values = torch.cat([*(v for _, v in past), value], dim=2)
+        x = x + gate1 * attention(rotate(attention.query(normed), phase), keys, values)
+        x = x + self.cross_attn(self.cross_attn.query(self.norm3(x)), *text)
+        x = x + gate2 * self.ffn(_modulated(x, shift2, scale2, self.eps))
+        return x, (key.to(value.dtype), value), rotated
+
+
+class Head(nn.Module):
+    """Last norm and projection to the 2x2 patch of every token."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.head = nn.Linear(config.dim, PATCH * PATCH * config.in_dim)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [1, L, C], modulation [2, C] -> [1, L, 4 * 16]."""
+        return self.head(_modulated(x, modulation[0], modulation[1], self.eps))
+
+
+class CausalDiT(nn.Module):
+    """The network; sizes from the config, nothing on `self` changes in a call."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, (1, PATCH, PATCH)
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch)
+        self.cond_encoder = nn.Conv3d(config.cond_dim, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.trainable_cond_mask = nn.Embedding(3, dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.casual_audio_encoder = AudioEncoder(config)  # "casual" is the checkpoint's spelling
+        self.audio_injector = AudioInjector(config)
+        self.frame_packer = FramePacker(dim)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The transformer layers under their own type."""
+        return cast(list[Block], list(self.blocks))
+
+    def modulation(self, timestep: float) -> Modulation:
+        """Modulation of every layer and of the head at one timestep (spec section 3, steps 2, 4, 5)."""
+        half = self.config.freq_dim // 2
+        angles = timestep * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        feature = torch.cat([angles.cos(), angles.sin()]).to(self.head.modulation)
+        embedding = self.time_embedding(feature)
+        projected = self.time_projection(embedding).unflatten(0, (6, -1))
+        layers = torch.stack([block.modulation[0] + projected for block in self.layers])
+        return Modulation(layers, self.head.modulation[0] + embedding)
+
+    def text_kv(self, text: Tensor) -> KV:
+        """[text_len, text_dim] features, zero rows for padding -> text keys and values.
+
+        The padding rows go through the embedding and take part unmasked (quirk Q2, matched).
+        """
+        embedded = self.text_embedding(text)[None]
+        return [block.cross_attn.key_value(embedded) for block in self.layers]
+
+    def noisy_tokens(self, latent: Tensor, pose: Tensor | None) -> Tensor:
+        """[1, 16, F, h, w] -> [1, F * S, C]; without pose the pose branch still adds its bias (Q3)."""
+        tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
+        posed = self.cond_encoder.bias if pose is None else self.cond_encoder(pose).flatten(2).transpose(1, 2)
+        return tokens + posed + self.trainable_cond_mask.weight[NOISY]
+
+    def sink_tokens(self, reference: Tensor, motion: Tensor) -> Tensor:
+        """Reference [1, 16, 1, h, w] and motion [1, 16, n, h, w] latents -> [1, Nc, C]."""
+        tokens = self.patch_embedding(reference).flatten(2).transpose(1, 2)
+        mask = self.trainable_cond_mask.weight
+        return torch.cat([tokens + mask[REFERENCE], self.frame_packer(motion) + mask[MOTION]], dim=1)
+
+    def prefill(self, reference: Tensor, motion: Tensor, text: KV, modulation: Modulation, phase: Tensor) -> KV:
+        """Keys (un-rotated) and values of the sink in every layer (spec section 6).
+
+        `modulation` is that of timestep 0, `phase` [2, Nc, D/2] has the reference at position 30.
+        """
+        x = self.sink_tokens(reference, motion)
+        sink: KV = []
+        for layer, block in enumerate(self.layers):
+            x, key_value, _ = block(x, modulation.layers[layer], phase, text[layer], [])
+            sink.append(key_value)
+        return sink
+
+    def forward(
+        self,
+        latent: Tensor,
+        conditions: Conditions,
+        modulation: Modulation,
+        phase: Tensor,
+        sink_phase: Tensor,
+    ) -> tuple[Tensor, KV]:
+        """Velocity [1, 16, F, h, w] of one noisy block, and the block's rotated keys and values.
+
+        latent [1, 16, F, h, w]; phase [2, F * S, D/2] at the block's absolute positions; sink_phase
+        [2, Nc, D/2] at the rolled positions. The history holds the past blocks at this same noise level.
+        """
+        x = self.noisy_tokens(latent, conditions.pose)
+        written: KV = []
+        for layer, block in enumerate(self.layers):
+            sink_key, sink_value = conditions.sink[layer]
+            past = [conditions.history[layer], (rotate(sink_key, sink_phase), sink_value)]
+            x, (_, value), rotated = block(x, modulation.layers[layer], phase, conditions.text[layer], past)
+            x = self.audio_injector(layer, x, conditions.audio)
+            written.append((rotated, value))
+        return unpatchify(self.head(x, modulation.head), latent.shape), written
+
+
+def unpatchify(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """[1, F * S, 2 * 2 * 16] with channels fastest -> [1, 16, F, h, w] (spec section 3, step 6)."""
+    _, channels, frames, height, width = shape
+    grid = tokens.reshape(1, frames, height // PATCH, width // PATCH, PATCH, PATCH, channels)
+    return grid.permute(0, 6, 1, 2, 4, 3, 5).reshape(1, channels, frames, height, width)

@@ -1,0 +1,87 @@
+"""The four networks of a preset as torch modules, on the meta device until weights replace their parameters.
+
+Limits: reads no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from live_avatar.config import Preset, SpeechEncoderConfig, TextEncoderConfig
+from live_avatar.model.attention import Linear
+from live_avatar.model.dit import CausalDiT
+from live_avatar.model.vae import VAE
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The four networks of a preset, with their weights."""
+
+    dit: CausalDiT
+    vae: VAE
+    speech: nn.Module
+    text: nn.Module
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"dit": self.dit, "vae": self.vae, "speech": self.speech, "text": self.text}
+
+
+def speech_network(config: SpeechEncoderConfig) -> nn.Module:
+    """The wav2vec2 encoder of `transformers`, in the variant of xlsr-53 (layer norms everywhere, stable order)."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    return Wav2Vec2Model(
+        Wav2Vec2Config(
+            **asdict(config),
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            conv_bias=True,
+            apply_spec_augment=False,
+            layerdrop=0.0,
+        )
+    ).eval()
+
+
+def text_network(config: TextEncoderConfig) -> nn.Module:
+    """The UMT5 encoder of `transformers`."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    sizes = {name: value for name, value in asdict(config).items() if name != "tokenizer"}
+    return UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu", use_cache=False)).eval()
+
+
+def outline(preset: Preset) -> Networks:
+    """Networks of the preset's sizes and types on torch's meta device: no weights, and no memory for them."""
+    with torch.device("meta"):
+        networks = Networks(
+            CausalDiT(preset.dit).eval(),
+            VAE(preset.vae).eval(),
+            speech_network(preset.speech),
+            text_network(preset.text),
+        )
+    networks.speech.to("meta")  # transformers makes `masked_spec_embed` on the CPU whatever the device
+    large = getattr(torch, preset.precision)
+    for module in networks.dit.modules():
+        if isinstance(module, Linear):
+            module.to(large)
+    for parameter in networks.vae.parameters():
+        parameter.data = parameter.data.to(large)
+    if preset.precision != "float16":  # UMT5's activations leave the range of float16
+        networks.text.to(large)
+    return networks
+
+
+def replace_parameters(module: nn.Module, made: Callable[[str, Tensor], Tensor]) -> None:
+    """Puts `made(name, parameter)` in the place of every parameter; tied ones stay tied, under their first name."""
+    new = {
+        id(parameter): nn.Parameter(made(name, parameter), requires_grad=False)
+        for name, parameter in module.named_parameters()
+    }
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = new[id(parameter)]

@@ -1,0 +1,296 @@
+"""The causal video VAE as two streams: frames -> latents and latents -> frames (spec section 13).
+
+Official parameter names; the state of a stream is a list of tensors that the caller passes in and gets
+back, never on the module, so any number of streams share one VAE. A stream begins with state None and one
+frame (or latent), which time resampling leaves alone. State has the type of the weights; frames and latents
+are float32. It knows nothing of sessions or of pixels' types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from live_avatar.config import LATENT_CHANNELS, VAEConfig
+from live_avatar.model.attention import attend
+
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+EPS = 1e-12  # least length that a norm divides by
+
+
+class Stream:
+    """The slots of one pass, handed out and taken back in the order of the layers.
+
+    `slots` None is the start of a stream: every history is zero.
+    """
+
+    def __init__(self, slots: Sequence[Tensor] | None) -> None:
+        self.first = slots is None
+        self._slots: Iterator[Tensor] | None = None if slots is None else iter(slots)
+        self.out: list[Tensor] = []
+
+    def extend(self, x: Tensor, frames: int) -> Tensor:
+        """x [1, C, T, h, w] with the slot's last `frames` frames before it; keeps the newest ones."""
+        history = self._history(x, frames)
+        x = torch.cat([history, x], dim=2)
+        self.out.append(x[:, :, x.shape[2] - frames :])
+        return x
+
+    def skip(self, x: Tensor, frames: int, remembered: bool) -> None:
+        """Fills the slot of a layer that the stream's first frame passes by: with x, or as if it had not been."""
+        zeros = x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
+        self.out.append(torch.cat([zeros, x], dim=2)[:, :, -frames:] if remembered else zeros)
+
+    def _history(self, x: Tensor, frames: int) -> Tensor:
+        if self._slots is None:
+            return x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
+        return next(self._slots)
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A layer with a history."""
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor: ...
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that sees no future: its temporal history is a slot of the stream."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
+        margin = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), padding=margin)
+        self.margin = margin
+        self.history = kernel[0] - time_stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, C, T, h, w] -> [1, C', T', h', w'], without the history."""
+        # For one clip in float32 on a CPU torch chooses a loop of its own, which is five times slower than oneDNN.
+        if x.device.type == "cpu" and x.dtype == torch.float32 and _computes_alone():
+            return torch.mkldnn_convolution(
+                x, self.weight, self.bias, self.margin, self.stride, self.dilation, self.groups
+            )
+        return super().forward(x)
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+        """[1, C, T, h, w] -> [1, C', T / stride, h, w]."""
+        return self(stream.extend(x, self.history) if self.history else x)
+
+
+class RMSNorm(nn.Module):
+    """Unit length over channels, times sqrt(channels) and a gain."""
+
+    def __init__(self, channels: int, trailing: int) -> None:
+        super().__init__()
+        self.scale = channels**0.5
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * trailing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        return (wide * (self.scale / length.clamp(min=EPS)) * self.gamma).to(x.dtype)
+
+
+class Residual(nn.Module):
+    """Two normed convolutions beside an identity (or 1x1x1) path."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        kernel = (3, 3, 3)
+        self.residual = nn.Sequential(
+            RMSNorm(in_channels, 3),
+            nn.SiLU(),
+            CausalConv3d(in_channels, out_channels, kernel),
+            RMSNorm(out_channels, 3),
+            nn.SiLU(),
+            nn.Identity(),  # the place of the dropout in the official numbering
+            CausalConv3d(out_channels, out_channels, kernel),
+        )
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else CausalConv3d(in_channels, out_channels, (1, 1, 1))
+        )
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.shortcut(x) + _through(self.residual, x, stream)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over the pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, C, T, h, w] -> the same."""
+        frames = x[0].transpose(0, 1)  # [T, C, h, w]
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None]  # [T, 1, h * w, 3C]
+        out = attend(*qkv.chunk(3, dim=-1))
+        out = self.proj(out[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:]))
+        return x + out.transpose(0, 1)[None]
+
+
+class Downsample(nn.Module):
+    """Half the space, and with `time` half the frames."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if time else None
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+        x = _per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        if stream.first:
+            stream.skip(x, self.time_conv.history, remembered=True)
+            return x
+        return self.time_conv.stream(x, stream)
+
+
+class Twice(nn.Module):
+    """Nearest neighbours at twice the size, through float32: TensorRT resizes no bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C, h, w] -> [T, C, 2h, 2w]."""
+        return F.interpolate(x.float(), scale_factor=2.0, mode="nearest").to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """Twice the space with half the channels, and with `time` twice the frames."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(Twice(), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time else None
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+        if self.time_conv is not None:
+            if stream.first:
+                stream.skip(x, self.time_conv.history, remembered=False)
+            else:
+                early, late = self.time_conv.stream(x, stream).chunk(2, dim=1)
+                x = torch.stack([early, late], dim=3).flatten(2, 3)
+        return _per_frame(self.resample, x)
+
+
+def _computes_alone() -> bool:
+    """Neither a gradient nor a graph nor another type is wanted."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+
+
+def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
+    """Runs a 2-D module on every frame of [1, C, T, h, w]."""
+    return module(x[0].transpose(0, 1)).transpose(0, 1)[None]
+
+
+def _through(layers: nn.Sequential | nn.ModuleList, x: Tensor, stream: Stream) -> Tensor:
+    """Runs the layers in order; those that have a history take it from the stream."""
+    for layer in layers:
+        x = layer.stream(x, stream) if isinstance(layer, Streamed) else layer(x)
+    return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in config.dim_mult]
+        kernel = (3, 3, 3)
+        self.conv1 = CausalConv3d(3, config.dim, kernel)
+        layers: list[nn.Module] = []
+        channels = config.dim
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                layers.append(Residual(channels, width))
+                channels = width
+            if level < len(widths) - 1:
+                layers.append(Downsample(channels, config.temporal_downsample[level]))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = nn.Sequential(
+            Residual(channels, channels), SpatialAttention(channels), Residual(channels, channels)
+        )
+        self.head = nn.Sequential(RMSNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * config.z_dim, kernel))
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv1.stream(x, stream)
+        for part in (self.downsamples, self.middle, self.head):
+            x = _through(part, x, stream)
+        return x
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in reversed(config.dim_mult)]
+        kernel = (3, 3, 3)
+        channels = widths[0]
+        self.conv1 = CausalConv3d(config.z_dim, channels, kernel)
+        self.middle = nn.Sequential(
+            Residual(channels, channels), SpatialAttention(channels), Residual(channels, channels)
+        )
+        layers: list[nn.Module] = []
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks + 1):
+                layers.append(Residual(channels, width))
+                channels = width
+            if level < len(widths) - 1:
+                layers.append(Upsample(channels, tuple(reversed(config.temporal_downsample))[level]))
+                channels //= 2
+        self.upsamples = nn.Sequential(*layers)
+        self.head = nn.Sequential(RMSNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 3, kernel))
+
+    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv1.stream(x, stream)
+        for part in (self.middle, self.upsamples, self.head):
+            x = _through(part, x, stream)
+        return x
+
+
+class VAE(nn.Module):
+    """Encoder and decoder with the latents' normalisation; frames are in -1..1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+        shape = (1, LATENT_CHANNELS, 1, 1, 1)
+        # On the CPU, also where the weights stand on the meta device: these are numbers of the format, not weights.
+        for name, values in (("mean", LATENT_MEAN), ("std", LATENT_STD)):
+            self.register_buffer(name, torch.tensor(values, device="cpu").reshape(shape), persistent=False)
+
+    def encode(self, frames: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """Frames [1, 3, T, 8h, 8w] in -1..1 -> latents [1, 16, T', h, w] and the stream's new state.
+
+        With state None T is 1 and T' is 1: the first frame of a stream. Later T is a multiple of 4 and T' = T / 4.
+        """
+        stream = Stream(state)
+        moments = self.conv1(self.encoder.stream(frames.to(self.conv1.weight.dtype), stream)).float()
+        return (moments[:, : self.config.z_dim] - self.mean) / self.std, stream.out
+
+    def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """Latents [1, 16, T, h, w] -> frames [1, 3, T', 8h, 8w], not clamped, and the stream's new state.
+
+        With state None T is 1 and T' is 1: the first latent of a stream. Later T' = 4 T.
+        """
+        stream = Stream(state)
+        denormalised = (latents * self.std + self.mean).to(self.conv2.weight.dtype)
+        return self.decoder.stream(self.conv2(denormalised), stream).float(), stream.out

@@ -1,0 +1,92 @@
+"""Algorithm 3 in one process: block by block, step by step. The oracle that the pipeline must equal.
+
+Uses the same stages as the serving models, so on one runtime the two agree to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from live_avatar.arrays import Array
+from live_avatar.config import KNOWN_AVATARS, SAMPLES_PER_FRAME, Preset, StreamConfig
+from live_avatar.errors import InputError
+from live_avatar.pipeline.conditioning import Conditioner, avatar_key
+from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
+from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.lru import LRU
+from live_avatar.pipeline.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
+from live_avatar.runtime import Runtime
+
+Distance = Callable[[int, int], int]
+"""Rolling distance of the sink for (block counted from 0, step counted from 1)."""
+
+
+@dataclass(frozen=True)
+class GeneratedBlock:
+    """One block: its number from 0, its first frame on the speech's clock, clean latents, frames uint8 [n, H, W, 3]."""
+
+    index: int
+    first_frame: int
+    latents: Array
+    frames: Array
+
+
+def cut_blocks(speech: Array, stream: StreamConfig) -> Iterator[Array]:
+    """Blocks int16 [block_samples] of a whole speech, as many as its frames need, zeros after its end."""
+    needed = -(-speech.size // SAMPLES_PER_FRAME) + stream.lookahead_frames
+    for start in range(0, needed * SAMPLES_PER_FRAME, stream.block_samples):
+        block = speech[start : start + stream.block_samples]
+        yield np.pad(block, (0, stream.block_samples - block.size))
+
+
+class Generator:
+    """All stages of a runtime, run one after another."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.preset: Preset = runtime.preset
+        self._conditioner = Conditioner(runtime)
+        self._steps = [DenoisingStep(runtime, step) for step in range(1, self.preset.stream.steps + 1)]
+        self._decoder = FrameDecoder(runtime)
+        self._avatars: LRU[SinkSource] = LRU(KNOWN_AVATARS)
+
+    def stream(
+        self,
+        image: bytes,
+        prompt: str,
+        seed: int,
+        blocks: Iterator[Array],
+        distance: Distance | None = None,
+    ) -> Iterator[GeneratedBlock]:
+        """Yields a block for every block of speech, without end if `blocks` has none."""
+        stream = self.preset.stream
+        source = self._avatars.get(avatar_key(image, prompt), lambda: self._conditioner.avatar(image, prompt))
+        conditioning = self._conditioner.open(seed)
+        states = [step.open(step.prefill(source)) for step in self._steps]
+        decoding = DecoderState(self._decoder.warm_up(source.motion))
+        first_clean = None
+        for samples in blocks:
+            given = self._conditioner.block(conditioning, samples)
+            if takes_sink(given.index, stream):
+                assert first_clean is not None
+                for step, state in zip(self._steps, states, strict=True):
+                    state.sink = step.prefill(source.replaced(first_clean))
+            latent = given.noise
+            for step, state in zip(self._steps, states, strict=True):
+                chosen = distance(given.index, step.step) if distance else None
+                latent = step.run(state, latent, given.audio, chosen)
+            if gives_sink(given.index, stream):
+                first_clean = first_latent_frame(latent)
+            yield GeneratedBlock(given.index, given.first_frame, latent, self._decoder.decode(decoding, latent))
+
+    def generate(self, image: bytes, prompt: str, seed: int, speech: Array) -> Iterator[GeneratedBlock]:
+        """Exactly the frames of a speech, int16 [samples]: one per started 40 ms. `InputError` if it is empty."""
+        if speech.size == 0:
+            raise InputError("the speech has 0 samples; there is nothing to say.")
+        total = -(-speech.size // SAMPLES_PER_FRAME)
+        for block in self.stream(image, prompt, seed, cut_blocks(speech, self.preset.stream)):
+            kept = block.frames[max(0, -block.first_frame) : total - block.first_frame]
+            if len(kept):
+                yield GeneratedBlock(block.index, max(0, block.first_frame), block.latents, kept)

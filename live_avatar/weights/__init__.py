@@ -1,0 +1,1 @@
+"""Checkpoint files read as named tensors: official, our own, adapters, FP8."""

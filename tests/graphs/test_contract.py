@@ -1,0 +1,92 @@
+"""Every contract says what its component really takes and gives."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from live_avatar.config import S2V_14B, TINY
+from live_avatar.exporter.tracing import random_inputs
+from live_avatar.graphs.contract import Contract, TensorSpec, contracts, kv_names
+from live_avatar.runtime.torch_runtime import TorchRuntime
+from tests.support.networks import SMALL
+
+CONTRACTS = contracts(SMALL)
+CASES = [
+    pytest.param(name, extent, id=f"{name}-{size}")
+    for name, contract in CONTRACTS.items()
+    for extent, size in enumerate(("least", "usual", "greatest") if contract.ranges else ("fixed",))
+]
+
+
+def shape_at(spec: TensorSpec, contract: Contract, extent: int) -> tuple[int, ...]:
+    return tuple(contract.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
+
+
+@pytest.mark.parametrize(("name", "extent"), CASES)
+def test_a_component_gives_what_its_contract_says(small_runtime: TorchRuntime, name: str, extent: int) -> None:
+    contract = CONTRACTS[name]
+    outputs = small_runtime.graph(name).run(random_inputs(contract, seed=1, extent=extent))
+    assert list(outputs) == [spec.name for spec in contract.outputs]
+    for spec in contract.outputs:
+        got = outputs[spec.name]
+        assert got.shape == shape_at(spec, contract, extent), spec.name
+        assert got.dtype == np.dtype(spec.dtype), spec.name
+        assert np.isfinite(got).all(), spec.name
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_contract_survives_json(name: str) -> None:
+    contract = CONTRACTS[name]
+    assert Contract.from_dict(json.loads(json.dumps(contract.to_dict()))) == contract
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_names_are_unique_and_every_symbol_has_a_rising_range(name: str) -> None:
+    contract = CONTRACTS[name]
+    for specs in (contract.inputs, contract.outputs):
+        assert len({spec.name for spec in specs}) == len(specs)
+    symbols = {d for spec in (*contract.inputs, *contract.outputs) for d in spec.shape if isinstance(d, str)}
+    assert symbols == set(contract.ranges)
+    assert all(0 <= least <= usual <= greatest for least, usual, greatest in contract.ranges.values())
+
+
+def test_a_streams_state_comes_back_as_it_went_in() -> None:
+    for name in ("vae_encoder", "vae_decoder"):
+        given = [spec for spec in CONTRACTS[name].inputs if spec.name.startswith("state.")]
+        for maker in (name, f"{name}_first"):
+            made = [spec for spec in CONTRACTS[maker].outputs if spec.name.startswith("new_state.")]
+            assert [(f"new_{spec.name}", spec.shape) for spec in given] == [(s.name, s.shape) for s in made]
+
+
+def test_what_one_component_gives_the_next_one_takes() -> None:
+    given = {spec.name: spec for part in ("audio_tokens", "dit_prefill") for spec in CONTRACTS[part].outputs}
+    steps = [CONTRACTS[f"dit_step_{step}"] for step in (1, 2, 3, 4)]
+    for step in steps:
+        taken = {spec.name: spec for spec in step.inputs}
+        assert {name: taken[name] for name in given} == given
+        assert step.outputs[0].shape == taken["latent"].shape
+        written = {spec.name.replace("block", "history"): spec.shape for spec in step.outputs[1:]}
+        assert list(written) == [name for name in taken if name.startswith("history")]
+    assert steps[0].inputs == steps[3].inputs
+
+
+def test_the_14b_contracts_are_made_without_its_weights() -> None:
+    made = contracts(S2V_14B)
+    step = made["dit_step_1"]
+    assert step.ranges["history_tokens"] == (0, 3 * 3168, 3 * 3168)
+    assert {spec.name: spec.shape for spec in step.inputs}["sink_k.39"] == (1, 40, 2640, 128)
+    assert made["vae_decoder"].outputs[0].shape == (12, 704, 384, 3)
+    assert made["speech_encoder"].ranges["samples"] == (7680, 76_800, 76_800)
+    assert len(step.inputs) == 5 + 3 * 2 * 40
+
+
+def test_names_of_keys_and_values() -> None:
+    assert kv_names("sink", 2) == ("sink_k.0", "sink_v.0", "sink_k.1", "sink_v.1")
+
+
+def test_contracts_follow_the_preset() -> None:
+    assert contracts(TINY).keys() == CONTRACTS.keys()
+    assert contracts(TINY) != CONTRACTS

@@ -1,0 +1,273 @@
+"""Sums of memory against the sizes that the reference states, and against real graphs and caches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from live_avatar.config import S2V_14B, TINY, DiTConfig, Preset
+from live_avatar.errors import CapacityError, ConfigError
+from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.memory import (
+    CONDITIONING,
+    DECODER,
+    GIB,
+    MIB,
+    WORKSPACE_BYTES,
+    Memory,
+    decoder_memory,
+    fitting_on_host,
+    host_available_bytes,
+    require_room,
+    require_sessions,
+    session_memory,
+    step_memory,
+)
+from live_avatar.inputs.speech import SpeechWindow
+from live_avatar.pipeline.decoder import FrameDecoder
+from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from tests.runtime.test_tensorrt_runtime import source
+
+LARGE = S2V_14B.with_precision("bfloat16")
+SIZES = {1: 4, 16: 2, 7: 8, 9: 1}  # of ONNX types
+
+
+def test_a_ring_of_the_large_model_is_three_quarters_of_the_references() -> None:
+    """Spec section 11: 10.4 GB for 4 blocks of 3168 tokens, of which ours stores the 3 past ones."""
+    assert step_memory(LARGE).per_session["ring"] == 12_672 * 5120 * 2 * 2 * 40 * 3 // 4
+    assert step_memory(LARGE).per_session["ring"] == pytest.approx(10.4e9 * 3 / 4, rel=0.01)
+
+
+def test_a_sink_of_the_large_model_is_the_references_condition_cache() -> None:
+    """Spec section 11: 2640 tokens, 2.2 GB; the text keys and values of 512 tokens are counted with it."""
+    assert step_memory(LARGE).per_session["sink and text"] == (2640 + 512) * 5120 * 2 * 2 * 40
+    assert step_memory(LARGE).per_session["sink and text"] * 2640 / 3152 == pytest.approx(2.2e9, rel=0.02)
+
+
+def test_a_decoder_state_of_the_large_model_is_the_references() -> None:
+    """Spec section 13: 151,328 numbers for each latent pixel, about 1.28 GB in bf16 at 704x384."""
+    assert decoder_memory(LARGE).per_session["state"] == 151_328 * 88 * 48 * 2
+    assert decoder_memory(LARGE).per_session["state"] == pytest.approx(1.28e9, rel=0.01)
+
+
+def test_weights_of_the_large_model() -> None:
+    """Of 16.30 billion parameters of the transformer a step needs 13.85, a prefill 14.15."""
+    shared = step_memory(LARGE).shared
+    assert shared["weights of the step"] == pytest.approx(27.7e9, rel=0.01)
+    assert shared["weights of the prefill"] == pytest.approx(28.3e9, rel=0.01)
+    assert decoder_memory(LARGE).shared["weights of two engines"] < 2 * 126_892_531 * 2
+
+
+def test_fp8_takes_a_byte_for_each_weight_that_it_quantises() -> None:
+    """Per step and layer 6 of the 8 attention projections and the feed-forward; 12 injectors of 4 projections."""
+    dit = LARGE.dit
+    quantised = dit.num_layers * (6 * dim_square(dit) + 2 * dit.dim * dit.ffn_dim) + 12 * 4 * dim_square(dit)
+    low, high = step_memory(LARGE, fp8=True), step_memory(LARGE)
+    assert high.shared["weights of the step"] - low.shared["weights of the step"] == quantised
+    assert {**low.shared, **high.shared} == dict(high.shared)
+    assert low.per_session == high.per_session
+    assert fitting_on_host(LARGE, 60, sessions=1, fp8=True) == ()
+    assert fitting_on_host(LARGE, 60, sessions=1) == ("dit_prefill",)
+    assert fitting_on_host(LARGE, None, sessions=1) == ()
+    with pytest.raises(CapacityError, match=r"does not fit 40 GiB: .* = 49\.11 GiB; take a larger GPU"):
+        fitting_on_host(LARGE, 40, sessions=1)
+
+
+def dim_square(dit: DiTConfig) -> int:
+    return dit.dim * dit.dim
+
+
+def graph_bytes(artifacts: Artifacts, component: str) -> int:
+    graph = onnx.load(artifacts.graph_path(component), load_external_data=False).graph
+    return sum(math.prod(tensor.dims) * SIZES[tensor.data_type] for tensor in graph.initializer)
+
+
+def test_weights_are_those_of_the_graphs(artifacts: Artifacts) -> None:
+    """Within 2 %: a graph has some constants more. The prefill's last layer only makes keys and values."""
+    step, decoder = step_memory(TINY).shared, decoder_memory(TINY).shared
+    assert step["weights of the step"] == pytest.approx(graph_bytes(artifacts, "dit_step_1"), rel=0.02)
+    assert decoder["weights of two engines"] == pytest.approx(2 * graph_bytes(artifacts, "vae_decoder"), rel=0.02)
+    last_layer = step["weights of the prefill"] / TINY.dit.num_layers
+    assert 0 <= step["weights of the prefill"] - graph_bytes(artifacts, "dit_prefill") < last_layer
+
+
+def test_a_session_takes_what_its_caches_have(onnx_runtime: OnnxRuntime) -> None:
+    step = DenoisingStep(onnx_runtime, 1)
+    state = step.open(step.prefill(source(TINY, 1)))
+    memory = step_memory(TINY).per_session
+    assert memory["sink and text"] == sum(array.nbytes for array in state.sink.values())
+    tokens = TINY.stream.past_blocks * TINY.stream.block_tokens
+    assert memory["ring"] == 2 * TINY.dit.num_layers * tokens * TINY.dit.dim * 4
+
+
+def test_a_decoder_and_conditioning_keep_what_is_counted(onnx_runtime: OnnxRuntime) -> None:
+    given = source(TINY, 1)
+    slots = FrameDecoder(onnx_runtime).warm_up(given.motion)
+    assert decoder_memory(TINY).per_session["state"] == sum(array.nbytes for array in slots.values())
+    memory = session_memory(TINY, CONDITIONING, {}).per_session
+    assert memory["latents and text"] == given.motion.nbytes + given.text.nbytes
+    window = SpeechWindow(TINY.stream)
+    for _ in range(TINY.stream.speech_window_blocks + 1):
+        heard = window.push(np.zeros(TINY.stream.block_samples, dtype=np.int16))
+    assert memory["speech"] == 2 * heard.size
+
+
+def test_sixteen_bits_halve_the_caches() -> None:
+    full, half = step_memory(TINY), step_memory(TINY.with_precision("bfloat16"))
+    assert [2 * size for size in half.per_session.values()] == list(full.per_session.values())
+
+
+def test_the_sum_is_spelled_out() -> None:
+    memory = Memory("a stage", {"weights": 2 * GIB}, {"ring": GIB // 2})
+    assert memory.spelled(3) == "weights 2.00 GiB + 3 x ring 512.00 MiB = 3.50 GiB"
+    assert memory.total(3) == 3.5 * GIB
+
+
+def test_the_sum_of_a_small_preset_is_in_mib() -> None:
+    memory = Memory("a stage", {}, {"ring": 2 * MIB}, {"sink": MIB // 4})
+    assert memory.spelled(3) == "3 x ring 2.00 MiB = 6.00 MiB"
+    assert memory.spelled(3, 2) == "3 x ring 2.00 MiB + 2 x sink of an avatar 256.00 KiB = 6.50 MiB"
+    assert memory.total(3, 2) == 6.5 * MIB
+
+
+def test_a_prefill_on_the_host_leaves_the_gpu() -> None:
+    with_it, without = step_memory(LARGE), step_memory(LARGE, prefill_on_host=True)
+    assert with_it.total(1) - without.total(1) == with_it.shared["weights of the prefill"]
+    assert with_it.shared["scratch space of two engines"] == 2 * WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize(("memory_gib", "sessions"), [(math.nan, 1), (0.0, 1), (-8.0, 1), (80.0, 0)])
+def test_numbers_that_mean_nothing_are_refused(memory_gib: float, sessions: int) -> None:
+    message = (
+        rf"^{sessions} sessions on a GPU of {memory_gib:g} GiB; expected at least 1 session and more than 0 GiB\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        fitting_on_host(TINY, memory_gib, sessions)
+
+
+def test_what_fits_is_accepted() -> None:
+    require_room(LARGE, 79.6, 1)
+    require_room(LARGE, 79.6, 4, ("dit_prefill",))
+
+
+@pytest.mark.parametrize(
+    ("preset", "memory_gib", "sessions", "on_host", "stage"),
+    [
+        (LARGE, 79.6, 2, (), "a denoising step"),
+        (LARGE, 79.6, 5, ("dit_prefill",), "a denoising step"),
+        (S2V_14B, 79.6, 1, (), "a denoising step"),
+        (replace(LARGE, dit=TINY.dit, speech=TINY.speech, text=TINY.text), 5, 1, (), "the VAE decoder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_sum(
+    preset: Preset, memory_gib: float, sessions: int, on_host: tuple[str, ...], stage: str
+) -> None:
+    message = (
+        rf"{stage} of preset s2v-14b with {sessions} sessions does not fit {memory_gib:g} GiB: weights of .* \+ .* \+ "
+        rf"{sessions} x .* = [\d.]+ GiB; take a larger GPU, fewer sessions or 16 bits"
+    )
+    with pytest.raises(CapacityError, match=message) as caught:
+        require_room(preset, memory_gib, sessions, on_host)
+    may_move = stage == "a denoising step" and not on_host
+    assert ("--weights-on-host dit_prefill" in str(caught.value)) == may_move
+
+
+def bytes_of(preset: Preset, stage: str, sessions: int, avatars: int) -> int:
+    return session_memory(preset, stage, contracts(preset)).total(sessions, avatars)
+
+
+def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
+    needed = bytes_of(LARGE, "dit_step_3", 2, 1)
+    require_sessions(LARGE, 2, 1, needed, ["dit_step_3"])
+    message = (
+        r"^2 sessions and 1 known avatars of preset s2v-14b need 31\.37 GiB, but 31\.37 GiB are free, enough for 1 "
+        r"sessions: a denoising step: keys and values of the current block 2\.42 GiB \+ copies of a history that is "
+        r"not full 4\.83 GiB \+ sink that replaces another 2\.40 GiB \+ 2 x ring 7\.25 GiB \+ 2 x sink and text "
+        r"2\.40 GiB \+ 1 x sink and text of an avatar 2\.40 GiB = 31\.37 GiB; take fewer sessions "
+        r"\(--max-sessions\), fewer known avatars \(--known-avatars\) or more memory\.$"
+    )
+    with pytest.raises(CapacityError, match=message):
+        require_sessions(LARGE, 2, 1, needed - 1, ["dit_step_3"])
+
+
+def test_a_host_holds_the_sessions_of_all_stages() -> None:
+    stages = [CONDITIONING, *(f"dit_step_{step}" for step in range(1, 5)), DECODER]
+    needed = sum(bytes_of(TINY, stage, 4, 16) for stage in stages)
+    require_sessions(TINY, 4, 16, needed)
+    require_sessions(TINY, 4, 16, needed, stages, contracts(TINY))
+    with pytest.raises(CapacityError) as caught:
+        require_sessions(TINY, 4, 16, needed - 1)
+    sentence = str(caught.value)
+    assert f"need {needed / MIB:.2f} MiB, but {needed / MIB:.2f} MiB are free, enough for 3 sessions: " in sentence
+    spelled = [part.partition(": ")[0] for part in sentence.split("sessions: ", 1)[1].split("; ")[:3]]
+    assert spelled == ["conditioning", "4 times a denoising step", "the VAE decoder"]
+
+
+def test_no_room_for_the_avatars_is_room_for_no_session() -> None:
+    with pytest.raises(CapacityError, match=r"but 0\.00 KiB are free, enough for 0 sessions"):
+        require_sessions(TINY, 1, 16, 0)
+
+
+@pytest.mark.parametrize(("sessions", "avatars"), [(0, 1), (-3, 1), (1, -1)])
+def test_numbers_of_sessions_that_mean_nothing_are_refused(sessions: int, avatars: int) -> None:
+    message = rf"^{sessions} sessions and {avatars} known avatars; expected at least 1 session and 0 known avatars\.$"
+    with pytest.raises(ConfigError, match=message):
+        require_sessions(TINY, sessions, avatars, GIB)
+
+
+def test_a_stage_that_is_none_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^there is no stage 'dit_step_5'; preset tiny has conditioning, dit_step_1, "
+    ):
+        require_sessions(TINY, 1, 1, GIB, ["dit_step_5"])
+
+
+def test_this_machine_has_memory_and_not_more_than_all() -> None:
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    assert 0 < host_available_bytes() <= int(total.split()[1]) * 1024
+
+
+def machine(root: Path, groups: str, files: dict[str, str]) -> int:
+    """What is available where the kernel says 1000 MiB are, in given control groups."""
+    for name, text in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  1024000 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "proc/self").mkdir()
+    (root / "proc/self/cgroup").write_text(groups)
+    return host_available_bytes(root)
+
+
+def test_without_control_groups_the_kernels_figure_holds(tmp_path: Path) -> None:
+    assert machine(tmp_path, "0::/\n", {}) == 1000 * MIB
+
+
+def test_a_control_group_leaves_less_and_file_pages_are_free(tmp_path: Path) -> None:
+    files = {"memory.max": f"{500 * MIB}\n", "memory.current": f"{200 * MIB}\n"}
+    files["memory.stat"] = f"anon 1\ninactive_file {50 * MIB}\n"
+    placed = {f"sys/fs/cgroup/a/{name}": text for name, text in files.items()}
+    assert machine(tmp_path, "0::/a/b\n", placed) == 350 * MIB
+
+
+def test_a_control_group_without_a_limit_leaves_what_the_kernel_does(tmp_path: Path) -> None:
+    files = {"memory.max": "max\n", "memory.current": "5\n", "memory.stat": "inactive_file 0\n"}
+    assert machine(tmp_path, "0::/\n", {f"sys/fs/cgroup/{name}": text for name, text in files.items()}) == 1000 * MIB
+
+
+def test_a_control_group_of_version_1_seen_from_inside_a_container(tmp_path: Path) -> None:
+    """Its path is the host's; what is mounted is the container's own group."""
+    files = {"memory.limit_in_bytes": f"{300 * MIB}\n", "memory.usage_in_bytes": f"{310 * MIB}\n"}
+    files["memory.stat"] = f"inactive_file 0\ntotal_inactive_file {20 * MIB}\n"
+    placed = {f"sys/fs/cgroup/memory/{name}": text for name, text in files.items()}
+    assert machine(tmp_path, "5:cpu:/x\n4:memory:/pods/7\n0::/\n", placed) == 10 * MIB
+
+
+def test_a_control_group_that_is_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
+    files = {"memory.max": "1\n", "memory.current": "5\n", "memory.stat": "inactive_file 0\n"}
+    assert machine(tmp_path, "0::/\n", {f"sys/fs/cgroup/{name}": text for name, text in files.items()}) == 0

@@ -1,0 +1,262 @@
+"""Pictures that people send, and what is refused before it costs anything."""
+
+from __future__ import annotations
+
+import io
+import resource
+import struct
+import time
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from live_avatar.arrays import Array
+from live_avatar.errors import ConfigError, InputError
+from live_avatar.inputs.image import MAX_BYTES, area_size, decode_image, picture_size
+
+HEIGHT, WIDTH = 64, 96
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def bands(width: int, height: int, *colours: tuple[int, ...], mode: str = "RGB") -> Image.Image:
+    """Vertical bands of equal width, from left to right."""
+    image = Image.new(mode, (width, height))
+    for i, colour in enumerate(colours):
+        image.paste(colour, (i * width // len(colours), 0, (i + 1) * width // len(colours), height))
+    return image
+
+
+def colour(pixels: Array, row: int, column: int) -> tuple[int, ...]:
+    return tuple(round((float(value) + 1) * 127.5) for value in pixels[:, row, column])
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG whose header promises a picture and whose data is a kilobyte of zeros."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"), [("PNG", {}), ("JPEG", {"quality": 95}), ("WEBP", {"lossless": True})]
+)
+def test_the_three_formats(file_format: str, options: dict[str, Any]) -> None:
+    picture = Image.radial_gradient("L").convert("RGB").resize((WIDTH, HEIGHT))
+    pixels = decode_image(encoded(picture, file_format, **options), HEIGHT, WIDTH)
+    assert pixels.dtype == np.float32
+    assert pixels.shape == (3, HEIGHT, WIDTH)
+    expected = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    levels = np.abs(pixels - expected).max() * 127.5
+    assert levels <= (4 if file_format == "JPEG" else 0.001)
+
+
+def test_black_is_minus_one_and_white_is_one() -> None:
+    pixels = decode_image(encoded(bands(128, 64, (0, 0, 0), (255, 255, 255))), 64, 128)
+    assert (pixels[:, :, 0] == -1).all()
+    assert (pixels[:, :, -1] == 1).all()
+
+
+def test_the_crop_is_in_the_middle() -> None:
+    wide = decode_image(encoded(bands(300, 100, RED, GREEN, BLUE)), 64, 64)
+    assert {colour(wide, row, column) for row in (0, 63) for column in (2, 32, 61)} == {GREEN}
+    tall = decode_image(encoded(bands(300, 100, RED, GREEN, BLUE).rotate(90, expand=True)), 64, 64)
+    assert {colour(tall, row, column) for row in (2, 32, 61) for column in (0, 63)} == {GREEN}
+
+
+def test_a_picture_is_scaled_to_cover_without_distortion() -> None:
+    pixels = decode_image(encoded(bands(400, 200, RED, GREEN, BLUE, RED)), 64, 96)  # 2 : 1 becomes 3 : 2
+    edges = np.flatnonzero(np.diff((pixels[1, 32] > 0).astype(int)))
+    assert edges.tolist() == pytest.approx([96 / 2 - 32 - 0.5, 96 / 2 - 0.5], abs=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_undone(orientation: int) -> None:
+    stored = bands(96, 96, RED, GREEN, BLUE)
+    stored.paste((255, 255, 255), (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = decode_image(encoded(stored, exif=exif), 96, 96)
+    tagged = Image.open(io.BytesIO(encoded(stored, exif=exif)))
+    upright = {
+        1: lambda i: i,
+        2: ImageOps.mirror,
+        3: lambda i: i.rotate(180),
+        4: ImageOps.flip,
+        5: lambda i: ImageOps.mirror(i).rotate(90, expand=True),
+        6: lambda i: i.rotate(270, expand=True),
+        7: lambda i: ImageOps.mirror(i).rotate(270, expand=True),
+        8: lambda i: i.rotate(90, expand=True),
+    }[orientation](tagged.copy())
+    corners = [(5, 5), (5, 90), (90, 5), (90, 90)]
+    assert [colour(seen, row, column) for row, column in corners] == [
+        upright.getpixel((column, row)) for row, column in corners
+    ]
+
+
+def test_a_rotated_phone_picture_is_cropped_after_it_is_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = decode_image(encoded(bands(300, 100, RED, GREEN, BLUE), "JPEG", exif=exif, quality=95), 300, 100)
+    assert [max(range(3), key=colour(pixels, row, 50).__getitem__) for row in (20, 150, 280)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        bands(64, 64, (*RED, 255), (*BLUE, 255), mode="RGBA"),
+        bands(64, 64, RED, BLUE).convert("P", palette=Image.Palette.ADAPTIVE),
+    ],
+    ids=["alpha", "palette"],
+)
+def test_opaque_colours_survive_other_modes(picture: Image.Image) -> None:
+    pixels = decode_image(encoded(picture), 64, 64)
+    assert [colour(pixels, 32, 5), colour(pixels, 32, 58)] == [RED, BLUE]
+
+
+def test_a_half_transparent_palette_is_read() -> None:
+    picture = bands(64, 64, RED, BLUE).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert decode_image(encoded(picture, transparency=bytes([0, 128])), 64, 64).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_becomes_three_equal_channels(mode: str) -> None:
+    pixels = decode_image(encoded(bands(64, 64, (0, 0, 0), (255, 255, 255)).convert(mode)), 64, 64)
+    assert [colour(pixels, 32, 5), colour(pixels, 32, 58)] == [(0, 0, 0), (255, 255, 255)]
+
+
+def test_16_bit_grey_keeps_its_shades() -> None:
+    ramp = np.linspace(0, 65_535, 64).astype(np.uint16)
+    pixels = decode_image(encoded(Image.fromarray(np.tile(ramp, (64, 1)))), 64, 64)
+    expected = (ramp >> 8).astype(np.float32) / 127.5 - 1
+    for channel in pixels:
+        np.testing.assert_allclose(channel[32], expected, atol=1e-6)
+
+
+def test_cmyk_jpeg_is_read() -> None:
+    pixels = decode_image(encoded(bands(64, 64, RED, GREEN).convert("CMYK"), "JPEG", quality=95), 64, 64)
+    assert int(np.argmax(pixels[:, 32, 5])) == 0
+    assert int(np.argmax(pixels[:, 32, 58])) == 1
+
+
+REFUSED: list[tuple[str, bytes, str]] = [
+    ("nothing", b"", r"the reference image has 0 bytes; send an encoded PNG, JPEG or WebP\."),
+    (
+        "text",
+        b"hello, I am a picture",
+        r"\(21 bytes, beginning b'hello, I'\) is not a PNG, JPEG or WebP; convert it to one of these\.",
+    ),
+    ("gif", encoded(bands(64, 64, RED), "GIF"), r"beginning b'GIF8.*is not a PNG, JPEG or WebP; convert it"),
+    ("bmp", encoded(bands(64, 64, RED), "BMP"), r"beginning b'BM.*is not a PNG, JPEG or WebP; convert it"),
+    (
+        "truncated png",
+        encoded(Image.effect_noise((64, 64), 50))[:1000],
+        r"the reference image \(1000 bytes\) is damaged \(.*\); send the whole file\.",
+    ),
+    (
+        "truncated jpeg",
+        encoded(Image.effect_noise((64, 64), 50), "JPEG")[:900],
+        r"the reference image \(900 bytes\) is damaged \(.*\); send the whole file\.",
+    ),
+    ("narrow", encoded(bands(200, 15, RED)), r"is 200x15 pixels; each side needs at least 16\."),
+    (
+        "large",
+        png_header(10_000, 10_000),
+        r"is 10000x10000 pixels, more than 64000000 in all; scale it down first\.",
+    ),
+    ("heavy", bytes(MAX_BYTES + 1), rf"has {MAX_BYTES + 1} bytes, more than {MAX_BYTES}; send a smaller file\."),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_what_is_refused_and_how(data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        decode_image(data, HEIGHT, WIDTH)
+
+
+def test_every_truncation_is_an_input_error() -> None:
+    data = encoded(Image.effect_noise((32, 32), 50))
+    for length in range(0, len(data) - 64, 37):
+        with pytest.raises(InputError):
+            decode_image(data[:length], HEIGHT, WIDTH)
+
+
+def peak_memory_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    data = png_header(50_000, 50_000)
+    before_kib, started_s = peak_memory_kib(), time.perf_counter()
+    with pytest.raises(InputError, match=r"more than 64000000 pixels in all \(.*2500000000 pixels.*\); scale it down"):
+        decode_image(data, HEIGHT, WIDTH)
+    assert time.perf_counter() - started_s < 0.5
+    assert peak_memory_kib() - before_kib < 64 * 1024  # its pixels would be 7 GiB
+
+
+def test_the_size_of_a_picture_is_that_of_its_upright_view() -> None:
+    exif = Image.Exif()
+    assert picture_size(encoded(bands(300, 100, RED))) == (100, 300)
+    exif[0x0112] = 6
+    assert picture_size(encoded(bands(300, 100, RED), "JPEG", exif=exif)) == (300, 100)
+    with pytest.raises(InputError, match=r"is not a PNG, JPEG or WebP; convert it"):
+        picture_size(b"hello, I am a picture")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "budget", "expected"),
+    [
+        (704, 384, 704 * 384, (704, 384)),  # fits as it is
+        (300, 200, 720 * 400, (320, 256)),  # smaller than the budget: sides rounded up, not enlarged
+        (720, 400, 720 * 400, (704, 384)),  # 768 x 448 at scale 1; 704 x 384 below 385 / 400
+        (1024, 1024, 720 * 400, (512, 512)),  # 576 x 576 is too large; 512 x 512 below 513 / 1024
+        (720, 1280, 720 * 400, (384, 704)),  # 448 x 640 fits below 641 / 1280, but 384 x 704 already below 385 / 720
+        (1280, 720, 720 * 400, (704, 384)),
+        (3000, 2000, 64 * 64, (64, 64)),
+        (1, 288_000, 720 * 400, (64, 4480)),  # a strip: 64 rows leave 4500 columns
+        (4_000_000, 16, 64 * 64, (64, 64)),
+    ],
+)
+def test_the_size_within_an_area(height: int, width: int, budget: int, expected: tuple[int, int]) -> None:
+    assert area_size(height, width, budget) == expected
+
+
+SIDES = st.integers(1, 20_000)
+
+
+@given(SIDES, SIDES, st.integers(64 * 64, 2_000_000))
+def test_a_size_is_in_steps_of_64_within_the_area_and_turns_with_the_picture(
+    height: int, width: int, budget: int
+) -> None:
+    size = area_size(height, width, budget)
+    assert min(size) >= 64
+    assert all(side % 64 == 0 for side in size)
+    assert size[0] * size[1] <= budget
+    assert area_size(width, height, budget) == size[::-1]
+
+
+def test_a_picture_of_whole_steps_within_the_area_keeps_its_size() -> None:
+    for height in range(64, 1000, 64):
+        for width in range(64, 288_000 // height + 1, 64):
+            assert area_size(height, width, 288_000) == (height, width)
+
+
+def test_an_area_below_one_step_and_an_empty_picture_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"an area of 4095 pixels is below 64x64, the smallest video; raise it\."):
+        area_size(100, 100, 4095)
+    with pytest.raises(InputError, match=r"the picture is 0x100 pixels; each side needs at least 1\."):
+        area_size(100, 0, 288_000)

@@ -1,0 +1,362 @@
+"""Engines on device memory give what ONNX Runtime gives, to the bit; the stand-in runs them at the bound addresses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from live_avatar.arrays import Array
+from live_avatar.config import MOTION_LATENTS, TINY, Preset
+from live_avatar.errors import ArtifactError
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.exporter.engines import EngineOptions, build_engines
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.contract import kv_names
+from live_avatar.graphs.engines import RECORDS, engine_path
+from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
+from live_avatar.pipeline.denoiser import DenoisingStep, StepState
+from live_avatar.pipeline.generator import Generator, cut_blocks
+from live_avatar.pipeline.kv_cache import KVRing
+from live_avatar.pipeline.sink import SinkSource
+from live_avatar.runtime import tensorrt_runtime
+from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.tensorrt_runtime import CudaDevice, TensorRTRuntime, load_tensorrt
+from live_avatar.weights.checkpoint import open_checkpoint
+from tests.conftest import noise_speech
+from tests.support.fake_tensorrt import HostDevice, install
+
+BLOCKS = 7
+
+
+@pytest.fixture(scope="module")
+def built(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artifacts]:
+    """The tiny preset with engines, those of the prefill with their weights on the host; tests must not change it."""
+    folder = tmp_path_factory.mktemp("engines") / "tiny"
+    shutil.copytree(artifacts.folder, folder, copy_function=os.link)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch)
+        build_engines(folder, EngineOptions(weights_on_host=("dit_prefill",)), lambda line: None, HostDevice)
+        yield load_artifacts(folder)
+
+
+@pytest.fixture
+def device() -> HostDevice:
+    return HostDevice()
+
+
+@pytest.fixture
+def runtime(built: Artifacts, device: HostDevice) -> TensorRTRuntime:
+    return TensorRTRuntime(built, 0, lambda index: device)
+
+
+def source(preset: Preset, seed: int) -> SinkSource:
+    generator = np.random.default_rng(seed)
+    height, width = preset.stream.latent_height, preset.stream.latent_width
+    shapes = [(1, 16, 1, height, width), (1, 16, MOTION_LATENTS, height, width)]
+    return SinkSource(
+        *(
+            generator.standard_normal(shape, dtype=np.float32)
+            for shape in (*shapes, (preset.dit.text_len, preset.dit.text_dim))
+        )
+    )
+
+
+class Session:
+    """One session of a step on two runtimes, with inputs of its own."""
+
+    def __init__(self, ours: DenoisingStep, theirs: DenoisingStep, seed: int) -> None:
+        self.steps = (ours, theirs)
+        given = source(ours.preset, seed)
+        self.states = [step.open(step.prefill(given)) for step in self.steps]
+        self._random = np.random.default_rng(seed)
+
+    def run(self) -> None:
+        """The next block, on both; they must agree."""
+        preset = self.steps[0].preset
+        latent = self._random.standard_normal((1, *preset.stream.latent_shape), dtype=np.float32)
+        frames, dit = preset.stream.frames_per_block, preset.dit
+        audio = {
+            "audio_local": self._random.standard_normal((frames, dit.num_audio_token + 1, dit.dim), dtype=np.float32),
+            "audio_global": self._random.standard_normal((frames, dit.dim), dtype=np.float32),
+        }
+        ours, theirs = (step.run(state, latent, audio) for step, state in zip(self.steps, self.states, strict=True))
+        assert np.array_equal(ours, theirs)
+
+    def replace_sink(self, seed: int) -> None:
+        for step, state in zip(self.steps, self.states, strict=True):
+            state.sink = step.prefill(source(step.preset, seed))
+
+
+@pytest.fixture
+def steps(runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime) -> tuple[DenoisingStep, DenoisingStep]:
+    return DenoisingStep(runtime, 2), DenoisingStep(onnx_runtime, 2)
+
+
+def test_a_session_gives_the_same_bits_and_is_captured_once(
+    steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice
+) -> None:
+    session = Session(*steps, seed=1)
+    full = TINY.stream.past_blocks
+    for block in range(BLOCKS):
+        session.run()
+        assert device.captures == (block >= full)
+    assert device.replays == BLOCKS - full - 1
+
+
+def test_interleaved_sessions_share_an_engine(steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice) -> None:
+    early, late = Session(*steps, seed=1), Session(*steps, seed=2)
+    for _ in range(2):
+        early.run()
+    for _ in range(BLOCKS):
+        early.run()
+        late.run()
+    assert device.captures == 2
+
+
+def test_a_replaced_sink_is_seen(steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice) -> None:
+    session = Session(*steps, seed=1)
+    for _ in range(5):
+        session.run()
+    before = [tensor.clone() for tensor in session.states[0].sink.values()]  # kept, so that its addresses stay taken
+    held = session.states[0].sink
+    session.replace_sink(seed=9)
+    for _ in range(3):
+        session.run()
+    assert device.captures == 2
+    assert all(torch.equal(old, kept) for old, kept in zip(before, held.values(), strict=True))
+
+
+def test_a_new_session_at_the_addresses_of_an_ended_one_is_not_mistaken_for_it(
+    steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice
+) -> None:
+    ended = Session(*steps, seed=1)
+    for _ in range(5):
+        ended.run()
+    old = ended.states[0]
+    places = [*old.ring.history().values()]
+    follower = Session(*steps, seed=2)
+    rings = iter([tensor.zero_() for tensor in places])
+    for name, tensor in follower.states[0].sink.items():
+        old.sink[name].copy_(tensor)
+    follower.states[0] = StepState(KVRing(TINY, lambda shape, dtype: next(rings)), old.sink)
+    captured = device.captures
+    for _ in range(BLOCKS):
+        follower.run()
+    assert device.captures == captured  # the addresses are known: only the contents are others
+
+
+def test_a_bounded_number_of_captures_is_kept(
+    steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_runtime, "KEPT_CAPTURES", 2)
+    sessions = [Session(*steps, seed=seed) for seed in range(3)]
+    for session in sessions:
+        for _ in range(TINY.stream.window_blocks):
+            session.run()
+    assert device.captures == 3
+    sessions[2].run()
+    sessions[1].run()
+    assert device.captures == 3
+    sessions[0].run()  # was dropped, being the least recently used
+    assert device.captures == 4
+
+
+def test_caches_stay_on_the_device(runtime: TensorRTRuntime) -> None:
+    step = DenoisingStep(runtime, 1)
+    state = step.open(step.prefill(source(TINY, 1)))
+    assert all(isinstance(tensor, torch.Tensor) for tensor in (*state.sink.values(), *state.ring.history().values()))
+    assert state.ring.history()["history_k.0"].dtype == torch.float32
+
+
+def test_two_streams_of_frames_decode_to_the_same_pixels(runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime) -> None:
+    decoders = FrameDecoder(runtime), FrameDecoder(onnx_runtime)
+    motions = [source(TINY, seed).motion for seed in (1, 2)]
+    states = [[DecoderState(decoder.warm_up(motion)) for motion in motions] for decoder in decoders]
+    random = np.random.default_rng(3)
+    for _ in range(3):
+        for stream in range(len(motions)):
+            latents = random.standard_normal((1, *TINY.stream.latent_shape), dtype=np.float32)
+            slots = states[0][stream].slots
+            before = {name: tensor.clone() for name, tensor in slots.items()}
+            ours, theirs = (decoder.decode(states[i][stream], latents) for i, decoder in enumerate(decoders))
+            assert np.array_equal(ours, theirs)
+            assert all(torch.equal(before[name], tensor) for name, tensor in slots.items())
+
+
+def test_host_outputs_are_not_overwritten_by_the_next_run(runtime: TensorRTRuntime) -> None:
+    graph = runtime.graph("vae_encoder_first")
+    frames = np.zeros((1, 3, 1, TINY.stream.height, TINY.stream.width), dtype=np.float32)
+    first = graph.run({"frames": frames})["latent"]
+    kept = first.copy()
+    graph.run({"frames": frames + 1})
+    assert np.array_equal(first, kept)
+
+
+def test_the_whole_system_gives_the_same_frames(
+    runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime, picture: bytes
+) -> None:
+    """All graphs, with the sink replaced at block 5 and a speech window that is not yet full."""
+
+    def frames(chosen: Any) -> list[Array]:
+        blocks = cut_blocks(noise_speech(4.0), TINY.stream)
+        stream = Generator(chosen).stream(picture, "a person speaking", 5, blocks)
+        return [block.frames for block in islice(stream, 6)]
+
+    ours, theirs = frames(runtime), frames(onnx_runtime)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.slow
+def test_a_session_in_float16_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = export_artifacts(open_checkpoint(TINY.with_precision("float16")), tmp_path / "half", lambda line: None)
+    install(monkeypatch, "10.15.1.29")
+    build_engines(made.folder, EngineOptions(), lambda line: None, HostDevice)
+    ours, theirs = TensorRTRuntime(made, 0, HostDevice), OnnxRuntime(made)
+    session = Session(DenoisingStep(ours, 2), DenoisingStep(theirs, 2), seed=1)
+    for _ in range(BLOCKS):
+        session.run()
+    assert session.states[0].ring.history()["history_k.0"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"latent": np.zeros((1, 16, 3, 12, 11), np.float32)}, r"latent is float32 \[1, 16, 3, 12, 11\], expected"),
+        ({"latent": np.zeros((1, 16, 3, 12, 12), np.float64)}, r"latent is float64 .* expected float32"),
+        ({"latent": np.zeros((16, 3, 12, 12), np.float32)}, r"latent is float32 \[16, 3, 12, 12\], expected"),
+        (
+            {"history_v.0": torch.zeros(1, 4, 5, 32)},
+            r"history_v.0 is float32 \[1, 4, 5, 32\], expected float32 \[1, 4, 'history_tokens', 32\]; "
+            r"use artifacts and a program of one version",
+        ),
+    ],
+)
+def test_inputs_that_break_the_contract_are_refused(
+    runtime: TensorRTRuntime, changed: dict[str, Any], message: str
+) -> None:
+    contract = runtime._artifacts.contracts["dit_step_1"]
+    inputs: dict[str, Any] = {
+        spec.name: (torch.zeros if spec.resident else np.zeros)([n if isinstance(n, int) else 0 for n in spec.shape])
+        for spec in contract.inputs
+    }
+    inputs = {
+        name: array if isinstance(array, torch.Tensor) else array.astype(np.float32) for name, array in inputs.items()
+    }
+    with pytest.raises(ArtifactError, match=f"dit_step_1: {message}"):
+        runtime.graph("dit_step_1").run({**inputs, **changed})
+
+
+def test_a_history_outside_the_profile_is_refused_with_tensorrts_words(runtime: TensorRTRuntime) -> None:
+    contract = runtime._artifacts.contracts["dit_step_1"]
+    tokens = contract.ranges["history_tokens"][2] + 1
+    inputs: dict[str, Any] = {}
+    for spec in contract.inputs:
+        shape = [n if isinstance(n, int) else tokens for n in spec.shape]
+        inputs[spec.name] = torch.zeros(shape) if spec.resident else np.zeros(shape, np.float32)
+    with pytest.raises(ArtifactError, match=r"dit_step_1 cannot run on stand-in: 3: history_k.0 .* any profile; build"):
+        runtime.graph("dit_step_1").run(inputs)
+
+
+def test_an_engine_that_was_not_built_is_refused(artifacts: Artifacts, built: Artifacts) -> None:
+    runtime = TensorRTRuntime(artifacts, 0, HostDevice)
+    message = r"dit_prefill.plan has not been built; run `python -m export.engines --artifacts .*tiny` on this machine"
+    with pytest.raises(ArtifactError, match=message):
+        runtime.graph("dit_prefill")
+
+
+def test_an_engine_of_another_tensorrt_is_refused(built: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "10.16.1.11")
+    message = (
+        r"was built by TensorRT 11.4.0.106 on stand-in \(compute capability 9.0\), but this is TensorRT 10.16.1.11 on "
+        r"stand-in \(compute capability 9.0\); run `python -m export.engines"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(built, 0, HostDevice).graph("dit_prefill")
+
+
+def test_an_engine_of_another_gpu_is_refused(built: Artifacts, device: HostDevice) -> None:
+    device.gpu, device.compute_capability = "another", "8.9"
+    with pytest.raises(ArtifactError, match=r"but this is TensorRT 11.4.0.106 on another \(compute capability 8.9\)"):
+        TensorRTRuntime(built, 0, lambda index: device).graph("dit_prefill")
+
+
+@pytest.mark.parametrize("name", ["dit_prefill.onnx", "dit.weights"])
+def test_an_engine_of_another_graph_or_other_weights_is_refused(built: Artifacts, name: str) -> None:
+    files = {**built.manifest["files"], name: {"bytes": 1, "sha256": "0"}}
+    other = replace(built, manifest={**built.manifest, "files": files})
+    with pytest.raises(ArtifactError, match=rf"dit_prefill.plan was built from another {name}; run"):
+        TensorRTRuntime(other, 0, HostDevice).graph("dit_prefill")
+
+
+@pytest.fixture
+def damaged(built: Artifacts, tmp_path: Path) -> Artifacts:
+    """A copy whose engines a test may change."""
+    shutil.copytree(built.folder, tmp_path / "copy")
+    return load_artifacts(tmp_path / "copy")
+
+
+def test_a_cut_engine_is_refused(damaged: Artifacts) -> None:
+    path = engine_path(damaged, "dit_prefill")
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=rf"dit_prefill.plan has {size - 1} bytes, but {size} were written; run"):
+        TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
+
+
+def test_an_engine_that_tensorrt_refuses_is_refused_with_its_words(damaged: Artifacts) -> None:
+    path = engine_path(damaged, "dit_prefill")
+    path.write_bytes(b"x" * path.stat().st_size)
+    message = r"dit_prefill.plan cannot be loaded \(6: The engine plan file is not compatible .*\); run"
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
+
+
+def test_an_engine_with_other_tensors_is_refused(built: Artifacts) -> None:
+    other = replace(built, contracts={**built.contracts, "dit_prefill": built.contracts["dit_step_1"]})
+    with pytest.raises(ArtifactError, match=r"dit_prefill.plan has other inputs and outputs than its contract; run"):
+        TensorRTRuntime(other, 0, HostDevice).graph("dit_prefill")
+
+
+def test_a_damaged_record_is_refused(damaged: Artifacts) -> None:
+    path = damaged.folder / "engines" / RECORDS
+    path.write_text(json.dumps({"dit_prefill": {"bytes": 1}}))
+    with pytest.raises(
+        ArtifactError, match=r"engines.json is not a record of engines \(.*\); remove the folder and run"
+    ):
+        TensorRTRuntime(damaged, 0, HostDevice)
+
+
+def test_without_tensorrt_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(ArtifactError, match=r"TensorRT cannot be imported \(.*\); install tensorrt 10.15 or newer"):
+        load_tensorrt()
+
+
+def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "10.13.3.9")
+    with pytest.raises(ArtifactError, match=r"this is TensorRT 10.13.3.9, too old for the graphs; install 10.15 or"):
+        load_tensorrt()
+
+
+def test_without_a_gpu_the_message_says_so() -> None:
+    with pytest.raises(ArtifactError, match=r"GPU 99 does not exist, torch .* sees \d+ GPUs; run this on a machine"):
+        CudaDevice(99)
+
+
+def test_names_of_caches_are_resident(built: Artifacts) -> None:
+    """What the runtime keeps on the device is exactly the caches and the states."""
+    resident = {spec.name for contract in built.contracts.values() for spec in contract.inputs if spec.resident}
+    prefixes = {name.split(".")[0] for name in resident}
+    assert prefixes == {"state", *(f"{kind}_{part}" for kind in ("text", "sink", "history") for part in "kv")}
+    assert set(kv_names("history", TINY.dit.num_layers)) <= resident

@@ -1,0 +1,43 @@
+"""Small real networks for the core's tests: the tiny preset at 64 x 64, and what may vary without new weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from live_avatar.config import TINY, Preset
+from live_avatar.runtime import Graph, Runtime
+
+SMALL = replace(TINY, name="small").with_stream(height=64, width=64)
+
+
+@dataclass
+class Restreamed:
+    """The same graphs under another way of streaming; for settings that no graph depends on."""
+
+    preset: Preset
+    runtime: Runtime
+
+    def __post_init__(self) -> None:
+        self.tokenizer = self.runtime.tokenizer
+        self.zeros = self.runtime.zeros
+        self.free_bytes = self.runtime.free_bytes
+
+    def graph(self, component: str) -> Graph:
+        return self.runtime.graph(component)
+
+
+def restreamed(runtime: Runtime, **changes: Any) -> Restreamed:
+    return Restreamed(runtime.preset.with_stream(**changes), runtime)
+
+
+def randomised(module: nn.Module, seed: int = 3) -> nn.Module:
+    """Every parameter drawn, gates and norms included, so that no part of the network is silent."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+        parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
+    return module.eval().requires_grad_(False)
