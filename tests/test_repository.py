@@ -4,7 +4,6 @@ import ast
 import fnmatch
 import importlib
 import re
-import subprocess
 import tomllib
 import wave
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ import pytest
 from PIL import Image
 
 from live_avatar import assets
+from tests.support.repository import ROOT, tracked_files
 
-ROOT = Path(__file__).parents[1]
 CORE = ROOT / "live_avatar"
 CLIENT = ROOT / "client" / "live_avatar_client"
 
@@ -41,14 +40,6 @@ FORBIDDEN_IN_THE_PACKAGE = {"export", "perf", "tests", "training"}
 # A folder of one machine, at the start of a path; spelled so that this file does not find itself.
 MACHINE_PATH = re.compile(rb"(?<![\w.-])/(?:" + b"|".join([b"work/", b"tmp/bash_jobs"]) + rb")")
 BLOCK_SAMPLES = 7_680
-
-
-def tracked_files() -> list[Path]:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: there is no list of tracked files")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
-    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
-    return [path for path in paths if path.is_file()]
 
 
 def python_files(folder: Path) -> list[Path]:
