@@ -1,4 +1,4 @@
-"""The largest inputs of the linears that FP8 quantises, seen on a stream: `python -m export.calibrate`.
+"""The largest inputs of the linears that FP8 quantizes, seen on a stream: `python -m export.calibrate`.
 
 Runs the torch networks as `live-avatar generate` does, on speech and a picture that should be like those to be served,
 and notes what goes into each linear in each component. Knows no graph; `live_avatar.exporter.quantization` uses them.
@@ -19,7 +19,7 @@ from live_avatar.arrays import Array, Arrays
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
 from live_avatar.config import PRECISIONS, PRESETS, preset
 from live_avatar.errors import ExportError, LiveAvatarError
-from live_avatar.exporter.quantization import PART, Calibration, quantised
+from live_avatar.exporter.quantization import PART, Calibration, quantized
 from live_avatar.graphs.contract import Contract
 from live_avatar.pipeline.generator import Generator, cut_blocks
 from live_avatar.runtime.torch_runtime import TorchGraph, TorchRuntime
@@ -31,7 +31,7 @@ FILE = click.Path(path_type=Path)
 
 
 class ObservedRuntime(TorchRuntime):
-    """A torch runtime that notes the largest absolute input of every quantised linear, by component, in `amax`."""
+    """A torch runtime that notes the largest absolute input of every quantized linear, by component, in `amax`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -53,7 +53,7 @@ class _ObservedGraph(TorchGraph):
         self._linears = [
             (name, linear)
             for name, linear in module.named_modules()
-            if name.startswith(PART) and quantised(name.removeprefix(PART))
+            if name.startswith(PART) and quantized(name.removeprefix(PART))
         ]
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
@@ -117,7 +117,7 @@ def main(
     blocks: int,
     seed: int,
 ) -> None:
-    """Find the largest inputs of the linears that an FP8 export quantises."""
+    """Find the largest inputs of the linears that an FP8 export quantizes."""
     from live_avatar_client.errors import AvatarError
     from live_avatar_client.media import read_image_bytes, read_speech
 

@@ -26,7 +26,7 @@ from live_avatar.weights.tensors import Checkpoint
 
 RELATIVE_TOLERANCE = 1e-4  # float32, of the largest value of an output
 FLOAT16_TOLERANCE = 1e-2
-# FP8: what quantising costs, and no error of the export (`python -m perf.fp8_error` measures it). The VAE in float16:
+# FP8: what quantizing costs, and no error of the export (`python -m perf.fp8_error` measures it). The VAE in float16:
 # its norms divide by the length of vectors, small ones too, which magnifies rounding, and two engines round apart.
 COARSE_TOLERANCE = 0.2
 PIXEL_TOLERANCE = 1.0  # a value on the edge of two pixel levels may fall to either side

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from live_avatar.config import PRESETS, Preset
 from live_avatar.errors import ConfigError, ExportError, LiveAvatarError
-from live_avatar.model.networks import outline
+from live_avatar.model.networks import meta_networks
 from live_avatar.weights.lora import TARGET
 from live_avatar.weights.official import (
     CONFIG_FILE,
@@ -172,7 +172,7 @@ def make_tokenizer_file(path: Path) -> None:
 
 def _networks(preset: Preset) -> Mapping[str, torch.nn.Module]:
     try:
-        return outline(preset).parts()
+        return meta_networks(preset).parts()
     except ConfigError:
         raise
     except ValueError as error:  # of the constructors in `transformers`

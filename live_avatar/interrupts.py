@@ -12,13 +12,13 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_come: int | None = None
+_received: int | None = None
 
 
-def catch() -> None:
+def install() -> None:
     """From now on Ctrl-C, SIGTERM and a closed terminal (unless under nohup) raise KeyboardInterrupt, once."""
-    global _come
-    _come = None
+    global _received
+    _received = None
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -31,10 +31,10 @@ def ignore() -> None:
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Inside, a signal only sets `come` (and the first one makes further ones do nothing): work in hand is finished."""
-    global _come
-    _come = None
+def deferred() -> Iterator[None]:
+    """Defers interruption: inside, the first signal only sets `received`, and further ones are ignored."""
+    global _received
+    _received = None
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -42,30 +42,30 @@ def noted() -> Iterator[None]:
     try:
         yield
     finally:
-        if _come is None:
+        if _received is None:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-def come() -> bool:
+def received() -> bool:
     """Whether a signal has come."""
-    return _come is not None
+    return _received is not None
 
 
 def check() -> None:
     """Raises KeyboardInterrupt if a signal has come: PyAV, interrupted while it encodes, swallows the exception."""
-    if _come is not None:
+    if _received is not None:
         raise KeyboardInterrupt
 
 
 def is_termination() -> bool:
     """Whether the signal was SIGTERM, with which an orchestrator asks for an orderly end."""
-    return _come == signal.SIGTERM
+    return _received == signal.SIGTERM
 
 
 def _note(number: int, frame: object) -> None:
-    global _come
-    _come = number
+    global _received
+    _received = number
     ignore()
 
 

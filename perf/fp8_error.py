@@ -99,13 +99,13 @@ class ReleasedFP8(TorchRuntime):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         for name, module in self._components["dit_prefill"].named_modules():
-            if isinstance(module, nn.Linear) and fp8.quantised_in_release(name):
-                module.weight.data = fp8.rounded(module.weight.data)
+            if isinstance(module, nn.Linear) and fp8.quantized_in_release(name):
+                module.weight.data = fp8.fake_quantize(module.weight.data)
                 module.register_forward_pre_hook(_round_input)
 
 
 def _round_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(fp8.rounded(x) for x in args)
+    return tuple(fp8.fake_quantize(x) for x in args)
 
 
 def record(runtime: Runtime, speech: Array, blocks: int) -> Stream:

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from live_avatar.config import Preset
 from live_avatar.graphs.contract import Contract
 from live_avatar.model.attention import Linear
-from live_avatar.model.networks import Networks, outline, replace_parameters
-from live_avatar.weights.fp8 import quantise
+from live_avatar.model.networks import Networks, meta_networks, replace_parameters
+from live_avatar.weights.fp8 import quantize
 from live_avatar.weights.lora import TARGET
 from perf.roofline import Ceilings
 
@@ -52,7 +52,7 @@ def device_name(on: torch.device) -> str:
 def random_networks(preset: Preset, on: torch.device, seed: int = 0) -> Networks:
     """Transformer, VAE and speech encoder of the preset's sizes and types, made on the device; the text encoder, which
     no block runs, stays without weights."""
-    networks = outline(preset)
+    networks = meta_networks(preset)
     generator = torch.Generator(on).manual_seed(seed)
 
     def drawn(name: str, parameter: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class FP8Linear(nn.Module):
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
-        weight, inverse = quantise(linear.weight.detach())
+        weight, inverse = quantize(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("inverse", inverse)
         self.bias = linear.bias
@@ -97,7 +97,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] of any floating type -> [..., out] of the type that the weights had."""
-        rows, inverse = quantise(x.flatten(0, -2))
+        rows, inverse = quantize(x.flatten(0, -2))
         product = torch._scaled_mm(
             rows, self.weight.t(), scale_a=inverse, scale_b=self.inverse, bias=self.bias, out_dtype=self.kind
         )
@@ -105,7 +105,7 @@ class FP8Linear(nn.Module):
 
 
 def to_fp8(network: nn.Module) -> int:
-    """Puts FP8 in the place of the linears that an FP8 export quantises; returns how many. There is no way back."""
+    """Puts FP8 in the place of the linears that an FP8 export quantizes; returns how many. There is no way back."""
     found = [name for name, part in network.named_modules() if isinstance(part, Linear) and TARGET.search(name)]
     for name in found:
         parent, _, child = name.rpartition(".")

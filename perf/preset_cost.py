@@ -18,8 +18,8 @@ from live_avatar.exporter.tracing import TracedGraph, Tracer
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import Contract, contracts, step_name
-from live_avatar.model.networks import outline
-from live_avatar.weights.checkpoint import outline_networks
+from live_avatar.model.networks import meta_networks
+from live_avatar.weights.checkpoint import modulation_networks
 from live_avatar.weights.tensors import Checkpoint, RandomWeights, shapes_of
 from perf.roofline import Cost, count, load_graph
 
@@ -67,8 +67,8 @@ def _with_layers(preset: Preset, layers: int, injecting: tuple[int, ...]) -> Pre
 
 def _traced(preset: Preset, names: Collection[str]) -> dict[str, Cost]:
     """Costs of components whose weights are nowhere; a timestep's modulation is the only one that is drawn."""
-    weights = RandomWeights(shapes_of(outline(preset).dit), preset.weight_seed)
-    networks = outline_networks(Checkpoint(preset, {"dit": weights}))
+    weights = RandomWeights(shapes_of(meta_networks(preset).dit), preset.weight_seed)
+    networks = modulation_networks(Checkpoint(preset, {"dit": weights}))
     components = build_components(preset, networks)
     agreed = contracts(preset)
     tracer = Tracer({name: components[name] for name in names})

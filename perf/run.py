@@ -119,7 +119,7 @@ def main(names: tuple[str, ...], artifacts: Path, url: str | None, quick: bool, 
         return
     if unknown := [name for name in names if name not in SCENARIOS]:
         raise click.UsageError(f"there is no scenario {unknown[0]!r}; there are\n{_listed()}")
-    interrupts.catch()
+    interrupts.install()
     context = Context(artifacts, out, url, quick, seed, log=lambda line: click.echo(line, err=True))
     wrong: list[str] = []
     path = out

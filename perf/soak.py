@@ -422,7 +422,7 @@ def main(
     minutes: float, artifacts: Path, path: Path | None, seed: int, cores: float, bound: float, log: IO[str]
 ) -> None:
     """Let sessions of every kind come and go, and check every frame and the server's memory."""
-    interrupts.catch()
+    interrupts.install()
     options = ServerOptions(
         artifacts, max_sessions=SESSIONS, idle_seconds=IDLE_S, known_avatars=KNOWN_AVATARS
     ).on_free_ports()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from live_avatar.errors import CheckpointError
 from live_avatar.model.networks import replace_parameters
-from live_avatar.weights.tensors import SafetensorsWeights, account, shapes_of
+from live_avatar.weights.tensors import SafetensorsWeights, shapes_of, validate_tensors
 from training.distributed import load_network
 from training.errors import TrainingError
 
@@ -123,7 +123,7 @@ def check_identity(origin: str, made_of: Mapping[str, Any], identity: Mapping[st
 
 def restore(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Copies tensors into a module. Raises `CheckpointError` that names one that is missing, surplus or misshapen."""
-    account(_Tensors(origin, tensors), shapes_of(module))
+    validate_tensors(_Tensors(origin, tensors), shapes_of(module))
     load_network(module, tensors)
 
 
@@ -154,6 +154,6 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_weights(path: Path, module: nn.Module, trainable: bool = False) -> None:
     """Fills a network, which may be on the meta device, from a safetensors file. Raises `CheckpointError`."""
     weights = SafetensorsWeights(path)
-    account(weights, shapes_of(module))
+    validate_tensors(weights, shapes_of(module))
     replace_parameters(module, lambda name, _: weights.read(name))
     module.requires_grad_(trainable)

@@ -28,7 +28,7 @@ class UserError(click.ClickException):
 @contextmanager
 def reported(interrupted: str = "Interrupted.") -> Iterator[None]:
     """Inside, an error of the project, of the file system, or Ctrl-C ends the command as the module says."""
-    interrupts.catch()
+    interrupts.install()
     try:
         yield
     except LiveAvatarError as error:

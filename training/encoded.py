@@ -29,7 +29,7 @@ from live_avatar.graphs.artifacts import file_sha256
 from live_avatar.graphs.components import SpeechEncoder, TextEncoder
 from live_avatar.inputs.speech import SpeechWindow, interpolate
 from live_avatar.inputs.text import make_tokenizer
-from live_avatar.model.networks import Networks, outline
+from live_avatar.model.networks import Networks, meta_networks
 from training.checkpoints import check_identity, load_weights, write_json, write_whole
 from training.config import TrainingConfig
 from training.data.clips import Clip, Split, make_clip
@@ -130,7 +130,7 @@ class ClipEncoder:
 
 def load_encoders(preset: Preset, out: Path) -> ClipEncoder:
     """The frozen networks that a run has trained. Raises `CheckpointError` for files of another preset."""
-    networks = outline(preset)
+    networks = meta_networks(preset)
     for part, file in ENCODERS.items():
         load_weights(out / file, networks.parts()[part])
     return ClipEncoder(preset, networks)

@@ -236,7 +236,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(stage, settings, folder, identity, Average(stage.modules, settings.ema))
     run.resume()
-    with interrupts.noted(), _bar(run, quiet) as bar:
+    with interrupts.deferred(), _bar(run, quiet) as bar:
         while run.progress.step < settings.steps:
             began = time.monotonic()
             figures = run.advance()
@@ -244,7 +244,7 @@ def train(
             if due:
                 run.validate()
             run.progress.elapsed_s += time.monotonic() - began
-            interrupted = distributed.anyone(interrupts.come())
+            interrupted = distributed.anyone(interrupts.received())
             if due or interrupted:
                 run.save()
             if interrupted:

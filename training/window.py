@@ -81,14 +81,14 @@ class Scene(NamedTuple):
     """What a network makes of a clip's conditions.
 
     text, sink: keys and values of every layer; late_sink: of the sink after its replacement, empty for none.
-    local [F, n + 1, C], globe [F, C]: audio tokens of all F latent frames of the window.
+    local [F, n + 1, C], global_tokens [F, C]: audio tokens of all F latent frames of the window.
     """
 
     text: KV
     sink: KV
     late_sink: KV
     local: Tensor
-    globe: Tensor
+    global_tokens: Tensor
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Scene:
         """The scene with every tensor changed."""
@@ -97,11 +97,11 @@ class Scene(NamedTuple):
             return [(change(key), change(value)) for key, value in kv]
 
         text, sink, late_sink = pairs(self.text), pairs(self.sink), pairs(self.late_sink)
-        return Scene(text, sink, late_sink, change(self.local), change(self.globe))
+        return Scene(text, sink, late_sink, change(self.local), change(self.global_tokens))
 
     def audio(self, start: int, stop: int) -> AudioTokens:
         """Tokens of the latent frames from `start` to `stop`."""
-        return AudioTokens(self.local[None, start:stop], self.globe[None, start:stop])
+        return AudioTokens(self.local[None, start:stop], self.global_tokens[None, start:stop])
 
 
 class Window:
@@ -142,10 +142,10 @@ class Window:
         """The scene of a clip of this many blocks; `late` [1, 16, 1, h, w] replaces the reference in the late sink."""
         text = dit.text_kv(clip.text)
         audio = [dit.casual_audio_encoder(states) for states in clip.states]
-        local, globe = (torch.cat(tokens) for tokens in zip(*audio, strict=True))
+        local, global_tokens = (torch.cat(tokens) for tokens in zip(*audio, strict=True))
         sink = self._prefill(dit, clip.reference, clip.motion, text)
         late_sink = [] if late is None else self._prefill(dit, late, clip.motion, text)
-        return Scene(text, sink, late_sink, local, globe)
+        return Scene(text, sink, late_sink, local, global_tokens)
 
     def replaced(self, dit: CausalDiT, scene: Scene, clip: EncodedClip, late: Tensor) -> Scene:
         """The scene with the late sink of this latent."""

@@ -43,7 +43,7 @@ class _Commands(click.Group):
     """Turns the project's exceptions into one sentence on stderr."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        interrupts.catch()
+        interrupts.install()
         try:
             super().main(*args, **{**kwargs, "standalone_mode": False})
         except (LiveAvatarError, AvatarError) as error:
@@ -455,7 +455,7 @@ def _watch(server: TritonServer, drain_seconds: float) -> None:
     except KeyboardInterrupt:
         if not interrupts.is_termination():
             raise
-        interrupts.catch()
+        interrupts.install()
         click.echo(f"Draining: no new sessions, and {drain_seconds:g} s for the live ones.")
         ended = server.drain(drain_seconds)
         interrupts.ignore()

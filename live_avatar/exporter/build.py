@@ -22,14 +22,14 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from live_avatar.errors import ExportError
-from live_avatar.exporter.quantization import Calibration, quantise_checkpoint, quantise_graph
+from live_avatar.exporter.quantization import Calibration, quantize_checkpoint, quantize_graph
 from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
 from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
 from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, file_sha256, load_artifacts
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
 from live_avatar.version import __version__
-from live_avatar.weights.checkpoint import outline_networks
+from live_avatar.weights.checkpoint import modulation_networks
 from live_avatar.weights.lora import MergedWeights
 from live_avatar.weights.tensors import Checkpoint, Weights
 
@@ -81,10 +81,10 @@ def _replaceable(output: Path) -> bool:
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress, calibration: Calibration | None) -> None:
     agreed = contracts(checkpoint.preset)
-    components = build_components(checkpoint.preset, outline_networks(checkpoint))
+    components = build_components(checkpoint.preset, modulation_networks(checkpoint))
     tracer = Tracer(components)
     if calibration is not None:
-        checkpoint = quantise_checkpoint(checkpoint, calibration)
+        checkpoint = quantize_checkpoint(checkpoint, calibration)
     by_file: dict[str, list[str]] = {}
     for name in agreed:
         by_file.setdefault(weight_file(name), []).append(name)
@@ -94,7 +94,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress, cali
                 progress(name)
                 graph = tracer.trace(agreed[name])
                 if calibration is not None and name.startswith("dit_"):
-                    graph = quantise_graph(graph, name, calibration)
+                    graph = quantize_graph(graph, name, calibration)
                 _place(graph, checkpoint, weights)
                 onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")
     for name in agreed:

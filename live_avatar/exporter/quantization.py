@@ -1,6 +1,6 @@
 """The transformer's large linears in FP8: explicit QuantizeLinear and DequantizeLinear in a traced graph.
 
-Per quantised linear the graph becomes
+Per quantized linear the graph becomes
 
     input -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- weight as e4m3fn [in, out]
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from live_avatar.errors import ExportError
 from live_avatar.exporter.tracing import TracedGraph
-from live_avatar.weights.fp8 import factor, saturated
+from live_avatar.weights.fp8 import quant_scale, saturate
 from live_avatar.weights.lora import TARGET
 from live_avatar.weights.tensors import Checkpoint, Shapes, Weights
 
@@ -39,8 +39,8 @@ floating point are as precise under a larger scale, but for those below 2^-6 sca
 """
 
 
-def quantised(linear: str) -> bool:
-    """Whether the recipe quantises the transformer's linear of that name, such as `blocks.0.ffn.2`.
+def quantized(linear: str) -> bool:
+    """Whether the recipe quantizes the transformer's linear of that name, such as `blocks.0.ffn.2`.
 
     Those that a LoRA adapts, which is the released code's choice (spec section 15) but for the AdaLN linears: they make
     shift and scale of three tokens, would save little, and touch every value of their layer. The head, the embeddings,
@@ -51,7 +51,7 @@ def quantised(linear: str) -> bool:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The largest absolute input of every quantised linear (`dit.` and its name), by component, on real streams."""
+    """The largest absolute input of every quantized linear (`dit.` and its name), by component, on real streams."""
 
     preset: str
     blocks: int
@@ -79,24 +79,24 @@ class Calibration:
             ) from error
 
 
-def scale(amax: Tensor) -> Tensor:
-    """What 1 counts in the e4m3fn numbers of a tensor whose largest absolute value is `amax`; float32, shape of `amax`.
+def static_scale(amax: Tensor) -> Tensor:
+    """Dequantization scale of a tensor with largest absolute value `amax`; float32, shape of `amax`.
 
     That of the released code, rounded up to a number of bfloat16: so it is the same number in a graph of any type, and
     nothing saturates by the rounding.
     """
-    exact = (1 / factor(amax)).contiguous()
+    exact = (1 / quant_scale(amax)).contiguous()
     return ((exact.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def weight(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """A linear's weight [out, in] -> e4m3fn [in, out], and its scale, a float32 scalar."""
-    counts = scale(tensor.abs().max())
-    return saturated(tensor.float() / counts).t().contiguous(), counts
+    scale = static_scale(tensor.abs().max())
+    return saturate(tensor.float() / scale).t().contiguous(), scale
 
 
-class QuantisedWeights:
-    """The transformer's weights as its quantised graphs take them: e4m3fn [in, out], and a scale beside each."""
+class QuantizedWeights:
+    """The transformer's weights as its quantized graphs take them: e4m3fn [in, out], and a scale beside each."""
 
     def __init__(self, stored: Weights) -> None:
         self.origin = stored.origin
@@ -107,7 +107,7 @@ class QuantisedWeights:
     def shapes(self) -> Shapes:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in self._stored.shapes().items():
-            chosen = _is_quantised_weight(name)
+            chosen = _is_quantized_weight(name)
             shapes[name] = shape[::-1] if chosen else shape
             if chosen:
                 shapes[_scale_of(name)] = ()
@@ -119,22 +119,22 @@ class QuantisedWeights:
                 self.read(name.removesuffix(WEIGHT_SCALE) + WEIGHT)
             return self._scales[name]
         tensor = self._stored.read(name)
-        if not _is_quantised_weight(name):
+        if not _is_quantized_weight(name):
             return tensor
-        numbers, self._scales[_scale_of(name)] = weight(tensor)
+        numbers, self._scales[_scale_of(name)] = quantize_weight(tensor)
         return numbers
 
 
-def _is_quantised_weight(name: str) -> bool:
-    return name.endswith(WEIGHT) and quantised(name.removesuffix(WEIGHT))
+def _is_quantized_weight(name: str) -> bool:
+    return name.endswith(WEIGHT) and quantized(name.removesuffix(WEIGHT))
 
 
 def _scale_of(name: str) -> str:
     return name.removesuffix(WEIGHT) + WEIGHT_SCALE
 
 
-def quantise_checkpoint(checkpoint: Checkpoint, calibration: Calibration) -> Checkpoint:
-    """The checkpoint with `QuantisedWeights` for the transformer, to write quantised graphs from.
+def quantize_checkpoint(checkpoint: Checkpoint, calibration: Calibration) -> Checkpoint:
+    """The checkpoint with `QuantizedWeights` for the transformer, to write quantized graphs from.
 
     Raises `ExportError` if the calibration is of another preset.
     """
@@ -143,11 +143,11 @@ def quantise_checkpoint(checkpoint: Checkpoint, calibration: Calibration) -> Che
             f"the calibration is of preset {calibration.preset}, expected {checkpoint.preset.name}; calibrate that one "
             "with python -m export.calibrate."
         )
-    return dataclasses.replace(checkpoint, parts={**checkpoint.parts, "dit": QuantisedWeights(checkpoint.parts["dit"])})
+    return dataclasses.replace(checkpoint, parts={**checkpoint.parts, "dit": QuantizedWeights(checkpoint.parts["dit"])})
 
 
-def quantise_graph(graph: TracedGraph, component: str, calibration: Calibration) -> TracedGraph:
-    """The graph of a component with its quantised linears; the scales of their inputs are among its constants.
+def quantize_graph(graph: TracedGraph, component: str, calibration: Calibration) -> TracedGraph:
+    """The graph of a component with its quantized linears; the scales of their inputs are among its constants.
 
     The model is changed in place, once: components that share it share its form and have their own scales. Raises
     `ExportError` for a linear that was not calibrated, or is not a Transpose and a MatMul.
@@ -155,10 +155,10 @@ def quantise_graph(graph: TracedGraph, component: str, calibration: Calibration)
     initializers = graph.model.graph.initializers
     inputs: dict[ir.Value, ir.Value] = {}
     for name, value in graph.weights:
-        chosen = name.startswith(PART) and _is_quantised_weight(name.removeprefix(PART))
+        chosen = name.startswith(PART) and _is_quantized_weight(name.removeprefix(PART))
         if chosen and value.dtype != ir.DataType.FLOAT8E4M3FN:  # or another component's call has changed it
-            _quantise_linear(graph.model.graph, name.removesuffix(WEIGHT), value, inputs)
-    graph.model.graph.sort()  # a shared input may be quantised before a linear that comes late
+            _quantize_linear(graph.model.graph, name.removesuffix(WEIGHT), value, inputs)
+    graph.model.graph.sort()  # a shared input may be quantized before a linear that comes late
     scales = {name: value for name, value in initializers.items() if name.endswith((WEIGHT_SCALE, INPUT_SCALE))}
     known = calibration.amax.get(component, {})
     constants = {
@@ -169,21 +169,21 @@ def quantise_graph(graph: TracedGraph, component: str, calibration: Calibration)
     return TracedGraph(graph.model, [*graph.weights, *scales.items()], {**graph.constants, **constants})
 
 
-def _quantise_linear(graph: ir.Graph, linear: str, value: ir.Value, inputs: dict[ir.Value, ir.Value]) -> None:
+def _quantize_linear(graph: ir.Graph, linear: str, value: ir.Value, inputs: dict[ir.Value, ir.Value]) -> None:
     """Changes one linear; `inputs` has the e4m3fn numbers of inputs met before, since linears may share theirs."""
     transpose, matmul = _consumers(linear, value)
     source, dtype = matmul.inputs[0], value.dtype
     assert source is not None
     assert dtype is not None
     if source not in inputs:
-        counts = _scalar(graph, linear + INPUT_SCALE, dtype)
-        made = ir.node("QuantizeLinear", [source, counts], {"output_dtype": ir.DataType.FLOAT8E4M3FN.value})
+        scale = _scalar(graph, linear + INPUT_SCALE, dtype)
+        made = ir.node("QuantizeLinear", [source, scale], {"output_dtype": ir.DataType.FLOAT8E4M3FN.value})
         graph.insert_before(matmul, made)
         inputs[source] = made.outputs[0]
-    quantiser = inputs[source].producer()
-    assert quantiser is not None
-    matmul.replace_input_with(0, _dequantised(graph, matmul, inputs[source], quantiser.inputs[1]))
-    matmul.replace_input_with(1, _dequantised(graph, matmul, value, _scalar(graph, linear + WEIGHT_SCALE, dtype)))
+    quantizer = inputs[source].producer()
+    assert quantizer is not None
+    matmul.replace_input_with(0, _dequantized(graph, matmul, inputs[source], quantizer.inputs[1]))
+    matmul.replace_input_with(1, _dequantized(graph, matmul, value, _scalar(graph, linear + WEIGHT_SCALE, dtype)))
     graph.remove(transpose, safe=True)
     value.dtype, value.shape = ir.DataType.FLOAT8E4M3FN, ir.Shape(tuple(value.shape or ())[::-1])
 
@@ -207,9 +207,9 @@ def _scalar(graph: ir.Graph, name: str, dtype: ir.DataType) -> ir.Value:
     return value
 
 
-def _dequantised(graph: ir.Graph, consumer: ir.Node, numbers: ir.Value, counts: ir.Value | None) -> ir.Value:
+def _dequantized(graph: ir.Graph, consumer: ir.Node, numbers: ir.Value, scale: ir.Value | None) -> ir.Value:
     """A node of each consumer's own, so that every MatMul has one between itself and the numbers."""
-    node = ir.node("DequantizeLinear", [numbers, counts])
+    node = ir.node("DequantizeLinear", [numbers, scale])
     graph.insert_before(consumer, node)
     return node.outputs[0]
 
@@ -219,8 +219,8 @@ def _input_scale(name: str, component: str, amax: Mapping[str, float], value: ir
     linear = name.removesuffix(INPUT_SCALE)
     if linear not in amax:
         raise ExportError(
-            f"{component}: the calibration has no input of {linear}, expected one per quantised linear; calibrate this "
+            f"{component}: the calibration has no input of {linear}, expected one per quantized linear; calibrate this "
             "preset again with python -m export.calibrate."
         )
     assert value.dtype is not None
-    return scale(torch.tensor(HEADROOM * amax[linear])).to(getattr(torch, str(value.dtype.numpy())))
+    return static_scale(torch.tensor(HEADROOM * amax[linear])).to(getattr(torch, str(value.dtype.numpy())))

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from live_avatar.arrays import Array
 from live_avatar.errors import ExportError
-from live_avatar.graphs.contract import Contract, TensorSpec
+from live_avatar.graphs.contract import Contract, GraphTensor
 from live_avatar.model.networks import replace_parameters
 from live_avatar.runtime.host import numpy_dtype
 
@@ -37,7 +37,7 @@ def random_inputs(contract: Contract, seed: int, extent: int = 1) -> dict[str, A
     return {spec.name: _random(spec, contract, generator, extent) for spec in contract.inputs}
 
 
-def _random(spec: TensorSpec, contract: Contract, generator: np.random.Generator, extent: int) -> Array:
+def _random(spec: GraphTensor, contract: Contract, generator: np.random.Generator, extent: int) -> Array:
     shape = contract.shape(spec, extent)
     if spec.dtype == "int64":
         return generator.integers(0, 2, shape, dtype=np.int64)
@@ -113,7 +113,7 @@ def _first_names(component: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in component.named_parameters(remove_duplicate=False)}
 
 
-def _fake(spec: TensorSpec, contract: Contract) -> Tensor:
+def _fake(spec: GraphTensor, contract: Contract) -> Tensor:
     return torch.empty(contract.shape(spec, extent=1), dtype=getattr(torch, spec.dtype))
 
 
@@ -184,7 +184,7 @@ def _keep_contract(model: ir.Model, contract: Contract) -> None:
             _keep_spec(contract.name, value, spec)
 
 
-def _keep_spec(component: str, value: ir.Value, spec: TensorSpec) -> None:
+def _keep_spec(component: str, value: ir.Value, spec: GraphTensor) -> None:
     dtype = value.dtype.numpy() if value.dtype is not None else None
     if dtype != numpy_dtype(spec.dtype):
         raise ExportError(f"{component}: {spec.name} is {dtype}, expected {spec.dtype}.")

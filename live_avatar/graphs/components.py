@@ -136,7 +136,7 @@ class Phases(nn.Module):
         return torch.cat([torch.cat([reference, self.motion_time], dim=1), self.sink_space], dim=-1)
 
 
-class _Folded(nn.Module):
+class ConstantModulation(nn.Module):
     """A timestep's modulation as constants."""
 
     layers: Tensor
@@ -165,7 +165,7 @@ class DiTPrefill(nn.Module):
         head_dim = preset.dit.head_dim
         time = torch.from_numpy(rope.time_phase(np.array([rope.REFERENCE_POSITION]), head_dim))
         self.register_buffer("phase", Phases(preset.stream, head_dim).sink(time), persistent=False)
-        self.folded = _Folded(networks.dit, 0.0)
+        self.folded = ConstantModulation(networks.dit, 0.0)
 
     def forward(self, reference: Tensor, motion: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         text_kv = self.dit.text_kv(text)
@@ -182,7 +182,7 @@ class DiTStep(nn.Module):
         super().__init__()
         self.dit = networks.dit
         self.phases = Phases(preset.stream, preset.dit.head_dim)
-        self.folded = _Folded(networks.dit, timestep)
+        self.folded = ConstantModulation(networks.dit, timestep)
 
     def forward(
         self,

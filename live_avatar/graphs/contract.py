@@ -27,7 +27,7 @@ Shape = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class GraphTensor:
     """One input or output: its name, numpy type name and shape.
 
     `resident`: it stays with the stage from call to call (caches, the state of a stream), so a runtime on a GPU
@@ -45,11 +45,11 @@ class Contract:
     """One component: inputs and outputs in order, and the range of every symbolic dimension."""
 
     name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[GraphTensor, ...]
+    outputs: tuple[GraphTensor, ...]
     ranges: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
-    def shape(self, spec: TensorSpec, extent: int) -> tuple[int, ...]:
+    def shape(self, spec: GraphTensor, extent: int) -> tuple[int, ...]:
         """The shape with entry `extent` of (least, usual, greatest) for symbolic dimensions."""
         return tuple(self.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
 
@@ -62,8 +62,8 @@ class Contract:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Contract:
-        def specs(side: str) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[side])
+        def specs(side: str) -> tuple[GraphTensor, ...]:
+            return tuple(GraphTensor(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[side])
 
         ranges = {k: (v[0], v[1], v[2]) for k, v in values["ranges"].items()}
         return cls(values["name"], specs("inputs"), specs("outputs"), ranges)
@@ -95,10 +95,10 @@ def vae_state_shapes(config: VAEConfig, latent_height: int, latent_width: int, p
     return [tuple(slot.shape) for slot in state]
 
 
-def _kv_specs(preset: Preset, prefix: str, tokens: int | str) -> tuple[TensorSpec, ...]:
+def _kv_specs(preset: Preset, prefix: str, tokens: int | str) -> tuple[GraphTensor, ...]:
     dit = preset.dit
     shape = (1, dit.num_heads, tokens, dit.head_dim)
-    return tuple(TensorSpec(name, preset.precision, shape, resident=True) for name in kv_names(prefix, dit.num_layers))
+    return tuple(GraphTensor(name, preset.precision, shape, resident=True) for name in kv_names(prefix, dit.num_layers))
 
 
 def _speech_encoder(preset: Preset) -> Contract:
@@ -107,47 +107,47 @@ def _speech_encoder(preset: Preset) -> Contract:
     count = speech.feature_count
     return Contract(
         "speech_encoder",
-        (TensorSpec("samples", FLOAT, (1, "samples")),),
-        (TensorSpec("hidden", FLOAT, (preset.dit.audio_states, "features", speech.hidden_size)),),
+        (GraphTensor("samples", FLOAT, (1, "samples")),),
+        (GraphTensor("hidden", FLOAT, (preset.dit.audio_states, "features", speech.hidden_size)),),
         {"samples": (block, most, most), "features": (count(block), count(most), count(most))},
     )
 
 
-def _audio_specs(preset: Preset) -> tuple[TensorSpec, ...]:
+def _audio_specs(preset: Preset) -> tuple[GraphTensor, ...]:
     dit, frames = preset.dit, preset.stream.frames_per_block
     return (
-        TensorSpec("audio_local", FLOAT, (frames, dit.num_audio_token + 1, dit.dim)),
-        TensorSpec("audio_global", FLOAT, (frames, dit.dim)),
+        GraphTensor("audio_local", FLOAT, (frames, dit.num_audio_token + 1, dit.dim)),
+        GraphTensor("audio_global", FLOAT, (frames, dit.dim)),
     )
 
 
 def _audio_tokens(preset: Preset) -> Contract:
     dit = preset.dit
-    states = TensorSpec("states", FLOAT, (dit.audio_states, dit.audio_dim, preset.stream.block_frames))
+    states = GraphTensor("states", FLOAT, (dit.audio_states, dit.audio_dim, preset.stream.block_frames))
     return Contract("audio_tokens", (states,), _audio_specs(preset))
 
 
 def _text_encoder(preset: Preset) -> Contract:
     dit = preset.dit
     tokens = (
-        TensorSpec("token_ids", INT64, (1, dit.text_len)),
-        TensorSpec("token_mask", INT64, (1, dit.text_len)),
+        GraphTensor("token_ids", INT64, (1, dit.text_len)),
+        GraphTensor("token_mask", INT64, (1, dit.text_len)),
     )
     return Contract("text_encoder", tokens, (_text_spec(preset),))
 
 
-def _text_spec(preset: Preset) -> TensorSpec:
-    return TensorSpec("text", FLOAT, (preset.dit.text_len, preset.dit.text_dim))
+def _text_spec(preset: Preset) -> GraphTensor:
+    return GraphTensor("text", FLOAT, (preset.dit.text_len, preset.dit.text_dim))
 
 
 def _latent_shape(preset: Preset, frames: int) -> Shape:
     return (1, LATENT_CHANNELS, frames, preset.stream.latent_height, preset.stream.latent_width)
 
 
-def _vae_states(preset: Preset, part: str, prefix: str) -> tuple[TensorSpec, ...]:
+def _vae_states(preset: Preset, part: str, prefix: str) -> tuple[GraphTensor, ...]:
     stream = preset.stream
     shapes = vae_state_shapes(preset.vae, stream.latent_height, stream.latent_width, part)
-    return tuple(TensorSpec(f"{prefix}.{i}", preset.precision, shape, True) for i, shape in enumerate(shapes))
+    return tuple(GraphTensor(f"{prefix}.{i}", preset.precision, shape, True) for i, shape in enumerate(shapes))
 
 
 def _vae_encoder(preset: Preset, first: bool) -> Contract:
@@ -155,26 +155,26 @@ def _vae_encoder(preset: Preset, first: bool) -> Contract:
     shape = (1, 3, 1 if first else TEMPORAL_STRIDE, stream.height, stream.width)
     return Contract(
         "vae_encoder_first" if first else "vae_encoder",
-        (TensorSpec("frames", FLOAT, shape), *(() if first else _vae_states(preset, "encode", "state"))),
-        (TensorSpec("latent", FLOAT, _latent_shape(preset, 1)), *_vae_states(preset, "encode", "new_state")),
+        (GraphTensor("frames", FLOAT, shape), *(() if first else _vae_states(preset, "encode", "state"))),
+        (GraphTensor("latent", FLOAT, _latent_shape(preset, 1)), *_vae_states(preset, "encode", "new_state")),
     )
 
 
 def _vae_decoder_first(preset: Preset) -> Contract:
     return Contract(
         "vae_decoder_first",
-        (TensorSpec("latents", FLOAT, _latent_shape(preset, 1)),),
+        (GraphTensor("latents", FLOAT, _latent_shape(preset, 1)),),
         _vae_states(preset, "decode", "new_state"),
     )
 
 
 def _vae_decoder(preset: Preset) -> Contract:
     stream = preset.stream
-    frames = TensorSpec("frames", UINT8, (stream.block_frames, stream.height, stream.width, 3))
+    frames = GraphTensor("frames", UINT8, (stream.block_frames, stream.height, stream.width, 3))
     return Contract(
         "vae_decoder",
         (
-            TensorSpec("latents", FLOAT, _latent_shape(preset, stream.frames_per_block)),
+            GraphTensor("latents", FLOAT, _latent_shape(preset, stream.frames_per_block)),
             *_vae_states(preset, "decode", "state"),
         ),
         (frames, *_vae_states(preset, "decode", "new_state")),
@@ -185,8 +185,8 @@ def _dit_prefill(preset: Preset) -> Contract:
     return Contract(
         "dit_prefill",
         (
-            TensorSpec("reference", FLOAT, _latent_shape(preset, 1)),
-            TensorSpec("motion", FLOAT, _latent_shape(preset, MOTION_LATENTS)),
+            GraphTensor("reference", FLOAT, _latent_shape(preset, 1)),
+            GraphTensor("motion", FLOAT, _latent_shape(preset, MOTION_LATENTS)),
             _text_spec(preset),
         ),
         (
@@ -204,15 +204,15 @@ def _dit_step(preset: Preset, step: int) -> Contract:
     return Contract(
         step_name(step),
         (
-            TensorSpec("latent", FLOAT, latent),
+            GraphTensor("latent", FLOAT, latent),
             *_audio_specs(preset),
-            TensorSpec("block_phase", FLOAT, (2, stream.frames_per_block, pairs)),
-            TensorSpec("sink_phase", FLOAT, (2, 1, pairs)),
+            GraphTensor("block_phase", FLOAT, (2, stream.frames_per_block, pairs)),
+            GraphTensor("sink_phase", FLOAT, (2, 1, pairs)),
             *_kv_specs(preset, "text", preset.dit.text_len),
             *_kv_specs(preset, "sink", stream.sink_tokens),
             *_kv_specs(preset, "history", "history_tokens"),
         ),
-        (TensorSpec("velocity", FLOAT, latent), *_kv_specs(preset, "block", stream.block_tokens)),
+        (GraphTensor("velocity", FLOAT, latent), *_kv_specs(preset, "block", stream.block_tokens)),
         {"history_tokens": (0, most, most)},
     )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from live_avatar.config import LATENT_CHANNELS, MOTION_LATENTS, Preset
 from live_avatar.errors import CapacityError, ConfigError
-from live_avatar.graphs.contract import Contract, TensorSpec, contracts, step_name
+from live_avatar.graphs.contract import Contract, GraphTensor, contracts, step_name
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 WORKSPACE_BYTES = 2 * GIB
@@ -271,7 +271,7 @@ def fitting_on_host(preset: Preset, gpu_memory_gib: float | None, sessions: int,
     return on_host
 
 
-def _bytes(specs: Iterable[TensorSpec], contract: Contract) -> int:
+def _bytes(specs: Iterable[GraphTensor], contract: Contract) -> int:
     """Bytes of the resident tensors among these, at the greatest extents."""
     total = 0
     for spec in specs:
@@ -286,11 +286,11 @@ def _dit_bytes(preset: Preset, without: Collection[str], fp8: bool) -> int:
     modulation = (6 * dit.num_layers + (0 if "head" in without else 2)) * dit.dim * BYTES["float32"]
     shrunk = BYTES[preset.precision] if fp8 else 1
     return modulation + sum(
-        size // shrunk if _is_quantised(name) else size for name, size in _weights(preset, "dit", without=without)
+        size // shrunk if _is_quantized(name) else size for name, size in _weights(preset, "dit", without=without)
     )
 
 
-def _is_quantised(name: str) -> bool:
+def _is_quantized(name: str) -> bool:
     """Whether an FP8 export makes a byte of every number of this weight (`live_avatar/exporter/quantization.py`)."""
     from live_avatar.weights.lora import TARGET  # here alone: it needs torch
 
@@ -312,9 +312,9 @@ def _contracts(preset: Preset) -> Mapping[str, Contract]:
 @cache
 def _parameters(preset: Preset) -> Mapping[str, Mapping[str, int]]:
     """Bytes of every parameter of every network."""
-    from live_avatar.model.networks import outline  # here alone: reading shapes from a manifest needs no torch
+    from live_avatar.model.networks import meta_networks  # here alone: reading shapes from a manifest needs no torch
 
     return {
         part: {name: tensor.numel() * tensor.element_size() for name, tensor in network.named_parameters()}
-        for part, network in outline(preset).parts().items()
+        for part, network in meta_networks(preset).parts().items()
     }

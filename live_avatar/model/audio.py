@@ -26,12 +26,12 @@ ADAIN_EPS = 1e-5
 class AudioTokens:
     """Audio of one block for `n` speakers.
 
-    local: [n, F, num_audio_token + 1, C]; globe: [n, F, C]; mask: None for one speaker who moves every
+    local: [n, F, num_audio_token + 1, C]; global_tokens: [n, F, C]; mask: None for one speaker who moves every
     token, or [n, F * S, 1].
     """
 
     local: Tensor
-    globe: Tensor
+    global_tokens: Tensor
     mask: Tensor | None = None
 
 
@@ -78,8 +78,8 @@ class MotionEncoder(nn.Module):
         local = self.conv1_local(x)[0].unflatten(-1, (self.groups, -1)).transpose(0, 1)  # [groups, T, C/4]
         local = self._tail(local).transpose(0, 1)  # [T', groups, C]
         padding = self.padding_tokens[0].expand(local.shape[0], -1, -1)
-        globe = self.final_linear(self._tail(self.conv1_global(x))[0])
-        return torch.cat([local, padding], dim=1), globe
+        global_tokens = self.final_linear(self._tail(self.conv1_global(x))[0])
+        return torch.cat([local, padding], dim=1), global_tokens
 
 
 class AudioEncoder(nn.Module):
@@ -106,8 +106,8 @@ class AudioEncoder(nn.Module):
         """
         prefixed = torch.cat([states[:, :, :1].expand(-1, -1, PREFIX_COLUMNS), states], dim=2)
         dropped = (PREFIX_COLUMNS - 1) // TEMPORAL_STRIDE + 1
-        local, globe = self.encode(prefixed)
-        return local[dropped:], globe[dropped:]
+        local, global_tokens = self.encode(prefixed)
+        return local[dropped:], global_tokens[dropped:]
 
 
 class AdaIN(nn.Module):
@@ -117,9 +117,9 @@ class AdaIN(nn.Module):
         super().__init__()
         self.linear = Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, globe: Tensor) -> Tensor:
-        """x [F, S, C], globe [F, C] -> [F, S, C]."""
-        shift, scale = self.linear(F.silu(globe)).float()[:, None].chunk(2, dim=-1)
+    def forward(self, x: Tensor, global_tokens: Tensor) -> Tensor:
+        """x [F, S, C], global_tokens [F, C] -> [F, S, C]."""
+        shift, scale = self.linear(F.silu(global_tokens)).float()[:, None].chunk(2, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=ADAIN_EPS) * (1 + scale) + shift
 
 
@@ -133,9 +133,9 @@ class AudioInjector(nn.Module):
         self.injector = nn.ModuleList(Attention(config.dim, config.num_heads, config.eps) for _ in range(count))
         self.injector_adain_layers = nn.ModuleList(AdaIN(config.dim) for _ in range(count))
 
-    def _residual(self, injector: int, frames: Tensor, local: Tensor, globe: Tensor) -> Tensor:
+    def _residual(self, injector: int, frames: Tensor, local: Tensor, global_tokens: Tensor) -> Tensor:
         attention = cast(Attention, self.injector[injector])
-        normed = cast(AdaIN, self.injector_adain_layers[injector])(frames, globe)
+        normed = cast(AdaIN, self.injector_adain_layers[injector])(frames, global_tokens)
         key, value = attention.key_value(local)
         return attention(attention.query(normed), key, value)
 
@@ -143,10 +143,10 @@ class AudioInjector(nn.Module):
         """x [1, F * S, C] -> the same with each speaker's residual added under its mask."""
         if layer not in self.index:
             return x
-        latent_frames = audio.globe.shape[1]
+        latent_frames = audio.global_tokens.shape[1]
         frames = x[0].unflatten(0, (latent_frames, -1))
         for speaker in range(audio.local.shape[0]):
-            residual = self._residual(self.index[layer], frames, audio.local[speaker], audio.globe[speaker])
+            residual = self._residual(self.index[layer], frames, audio.local[speaker], audio.global_tokens[speaker])
             residual = residual.flatten(0, 1)[None]
             x = x + (residual if audio.mask is None else residual * audio.mask[speaker])
         return x

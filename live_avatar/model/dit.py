@@ -53,7 +53,7 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One transformer layer: self-attention, text attention, feed-forward."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -121,16 +121,16 @@ class CausalDiT(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.trainable_cond_mask = nn.Embedding(3, dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.casual_audio_encoder = AudioEncoder(config)  # "casual" is the checkpoint's spelling
         self.audio_injector = AudioInjector(config)
         self.frame_packer = FramePacker(dim)
 
     @property
-    def layers(self) -> list[Block]:
+    def layers(self) -> list[TransformerBlock]:
         """The transformer layers under their own type."""
-        return cast(list[Block], list(self.blocks))
+        return cast(list[TransformerBlock], list(self.blocks))
 
     def modulation(self, timestep: float) -> Modulation:
         """Modulation of every layer and of the head at one timestep (spec section 3, steps 2, 4, 5)."""

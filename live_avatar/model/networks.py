@@ -54,7 +54,7 @@ def text_network(config: TextEncoderConfig) -> nn.Module:
     return UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu", use_cache=False)).eval()
 
 
-def outline(preset: Preset) -> Networks:
+def meta_networks(preset: Preset) -> Networks:
     """Networks of the preset's sizes and types on torch's meta device: no weights, and no memory for them."""
     with torch.device("meta"):
         networks = Networks(

@@ -29,7 +29,7 @@ LATENT_STD = (
 EPS = 1e-12  # least length that a norm divides by
 
 
-class Stream:
+class FeatureCache:
     """The slots of one pass, handed out and taken back in the order of the layers.
 
     `slots` None is the start of a stream: every history is zero.
@@ -62,7 +62,7 @@ class Stream:
 class Streamed(Protocol):
     """A layer with a history."""
 
-    def stream(self, x: Tensor, stream: Stream) -> Tensor: ...
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor: ...
 
 
 class CausalConv3d(nn.Conv3d):
@@ -83,9 +83,9 @@ class CausalConv3d(nn.Conv3d):
             )
         return super().forward(x)
 
-    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[1, C, T, h, w] -> [1, C', T / stride, h, w]."""
-        return self(stream.extend(x, self.history) if self.history else x)
+        return self(cache.extend(x, self.history) if self.history else x)
 
 
 class RMSNorm(nn.Module):
@@ -121,8 +121,8 @@ class Residual(nn.Module):
             nn.Identity() if in_channels == out_channels else CausalConv3d(in_channels, out_channels, (1, 1, 1))
         )
 
-    def stream(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.shortcut(x) + _through(self.residual, x, stream)
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.shortcut(x) + _through(self.residual, x, cache)
 
 
 class SpatialAttention(nn.Module):
@@ -151,17 +151,17 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if time else None
 
-    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = _per_frame(self.resample, x)
         if self.time_conv is None:
             return x
-        if stream.first:
-            stream.skip(x, self.time_conv.history, remembered=True)
+        if cache.first:
+            cache.skip(x, self.time_conv.history, remembered=True)
             return x
-        return self.time_conv.stream(x, stream)
+        return self.time_conv.stream(x, cache)
 
 
-class Twice(nn.Module):
+class NearestUpsample2x(nn.Module):
     """Nearest neighbours at twice the size, through float32: TensorRT resizes no bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,15 +174,15 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(Twice(), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.resample = nn.Sequential(NearestUpsample2x(), nn.Conv2d(channels, channels // 2, 3, padding=1))
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time else None
 
-    def stream(self, x: Tensor, stream: Stream) -> Tensor:
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if self.time_conv is not None:
-            if stream.first:
-                stream.skip(x, self.time_conv.history, remembered=False)
+            if cache.first:
+                cache.skip(x, self.time_conv.history, remembered=False)
             else:
-                early, late = self.time_conv.stream(x, stream).chunk(2, dim=1)
+                early, late = self.time_conv.stream(x, cache).chunk(2, dim=1)
                 x = torch.stack([early, late], dim=3).flatten(2, 3)
         return _per_frame(self.resample, x)
 
@@ -197,10 +197,10 @@ def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
     return module(x[0].transpose(0, 1)).transpose(0, 1)[None]
 
 
-def _through(layers: nn.Sequential | nn.ModuleList, x: Tensor, stream: Stream) -> Tensor:
+def _through(layers: nn.Sequential | nn.ModuleList, x: Tensor, cache: FeatureCache) -> Tensor:
     """Runs the layers in order; those that have a history take it from the stream."""
     for layer in layers:
-        x = layer.stream(x, stream) if isinstance(layer, Streamed) else layer(x)
+        x = layer.stream(x, cache) if isinstance(layer, Streamed) else layer(x)
     return x
 
 
@@ -224,10 +224,10 @@ class Encoder(nn.Module):
         )
         self.head = nn.Sequential(RMSNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * config.z_dim, kernel))
 
-    def stream(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.conv1.stream(x, stream)
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        x = self.conv1.stream(x, cache)
         for part in (self.downsamples, self.middle, self.head):
-            x = _through(part, x, stream)
+            x = _through(part, x, cache)
         return x
 
 
@@ -252,10 +252,10 @@ class Decoder(nn.Module):
         self.upsamples = nn.Sequential(*layers)
         self.head = nn.Sequential(RMSNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 3, kernel))
 
-    def stream(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.conv1.stream(x, stream)
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        x = self.conv1.stream(x, cache)
         for part in (self.middle, self.upsamples, self.head):
-            x = _through(part, x, stream)
+            x = _through(part, x, cache)
         return x
 
 
@@ -282,15 +282,15 @@ class VAE(nn.Module):
 
         With state None T is 1 and T' is 1: the first frame of a stream. Later T is a multiple of 4 and T' = T / 4.
         """
-        stream = Stream(state)
-        moments = self.conv1(self.encoder.stream(frames.to(self.conv1.weight.dtype), stream)).float()
-        return (moments[:, : self.config.z_dim] - self.mean) / self.std, stream.out
+        cache = FeatureCache(state)
+        moments = self.conv1(self.encoder.stream(frames.to(self.conv1.weight.dtype), cache)).float()
+        return (moments[:, : self.config.z_dim] - self.mean) / self.std, cache.out
 
     def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Latents [1, 16, T, h, w] -> frames [1, 3, T', 8h, 8w], not clamped, and the stream's new state.
 
         With state None T is 1 and T' is 1: the first latent of a stream. Later T' = 4 T.
         """
-        stream = Stream(state)
+        cache = FeatureCache(state)
         denormalised = (latents * self.std + self.mean).to(self.conv2.weight.dtype)
-        return self.decoder.stream(self.conv2(denormalised), stream).float(), stream.out
+        return self.decoder.stream(self.conv2(denormalised), cache).float(), cache.out

@@ -99,11 +99,11 @@ class Conditioner:
         frames = np.repeat(frame, TEMPORAL_STRIDE, axis=2)
         latents = [result["latent"]]
         while len(latents) < MOTION_LATENTS:
-            result = self._graphs["vae_encoder"].run({"frames": frames, **carried(result)})
+            result = self._graphs["vae_encoder"].run({"frames": frames, **next_state(result)})
             latents.append(result["latent"])
         return np.concatenate(latents, axis=2)
 
 
-def carried(result: dict[str, Array]) -> dict[str, Array]:
+def next_state(result: dict[str, Array]) -> dict[str, Array]:
     """The `new_state.*` outputs of a streamed graph as the `state.*` inputs of its next call."""
     return {name.removeprefix("new_"): array for name, array in result.items() if name.startswith("new_state.")}

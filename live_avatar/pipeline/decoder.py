@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.pipeline.conditioning import carried
+from live_avatar.pipeline.conditioning import next_state
 from live_avatar.runtime import Runtime
 
 
@@ -37,7 +37,7 @@ class FrameDecoder:
         of them, which puts its video 0.12 s ahead of the sound (quirk Q14).
         """
         step = self._stream.frames_per_block
-        state = DecoderState(carried(self._first.run({"latents": np.ascontiguousarray(motion[:, :, :1])})))
+        state = DecoderState(next_state(self._first.run({"latents": np.ascontiguousarray(motion[:, :, :1])})))
         for start in range(1, self._stream.decoder_warmup_latents, step):
             self.decode(state, np.ascontiguousarray(motion[:, :, start : start + step]))
         return state.slots
@@ -45,5 +45,5 @@ class FrameDecoder:
     def decode(self, state: DecoderState, latents: Array) -> Array:
         """Latents [1, 16, F, h, w] of the stream's next block -> frames uint8 [4F, H, W, 3]."""
         result = self._next.run({"latents": latents, **state.slots})
-        state.slots = carried(result)
+        state.slots = next_state(result)
         return result["frames"]

@@ -11,13 +11,13 @@ from __future__ import annotations
 from live_avatar.arrays import Array, Arrays
 from live_avatar.config import Preset
 from live_avatar.graphs.contract import kv_names
-from live_avatar.runtime import Zeros
+from live_avatar.runtime import Allocator
 
 
 class KVRing:
     """Keys (rotated) and values of the last `past_blocks` blocks in every layer."""
 
-    def __init__(self, preset: Preset, zeros: Zeros) -> None:
+    def __init__(self, preset: Preset, zeros: Allocator) -> None:
         stream, dit = preset.stream, preset.dit
         self._slots = stream.past_blocks
         self._tokens = stream.block_tokens

@@ -21,7 +21,7 @@ class Graph(Protocol):
         ...
 
 
-class Zeros(Protocol):
+class Allocator(Protocol):
     def __call__(self, shape: tuple[int, ...], dtype: str) -> Array:
         """A new resident array of zeros; `dtype` as contracts name it."""
         ...
@@ -30,7 +30,7 @@ class Zeros(Protocol):
 class Runtime(Protocol):
     preset: Preset
     tokenizer: Tokenizer
-    zeros: Zeros
+    zeros: Allocator
 
     def free_bytes(self) -> int:
         """Memory that resident arrays could take now."""

@@ -40,10 +40,10 @@ from torch import Tensor
 
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.graphs.contract import Contract, TensorSpec
+from live_avatar.graphs.contract import Contract, GraphTensor
 from live_avatar.graphs.engines import Engine, Machine, build_command, engine_path, fault, read_engines
 from live_avatar.inputs.text import make_tokenizer
-from live_avatar.runtime import Zeros
+from live_avatar.runtime import Allocator
 
 LEAST_VERSION = (10, 15)  # the first that reads every operator of opset 23 that the graphs use
 ALIGNMENT = 256  # bytes, of every address that is bound (TensorRT documentation of setTensorAddress)
@@ -276,15 +276,15 @@ class TensorRTGraph:
                 "build the engine again."
             )
 
-    def _input(self, spec: TensorSpec, array: Any) -> Tensor:
+    def _input(self, spec: GraphTensor, array: Any) -> Tensor:
         if spec.resident:
             return array.contiguous()
         return self._view(spec, array.shape).copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
 
-    def _output(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+    def _output(self, spec: GraphTensor, shape: tuple[int, ...]) -> Tensor:
         return self._view(spec, shape) if spec.name in self._buffers else self._empty(shape, spec.dtype)
 
-    def _view(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+    def _view(self, spec: GraphTensor, shape: tuple[int, ...]) -> Tensor:
         """The spec's buffer, as much of it as the shape takes."""
         return self._buffers[spec.name].flatten()[: math.prod(shape)].view(shape)
 
@@ -313,7 +313,7 @@ class TensorRTRuntime:
         self.tokenizer = make_tokenizer(self.preset, artifacts.tokenizer)
         self._artifacts = artifacts
         self._backend = open_backend(device, open_device)
-        self.zeros: Zeros = partial(_zeros, self._backend.device.torch_device)
+        self.zeros: Allocator = partial(_zeros, self._backend.device.torch_device)
         self._engines = read_engines(artifacts)
 
     def free_bytes(self) -> int:

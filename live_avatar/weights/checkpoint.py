@@ -17,10 +17,17 @@ from torch import Tensor, nn
 from live_avatar.assets import TINY_WEIGHTS
 from live_avatar.config import TINY, Preset
 from live_avatar.errors import CheckpointError
-from live_avatar.model.networks import Networks, outline, replace_parameters
+from live_avatar.model.networks import Networks, meta_networks, replace_parameters
 from live_avatar.weights.lora import LoRA, MergedWeights
 from live_avatar.weights.official import is_official, open_official
-from live_avatar.weights.tensors import Checkpoint, RandomWeights, SafetensorsWeights, Weights, account, shapes_of
+from live_avatar.weights.tensors import (
+    Checkpoint,
+    RandomWeights,
+    SafetensorsWeights,
+    Weights,
+    shapes_of,
+    validate_tensors,
+)
 
 PARTS = ("dit", "vae", "speech", "text")
 # What the modulation of a timestep is made of (spec section 3, steps 2, 4, 5).
@@ -41,8 +48,8 @@ def open_checkpoint(preset: Preset | None = None, folder: Path | None = None, lo
         checkpoint = _as_preset(open_official(folder), preset, folder)
     else:
         checkpoint = _own(preset or TINY, folder)
-    for part, network in outline(checkpoint.preset).parts().items():
-        account(checkpoint.parts[part], shapes_of(network))
+    for part, network in meta_networks(checkpoint.preset).parts().items():
+        validate_tensors(checkpoint.parts[part], shapes_of(network))
     if lora is None:
         return checkpoint
     return dataclasses.replace(
@@ -79,7 +86,7 @@ def _own(preset: Preset, folder: Path | None) -> Checkpoint:
         )
     folder = folder or _shipped(preset)
     parts: dict[str, Weights] = {}
-    for index, (name, network) in enumerate(outline(preset).parts().items()):
+    for index, (name, network) in enumerate(meta_networks(preset).parts().items()):
         if folder is None:
             parts[name] = RandomWeights(shapes_of(network), preset.weight_seed + index)
         else:
@@ -95,15 +102,15 @@ def _shipped(preset: Preset) -> Path | None:
 
 def load_networks(checkpoint: Checkpoint) -> Networks:
     """Networks with all their weights in memory, in the types of the preset."""
-    networks = outline(checkpoint.preset)
+    networks = meta_networks(checkpoint.preset)
     for part, network in networks.parts().items():
         _fill(network, checkpoint.parts[part])
     return networks
 
 
-def outline_networks(checkpoint: Checkpoint) -> Networks:
+def modulation_networks(checkpoint: Checkpoint) -> Networks:
     """Networks on the meta device, but for what the modulation of a timestep is made of: that has its weights."""
-    networks = outline(checkpoint.preset)
+    networks = meta_networks(checkpoint.preset)
     _fill(networks.dit, checkpoint.parts["dit"], MODULATION)
     return networks
 

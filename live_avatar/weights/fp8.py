@@ -1,4 +1,4 @@
-"""Tensors in 8-bit floating point, e4m3fn, with one scale each: the quantiser of the released code (spec section 15).
+"""Tensors in 8-bit floating point, e4m3fn, with one scale each: the quantizer of the released code (spec section 15).
 
 e4m3fn has 4 bits of exponent and 3 of mantissa, no infinity, and 448 as its largest number. Knows tensors and the
 names of linears; knows no graph. `live_avatar/exporter/quantization.py` makes static scales and ONNX of it.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 448.0
-LEAST_AMAX = 1e-12
-LARGEST_FACTOR = 448.0
+MAX_E4M3 = 448.0
+MIN_AMAX = 1e-12
+MAX_QUANT_SCALE = 448.0
 """A tensor whose largest value is below 1 is multiplied by no more than this; e4m3fn still has exponents to spare."""
 
 # Linears that the released code leaves as they are, by parts of their names.
@@ -24,32 +24,32 @@ RELEASE_KEEPS = (
 )
 
 
-def quantised_in_release(linear: str) -> bool:
-    """Whether the released code's FP8 mode quantises the linear of that name, such as `blocks.0.self_attn.q`."""
+def quantized_in_release(linear: str) -> bool:
+    """Whether the released code's FP8 mode quantizes the linear of that name, such as `blocks.0.self_attn.q`."""
     return not any(part in linear for part in RELEASE_KEEPS)
 
 
-def factor(amax: Tensor) -> Tensor:
+def quant_scale(amax: Tensor) -> Tensor:
     """What a tensor of largest absolute value `amax` is multiplied by before rounding; float32, shape of `amax`."""
-    return (LARGEST / amax.float().clamp(min=LEAST_AMAX)).clamp(max=LARGEST_FACTOR)
+    return (MAX_E4M3 / amax.float().clamp(min=MIN_AMAX)).clamp(max=MAX_QUANT_SCALE)
 
 
-def saturated(x: Tensor) -> Tensor:
+def saturate(x: Tensor) -> Tensor:
     """The nearest e4m3fn numbers; what is out of range becomes the largest number and not NaN."""
-    return x.float().clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return x.float().clamp(-MAX_E4M3, MAX_E4M3).to(torch.float8_e4m3fn)
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x of any shape -> its e4m3fn numbers, and what they count: the inverse scale, a float32 scalar."""
-    scale = factor(x.abs().max())
-    return saturated(x.float() * scale), 1 / scale
+    scale = quant_scale(x.abs().max())
+    return saturate(x.float() * scale), 1 / scale
 
 
-def dequantise(quantised: Tensor, inverse: Tensor) -> Tensor:
+def dequantize(quantized: Tensor, dequant_scale: Tensor) -> Tensor:
     """float32 values of e4m3fn numbers."""
-    return quantised.float() * inverse
+    return quantized.float() * dequant_scale
 
 
-def rounded(x: Tensor) -> Tensor:
+def fake_quantize(x: Tensor) -> Tensor:
     """x as an operand of the released code's FP8 linears, float32; they scale the activation anew in every call."""
-    return dequantise(*quantise(x))
+    return dequantize(*quantize(x))

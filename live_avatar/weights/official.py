@@ -33,7 +33,7 @@ from live_avatar.config import (
 )
 from live_avatar.errors import ArtifactError, CheckpointError, ConfigError
 from live_avatar.inputs.text import make_tokenizer
-from live_avatar.model.networks import outline
+from live_avatar.model.networks import meta_networks
 from live_avatar.weights.tensors import (
     Checkpoint,
     RenamedWeights,
@@ -41,8 +41,8 @@ from live_avatar.weights.tensors import (
     Shapes,
     TorchFileWeights,
     Weights,
-    account,
     shapes_of,
+    validate_tensors,
 )
 
 CONFIG_FILE = "config.json"
@@ -163,7 +163,7 @@ def open_official(folder: Path) -> Checkpoint:
     }
     preset = _preset(folder, stored)
     try:
-        networks = outline(preset)
+        networks = meta_networks(preset)
     except ValueError as error:  # of the constructors in `transformers`
         raise CheckpointError(f"the sizes in {folder} make no network ({error}); fetch the official files.") from error
     parts = {part: _accounted(part, stored[part], shapes_of(network)) for part, network in networks.parts().items()}
@@ -184,7 +184,7 @@ def _accounted(part: str, stored: Weights, expected: Shapes) -> Weights:
         names |= {name: SPEECH_PREFIX + name for name in expected if SPEECH_PREFIX + name in given}
         unused = SPEECH_UNUSED
     kept = RenamedWeights(stored, {name: name for name in given if name not in unused})
-    account(kept, {names[name]: shape for name, shape in expected.items()})
+    validate_tensors(kept, {names[name]: shape for name, shape in expected.items()})
     return RenamedWeights(stored, names)
 
 

@@ -221,7 +221,7 @@ def shapes_of(module: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def account(weights: Weights, expected: Shapes) -> None:
+def validate_tensors(weights: Weights, expected: Shapes) -> None:
     """Checks that every tensor is there, none is left over and all shapes agree; reads none.
 
     Raises `CheckpointError` that names the first tensor of the first fault found.

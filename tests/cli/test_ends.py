@@ -31,7 +31,7 @@ def ended(running: Running, *numbers: signal.Signals) -> tuple[int, str]:
 
 
 def test_an_interruption_that_was_swallowed_is_raised_again() -> None:
-    interrupts.catch()
+    interrupts.install()
     interrupts.check()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
@@ -39,7 +39,7 @@ def test_an_interruption_that_was_swallowed_is_raised_again() -> None:
         signal.raise_signal(number)  # nothing: the first is being dealt with
     with pytest.raises(KeyboardInterrupt):
         interrupts.check()
-    interrupts.catch()
+    interrupts.install()
     interrupts.check()
 
 

@@ -25,19 +25,19 @@ from live_avatar.exporter.quantization import (
     WEIGHT,
     WEIGHT_SCALE,
     Calibration,
-    QuantisedWeights,
-    quantise_checkpoint,
-    quantise_graph,
-    quantised,
-    scale,
-    weight,
+    QuantizedWeights,
+    quantize_checkpoint,
+    quantize_graph,
+    quantize_weight,
+    quantized,
+    static_scale,
 )
 from live_avatar.exporter.tracing import TracedGraph, Tracer, random_inputs
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
 from live_avatar.model.dit import CausalDiT
-from live_avatar.model.networks import outline
+from live_avatar.model.networks import meta_networks
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights import fp8
@@ -63,8 +63,8 @@ def calibration(picture: bytes) -> Calibration:
 
 def traced(precision: str, calibration: Calibration, *components: str) -> dict[str, TracedGraph]:
     preset = TWO_STEPS.with_precision(precision)
-    tracer, agreed = Tracer(build_components(preset, outline(preset))), contracts(preset)
-    return {name: quantise_graph(tracer.trace(agreed[name]), name, calibration) for name in components}
+    tracer, agreed = Tracer(build_components(preset, meta_networks(preset))), contracts(preset)
+    return {name: quantize_graph(tracer.trace(agreed[name]), name, calibration) for name in components}
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +77,31 @@ def bfloat16_graphs(calibration: Calibration) -> dict[str, TracedGraph]:
     return traced("bfloat16", calibration, "dit_prefill", "dit_step_1")
 
 
-def test_the_release_quantises_the_same_linears_and_adaln() -> None:
+def test_the_release_quantizes_the_same_linears_and_adaln() -> None:
     with torch.device("meta"):
         names = linears(CausalDiT(S2V_14B.dit))
-    ours = {name for name in names if quantised(name)}
+    ours = {name for name in names if quantized(name)}
     assert len(ours) == 448
-    left = {name for name in names if fp8.quantised_in_release(name)} - ours
+    left = {name for name in names if fp8.quantized_in_release(name)} - ours
     assert left == {f"audio_injector.injector_adain_layers.{i}.linear" for i in range(12)}
-    assert not [name for name in ours if not fp8.quantised_in_release(name)]
+    assert not [name for name in ours if not fp8.quantized_in_release(name)]
 
 
 def test_a_scale_is_the_released_one_rounded_up_to_bfloat16() -> None:
     amax = torch.logspace(-14, 6, 500)
-    ours, released = scale(amax), 1 / fp8.factor(amax)
+    ours, released = static_scale(amax), 1 / fp8.quant_scale(amax)
     assert torch.equal(ours, ours.bfloat16().float())
     assert bool((ours >= released).all())
     assert bool((ours <= released * (1 + 2**-7)).all())
-    assert bool((amax / ours <= fp8.LARGEST).all())
+    assert bool((amax / ours <= fp8.MAX_E4M3).all())
 
 
 def test_a_weight_comes_back_transposed_and_within_half_a_step() -> None:
     stored = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
-    numbers, counts = weight(stored)
+    numbers, counts = quantize_weight(stored)
     assert numbers.dtype == torch.float8_e4m3fn
     assert numbers.shape == (32, 24)
-    error = (fp8.dequantise(numbers, counts).t() - stored).abs()
+    error = (fp8.dequantize(numbers, counts).t() - stored).abs()
     assert bool((error <= torch.maximum(stored.abs() * 2**-4, counts * 2**-10)).all())
 
 
@@ -122,9 +122,9 @@ class Counted:
         return torch.full(self.shapes()[name], 7.0)
 
 
-def test_weights_are_read_once_and_all_but_the_quantised_as_they_are() -> None:
+def test_weights_are_read_once_and_all_but_the_quantized_as_they_are() -> None:
     stored = Counted()
-    weights = QuantisedWeights(stored)
+    weights = QuantizedWeights(stored)
     assert weights.shapes() == {
         "blocks.0.ffn.0.weight": (2, 3),
         "blocks.0.ffn.0.weight_scale": (),
@@ -134,30 +134,30 @@ def test_weights_are_read_once_and_all_but_the_quantised_as_they_are() -> None:
     read = {name: weights.read(name) for name in weights.shapes()}
     assert stored.was_read == list(stored.shapes())
     numbers, counts = read["blocks.0.ffn.0.weight"], read["blocks.0.ffn.0.weight_scale"]
-    assert torch.equal(fp8.dequantise(numbers, counts), 448 * counts.expand(2, 3))
+    assert torch.equal(fp8.dequantize(numbers, counts), 448 * counts.expand(2, 3))
     assert torch.equal(read["blocks.0.ffn.0.bias"], torch.full((3,), 7.0))
-    assert torch.equal(QuantisedWeights(Counted()).read("blocks.0.ffn.0.weight_scale"), counts)
+    assert torch.equal(QuantizedWeights(Counted()).read("blocks.0.ffn.0.weight_scale"), counts)
 
 
-def test_every_quantised_linear_is_a_product_of_dequantised_numbers(bfloat16_graphs: dict[str, TracedGraph]) -> None:
+def test_every_quantized_linear_is_a_product_of_dequantized_numbers(bfloat16_graphs: dict[str, TracedGraph]) -> None:
     graph = bfloat16_graphs["dit_step_1"]
     products = 0
     for name, value in graph.weights:
         linear = name.removesuffix(WEIGHT).removeprefix(PART)
-        if not (name.startswith(PART) and name.endswith(WEIGHT) and quantised(linear)):
+        if not (name.startswith(PART) and name.endswith(WEIGHT) and quantized(linear)):
             assert value.dtype != ir.DataType.FLOAT8E4M3FN, name
             continue
         assert value.dtype == ir.DataType.FLOAT8E4M3FN, name
-        (dequantised,) = [use.node for use in value.uses()]
-        (product,) = [use.node for use in dequantised.outputs[0].uses()]
+        (dequantized,) = [use.node for use in value.uses()]
+        (product,) = [use.node for use in dequantized.outputs[0].uses()]
         source = product.inputs[0]
         assert source is not None
-        assert (dequantised.op_type, product.op_type) == ("DequantizeLinear", "MatMul")
+        assert (dequantized.op_type, product.op_type) == ("DequantizeLinear", "MatMul")
         numbers = source.producer()
         assert numbers is not None
         assert numbers.op_type == "DequantizeLinear"
         assert len(list(source.uses())) == 1, "every product has a DequantizeLinear of its own"
-        for node, kind in ((dequantised, WEIGHT_SCALE), (numbers, INPUT_SCALE)):
+        for node, kind in ((dequantized, WEIGHT_SCALE), (numbers, INPUT_SCALE)):
             counts = node.inputs[1]
             assert counts is not None
             assert counts.name is not None
@@ -169,8 +169,8 @@ def test_every_quantised_linear_is_a_product_of_dequantised_numbers(bfloat16_gra
 
 
 def test_linears_of_one_input_share_its_numbers(float32_graphs: dict[str, TracedGraph]) -> None:
-    quantisers = [node for node in float32_graphs["dit_step_1"].model.graph if node.op_type == "QuantizeLinear"]
-    assert sorted(len(list(node.outputs[0].uses())) for node in quantisers) == [1, 1, 1, 1, 1, 1, 1, 2, 3]
+    quantizers = [node for node in float32_graphs["dit_step_1"].model.graph if node.op_type == "QuantizeLinear"]
+    assert sorted(len(list(node.outputs[0].uses())) for node in quantizers) == [1, 1, 1, 1, 1, 1, 1, 2, 3]
 
 
 def test_steps_share_a_model_and_have_their_own_scales(
@@ -184,7 +184,7 @@ def test_steps_share_a_model_and_have_their_own_scales(
         assert len(scales) == 9
         for name, value in scales.items():
             amax = calibration.amax[component][name.removesuffix(INPUT_SCALE)]
-            assert value == scale(torch.tensor(HEADROOM * amax))
+            assert value == static_scale(torch.tensor(HEADROOM * amax))
     name = "dit.blocks.0.ffn.2" + INPUT_SCALE
     assert first.constants[name] != second.constants[name]
 
@@ -206,7 +206,7 @@ def test_a_linear_without_calibration_is_refused(calibration: Calibration) -> No
 
 def test_a_calibration_of_another_preset_is_refused(calibration: Calibration) -> None:
     with pytest.raises(ExportError, match=r"the calibration is of preset tiny, expected least; calibrate that one"):
-        quantise_checkpoint(open_checkpoint(LEAST), replace(calibration, preset="tiny"))
+        quantize_checkpoint(open_checkpoint(LEAST), replace(calibration, preset="tiny"))
 
 
 def test_a_linear_of_other_operators_is_refused(calibration: Calibration) -> None:
@@ -217,7 +217,7 @@ def test_a_linear_of_other_operators_is_refused(calibration: Calibration) -> Non
     node = ir.node("Gemm", [x, w], {"transB": 1})
     model = ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 23}), ir_version=10)
     with pytest.raises(ExportError, match=r"dit\.blocks\.0\.ffn\.0 is made of Gemm, expected Transpose, MatMul; leave"):
-        quantise_graph(TracedGraph(model, [("dit.blocks.0.ffn.0.weight", w)], {}), "dit_step_1", calibration)
+        quantize_graph(TracedGraph(model, [("dit.blocks.0.ffn.0.weight", w)], {}), "dit_step_1", calibration)
 
 
 def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Path) -> None:
@@ -237,9 +237,9 @@ def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Pat
         Calibration.read(tmp_path / "absent.json")
 
 
-def test_calibration_sees_every_quantised_linear(calibration: Calibration) -> None:
+def test_calibration_sees_every_quantized_linear(calibration: Calibration) -> None:
     with torch.device("meta"):
-        names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if quantised(name)}
+        names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if quantized(name)}
     text = {f"{PART}blocks.0.cross_attn.{part}" for part in "kv"}
     audio = {name for name in names if "audio" in name}
     assert calibration.blocks == BLOCKS
@@ -325,14 +325,14 @@ def emulated(checkpoint: Checkpoint, amax: Mapping[str, float]) -> TorchRuntime:
     for name, module in runtime._components["dit_prefill"].named_modules():
         if name in amax:
             assert isinstance(module, nn.Linear)
-            numbers, counts = weight(module.weight.data)
-            module.weight.data = fp8.dequantise(numbers, counts).t().contiguous()
-            module.register_forward_pre_hook(static(scale(torch.tensor(HEADROOM * amax[name]))))
+            numbers, counts = quantize_weight(module.weight.data)
+            module.weight.data = fp8.dequantize(numbers, counts).t().contiguous()
+            module.register_forward_pre_hook(static(static_scale(torch.tensor(HEADROOM * amax[name]))))
     return runtime
 
 
 def static(counts: Tensor):
-    return lambda _, args: (fp8.dequantise(fp8.saturated(args[0] / counts), counts),)
+    return lambda _, args: (fp8.dequantize(fp8.saturate(args[0] / counts), counts),)
 
 
 @pytest.mark.parametrize("component", ["dit_prefill", "dit_step_2"])

@@ -17,8 +17,8 @@ from live_avatar.errors import ExportError
 from live_avatar.exporter.tracing import OPSET, Tracer, random_inputs
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import TextEncoder
-from live_avatar.graphs.contract import FLOAT, INT64, Contract, TensorSpec, contracts
-from live_avatar.model.networks import outline
+from live_avatar.graphs.contract import FLOAT, INT64, Contract, GraphTensor, contracts
+from live_avatar.model.networks import meta_networks
 
 COMPONENTS = list(contracts(TINY))
 ROOT = Path(__file__).parents[2]
@@ -84,8 +84,8 @@ def traced(module: nn.Module, contract: Contract) -> ir.Model:
     return Tracer({contract.name: module}).trace(contract).model
 
 
-def spec(name: str, shape: tuple[int | str, ...] = (1, 4), dtype: str = FLOAT) -> TensorSpec:
-    return TensorSpec(name, dtype, shape)
+def spec(name: str, shape: tuple[int | str, ...] = (1, 4), dtype: str = FLOAT) -> GraphTensor:
+    return GraphTensor(name, dtype, shape)
 
 
 class TwoOutputs(nn.Module):
@@ -138,7 +138,7 @@ def test_a_size_that_is_fixed_where_the_contract_has_a_symbol_is_refused() -> No
 
 def test_tracing_needs_no_weights() -> None:
     """The parameters of this encoder would take 22 GB."""
-    networks = outline(S2V_14B)
+    networks = meta_networks(S2V_14B)
     graph = Tracer({"text_encoder": TextEncoder(networks)}).trace(contracts(S2V_14B)["text_encoder"])
     shapes = {name: tuple(value.shape or ()) for name, value in graph.weights}
     assert shapes["text.shared.weight"] == (256_384, 4096)

@@ -15,7 +15,7 @@ from export import synthetic
 from export.synthetic import lora_shapes, main, official_preset, write_checkpoint, write_lora
 from live_avatar.config import PRESETS, S2V_14B, TINY, Preset
 from live_avatar.errors import ConfigError, ExportError
-from live_avatar.model.networks import outline
+from live_avatar.model.networks import meta_networks
 from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar.weights.lora import LoRA, MergedWeights
 from live_avatar.weights.official import DIT_INDEX, SPEECH_FOLDER, TEXT_FILE, open_official
@@ -56,7 +56,7 @@ def test_every_size_is_found_again(small: Path) -> None:
 
 def test_values_are_those_of_the_seed_in_the_published_types(small: Path) -> None:
     checkpoint = open_official(small)
-    parts = outline(checkpoint.preset).parts().items()
+    parts = meta_networks(checkpoint.preset).parts().items()
     for index, (part, network) in enumerate(parts):
         dtype = torch.bfloat16 if part in ("dit", "text") else torch.float32
         drawn = RandomWeights(shapes_of(network), SEED + index)

@@ -21,7 +21,7 @@ from live_avatar.exporter.tracing import OPSET, Tracer
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
-from live_avatar.model.networks import outline
+from live_avatar.model.networks import meta_networks
 from tests.export.conftest import LEAST
 
 LIST = json.loads((Path(__file__).parent / "data" / "tensorrt_operators.json").read_text())
@@ -157,7 +157,7 @@ def faults(graph: Graph) -> Iterator[str]:
 
 def traced(preset: Preset) -> Iterator[Graph]:
     """Graphs without weights in memory or on disk."""
-    tracer = Tracer(build_components(preset, outline(preset)))
+    tracer = Tracer(build_components(preset, meta_networks(preset)))
     for name, contract in contracts(preset).items():
         graph = tracer.trace(contract)
         for _, value in graph.weights:

@@ -13,20 +13,20 @@ from tests.tolerances import INTERPOLATED_AUDIO, PORT
 
 
 def test_encoder_without_prefix(dit: CausalDiT, audio: Golden) -> None:
-    local, globe = dit.casual_audio_encoder.encode(audio["encoder2/in/features"][0])
+    local, global_tokens = dit.casual_audio_encoder.encode(audio["encoder2/in/features"][0])
     audio.check("encoder2/out/tokens", local, PORT)
-    audio.check("encoder2/out/global", globe, PORT)
+    audio.check("encoder2/out/global", global_tokens, PORT)
 
 
 def test_encoder_of_a_block(dit: CausalDiT, audio: Golden) -> None:
     states = audio["encoder/in/block_audio"][0]
-    local, globe = dit.casual_audio_encoder(states)
+    local, global_tokens = dit.casual_audio_encoder(states)
     audio.check("encoder/used/tokens", local, PORT)
-    audio.check("encoder/used/global", globe, PORT)
+    audio.check("encoder/used/global", global_tokens, PORT)
     prefixed = torch.cat([states[:, :, :1].expand(-1, -1, 73), states], dim=2)
-    local, globe = dit.casual_audio_encoder.encode(prefixed)
+    local, global_tokens = dit.casual_audio_encoder.encode(prefixed)
     audio.check("encoder/out/tokens", local, PORT)
-    audio.check("encoder/out/global", globe, PORT)
+    audio.check("encoder/out/global", global_tokens, PORT)
 
 
 def test_bucketing(audio: Golden, golden_config: dict[str, Any]) -> None:

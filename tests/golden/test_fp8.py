@@ -1,4 +1,4 @@
-"""The quantiser of the released code, to the bit, and a linear of quantised operands (golden `fp8`)."""
+"""The quantizer of the released code, to the bit, and a linear of quantized operands (golden `fp8`)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def golden(golden_dir: Path) -> Golden:
 
 @pytest.mark.parametrize("name", ["x", "weight"])
 def test_bytes_and_scales_are_those_of_the_release(golden: Golden, name: str) -> None:
-    quantised, inverse = fp8.quantise(golden[f"in/{name}"])
-    assert quantised.dtype == torch.float8_e4m3fn
-    assert torch.equal(quantised.view(torch.uint8), golden[f"{name}_fp8_bytes"])
+    quantized, inverse = fp8.quantize(golden[f"in/{name}"])
+    assert quantized.dtype == torch.float8_e4m3fn
+    assert torch.equal(quantized.view(torch.uint8), golden[f"{name}_fp8_bytes"])
     assert inverse == golden[f"{name}_scale_inv"]
 
 
@@ -30,19 +30,19 @@ def test_the_golden_covers_both_sides_of_the_factors_cap(golden: Golden) -> None
     assert golden["in/weight"].abs().max() < 1 < golden["in/x"].abs().max()
 
 
-def test_a_linear_of_quantised_operands(golden: Golden) -> None:
-    product = F.linear(fp8.rounded(golden["in/x"]), fp8.rounded(golden["in/weight"]), golden["in/bias"])
+def test_a_linear_of_quantized_operands(golden: Golden) -> None:
+    product = F.linear(fp8.fake_quantize(golden["in/x"]), fp8.fake_quantize(golden["in/weight"]), golden["in/bias"])
     golden.check("y_exact", product, FLOAT32)
 
 
 def test_nothing_becomes_nan_or_infinite() -> None:
-    quantised, inverse = fp8.quantise(torch.zeros(3))
-    assert torch.equal(fp8.dequantise(quantised, inverse), torch.zeros(3))
-    assert torch.equal(fp8.saturated(torch.tensor([1e9, -500.0, 0.5])).float(), torch.tensor([448.0, -448.0, 0.5]))
+    quantized, inverse = fp8.quantize(torch.zeros(3))
+    assert torch.equal(fp8.dequantize(quantized, inverse), torch.zeros(3))
+    assert torch.equal(fp8.saturate(torch.tensor([1e9, -500.0, 0.5])).float(), torch.tensor([448.0, -448.0, 0.5]))
 
 
 @pytest.mark.parametrize(
-    ("linear", "quantised"),
+    ("linear", "quantized"),
     [
         ("blocks.0.self_attn.q", True),
         ("blocks.39.ffn.2", True),
@@ -54,5 +54,5 @@ def test_nothing_becomes_nan_or_infinite() -> None:
         ("casual_audio_encoder.encoder.final_linear", False),
     ],
 )
-def test_which_linears_the_release_quantises(linear: str, quantised: bool) -> None:
-    assert fp8.quantised_in_release(linear) is quantised
+def test_which_linears_the_release_quantizes(linear: str, quantized: bool) -> None:
+    assert fp8.quantized_in_release(linear) is quantized

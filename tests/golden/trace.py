@@ -52,8 +52,8 @@ def padded_text(dit: CausalDiT, context: Tensor) -> Tensor:
 
 def audio_tokens(dit: CausalDiT, states: Tensor) -> AudioTokens:
     """[K, A, 12] of one speaker."""
-    local, globe = dit.casual_audio_encoder(states)
-    return AudioTokens(local[None], globe[None])
+    local, global_tokens = dit.casual_audio_encoder(states)
+    return AudioTokens(local[None], global_tokens[None])
 
 
 @dataclass

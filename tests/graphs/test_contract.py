@@ -9,7 +9,7 @@ import pytest
 
 from live_avatar.config import S2V_14B, TINY
 from live_avatar.exporter.tracing import random_inputs
-from live_avatar.graphs.contract import Contract, TensorSpec, contracts, kv_names
+from live_avatar.graphs.contract import Contract, GraphTensor, contracts, kv_names
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.support.networks import SMALL
 
@@ -21,7 +21,7 @@ CASES = [
 ]
 
 
-def shape_at(spec: TensorSpec, contract: Contract, extent: int) -> tuple[int, ...]:
+def shape_at(spec: GraphTensor, contract: Contract, extent: int) -> tuple[int, ...]:
     return tuple(contract.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
 
 

@@ -65,12 +65,12 @@ def test_weights_of_the_large_model() -> None:
     assert decoder_memory(LARGE).shared["weights of two engines"] < 2 * 126_892_531 * 2
 
 
-def test_fp8_takes_a_byte_for_each_weight_that_it_quantises() -> None:
+def test_fp8_takes_a_byte_for_each_weight_that_it_quantizes() -> None:
     """Per step and layer 6 of the 8 attention projections and the feed-forward; 12 injectors of 4 projections."""
     dit = LARGE.dit
-    quantised = dit.num_layers * (6 * dim_square(dit) + 2 * dit.dim * dit.ffn_dim) + 12 * 4 * dim_square(dit)
+    quantized = dit.num_layers * (6 * dim_square(dit) + 2 * dit.dim * dit.ffn_dim) + 12 * 4 * dim_square(dit)
     low, high = step_memory(LARGE, fp8=True), step_memory(LARGE)
-    assert high.shared["weights of the step"] - low.shared["weights of the step"] == quantised
+    assert high.shared["weights of the step"] - low.shared["weights of the step"] == quantized
     assert {**low.shared, **high.shared} == dict(high.shared)
     assert low.per_session == high.per_session
     assert fitting_on_host(LARGE, 60, sessions=1, fp8=True) == ()

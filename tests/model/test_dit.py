@@ -54,7 +54,10 @@ class Session:
         grid = (stream.latent_height, stream.latent_width)
         latents = [torch.randn(1, *stream.latent_shape, generator=draw) for _ in range(BLOCKS)]
         states = torch.randn(BLOCKS, config.audio_states, config.audio_dim, stream.block_frames, generator=draw)
-        audio = [AudioTokens(local[None], globe[None]) for local, globe in map(dit.casual_audio_encoder, states)]
+        audio = [
+            AudioTokens(local[None], global_tokens[None])
+            for local, global_tokens in map(dit.casual_audio_encoder, states)
+        ]
         text = dit.text_kv(torch.randn(config.text_len, config.text_dim, generator=draw))
         reference = torch.randn(1, 16, 1, *grid, generator=draw)
         motion = torch.randn(1, 16, MOTION_LATENTS, *grid, generator=draw)
@@ -113,7 +116,7 @@ def joint(session: Session) -> Tensor:
     dit, stream, eps = session.dit, session.preset.stream, session.preset.dit.eps
     latent = torch.cat(session.latents, dim=2)
     audio = AudioTokens(
-        torch.cat([a.local for a in session.audio], dim=1), torch.cat([a.globe for a in session.audio], dim=1)
+        torch.cat([a.local for a in session.audio], dim=1), torch.cat([a.global_tokens for a in session.audio], dim=1)
     )
     phase = session.phase(0, latent.shape[2])
     rolled = [session.rolled(block) for block in range(BLOCKS)]
@@ -178,7 +181,7 @@ def test_over_several_layers_the_past_reaches_further_than_the_window(
 
 
 def test_audio_is_heard_in_every_latent_frame_of_its_block(session: Session, velocities: list[Tensor]) -> None:
-    audio = [AudioTokens(-session.audio[0].local, session.audio[0].globe), *session.audio[1:]]
+    audio = [AudioTokens(-session.audio[0].local, session.audio[0].global_tokens), *session.audio[1:]]
     changed = streamed(replace(session, audio=audio))[0]
     assert ((changed - velocities[0]).abs().amax(dim=(0, 1, 3, 4)) > STREAMED).all()
 

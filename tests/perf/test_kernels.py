@@ -12,7 +12,7 @@ from live_avatar.config import TINY
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
 from live_avatar.model.attention import Linear
-from live_avatar.weights.fp8 import rounded
+from live_avatar.weights.fp8 import fake_quantize
 from perf.kernels import (
     FP8Linear,
     attention,
@@ -108,11 +108,11 @@ def test_an_fp8_linear_is_the_product_of_rounded_operands() -> None:
     linear = Linear(64, 32)
     x = torch.randn(2, 5, 64, generator=generator)
     with torch.inference_mode():
-        expected = nn.functional.linear(rounded(x), rounded(linear.weight), linear.bias)
+        expected = nn.functional.linear(fake_quantize(x), fake_quantize(linear.weight), linear.bias)
         assert FP8Linear(linear)(x) == pytest.approx(expected, abs=1e-5)
 
 
-def test_fp8_replaces_what_the_export_quantises() -> None:
+def test_fp8_replaces_what_the_export_quantizes() -> None:
     dit = random_networks(ONE_LAYER, CPU).dit
     replaced = to_fp8(dit)
     named = {name: module for name, module in dit.named_modules() if isinstance(module, FP8Linear)}

@@ -23,13 +23,13 @@ from tests.serving.recording import RecordingMeter
 
 
 def test_the_sink_travels_as_soon_as_it_is_there(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
-    carried = []
+    next_state = []
     for block in range(6):
         given = opening if block == 0 else {}
         tensors = pipe.condition(speech[7680 * block : 7680 * (block + 1)], start=block == 0, **given)
-        carried.append(len(tensors[SINK_REFERENCE]))
+        next_state.append(len(tensors[SINK_REFERENCE]))
         pipe.denoise(tensors, start=block == 0)
-    assert [block + 1 for block, rows in enumerate(carried) if rows] == [1, 2]
+    assert [block + 1 for block, rows in enumerate(next_state) if rows] == [1, 2]
 
 
 class Prefills:

@@ -15,9 +15,9 @@ from export.synthetic import official_preset, write_checkpoint
 from live_avatar.assets import TINY_WEIGHTS
 from live_avatar.config import PRECISIONS, S2V_14B, TINY
 from live_avatar.errors import CheckpointError
-from live_avatar.model.networks import Networks, outline
-from live_avatar.weights.checkpoint import PARTS, load_networks, open_checkpoint, outline_networks
-from live_avatar.weights.tensors import account, shapes_of
+from live_avatar.model.networks import Networks, meta_networks
+from live_avatar.weights.checkpoint import PARTS, load_networks, modulation_networks, open_checkpoint
+from live_avatar.weights.tensors import shapes_of, validate_tensors
 
 DRAWN = replace(TINY, weight_seed=TINY.weight_seed + 1)  # another seed than that whose place trained weights have
 OTHER = replace(TINY, weight_seed=TINY.weight_seed + 100)
@@ -102,8 +102,8 @@ def test_without_a_preset_the_tiny_one_is_taken() -> None:
 def test_opened_weights_are_those_of_the_networks(folder: Path) -> None:
     for checkpoint in (open_checkpoint(TINY), open_checkpoint(TINY, folder)):
         assert checkpoint.tokenizer is None
-        for part, network in outline(TINY).parts().items():
-            account(checkpoint.parts[part], shapes_of(network))
+        for part, network in meta_networks(TINY).parts().items():
+            validate_tensors(checkpoint.parts[part], shapes_of(network))
 
 
 def test_networks_of_the_tiny_sizes_have_the_weights_of_the_package(drawn: Networks) -> None:
@@ -149,7 +149,7 @@ def test_every_parameter_has_its_documented_type(drawn: Networks, precision: str
 
 def test_the_low_types_are_those_of_the_large_weights() -> None:
     """Of the released transformer, all but 2 % has the low type."""
-    dit = outline(S2V_14B.with_precision("bfloat16")).dit
+    dit = meta_networks(S2V_14B.with_precision("bfloat16")).dit
     low = sum(parameter.numel() for parameter in dit.parameters() if parameter.dtype == torch.bfloat16)
     assert low / sum(parameter.numel() for parameter in dit.parameters()) == pytest.approx(0.981, abs=5e-4)
 
@@ -157,7 +157,7 @@ def test_the_low_types_are_those_of_the_large_weights() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_tied_weights_stay_tied(precision: str) -> None:
     checkpoint = open_checkpoint(TINY.with_precision(precision))
-    for networks in (load_networks(checkpoint), outline_networks(checkpoint)):
+    for networks in (load_networks(checkpoint), modulation_networks(checkpoint)):
         assert networks.text.shared.weight is networks.text.encoder.embed_tokens.weight
 
 
@@ -165,7 +165,7 @@ def test_tied_weights_stay_tied(precision: str) -> None:
 
 
 def test_an_outline_holds_what_modulation_is_made_of_and_no_more(drawn: Networks) -> None:
-    networks = outline_networks(open_checkpoint(DRAWN))
+    networks = modulation_networks(open_checkpoint(DRAWN))
     for part, module in networks.parts().items():
         for name, parameter in module.named_parameters():
             real = part == "dit" and MODULATION.fullmatch(name) is not None
@@ -177,7 +177,7 @@ def test_an_outline_holds_what_modulation_is_made_of_and_no_more(drawn: Networks
 
 
 def test_an_outline_needs_no_memory_for_the_released_model() -> None:
-    networks = outline(S2V_14B)
+    networks = meta_networks(S2V_14B)
     assert sum(parameter.numel() for parameter in networks.dit.parameters()) == 16_295_755_609
     assert all(parameter.is_meta for module in networks.parts().values() for parameter in module.parameters())
 

@@ -20,8 +20,8 @@ from live_avatar.weights.tensors import (
     SafetensorsWeights,
     TorchFileWeights,
     Weights,
-    account,
     shapes_of,
+    validate_tensors,
 )
 
 TENSORS = {
@@ -278,7 +278,7 @@ class Unread:
 
 
 def test_the_right_weights_are_accounted_for_in_any_order_without_reading() -> None:
-    account(Unread(dict(reversed(SHAPES.items()))), SHAPES)
+    validate_tensors(Unread(dict(reversed(SHAPES.items()))), SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_the_right_weights_are_accounted_for_in_any_order_without_reading() -> N
 )
 def test_a_fault_of_the_account_is_named(given: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
-        account(Unread(given), SHAPES)
+        validate_tensors(Unread(given), SHAPES)
 
 
 def test_shapes_of_a_network_without_memory() -> None:
