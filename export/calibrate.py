@@ -19,8 +19,9 @@ from live_avatar.arrays import Array, Arrays
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
 from live_avatar.config import PRECISIONS, PRESETS, preset
 from live_avatar.errors import ExportError, LiveAvatarError
-from live_avatar.exporter.quantization import PART, Calibration, quantized
+from live_avatar.exporter.quantization import PART, Calibration
 from live_avatar.graphs.contract import Contract
+from live_avatar.model.linears import is_fp8
 from live_avatar.pipeline.generator import Generator, cut_blocks
 from live_avatar.runtime.torch_runtime import TorchGraph, TorchRuntime
 from live_avatar.weights.checkpoint import open_checkpoint
@@ -53,7 +54,7 @@ class _ObservedGraph(TorchGraph):
         self._linears = [
             (name, linear)
             for name, linear in module.named_modules()
-            if name.startswith(PART) and quantized(name.removeprefix(PART))
+            if name.startswith(PART) and is_fp8(name.removeprefix(PART))
         ]
 
     def run(self, inputs: Arrays) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from live_avatar.arrays import Array
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.exporter.tracing import random_inputs
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
-from live_avatar.graphs.contract import Contract
+from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import open_checkpoint
@@ -78,7 +78,7 @@ def compare(
 
 def _inputs(contract: Contract, seed: int) -> list[dict[str, Array]]:
     """Inputs at every extent of the symbolic dimensions: least, usual, greatest, less those that are equal."""
-    extents = {tuple(sizes[extent] for sizes in contract.ranges.values()): extent for extent in range(3)}
+    extents = {tuple(sizes[extent] for sizes in contract.ranges.values()): extent for extent in Extent}
     return [random_inputs(contract, seed + extent, extent) for extent in extents.values()]
 
 

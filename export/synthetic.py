@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from live_avatar.config import PRESETS, Preset
 from live_avatar.errors import ConfigError, ExportError, LiveAvatarError
+from live_avatar.model.linears import is_lora_target
 from live_avatar.model.networks import meta_networks
-from live_avatar.weights.lora import TARGET
 from live_avatar.weights.official import (
     CONFIG_FILE,
     DIT_DEFAULTS,
@@ -125,7 +125,7 @@ def lora_shapes(preset: Preset, rank: int) -> Shapes:
     factors: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes_of(_networks(preset)["dit"]).items():
         module = name.removesuffix(".weight")
-        if module != name and TARGET.search(module):
+        if module != name and is_lora_target(module):
             factors[f"{LORA_PREFIX}{module}.lora_A.default.weight"] = (rank, shape[1])
             factors[f"{LORA_PREFIX}{module}.lora_B.default.weight"] = (shape[0], rank)
     return factors

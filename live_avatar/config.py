@@ -11,6 +11,7 @@ latent frame, `A` width of a speech feature, `K` speech-encoder states.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,10 +26,40 @@ LATENT_CHANNELS = 16
 SPATIAL_STRIDE = 8  # pixels per latent pixel
 TEMPORAL_STRIDE = 4  # video frames per latent frame
 PATCH = 2  # latent pixels per token side
-MOTION_LATENTS = 19  # latent frames that the frame packer looks at (spec section 6)
-MOTION_FRAMES = 1 + TEMPORAL_STRIDE * (MOTION_LATENTS - 1)  # 73 video frames
 PRECISIONS = ("float32", "float16", "bfloat16")
+NETWORK_NAMES = ("dit", "vae", "speech", "text")
+"""The networks of a preset: fields of `Preset` and of `Networks`, parts of a checkpoint."""
 KNOWN_AVATARS = 16  # pictures with prompts whose work a generator remembers
+
+
+@dataclass(frozen=True)
+class PackingGroup:
+    """Motion latents that one convolution of the frame packer turns into tokens; its stride equals its kernel.
+
+    positions: temporal position of each token row, oldest first, relative to the first frame of the video.
+    """
+
+    kernel: tuple[int, int, int]
+    positions: tuple[int, ...]
+
+    @property
+    def latents(self) -> int:
+        """Latent frames that the group covers."""
+        return self.kernel[0] * len(self.positions)
+
+    def grid(self, latent_height: int, latent_width: int) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return latent_height // self.kernel[1], latent_width // self.kernel[2]
+
+
+FRAME_PACKING = (
+    PackingGroup((1, 2, 2), (-1,)),
+    PackingGroup((2, 4, 4), (-3,)),
+    PackingGroup((4, 8, 8), (-19, -14, -9, -4)),
+)
+"""Groups of the frame packer from the newest motion latent to the oldest (spec section 6)."""
+MOTION_LATENTS = sum(group.latents for group in FRAME_PACKING)  # 19
+MOTION_FRAMES = 1 + TEMPORAL_STRIDE * (MOTION_LATENTS - 1)  # 73 video frames
 
 
 def _require(condition: bool, message: str) -> None:
@@ -175,7 +206,7 @@ class StreamConfig:
                 value > 0 and value % side == 0,
                 f"{name} {value} is not a positive multiple of {side} pixels; a token covers {side}x{side}.",
             )
-        smallest = 8 * SPATIAL_STRIDE
+        smallest = FRAME_PACKING[-1].kernel[1] * SPATIAL_STRIDE
         _require(
             min(self.height, self.width) >= smallest,
             f"picture {self.width}x{self.height} is below {smallest} pixels a side, the packer's largest kernel.",
@@ -239,8 +270,11 @@ class StreamConfig:
     @property
     def sink_tokens(self) -> int:
         """Tokens of the sink: reference and packed motion frames (spec section 6)."""
-        h, w = self.latent_height, self.latent_width
-        return 2 * self.frame_tokens + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
+        motion = sum(
+            len(group.positions) * math.prod(group.grid(self.latent_height, self.latent_width))
+            for group in FRAME_PACKING
+        )
+        return self.frame_tokens + motion
 
     @property
     def past_blocks(self) -> int:

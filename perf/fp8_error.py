@@ -33,6 +33,7 @@ from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.graphs.contract import step_name
+from live_avatar.model.linears import is_fp8_in_release
 from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.pipeline.denoiser import DenoisingStep
 from live_avatar.pipeline.generator import cut_blocks
@@ -99,7 +100,7 @@ class ReleasedFP8(TorchRuntime):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         for name, module in self._components["dit_prefill"].named_modules():
-            if isinstance(module, nn.Linear) and fp8.quantized_in_release(name):
+            if isinstance(module, nn.Linear) and is_fp8_in_release(name):
                 module.weight.data = fp8.fake_quantize(module.weight.data)
                 module.register_forward_pre_hook(_round_input)
 

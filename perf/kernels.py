@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from live_avatar.config import Preset
-from live_avatar.graphs.contract import Contract
+from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.model.attention import Linear
+from live_avatar.model.linears import is_lora_target
 from live_avatar.model.networks import Networks, meta_networks, replace_parameters
 from live_avatar.weights.fp8 import quantize
-from live_avatar.weights.lora import TARGET
 from perf.roofline import Ceilings
 
 Outputs = tuple[Tensor, ...]
@@ -67,8 +67,8 @@ def random_networks(preset: Preset, on: torch.device, seed: int = 0) -> Networks
     return networks
 
 
-def random_tensors(contract: Contract, on: torch.device, extent: int, seed: int = 0) -> list[Tensor]:
-    """Inputs of a component, made on the device; symbolic dimensions take entry `extent` of their range."""
+def random_tensors(contract: Contract, on: torch.device, extent: Extent, seed: int = 0) -> list[Tensor]:
+    """Inputs of a component, made on the device; symbolic dimensions have that extent."""
     generator = torch.Generator(on).manual_seed(seed)
     return [
         torch.empty(contract.shape(spec, extent), dtype=getattr(torch, spec.dtype), device=on).normal_(
@@ -106,7 +106,7 @@ class FP8Linear(nn.Module):
 
 def to_fp8(network: nn.Module) -> int:
     """Puts FP8 in the place of the linears that an FP8 export quantizes; returns how many. There is no way back."""
-    found = [name for name, part in network.named_modules() if isinstance(part, Linear) and TARGET.search(name)]
+    found = [name for name, part in network.named_modules() if isinstance(part, Linear) and is_lora_target(name)]
     for name in found:
         parent, _, child = name.rpartition(".")
         owner = network.get_submodule(parent)

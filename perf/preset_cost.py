@@ -17,13 +17,12 @@ from live_avatar.config import Preset
 from live_avatar.exporter.tracing import TracedGraph, Tracer
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import Contract, contracts, step_name
+from live_avatar.graphs.contract import Contract, Extent, contracts, step_name
 from live_avatar.model.networks import meta_networks
 from live_avatar.weights.checkpoint import modulation_networks
 from live_avatar.weights.tensors import Checkpoint, RandomWeights, shapes_of
 from perf.roofline import Cost, count, load_graph
 
-GREATEST = 2  # entry of a symbolic dimension's range: a full history, a full speech window
 CONDITIONING: Final = ("speech_encoder", "audio_tokens")
 DECODER: Final = "vae_decoder"
 
@@ -85,4 +84,4 @@ def _without_values(graph: TracedGraph) -> ModelProto:
 
 
 def _shapes(agreed: Contract) -> Mapping[str, tuple[int, ...]]:
-    return {spec.name: agreed.shape(spec, GREATEST) for spec in agreed.inputs}
+    return {spec.name: agreed.shape(spec, Extent.MAX) for spec in agreed.inputs}

@@ -159,7 +159,7 @@ class TeacherStage(DiTStage):
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on the linears of `lora.TARGET`. The released student has rank 128, alpha 64."""
+    """Low-rank adapters on the linears of `linears.LORA_TARGET`. The released student has rank 128, alpha 64."""
 
     rank: int
     alpha: float

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from live_avatar.model.attention import Linear
 from live_avatar.model.dit import CausalDiT
-from live_avatar.weights.lora import PREFIX, TARGET
+from live_avatar.model.linears import is_lora_target
+from live_avatar.weights.lora import PREFIX
 from training.checkpoints import write_whole
 from training.config import LoRAConfig
 from training.distributed import gathered
@@ -44,7 +45,7 @@ def adapt(dit: CausalDiT, settings: LoRAConfig, draw: torch.Generator) -> None:
     """Puts an adapter to every target linear of the network and freezes all else."""
     dit.requires_grad_(False)
     for name, linear in [(name, part) for name, part in dit.named_modules() if isinstance(part, Linear)]:
-        if TARGET.search(name):
+        if is_lora_target(name):
             parent, _, own = name.rpartition(".")
             setattr(dit.get_submodule(parent), own, AdaptedLinear(linear, settings, draw))
 

@@ -23,7 +23,7 @@ from onnx import external_data_helper
 
 from live_avatar.errors import ArtifactError, ExportError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
-from live_avatar.graphs.contract import Contract
+from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.graphs.engines import FOLDER, Engine, engine_path, fault, read_engines, write_engines
 from live_avatar.graphs.memory import WORKSPACE_BYTES, require_room
 from live_avatar.runtime.tensorrt_runtime import Backend, CudaDevice, Device, open_backend
@@ -178,7 +178,7 @@ def _profile(builder: Any, contract: Contract) -> Any:
     profile = builder.create_optimization_profile()
     for spec in contract.inputs:
         if any(isinstance(extent, str) for extent in spec.shape):
-            profile.set_shape(spec.name, *(contract.shape(spec, extent) for extent in range(3)))
+            profile.set_shape(spec.name, *(contract.shape(spec, extent) for extent in Extent))
     return profile
 
 

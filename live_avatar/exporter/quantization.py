@@ -27,8 +27,8 @@ from torch import Tensor
 
 from live_avatar.errors import ExportError
 from live_avatar.exporter.tracing import TracedGraph
+from live_avatar.model.linears import is_fp8_weight
 from live_avatar.weights.fp8 import quant_scale, saturate
-from live_avatar.weights.lora import TARGET
 from live_avatar.weights.tensors import Checkpoint, Shapes, Weights
 
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE = ".weight", ".weight_scale", ".input_scale"
@@ -37,16 +37,6 @@ HEADROOM = 2.0
 """How far beyond the largest calibrated input an input may go before it saturates. It costs next to nothing: numbers of
 floating point are as precise under a larger scale, but for those below 2^-6 scales, where e4m3fn has no more exponents.
 """
-
-
-def quantized(linear: str) -> bool:
-    """Whether the recipe quantizes the transformer's linear of that name, such as `blocks.0.ffn.2`.
-
-    Those that a LoRA adapts, which is the released code's choice (spec section 15) but for the AdaLN linears: they make
-    shift and scale of three tokens, would save little, and touch every value of their layer. The head, the embeddings,
-    the modulation, the audio encoder and attention itself stay as they are.
-    """
-    return TARGET.search(linear) is not None
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ class QuantizedWeights:
     def shapes(self) -> Shapes:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in self._stored.shapes().items():
-            chosen = _is_quantized_weight(name)
+            chosen = is_fp8_weight(name)
             shapes[name] = shape[::-1] if chosen else shape
             if chosen:
                 shapes[_scale_of(name)] = ()
@@ -119,14 +109,10 @@ class QuantizedWeights:
                 self.read(name.removesuffix(WEIGHT_SCALE) + WEIGHT)
             return self._scales[name]
         tensor = self._stored.read(name)
-        if not _is_quantized_weight(name):
+        if not is_fp8_weight(name):
             return tensor
         numbers, self._scales[_scale_of(name)] = quantize_weight(tensor)
         return numbers
-
-
-def _is_quantized_weight(name: str) -> bool:
-    return name.endswith(WEIGHT) and quantized(name.removesuffix(WEIGHT))
 
 
 def _scale_of(name: str) -> str:
@@ -155,7 +141,7 @@ def quantize_graph(graph: TracedGraph, component: str, calibration: Calibration)
     initializers = graph.model.graph.initializers
     inputs: dict[ir.Value, ir.Value] = {}
     for name, value in graph.weights:
-        chosen = name.startswith(PART) and _is_quantized_weight(name.removeprefix(PART))
+        chosen = name.startswith(PART) and is_fp8_weight(name.removeprefix(PART))
         if chosen and value.dtype != ir.DataType.FLOAT8E4M3FN:  # or another component's call has changed it
             _quantize_linear(graph.model.graph, name.removesuffix(WEIGHT), value, inputs)
     graph.model.graph.sort()  # a shared input may be quantized before a linear that comes late

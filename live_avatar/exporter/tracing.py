@@ -24,20 +24,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from live_avatar.arrays import Array
 from live_avatar.errors import ExportError
-from live_avatar.graphs.contract import Contract, GraphTensor
+from live_avatar.graphs.contract import Contract, Extent, GraphTensor
 from live_avatar.model.networks import replace_parameters
 from live_avatar.runtime.host import numpy_dtype
 
 OPSET = 23  # Attention and RMSNormalization as operators; read by TensorRT 10.15 and later
 
 
-def random_inputs(contract: Contract, seed: int, extent: int = 1) -> dict[str, Array]:
-    """Fresh inputs of a contract; symbolic dimensions take entry `extent` of (least, usual, greatest)."""
+def random_inputs(contract: Contract, seed: int, extent: Extent = Extent.OPT) -> dict[str, Array]:
+    """Fresh inputs of a contract; symbolic dimensions have that extent."""
     generator = np.random.default_rng(seed)
     return {spec.name: _random(spec, contract, generator, extent) for spec in contract.inputs}
 
 
-def _random(spec: GraphTensor, contract: Contract, generator: np.random.Generator, extent: int) -> Array:
+def _random(spec: GraphTensor, contract: Contract, generator: np.random.Generator, extent: Extent) -> Array:
     shape = contract.shape(spec, extent)
     if spec.dtype == "int64":
         return generator.integers(0, 2, shape, dtype=np.int64)
@@ -114,7 +114,7 @@ def _first_names(component: nn.Module) -> dict[str, str]:
 
 
 def _fake(spec: GraphTensor, contract: Contract) -> Tensor:
-    return torch.empty(contract.shape(spec, extent=1), dtype=getattr(torch, spec.dtype))
+    return torch.empty(contract.shape(spec, Extent.OPT), dtype=getattr(torch, spec.dtype))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from typing import Any
 
 from live_avatar.config import (
@@ -24,6 +25,14 @@ from live_avatar.model.rope import pair_counts
 
 FLOAT, INT64, UINT8 = "float32", "int64", "uint8"
 Shape = tuple[int | str, ...]
+
+
+class Extent(IntEnum):
+    """Which size of a symbolic dimension: an index into the entries of `Contract.ranges`."""
+
+    MIN = 0
+    OPT = 1
+    MAX = 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,8 @@ class Contract:
     outputs: tuple[GraphTensor, ...]
     ranges: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
-    def shape(self, spec: GraphTensor, extent: int) -> tuple[int, ...]:
-        """The shape with entry `extent` of (least, usual, greatest) for symbolic dimensions."""
+    def shape(self, spec: GraphTensor, extent: Extent) -> tuple[int, ...]:
+        """The shape with every symbolic dimension at that extent."""
         return tuple(self.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
 
     def to_dict(self) -> dict[str, Any]:

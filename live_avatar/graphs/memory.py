@@ -19,12 +19,12 @@ from pathlib import Path
 
 from live_avatar.config import LATENT_CHANNELS, MOTION_LATENTS, Preset
 from live_avatar.errors import CapacityError, ConfigError
-from live_avatar.graphs.contract import Contract, GraphTensor, contracts, step_name
+from live_avatar.graphs.contract import Contract, Extent, GraphTensor, contracts, step_name
+from live_avatar.model.linears import is_fp8_weight
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 WORKSPACE_BYTES = 2 * GIB
 """Most scratch space that an engine may take beside its weights and tensors."""
-GREATEST = 2  # entry of a symbolic dimension's range
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
 
@@ -272,11 +272,11 @@ def fitting_on_host(preset: Preset, gpu_memory_gib: float | None, sessions: int,
 
 
 def _bytes(specs: Iterable[GraphTensor], contract: Contract) -> int:
-    """Bytes of the resident tensors among these, at the greatest extents."""
+    """Bytes of the resident tensors among these, at the largest extents."""
     total = 0
     for spec in specs:
         if spec.resident:
-            total += BYTES[spec.dtype] * math.prod(contract.shape(spec, GREATEST))
+            total += BYTES[spec.dtype] * math.prod(contract.shape(spec, Extent.MAX))
     return total
 
 
@@ -286,15 +286,8 @@ def _dit_bytes(preset: Preset, without: Collection[str], fp8: bool) -> int:
     modulation = (6 * dit.num_layers + (0 if "head" in without else 2)) * dit.dim * BYTES["float32"]
     shrunk = BYTES[preset.precision] if fp8 else 1
     return modulation + sum(
-        size // shrunk if _is_quantized(name) else size for name, size in _weights(preset, "dit", without=without)
+        size // shrunk if is_fp8_weight(name) else size for name, size in _weights(preset, "dit", without=without)
     )
-
-
-def _is_quantized(name: str) -> bool:
-    """Whether an FP8 export makes a byte of every number of this weight (`live_avatar/exporter/quantization.py`)."""
-    from live_avatar.weights.lora import TARGET  # here alone: it needs torch
-
-    return name.endswith(".weight") and TARGET.search(name.removesuffix(".weight")) is not None
 
 
 def _weights(preset: Preset, part: str, only: str = "", without: Collection[str] = ()) -> Iterator[tuple[str, int]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from live_avatar.config import Preset, SpeechEncoderConfig, TextEncoderConfig
+from live_avatar.config import NETWORK_NAMES, Preset, SpeechEncoderConfig, TextEncoderConfig
 from live_avatar.model.attention import Linear
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.vae import VAE
@@ -27,7 +27,7 @@ class Networks:
     text: nn.Module
 
     def parts(self) -> dict[str, nn.Module]:
-        return {"dit": self.dit, "vae": self.vae, "speech": self.speech, "text": self.text}
+        return {name: getattr(self, name) for name in NETWORK_NAMES}
 
 
 def speech_network(config: SpeechEncoderConfig) -> nn.Module:

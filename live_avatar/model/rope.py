@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.config import PATCH
+from live_avatar.config import FRAME_PACKING, PATCH
 
 THETA = 10_000.0
 REFERENCE_POSITION = 30  # the sink's temporal position in training and in the prefill
-MOTION_GROUPS = (((-3,), 4), ((-19, -14, -9, -4), 8))  # temporal positions and side of the packing kernel
 
 
 def pair_counts(head_dim: int) -> tuple[int, int, int]:
@@ -89,13 +88,10 @@ def frame_grid(latent_height: int, latent_width: int, frames: Array) -> TokenGri
 def motion_grid(latent_height: int, latent_width: int) -> TokenGrid:
     """Grid of the packed motion tokens: newest frame, 2x group, 4x group."""
     rows, columns = latent_height // PATCH, latent_width // PATCH
-    groups = [frame_grid(latent_height, latent_width, np.array([-1]))]
-    for frames, kernel in MOTION_GROUPS:
+    groups = []
+    for group in FRAME_PACKING:
+        group_rows, group_columns = group.grid(latent_height, latent_width)
         groups.append(
-            TokenGrid.of(
-                np.array(frames),
-                sampled(latent_height // kernel, rows),
-                sampled(latent_width // kernel, columns),
-            )
+            TokenGrid.of(np.array(group.positions), sampled(group_rows, rows), sampled(group_columns, columns))
         )
     return concatenate(*groups)

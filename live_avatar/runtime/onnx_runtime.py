@@ -12,7 +12,7 @@ import onnxruntime
 from live_avatar.arrays import Array, Arrays
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.graphs.contract import Contract
+from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.graphs.memory import host_available_bytes
 from live_avatar.inputs.text import make_tokenizer
 from live_avatar.runtime.host import host_zeros, numpy_dtype
@@ -66,4 +66,4 @@ class OnnxRuntime:
 
 def _usual_inputs(contract: Contract) -> dict[str, Array]:
     """Ones of the usual shapes: masks that hide nothing, token ids that exist."""
-    return {spec.name: np.ones(contract.shape(spec, 1), numpy_dtype(spec.dtype)) for spec in contract.inputs}
+    return {spec.name: np.ones(contract.shape(spec, Extent.OPT), numpy_dtype(spec.dtype)) for spec in contract.inputs}

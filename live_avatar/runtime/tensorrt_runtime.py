@@ -40,7 +40,7 @@ from torch import Tensor
 
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.graphs.contract import Contract, GraphTensor
+from live_avatar.graphs.contract import Contract, Extent, GraphTensor
 from live_avatar.graphs.engines import Engine, Machine, build_command, engine_path, fault, read_engines
 from live_avatar.inputs.text import make_tokenizer
 from live_avatar.runtime import Allocator
@@ -48,7 +48,6 @@ from live_avatar.runtime import Allocator
 LEAST_VERSION = (10, 15)  # the first that reads every operator of opset 23 that the graphs use
 ALIGNMENT = 256  # bytes, of every address that is bound (TensorRT documentation of setTensorAddress)
 KEPT_CAPTURES = 8  # of one graph: the sessions that take turns at a step
-GREATEST = 2  # entry of a symbolic dimension's range
 REASONS = 3  # last errors of TensorRT's log that a message quotes
 
 Inputs = Mapping[str, Any]
@@ -198,7 +197,7 @@ class TensorRTGraph:
         self._contract = contract
         kept = [spec for spec in contract.inputs if not spec.resident]
         kept += [spec for spec in contract.outputs if not spec.resident or contract.ranges]
-        self._buffers = {spec.name: self._empty(contract.shape(spec, GREATEST), spec.dtype) for spec in kept}
+        self._buffers = {spec.name: self._empty(contract.shape(spec, Extent.MAX), spec.dtype) for spec in kept}
         self._nothing = self._empty((ALIGNMENT,), "uint8")
         self._activations = self._empty((max(engine.device_memory_size_v2, ALIGNMENT),), "uint8")
         self._context = self._new_context()
@@ -233,7 +232,7 @@ class TensorRTGraph:
                     f"{self._contract.name}: {spec.name} is {dtype} {list(shape)}, expected {spec.dtype} "
                     f"{list(spec.shape)}; use artifacts and a program of one version."
                 )
-        return bool(extents) and all(n == self._contract.ranges[name][GREATEST] for name, n in extents.items())
+        return bool(extents) and all(n == self._contract.ranges[name][Extent.MAX] for name, n in extents.items())
 
     def _replay(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         key = tuple(inputs[spec.name].data_ptr() for spec in self._contract.inputs if spec.resident)

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from live_avatar.assets import TINY_WEIGHTS
-from live_avatar.config import TINY, Preset
+from live_avatar.config import NETWORK_NAMES, TINY, Preset
 from live_avatar.errors import CheckpointError
 from live_avatar.model.networks import Networks, meta_networks, replace_parameters
 from live_avatar.weights.lora import LoRA, MergedWeights
@@ -25,17 +25,16 @@ from live_avatar.weights.tensors import (
     RandomWeights,
     SafetensorsWeights,
     Weights,
-    shapes_of,
+    network_shapes,
     validate_tensors,
 )
 
-PARTS = ("dit", "vae", "speech", "text")
 # What the modulation of a timestep is made of (spec section 3, steps 2, 4, 5).
 MODULATION = ("time_embedding", "time_projection", "modulation")
 
 
 def open_checkpoint(preset: Preset | None = None, folder: Path | None = None, lora: LoRA | None = None) -> Checkpoint:
-    """Finds and accounts for every tensor; reads none.
+    """Finds and validates every tensor; reads none.
 
     The preset may be left out: then it is the one that an official folder describes, or `TINY`. Raises
     `CheckpointError` for a missing file, for missing, surplus or wrong-shaped tensors, and for a preset whose
@@ -48,8 +47,6 @@ def open_checkpoint(preset: Preset | None = None, folder: Path | None = None, lo
         checkpoint = _as_preset(open_official(folder), preset, folder)
     else:
         checkpoint = _own(preset or TINY, folder)
-    for part, network in meta_networks(checkpoint.preset).parts().items():
-        validate_tensors(checkpoint.parts[part], shapes_of(network))
     if lora is None:
         return checkpoint
     return dataclasses.replace(
@@ -61,7 +58,7 @@ def _as_preset(found: Checkpoint, wanted: Preset | None, folder: Path) -> Checkp
     """The checkpoint under the wanted preset, if its networks are the same."""
     if wanted is None:
         return found
-    for part in PARTS:
+    for part in NETWORK_NAMES:
         ours, theirs = getattr(wanted, part), getattr(found.preset, part)
         for field in dataclasses.fields(ours):
             expected, value = getattr(ours, field.name), getattr(theirs, field.name)
@@ -86,17 +83,18 @@ def _own(preset: Preset, folder: Path | None) -> Checkpoint:
         )
     folder = folder or _shipped(preset)
     parts: dict[str, Weights] = {}
-    for index, (name, network) in enumerate(meta_networks(preset).parts().items()):
+    for index, (name, shapes) in enumerate(network_shapes(preset).items()):
         if folder is None:
-            parts[name] = RandomWeights(shapes_of(network), preset.weight_seed + index)
+            parts[name] = RandomWeights(shapes, preset.weight_seed + index)
         else:
             parts[name] = SafetensorsWeights(folder / f"{name}.safetensors")
+            validate_tensors(parts[name], shapes)
     return Checkpoint(preset, parts)
 
 
 def _shipped(preset: Preset) -> Path | None:
     """The weights that the package has for a preset's networks: streams of every size share them."""
-    trained = all(getattr(preset, part) == getattr(TINY, part) for part in (*PARTS, "weight_seed"))
+    trained = all(getattr(preset, part) == getattr(TINY, part) for part in (*NETWORK_NAMES, "weight_seed"))
     return TINY_WEIGHTS if trained else None
 
 

@@ -14,20 +14,6 @@ MIN_AMAX = 1e-12
 MAX_QUANT_SCALE = 448.0
 """A tensor whose largest value is below 1 is multiplied by no more than this; e4m3fn still has exponents to spare."""
 
-# Linears that the released code leaves as they are, by parts of their names.
-RELEASE_KEEPS = (
-    "text_embedding",
-    "time_embedding",
-    "time_projection",
-    "head.head",
-    "casual_audio_encoder.encoder.final_linear",
-)
-
-
-def quantized_in_release(linear: str) -> bool:
-    """Whether the released code's FP8 mode quantizes the linear of that name, such as `blocks.0.self_attn.q`."""
-    return not any(part in linear for part in RELEASE_KEEPS)
-
 
 def quant_scale(amax: Tensor) -> Tensor:
     """What a tensor of largest absolute value `amax` is multiplied by before rounding; float32, shape of `amax`."""

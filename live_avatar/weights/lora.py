@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from live_avatar.errors import CheckpointError
+from live_avatar.model.linears import is_lora_target
 from live_avatar.weights.tensors import SafetensorsWeights, Shapes, Weights
 
 PREFIX = "base_model.model."
-TARGET = re.compile(r"\.(q|k|v|o|ffn\.0|ffn\.2)$")
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
 
 
@@ -89,7 +89,7 @@ def _sorted(file: SafetensorsWeights, shapes: Shapes) -> _Adapter:
     for key in file.shapes():
         name = key.removeprefix(PREFIX)
         match = FACTOR.match(name)
-        if match and f"{match['module']}.weight" in shapes and TARGET.search(match["module"]):
+        if match and f"{match['module']}.weight" in shapes and is_lora_target(match["module"]):
             keys, part = factors.setdefault(match["module"], {}), match["side"]
         elif name.replace(".base_layer.", ".") in shapes:
             keys, part = whole, name.replace(".base_layer.", ".")

@@ -23,6 +23,7 @@ from typing import Any
 
 from live_avatar.config import (
     LATENT_CHANNELS,
+    NETWORK_NAMES,
     PATCH,
     S2V_14B,
     DiTConfig,
@@ -33,7 +34,6 @@ from live_avatar.config import (
 )
 from live_avatar.errors import ArtifactError, CheckpointError, ConfigError
 from live_avatar.inputs.text import make_tokenizer
-from live_avatar.model.networks import meta_networks
 from live_avatar.weights.tensors import (
     Checkpoint,
     RenamedWeights,
@@ -41,7 +41,7 @@ from live_avatar.weights.tensors import (
     Shapes,
     TorchFileWeights,
     Weights,
-    shapes_of,
+    network_shapes,
     validate_tensors,
 )
 
@@ -148,7 +148,7 @@ def stored_name(part: str, name: str) -> str:
 
 
 def open_official(folder: Path) -> Checkpoint:
-    """The preset that a folder's files describe and their weights, each tensor accounted for; reads none.
+    """The preset that a folder's files describe and their weights, each tensor validated; reads none.
 
     The preset is `S2V_14B` if its networks are, else it is named "custom"; the stream's settings are `S2V_14B`'s.
     Raises `CheckpointError` for a missing or damaged file, an unsupported setting (with its key, its value and what
@@ -163,10 +163,10 @@ def open_official(folder: Path) -> Checkpoint:
     }
     preset = _preset(folder, stored)
     try:
-        networks = meta_networks(preset)
+        shapes = network_shapes(preset)
     except ValueError as error:  # of the constructors in `transformers`
         raise CheckpointError(f"the sizes in {folder} make no network ({error}); fetch the official files.") from error
-    parts = {part: _accounted(part, stored[part], shapes_of(network)) for part, network in networks.parts().items()}
+    parts = {part: _validated(part, stored[part], shapes[part]) for part in NETWORK_NAMES}
     tokenizer = folder / TOKENIZER_FILE
     try:
         make_tokenizer(preset, tokenizer)
@@ -175,7 +175,7 @@ def open_official(folder: Path) -> Checkpoint:
     return Checkpoint(preset, parts, tokenizer)
 
 
-def _accounted(part: str, stored: Weights, expected: Shapes) -> Weights:
+def _validated(part: str, stored: Weights, expected: Shapes) -> Weights:
     """Weights under our names, once the stored names and shapes are found to be as expected."""
     given = stored.shapes()
     names = {name: stored_name(part, name) for name in expected}
@@ -208,8 +208,7 @@ def _preset(folder: Path, stored: Mapping[str, Weights]) -> Preset:
         )
     except ConfigError as error:
         raise CheckpointError(f"the files of {folder} do not fit together: {error}") from error
-    parts = ("dit", "vae", "speech", "text")
-    released = all(getattr(preset, part) == getattr(S2V_14B, part) for part in parts)
+    released = all(getattr(preset, part) == getattr(S2V_14B, part) for part in NETWORK_NAMES)
     return S2V_14B if released else preset
 
 

@@ -12,7 +12,7 @@ import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from live_avatar.config import Preset
 from live_avatar.errors import CheckpointError
+from live_avatar.model.networks import meta_networks
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -219,6 +220,12 @@ class RenamedWeights:
 def shapes_of(module: nn.Module) -> Shapes:
     """Names and shapes of a network's state dict; the network may be on the meta device."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@cache
+def network_shapes(preset: Preset) -> Mapping[str, Shapes]:
+    """Names and shapes of the state dict of every network of a preset."""
+    return {name: shapes_of(network) for name, network in meta_networks(preset).parts().items()}
 
 
 def validate_tensors(weights: Weights, expected: Shapes) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from live_avatar.config import LATENT_CHANNELS, S2V_14B, Preset
 from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import contracts, vae_state_shapes
+from live_avatar.graphs.contract import Extent, contracts, vae_state_shapes
 from live_avatar.model.networks import Networks
 from perf.kernels import (
     Timed,
@@ -35,7 +35,7 @@ from perf.kernels import (
     timed,
     to_fp8,
 )
-from perf.preset_cost import CONDITIONING, DECODER, GREATEST, preset_costs
+from perf.preset_cost import CONDITIONING, DECODER, preset_costs
 from perf.report import BLUE, axes, save
 from perf.roofline import Ceilings, Cost
 from perf.scenario import Context, Figures, Scenario, check
@@ -90,7 +90,7 @@ class Bench:
     def component(self, name: str, ways: Mapping[str, Way]) -> dict[str, Timed]:
         """One component in several ways, with full caches."""
         module = build_components(self.preset, self.networks)[name].to(self.on)
-        inputs = random_tensors(contracts(self.preset)[name], self.on, GREATEST)
+        inputs = random_tensors(contracts(self.preset)[name], self.on, Extent.MAX)
         return {way: timed(lambda make=make: make(module, inputs), self.on, self.runs) for way, make in ways.items()}  # type: ignore[misc]
 
     def figures(self, name: str, found: Mapping[str, Timed], expected: Timed, fp8: bool = False) -> Figures:
@@ -162,7 +162,7 @@ def _attention(bench: Bench) -> Figures:
     """The self-attention of one layer, over history, block and sink, by kernel."""
     dit, stream = bench.preset.dit, bench.preset.stream
     agreed = contracts(bench.preset)[STEP]
-    widths = {spec.name: agreed.shape(spec, GREATEST)[-2] for spec in agreed.inputs if spec.name.endswith("_k.0")}
+    widths = {spec.name: agreed.shape(spec, Extent.MAX)[-2] for spec in agreed.inputs if spec.name.endswith("_k.0")}
     queries = stream.frames_per_block * stream.frame_tokens
     keys = queries + sum(tokens for name, tokens in widths.items() if not name.startswith("text"))
     kind = getattr(torch, bench.preset.precision)

@@ -20,9 +20,10 @@ from live_avatar.arrays import Array
 from live_avatar.config import S2V_14B, Preset
 from live_avatar.exporter.tracing import OPSET, random_inputs
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.contract import Extent
 from live_avatar.runtime.onnx_runtime import OnnxGraph, OnnxRuntime
 from live_avatar_client.protocol import FPS
-from perf.preset_cost import GREATEST, artifacts_costs, preset_costs, stage_components
+from perf.preset_cost import artifacts_costs, preset_costs, stage_components
 from perf.report import BLUE, GREEN, axes, save
 from perf.roofline import Ceilings, Cost
 from perf.scenario import Context, Figures, Scenario, check
@@ -175,7 +176,7 @@ def graph_seconds(artifacts: Artifacts, runs: int) -> dict[str, float]:
     """Median seconds of every component that a stage runs for a block, in this process, with full caches."""
     runtime, seconds = OnnxRuntime(artifacts), {}
     for name in (part for parts in stage_components(artifacts.preset).values() for part in parts):
-        graph, inputs = runtime.graph(name), random_inputs(artifacts.contracts[name], 0, GREATEST)
+        graph, inputs = runtime.graph(name), random_inputs(artifacts.contracts[name], 0, Extent.MAX)
         graph.run(inputs)
         seconds[name] = median(_seconds(lambda: graph.run(inputs)) for _ in range(runs))  # noqa: B023 - run at once
     return seconds

@@ -29,7 +29,6 @@ from live_avatar.exporter.quantization import (
     quantize_checkpoint,
     quantize_graph,
     quantize_weight,
-    quantized,
     static_scale,
 )
 from live_avatar.exporter.tracing import TracedGraph, Tracer, random_inputs
@@ -37,6 +36,7 @@ from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
 from live_avatar.model.dit import CausalDiT
+from live_avatar.model.linears import is_fp8, is_fp8_in_release
 from live_avatar.model.networks import meta_networks
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
@@ -80,11 +80,11 @@ def bfloat16_graphs(calibration: Calibration) -> dict[str, TracedGraph]:
 def test_the_release_quantizes_the_same_linears_and_adaln() -> None:
     with torch.device("meta"):
         names = linears(CausalDiT(S2V_14B.dit))
-    ours = {name for name in names if quantized(name)}
+    ours = {name for name in names if is_fp8(name)}
     assert len(ours) == 448
-    left = {name for name in names if fp8.quantized_in_release(name)} - ours
+    left = {name for name in names if is_fp8_in_release(name)} - ours
     assert left == {f"audio_injector.injector_adain_layers.{i}.linear" for i in range(12)}
-    assert not [name for name in ours if not fp8.quantized_in_release(name)]
+    assert not [name for name in ours if not is_fp8_in_release(name)]
 
 
 def test_a_scale_is_the_released_one_rounded_up_to_bfloat16() -> None:
@@ -144,7 +144,7 @@ def test_every_quantized_linear_is_a_product_of_dequantized_numbers(bfloat16_gra
     products = 0
     for name, value in graph.weights:
         linear = name.removesuffix(WEIGHT).removeprefix(PART)
-        if not (name.startswith(PART) and name.endswith(WEIGHT) and quantized(linear)):
+        if not (name.startswith(PART) and name.endswith(WEIGHT) and is_fp8(linear)):
             assert value.dtype != ir.DataType.FLOAT8E4M3FN, name
             continue
         assert value.dtype == ir.DataType.FLOAT8E4M3FN, name
@@ -239,7 +239,7 @@ def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Pat
 
 def test_calibration_sees_every_quantized_linear(calibration: Calibration) -> None:
     with torch.device("meta"):
-        names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if quantized(name)}
+        names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if is_fp8(name)}
     text = {f"{PART}blocks.0.cross_attn.{part}" for part in "kv"}
     audio = {name for name in names if "audio" in name}
     assert calibration.blocks == BLOCKS

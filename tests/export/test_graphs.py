@@ -17,7 +17,7 @@ from live_avatar.errors import ExportError
 from live_avatar.exporter.tracing import OPSET, Tracer, random_inputs
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import TextEncoder
-from live_avatar.graphs.contract import FLOAT, INT64, Contract, GraphTensor, contracts
+from live_avatar.graphs.contract import FLOAT, INT64, Contract, Extent, GraphTensor, contracts
 from live_avatar.model.networks import meta_networks
 
 COMPONENTS = list(contracts(TINY))
@@ -69,7 +69,7 @@ def test_random_inputs_follow_seed_and_extent() -> None:
     one, again, other = (random_inputs(contract, seed, 0) for seed in (1, 1, 2))
     assert np.array_equal(one["latent"], again["latent"])
     assert not np.array_equal(one["latent"], other["latent"])
-    lengths = [random_inputs(contract, 1, extent)["history_k.0"].shape[2] for extent in range(3)]
+    lengths = [random_inputs(contract, 1, extent)["history_k.0"].shape[2] for extent in Extent]
     assert lengths == [0, 324, 324]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from live_avatar.model.linears import is_fp8_in_release
 from live_avatar.weights import fp8
 from tests.golden.conftest import Golden
 from tests.tolerances import FLOAT32
@@ -55,4 +56,4 @@ def test_nothing_becomes_nan_or_infinite() -> None:
     ],
 )
 def test_which_linears_the_release_quantizes(linear: str, quantized: bool) -> None:
-    assert fp8.quantized_in_release(linear) is quantized
+    assert is_fp8_in_release(linear) is quantized

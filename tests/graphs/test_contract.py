@@ -9,7 +9,7 @@ import pytest
 
 from live_avatar.config import S2V_14B, TINY
 from live_avatar.exporter.tracing import random_inputs
-from live_avatar.graphs.contract import Contract, GraphTensor, contracts, kv_names
+from live_avatar.graphs.contract import Contract, Extent, GraphTensor, contracts, kv_names
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.support.networks import SMALL
 
@@ -21,12 +21,12 @@ CASES = [
 ]
 
 
-def shape_at(spec: GraphTensor, contract: Contract, extent: int) -> tuple[int, ...]:
+def shape_at(spec: GraphTensor, contract: Contract, extent: Extent) -> tuple[int, ...]:
     return tuple(contract.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
 
 
 @pytest.mark.parametrize(("name", "extent"), CASES)
-def test_a_component_gives_what_its_contract_says(small_runtime: TorchRuntime, name: str, extent: int) -> None:
+def test_a_component_gives_what_its_contract_says(small_runtime: TorchRuntime, name: str, extent: Extent) -> None:
     contract = CONTRACTS[name]
     outputs = small_runtime.graph(name).run(random_inputs(contract, seed=1, extent=extent))
     assert list(outputs) == [spec.name for spec in contract.outputs]

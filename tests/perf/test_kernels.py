@@ -10,7 +10,7 @@ from torch import nn
 
 from live_avatar.config import TINY
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.contract import Extent, contracts
 from live_avatar.model.attention import Linear
 from live_avatar.weights.fp8 import fake_quantize
 from perf.kernels import (
@@ -26,7 +26,7 @@ from perf.kernels import (
     timed,
     to_fp8,
 )
-from perf.preset_cost import CONDITIONING, DECODER, GREATEST
+from perf.preset_cost import CONDITIONING, DECODER
 from perf.roofline import Ceilings, Cost
 from perf.scenario import Figures, broken
 from perf.scenarios.kernels import (
@@ -91,7 +91,7 @@ def test_attention_is_over_history_block_and_sink(bench: Bench) -> None:
     found = _attention(bench)
     shapes = {spec.name: spec for spec in contracts(ONE_LAYER)[STEP].inputs}
     agreed = contracts(ONE_LAYER)[STEP]
-    past = sum(agreed.shape(shapes[name], GREATEST)[2] for name in ("sink_k.0", "history_k.0"))
+    past = sum(agreed.shape(shapes[name], Extent.MAX)[2] for name in ("sink_k.0", "history_k.0"))
     assert found["keys"] == found["queries"] + past
     assert found["kernels"]["math"]["seconds"] > 0
     assert "No viable backend" in found["kernels"]["cudnn_attention"]["not_run"]
@@ -126,7 +126,7 @@ def test_networks_of_no_file_have_finite_results() -> None:
     networks = random_networks(ONE_LAYER, CPU)
     module = build_components(ONE_LAYER, networks)[STEP]
     with torch.inference_mode():
-        velocity, *_ = module(*random_tensors(contracts(ONE_LAYER)[STEP], CPU, GREATEST))
+        velocity, *_ = module(*random_tensors(contracts(ONE_LAYER)[STEP], CPU, Extent.MAX))
     assert bool(velocity.isfinite().all())
     assert float(velocity.std()) > 0
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from live_avatar.model.dit import CausalDiT
-from live_avatar.weights.lora import PREFIX, TARGET, LoRA, MergedWeights
+from live_avatar.model.linears import is_lora_target
+from live_avatar.weights.lora import PREFIX, LoRA, MergedWeights
 from live_avatar.weights.tensors import SafetensorsWeights
 from tests.tolerances import FLOAT32, STREAMED
 from tests.training.conftest import SMALL, drawn_clip, drawn_network
@@ -80,7 +81,7 @@ def test_our_merging_is_the_cores(files: tuple[Path, Path]) -> None:
 
 
 def test_every_target_has_factors_in_the_official_names(files: tuple[Path, Path]) -> None:
-    modules = {name for name, _ in drawn_network().named_modules() if TARGET.search(name)}
+    modules = {name for name, _ in drawn_network().named_modules() if is_lora_target(name)}
     expected = {f"{PREFIX}{name}.lora_{side}.default.weight" for name in modules for side in "AB"}
     with safe_open(files[1], framework="pt") as file:
         assert set(file.keys()) == expected
