@@ -45,7 +45,7 @@ from live_avatar.serving.status import Served
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
-    AVATAR,
+    AVATAR_KEY,
     BLOCK,
     FAILURE,
     LATENT,
@@ -73,7 +73,7 @@ class _Session:
     source: SinkSource
     conditioning: Conditioning
     token: str
-    revivals: int
+    reload_epoch: int
     sink_key: int
     """By which the new sink comes back: an id may be used again while the sink of the session before it still waits."""
     first_clean: Array | None = None
@@ -122,7 +122,7 @@ class ConditioningStage(SessionStage[_Session]):
         self._control = control
         self._label_font = label_font
         self._sleep = sleep
-        self._introduce()
+        self._declare_metrics()
 
     def handle(self, request: StageRequest) -> StageResponse:
         """AUDIO, and with START the picture, prompt and parameters -> one block's input for step 1.
@@ -155,10 +155,10 @@ class ConditioningStage(SessionStage[_Session]):
                 self._end(request.session, cause)
             self._report()
 
-    def silent(self, session: int, state: _Session) -> None:
+    def on_idle(self, session: int, state: _Session) -> None:
         self.meter.add(metrics.SESSIONS_ENDED, reason=EndCause.SILENT)
 
-    def lost(self, session: int, state: _Session) -> None:
+    def on_reset(self, session: int, state: _Session) -> None:
         self.meter.add(metrics.SESSIONS_ENDED, reason=EndCause.FAILED)
 
     def sweep(self, keep: int | None = None) -> None:
@@ -206,14 +206,14 @@ class ConditioningStage(SessionStage[_Session]):
         chosen, token = SessionOptions.parse(request.parameters), options.token(request.parameters)
         if chosen.label:
             Label(chosen.label, self._stream.height, self._stream.width, self._label_font)
-        image, prompt = request.inputs[REFERENCE_IMAGE].tobytes(), _prompt(request.inputs)
+        image, prompt = request.inputs[REFERENCE_IMAGE].tobytes(), _read_prompt(request.inputs)
         key = avatar_key(image, prompt)
         known = key in self._avatars
 
         def make() -> _Session:
             source = self._avatars.get(key, lambda: self._conditioner.avatar(image, prompt))
             return _Session(
-                source, self._conditioner.open(chosen.seed), token, self._control.revivals, secrets.randbits(64)
+                source, self._conditioner.open(chosen.seed), token, self._control.reload_epoch, secrets.randbits(64)
             )
 
         session = self.sessions.open(request.session, make)
@@ -260,7 +260,7 @@ class ConditioningStage(SessionStage[_Session]):
 
     # How sessions come and go, in numbers
 
-    def _introduce(self) -> None:
+    def _declare_metrics(self) -> None:
         """Puts every series in its place, so that it reads 0 before anything has happened."""
         info = asdict(self._served)
         self.meter.set(metrics.SESSIONS_LIMIT, info.pop("max_sessions"))
@@ -320,7 +320,7 @@ class ConditioningStage(SessionStage[_Session]):
         while session.first_clean is None:
             if session.has_failed:
                 raise SessionError(f"session {number} has failed in a later stage; end it and start a new one.")
-            if time.monotonic() >= deadline or self._control.revivals != session.revivals:
+            if time.monotonic() >= deadline or self._control.reload_epoch != session.reload_epoch:
                 raise SessionError(
                     f"session {number}: block 1 gave no new sink within {SINK_WAIT_LIMIT_S:g} s, or was lost with a "
                     "stage that had to be loaded again; end it and start a new one."
@@ -341,19 +341,19 @@ class ConditioningStage(SessionStage[_Session]):
         stream, dit = self._stream, self._dit
         if source is None:
             channels, _, height, width = stream.latent_shape
-            nothing = _rows(channels, 1, height, width)
-            source = SinkSource(nothing, nothing, _rows(dit.text_dim))
-        audio = block.audio if block else {"audio_local": _rows(1, dit.dim), "audio_global": _rows(dit.dim)}
+            nothing = _zero_rows(channels, 1, height, width)
+            source = SinkSource(nothing, nothing, _zero_rows(dit.text_dim))
+        audio = block.audio if block else {"audio_local": _zero_rows(1, dit.dim), "audio_global": _zero_rows(dit.dim)}
         return {
             BLOCK: np.array([block.index if block else NO_BLOCK], dtype=np.int64),
             FIRST_FRAME: np.array([block.first_frame if block else 0], dtype=np.int64),
-            LATENT: block.noise if block else _rows(*stream.latent_shape),
+            LATENT: block.noise if block else _zero_rows(*stream.latent_shape),
             AUDIO_LOCAL: audio["audio_local"],
             AUDIO_GLOBAL: audio["audio_global"],
             SINK_REFERENCE: source.reference,
             SINK_MOTION: source.motion,
             SINK_TEXT: source.text,
-            AVATAR: np.frombuffer(opening.avatar if opening else b"", dtype=np.uint8),
+            AVATAR_KEY: np.frombuffer(opening.avatar if opening else b"", dtype=np.uint8),
             SINK_KEY: np.array([session.sink_key if session else 0], dtype=np.uint64),
             RECEIVED_NS: np.array([received_ns], dtype=np.int64),
             FAILURE: failure_tensor(failure),
@@ -361,12 +361,12 @@ class ConditioningStage(SessionStage[_Session]):
         }
 
 
-def _rows(*shape: int) -> Array:
+def _zero_rows(*shape: int) -> Array:
     """A tensor of zero rows of the given shape."""
     return np.zeros((0, *shape), dtype=np.float32)
 
 
-def _prompt(inputs: Arrays) -> str:
+def _read_prompt(inputs: Arrays) -> str:
     if PROMPT not in inputs:
         return ""
     if inputs[PROMPT].size != 1:

@@ -47,12 +47,12 @@ class Control:
             self._told[stage] = count
 
     @property
-    def revivals(self) -> int:
+    def reload_epoch(self) -> int:
         """How often a stage was loaded again; each time all sessions before were lost."""
-        return int(self._read("revivals") or "0")
+        return int(self._read("reload_epoch") or "0")
 
-    def count_revival(self) -> None:
-        self._write("revivals", str(self.revivals + 1))
+    def advance_reload_epoch(self) -> None:
+        self._write("reload_epoch", str(self.reload_epoch + 1))
 
     def _names(self, pattern: str) -> list[str]:
         return [] if self._folder is None else [path.name for path in self._folder.glob(pattern)]

@@ -35,7 +35,7 @@ from live_avatar.serving.stage import (
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
-    AVATAR,
+    AVATAR_KEY,
     FAILURE,
     LATENT,
     SINK_KEY,
@@ -81,10 +81,10 @@ class DiTStepStage(PipeStage[_Session]):
         session = self._session(request)
         if block != NO_BLOCK:
             latent = self._denoise(request, session, latent, block)
-        behind = None
+        after_response = None
         if session.next_source is not None and not request.end and self._has_room_ahead(session):
-            behind = partial(self._prefill_ahead, session)
-        return self._answer(latent, block, behind=behind)
+            after_response = partial(self._prefill_ahead, session)
+        return self._answer(latent, block, after_response=after_response)
 
     def _denoise(self, request: StageRequest, session: _Session, latent: Array, block: int) -> Array:
         expect_block(request.session, block, session.state.blocks)
@@ -96,10 +96,10 @@ class DiTStepStage(PipeStage[_Session]):
             self._sinks.put(_sink_key(request), first_latent_frame(latent))
         return latent
 
-    def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
+    def forward_failure(self, request: StageRequest, failure: PipeError) -> StageResponse:
         return self._answer(np.zeros((0, *self._stream.latent_shape), dtype=np.float32), failure=failure)
 
-    def failed_here(self, request: StageRequest) -> None:
+    def on_local_failure(self, request: StageRequest) -> None:
         with suppress(SessionError):  # the rolling sink is gone, and every session with it
             self._sinks.fail(_sink_key(request))  # so that conditioning does not wait for a sink that never comes
 
@@ -108,16 +108,16 @@ class DiTStepStage(PipeStage[_Session]):
         latent: Array,
         block: int = NO_BLOCK,
         failure: PipeError | None = None,
-        behind: Callable[[], None] | None = None,
+        after_response: Callable[[], None] | None = None,
     ) -> StageResponse:
-        return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block, behind=behind)
+        return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block, after_response=after_response)
 
     def _session(self, request: StageRequest) -> _Session:
         """The session: new at its start, with what its next sink is made of when that comes along."""
         source = SinkSource(*(request.inputs[name] for name in (SINK_REFERENCE, SINK_MOTION, SINK_TEXT)))
         if request.start:
             self._room.require()
-            sink = self._avatars.get(request.inputs[AVATAR].tobytes(), lambda: self._denoiser.prefill(source))
+            sink = self._avatars.get(request.inputs[AVATAR_KEY].tobytes(), lambda: self._denoiser.prefill(source))
             return self.sessions.open(request.session, lambda: _Session(self._denoiser.open(sink)))
         session = self.sessions.get(request.session)
         if len(source.reference):

@@ -24,11 +24,11 @@ NOTHING = np.zeros((0, LATENT_CHANNELS, 1, 1, 1), dtype=np.float32)
 class SinkClient(Protocol):
     """How a stage reaches the rolling sink."""
 
-    def put(self, session: int, latent: Array) -> None: ...
+    def put(self, key: int, latent: Array) -> None: ...
 
-    def fail(self, session: int) -> None: ...
+    def fail(self, key: int) -> None: ...
 
-    def take(self, session: int) -> tuple[str, Array]: ...
+    def take(self, key: int) -> tuple[str, Array]: ...
 
 
 class RollingSink:
@@ -37,40 +37,40 @@ class RollingSink:
     def __init__(self, idle_limit_s: float) -> None:
         self._sinks: SessionTable[tuple[str, Array]] = SessionTable(idle_limit_s)
 
-    def put(self, session: int, latent: Array) -> None:
-        self._sinks.open(session, lambda: (READY, latent))
+    def put(self, key: int, latent: Array) -> None:
+        self._sinks.open(key, lambda: (READY, latent))
 
-    def fail(self, session: int) -> None:
-        self._sinks.open(session, lambda: (FAILED, NOTHING))
+    def fail(self, key: int) -> None:
+        self._sinks.open(key, lambda: (FAILED, NOTHING))
 
-    def take(self, session: int) -> tuple[str, Array]:
+    def take(self, key: int) -> tuple[str, Array]:
         """(state, latent [1, 16, 1, h, w]); a latent is given once."""
-        if session not in self._sinks:
+        if key not in self._sinks:
             return ABSENT, NOTHING
-        taken = self._sinks.get(session)
-        self._sinks.close(session)
+        taken = self._sinks.get(key)
+        self._sinks.close(key)
         return taken
 
     def sweep(self, keep: int | None = None) -> None:
         self._sinks.sweep(keep)
 
-    def forgive(self, seconds: float) -> None:
+    def extend_idle(self, seconds: float) -> None:
         """Every call is short."""
 
-    def lose(self) -> None:
+    def drop_all(self) -> None:
         self._sinks.clear()
 
     def handle(self, request: StageRequest) -> StageResponse:
         """The three operations as one Triton model."""
         operation = bytes(request.inputs[OPERATION].reshape(-1)[0]).decode()
-        session = int(request.inputs[SESSION][0])
+        key = int(request.inputs[SESSION][0])
         state, latent = ABSENT, NOTHING
         if operation == PUT:
-            self.put(session, request.inputs[LATENT].copy())
+            self.put(key, request.inputs[LATENT].copy())
         elif operation == FAIL:
-            self.fail(session)
+            self.fail(key)
         elif operation == TAKE:
-            state, latent = self.take(session)
+            state, latent = self.take(key)
         else:
             raise InputError(f"operation {operation!r} is not one of {PUT}, {TAKE}, {FAIL}.")
         return StageResponse({STATE: text_tensor(state), LATENT: latent})

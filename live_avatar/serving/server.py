@@ -46,7 +46,7 @@ from live_avatar.serving import (
 from live_avatar.serving.access import Access, access_flags
 from live_avatar.serving.control import Control
 from live_avatar.serving.label import Label
-from live_avatar.serving.supervisor import UNLOADABLE, Admin, Supervisor
+from live_avatar.serving.supervisor import DRAIN_MARKER, Admin, Supervisor
 from live_avatar.serving.turns import turns_value
 from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
 
@@ -59,13 +59,13 @@ LEAST_IDLE_S, GREATEST_IDLE_S = 1.0, 86_400.0
 CANDIDATES = 4
 """Sequences that a batcher takes for each session: the one too many must reach conditioning, which refuses it."""
 SHARED_MEMORY = Path("/dev/shm")
-BESIDE: Final = ("rolling_sink", STATUS_MODEL)
+AUXILIARY_MODELS: Final = ("rolling_sink", STATUS_MODEL)
 """Models that are served beside the ensemble's."""
 ANY_ADDRESS: Final = "0.0.0.0"
 # Becomes the server ("$@"), and leaves a watcher in its process group: when the pipe on stdin closes, because the
 # process that started the server is gone, however it went, the watcher ends the group, and removes the folder $0
 # and the shared memory that is named after it.
-WATCHED = """
+WATCHDOG_SCRIPT = """
 exec 3<&0 4</dev/null
 (
   trap '' TERM
@@ -146,7 +146,7 @@ class ServerLog:
 
 def is_for_operators(line: str) -> bool:
     """Whether a line of the log is a stage's own, or an error of Triton's that is none of our making."""
-    return LOG_MARK in line or (line.startswith("E") and UNLOADABLE not in line)
+    return LOG_MARK in line or (line.startswith("E") and DRAIN_MARKER not in line)
 
 
 class TritonServer:
@@ -239,7 +239,7 @@ def serving(options: ServerOptions, echo: Callable[[str], None] = lambda line: N
         control.mkdir()
         command = [*_command(options, models, _backends(Path(scratch)), Path(scratch).name), *access]
         process = subprocess.Popen(
-            ["/bin/sh", "-c", WATCHED, scratch, *command],
+            ["/bin/sh", "-c", WATCHDOG_SCRIPT, scratch, *command],
             env=_environment(options, control),
             stdin=subprocess.PIPE,  # held open, never written to
             stdout=subprocess.PIPE,
@@ -371,7 +371,7 @@ def _config(options: ServerOptions, model: str) -> model_config_pb2.ModelConfig:
 def _models(options: ServerOptions, scratch: Path) -> Path:
     """A model repository with the models of the profile, as the options want them, and one that cannot be loaded."""
     folder = scratch / "models"
-    for model in (MODEL_NAME, *BESIDE, *_chain(options.model_repository, options.profile)):
+    for model in (MODEL_NAME, *AUXILIARY_MODELS, *_chain(options.model_repository, options.profile)):
         place = folder / model
         place.mkdir(parents=True)
         place.joinpath("config.pbtxt").write_text(text_format.MessageToString(_config(options, model)))
@@ -379,7 +379,7 @@ def _models(options: ServerOptions, scratch: Path) -> Path:
             place.joinpath("1").mkdir()
         else:
             place.joinpath("1").symlink_to(options.model_repository.resolve() / model / "1")
-    place = folder / UNLOADABLE
+    place = folder / DRAIN_MARKER
     place.mkdir()
     place.joinpath("config.pbtxt").write_text('backend: "python"\n')  # and no version of it
     return folder
@@ -420,7 +420,7 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, memory
         f"--model-repository={models}",
         # Loading and unloading is the supervisor's alone: see access.py.
         "--model-control-mode=explicit",
-        *(f"--load-model={model}" for model in (MODEL_NAME, *BESIDE)),
+        *(f"--load-model={model}" for model in (MODEL_NAME, *AUXILIARY_MODELS)),
         "--disable-auto-complete-config",
         "--exit-timeout-secs=2",
         f"--backend-config=python,shm-region-prefix-name={memory}",

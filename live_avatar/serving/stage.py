@@ -43,16 +43,16 @@ class StageRequest:
 
 @dataclass(frozen=True)
 class StageResponse:
-    """Outputs by tensor name; the block they belong to, and how long the stage waited at the end (not busy).
+    """Outputs by tensor name, the block they belong to, and the time that the stage spent waiting, which is not busy time.
 
-    behind: work that is done once the outputs are on their way, before the stage's next request. What it raises nobody
-    is told, so it must leave the stage as good as before.
+    after_response: work that runs after the outputs were sent and before the stage's next request. The client does not
+    see its errors, so an error must leave the stage in a valid state.
     """
 
     outputs: dict[str, Array]
     block: int = NO_BLOCK
     waited_s: float = 0.0
-    behind: Callable[[], object] | None = None
+    after_response: Callable[[], object] | None = None
 
 
 class Stage(Protocol):
@@ -64,11 +64,11 @@ class Stage(Protocol):
         """Drops the sessions that were silent for too long, but for `keep`."""
         ...
 
-    def forgive(self, seconds: float) -> None:
+    def extend_idle(self, seconds: float) -> None:
         """Does not count that time, in which the stage could hear no one, as silence."""
         ...
 
-    def lose(self) -> None:
+    def drop_all(self) -> None:
         """Drops all sessions: another stage's process died, and what it knew of them with it."""
         ...
 
@@ -166,7 +166,7 @@ class SessionTable(Generic[T]):
         self._entries.clear()
         return live
 
-    def forgive(self, seconds: float) -> None:
+    def extend_idle(self, seconds: float) -> None:
         """Moves what is known of everyone's silence forward."""
         for entry in self._entries.values():
             entry.last_used_s += seconds
@@ -183,20 +183,20 @@ class SessionStage(Generic[T]):
 
     def sweep(self, keep: int | None = None) -> None:
         for session, state in self.sessions.sweep(keep):
-            self.silent(session, state)
+            self.on_idle(session, state)
 
-    def forgive(self, seconds: float) -> None:
+    def extend_idle(self, seconds: float) -> None:
         if seconds > LONG_S:
-            self.sessions.forgive(seconds)
+            self.sessions.extend_idle(seconds)
 
-    def lose(self) -> None:
+    def drop_all(self) -> None:
         for session, state in self.sessions.clear():
-            self.lost(session, state)
+            self.on_reset(session, state)
 
-    def silent(self, session: int, state: T) -> None:
+    def on_idle(self, session: int, state: T) -> None:
         """Told of each session that was dropped for its silence."""
 
-    def lost(self, session: int, state: T) -> None:
+    def on_reset(self, session: int, state: T) -> None:
         """Told of each session that was dropped because a stage was loaded again."""
 
     def failed(self, error: Exception, block: int) -> PipeError:
@@ -215,14 +215,14 @@ class PipeStage(SessionStage[T]):
         """Answers a request of a session that is well; what it raises ends the session."""
         raise NotImplementedError
 
-    def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
+    def forward_failure(self, request: StageRequest, failure: PipeError) -> StageResponse:
         """The answer that takes a failure on to the next stage."""
         raise NotImplementedError
 
-    def failed_here(self, request: StageRequest) -> None:
+    def on_local_failure(self, request: StageRequest) -> None:
         """Told when a session has failed in this very stage."""
 
-    def gone(self, session: int, state: T, failure: PipeError) -> None:
+    def on_failed(self, session: int, state: T, failure: PipeError) -> None:
         """Told of each live session that a failure ended, in this stage or before it."""
 
     def handle(self, request: StageRequest) -> StageResponse:
@@ -231,7 +231,7 @@ class PipeStage(SessionStage[T]):
             if failure is None:
                 return self._work(request, int(request.inputs[BLOCK][0]))
             self._drop(request.session, failure)
-            return self.passed(request, failure)
+            return self.forward_failure(request, failure)
         finally:
             if request.end:
                 self.sessions.close(request.session)
@@ -246,13 +246,13 @@ class PipeStage(SessionStage[T]):
             if request.start or request.session in self.sessions:
                 self._drop(request.session, failure)
                 self.sessions.fail(request.session, str(failure))
-                self.failed_here(request)
-            return self.passed(request, failure)
+                self.on_local_failure(request)
+            return self.forward_failure(request, failure)
 
     def _drop(self, session: int, failure: PipeError) -> None:
         state = self.sessions.close(session)
         if state is not None:
-            self.gone(session, state, failure)
+            self.on_failed(session, state, failure)
 
 
 def end_cause(request: StageRequest) -> EndCause:

@@ -43,8 +43,8 @@ class Status:
     def sweep(self, keep: int | None = None) -> None:
         """Has no sessions to drop."""
 
-    def forgive(self, seconds: float) -> None:
+    def extend_idle(self, seconds: float) -> None:
         """Has no sessions whose silence could count."""
 
-    def lose(self) -> None:
+    def drop_all(self) -> None:
         """Has no sessions to lose."""

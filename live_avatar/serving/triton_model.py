@@ -146,7 +146,7 @@ class StageModel:
         self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self.meter = TritonMeter(self.name)
         self._control = Control(Path(os.environ[CONTROL_VARIABLE]) if os.environ.get(CONTROL_VARIABLE) else None)
-        self._revivals = self._control.revivals
+        self._reload_epoch = self._control.reload_epoch
         self._stage = self.make_stage()
         self._require_sessions()
         self.meter.add(STARTS)
@@ -176,26 +176,26 @@ class StageModel:
         while not self._over.wait(SWEEP_S):
             if self._busy.acquire(blocking=False):
                 try:
-                    self._look_around()
+                    self._drop_lost_sessions()
                     self._stage.sweep()
                 except Exception:  # the next turn comes all the same
                     log.exception("stage %s could not drop silent sessions", self.name)
                 finally:
                     self._busy.release()
 
-    def _look_around(self) -> None:
+    def _drop_lost_sessions(self) -> None:
         """Drops what was lost with another stage's process."""
-        revivals = self._control.revivals
-        if revivals != self._revivals:
-            self._revivals = revivals
-            self._stage.lose()
+        reload_epoch = self._control.reload_epoch
+        if reload_epoch != self._reload_epoch:
+            self._reload_epoch = reload_epoch
+            self._stage.drop_all()
 
     def _respond(self, request: Any) -> Any:
         """The answer; None if it is on its way already, because there was work to do behind it."""
         started_s = time.monotonic()
         try:
-            plain = self._plain(request)
-            self._look_around()
+            plain = self._stage_request(request)
+            self._drop_lost_sessions()
             self._stage.sweep(keep=plain.session)
             response = self._stage.handle(plain)
             if response.block != NO_BLOCK:
@@ -205,14 +205,14 @@ class StageModel:
         except Exception as error:
             return pb_utils.InferenceResponse(output_tensors=[], error=self._error(error))
         finally:
-            self._stage.forgive(time.monotonic() - started_s)
-        if response.behind is None:
+            self._stage.extend_idle(time.monotonic() - started_s)
+        if response.after_response is None:
             return answer
         request.get_response_sender().send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._behind(response.behind)
+        self._run_after_response(response.after_response)
         return None
 
-    def _behind(self, work: Callable[[], object]) -> None:
+    def _run_after_response(self, work: Callable[[], object]) -> None:
         started_s = time.monotonic()
         try:
             work()
@@ -220,7 +220,7 @@ class StageModel:
             log.exception("stage %s could not do its work behind a block", self.name)
         seconds = time.monotonic() - started_s
         self.meter.add(BUSY, seconds)
-        self._stage.forgive(seconds)
+        self._stage.extend_idle(seconds)
 
     def _count(self, session: int, response: StageResponse, started_s: float, ended_s: float) -> None:
         self.meter.add(BUSY, ended_s - started_s)
@@ -228,7 +228,7 @@ class StageModel:
             self.meter.add(BLOCKS)
         self._trace.busy(session, response.block, started_s, ended_s)
 
-    def _plain(self, request: Any) -> StageRequest:
+    def _stage_request(self, request: Any) -> StageRequest:
         inputs = {}
         for name in self._input_names:
             tensor = pb_utils.get_input_tensor_by_name(request, name)

@@ -33,7 +33,7 @@ from live_avatar.serving.stage import (
     end_cause,
     expect_block,
 )
-from live_avatar.serving.tensors import AVATAR, LATENT, RECEIVED_NS, SINK_MOTION
+from live_avatar.serving.tensors import AVATAR_KEY, LATENT, RECEIVED_NS, SINK_MOTION
 from live_avatar_client import protocol
 from live_avatar_client.protocol import FrameFormat
 
@@ -109,18 +109,18 @@ class VAEDecoderStage(PipeStage[_Session]):
             self._closed(request.session, end_cause(request), session)
         return StageResponse(outputs, block)
 
-    def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
+    def forward_failure(self, request: StageRequest, failure: PipeError) -> StageResponse:
         """There is no next stage: the client gets it."""
         raise failure
 
-    def gone(self, session: int, state: _Session, failure: PipeError) -> None:
+    def on_failed(self, session: int, state: _Session, failure: PipeError) -> None:
         cause = EndCause.SHUTDOWN if self._control.phase is Phase.CLOSING else EndCause.FAILED
         self._closed(session, cause, state, str(failure))
 
-    def silent(self, session: int, state: _Session) -> None:
+    def on_idle(self, session: int, state: _Session) -> None:
         self._closed(session, EndCause.SILENT, state)
 
-    def lost(self, session: int, state: _Session) -> None:
+    def on_reset(self, session: int, state: _Session) -> None:
         self._closed(session, EndCause.FAILED, state, "another stage was loaded again")
 
     def _report(self) -> None:
@@ -130,7 +130,7 @@ class VAEDecoderStage(PipeStage[_Session]):
         self._room.require()
         options = SessionOptions.parse(request.parameters)
         motion = request.inputs[SINK_MOTION]
-        slots = self._avatars.get(request.inputs[AVATAR].tobytes(), lambda: self._decoder.warm_up(motion))
+        slots = self._avatars.get(request.inputs[AVATAR_KEY].tobytes(), lambda: self._decoder.warm_up(motion))
         return self.sessions.open(
             request.session, lambda: _Session(options, self._label(options.label), DecoderState(slots))
         )

@@ -67,9 +67,9 @@ class Pipe:
         for stage in self.steps[since:upto]:
             response = stage.handle(StageRequest(session, start, end, tensors))
             tensors = tensors | response.outputs
-            if response.behind is not None:
+            if response.after_response is not None:
                 with suppress(RuntimeError):  # the answer has been given
-                    response.behind()
+                    response.after_response()
         return tensors
 
     def decode(

@@ -208,7 +208,7 @@ def test_no_one_waits_for_a_sink_that_was_lost_with_its_stage(
     onnx_runtime: OnnxRuntime, tmp_path: Path, opening: dict[str, Array], speech: Array
 ) -> None:
     control = Control(tmp_path)
-    stage = alone(onnx_runtime, RollingSink(IDLE_S), control, lambda seconds: control.count_revival())
+    stage = alone(onnx_runtime, RollingSink(IDLE_S), control, lambda seconds: control.advance_reload_epoch())
     begun(stage, opening, speech, 4)
     failure = read_text(block(stage, speech[:7680]).outputs[FAILURE])
     assert "was lost with a stage that had to be loaded again; end it and start a new one" in failure

@@ -17,7 +17,7 @@ from live_avatar.serving.metrics import EndCause, RefusalReason
 from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import FAILED
 from live_avatar.serving.stage import NO_BLOCK, PipeError, SessionTable, StageRequest, describe
-from live_avatar.serving.tensors import AVATAR, BLOCK, LATENT, SINK_KEY, SINK_REFERENCE, read_text
+from live_avatar.serving.tensors import AVATAR_KEY, BLOCK, LATENT, SINK_KEY, SINK_REFERENCE, read_text
 from live_avatar_client.protocol import ErrorCode
 from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe
 
@@ -205,12 +205,13 @@ def test_known_avatars_skip_encoder_prefill_and_warm_up(
 def test_an_avatar_is_known_by_picture_and_prompt(pipe: Pipe, opening: dict[str, Array]) -> None:
     other = {**opening, "PROMPT": np.array([b"another"], dtype=np.object_)}
     keys = [
-        pipe.condition(NOTHING, start=True, end=True, **given)[AVATAR].tobytes() for given in (opening, other, opening)
+        pipe.condition(NOTHING, start=True, end=True, **given)[AVATAR_KEY].tobytes()
+        for given in (opening, other, opening)
     ]
     assert keys[0] == keys[2] != keys[1]
     assert pipe.count(metrics.AVATAR_MISSES) == 3, "room for one"
-    assert len(pipe.condition(NOTHING, start=True, **opening)[AVATAR]) == 32
-    assert len(pipe.condition(NOTHING)[AVATAR]) == 0
+    assert len(pipe.condition(NOTHING, start=True, **opening)[AVATAR_KEY]) == 32
+    assert len(pipe.condition(NOTHING)[AVATAR_KEY]) == 0
 
 
 def test_the_answer_to_start_says_what_makes_the_video(pipe: Pipe, opening: dict[str, Array]) -> None:
@@ -313,7 +314,7 @@ def test_a_session_belongs_to_the_token_that_opened_it(pipe: Pipe, opening: dict
 def test_all_sessions_are_lost_with_a_stage(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
     pipe.run(speech[:7680], start=True, **opening)
     for stage in pipe.stages():
-        stage.lose()
+        stage.drop_all()
     assert pipe.live() == [0] * 6
     assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
     assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
@@ -367,7 +368,7 @@ def test_time_in_which_no_one_could_be_heard_is_no_silence() -> None:
     table: SessionTable[str] = SessionTable(IDLE_S, clock=clock)
     opened(table, 1)
     clock.now_s = IDLE_S + 10
-    table.forgive(15)
+    table.extend_idle(15)
     assert table.sweep() == []
     clock.now_s = IDLE_S + 16
     assert table.sweep() == [(1, "state")]
