@@ -1,7 +1,7 @@
-"""What the supervisor and the stages tell one another, through files of one folder.
+"""State that the supervisor and the stages share through files in one folder.
 
-The supervisor sets the phase, and counts the stages that it loaded again; the first and the last stage say how many
-sessions are live in them. Without a folder (a Triton started by hand) the phase is always `SERVING`. Knows files only.
+The supervisor sets the phase, and counts the stages that it loaded again. The first and the last stage report how many
+sessions they hold. Without a folder (a Triton started by hand) the phase is always `SERVING`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Control:
             return ""
 
     def _write(self, name: str, text: str) -> None:
-        """Whole or not at all: a reader never meets half a word."""
+        """Writes a file atomically."""
         if self._folder is None:
             return
         partial = self._folder / f".{name}.{os.getpid()}"

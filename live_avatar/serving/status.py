@@ -1,7 +1,4 @@
-"""What is served, and how much of it is free: for `live-avatar doctor`, the logs and the provenance of videos.
-
-Knows the numbers; knows no Triton API.
-"""
+"""What is served, and how many sessions are live: for `live-avatar doctor`, the logs and the provenance of videos."""
 
 from __future__ import annotations
 

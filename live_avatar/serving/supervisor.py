@@ -27,7 +27,7 @@ from live_avatar_client.protocol import STATUS_MODEL
 log = logging.getLogger(__name__)
 
 DRAIN_MARKER: Final = "draining"
-"""Name of the model that cannot be loaded."""
+"""Name of a model that cannot be loaded; loading it makes Triton not ready."""
 WATCH_S = 0.25
 RETRY_S = 5.0
 STOP_LIMIT_S = 2.0  # a model that loads for minutes is not waited for
