@@ -6,7 +6,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from live_avatar.errors import ConfigError
-from live_avatar.serving.server import CHAIN_MODEL, MODEL_REPOSITORY
+from live_avatar.serving.repository import CHAIN_MODEL, MODEL_REPOSITORY
 from live_avatar_client.protocol import MODEL_NAME
 
 

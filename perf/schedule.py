@@ -21,7 +21,7 @@ from functools import partial
 from itertools import count
 
 from live_avatar.errors import ConfigError
-from live_avatar.serving.stage import NO_BLOCK
+from live_avatar.serving.tensors import NO_BLOCK
 from live_avatar.serving.trace import Interval
 from live_avatar_client.protocol import FPS
 from perf.figures import BlockTimes, playback

@@ -1,7 +1,7 @@
-"""What the supervisor and the stages tell one another, through files of one folder.
+"""State that the supervisor and the stages share through files in one folder.
 
-The supervisor sets the phase, and counts the stages that it loaded again; the first and the last stage say how many
-sessions are live in them. Without a folder (a Triton started by hand) the phase is always `SERVING`. Knows files only.
+The supervisor sets the phase, and counts the stages that it loaded again. The first and the last stage report how many
+sessions they hold. Without a folder (a Triton started by hand) the phase is always `SERVING`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Control:
             self._told[stage] = count
 
     @property
-    def revivals(self) -> int:
+    def reload_epoch(self) -> int:
         """How often a stage was loaded again; each time all sessions before were lost."""
-        return int(self._read("revivals") or "0")
+        return int(self._read("reload_epoch") or "0")
 
-    def count_revival(self) -> None:
-        self._write("revivals", str(self.revivals + 1))
+    def advance_reload_epoch(self) -> None:
+        self._write("reload_epoch", str(self.reload_epoch + 1))
 
     def _names(self, pattern: str) -> list[str]:
         return [] if self._folder is None else [path.name for path in self._folder.glob(pattern)]
@@ -66,7 +66,7 @@ class Control:
             return ""
 
     def _write(self, name: str, text: str) -> None:
-        """Whole or not at all: a reader never meets half a word."""
+        """Writes a file atomically."""
         if self._folder is None:
             return
         partial = self._folder / f".{name}.{os.getpid()}"

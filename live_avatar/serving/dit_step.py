@@ -1,7 +1,7 @@
-"""One denoising step as a served stage: it owns the caches of every session at its noise level.
+"""One denoising step as a served stage, with the caches of every session at its noise level.
 
-A new sink is prefilled behind a block before its own, where there is one: done with its own block in every step, the
-prefills would add up to a late block. `live_avatar.pipeline.sink` says at which block the sink changes.
+A new sink is prefilled after the answer to an earlier block, if there is one. If every step prefilled it with the block
+at which it takes effect, that block would be late. `live_avatar.pipeline.sink` says at which block the sink changes.
 """
 
 from __future__ import annotations
@@ -19,25 +19,19 @@ from live_avatar.errors import SessionError
 from live_avatar.pipeline.denoiser import DenoisingStep, StepState
 from live_avatar.pipeline.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 from live_avatar.runtime import Runtime
+from live_avatar.serving.failures import PipeError, failure_tensor
 from live_avatar.serving.metrics import SINKS_AHEAD, Meter
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
 from live_avatar.serving.rolling_sink import SinkClient
-from live_avatar.serving.stage import (
-    NO_BLOCK,
-    PipeError,
-    PipeStage,
-    SessionTable,
-    StageRequest,
-    StageResponse,
-    expect_block,
-    failure_tensor,
-)
+from live_avatar.serving.sessions import SessionLimits, SessionTable
+from live_avatar.serving.stage import PipeStage, StageRequest, StageResponse, expect_block
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
-    AVATAR,
+    AVATAR_KEY,
     FAILURE,
     LATENT,
+    NO_BLOCK,
     SINK_KEY,
     SINK_MOTION,
     SINK_REFERENCE,
@@ -47,7 +41,7 @@ from live_avatar.serving.tensors import (
 
 @dataclass(eq=False)
 class _Session:
-    """One session's caches; until its next sink takes effect, what that is made of, and the sink if it is prefilled."""
+    """One session's caches. Until its next sink takes effect: what it is made of, and the sink once it is prefilled."""
 
     state: StepState
     next_source: SinkSource | None = None
@@ -62,18 +56,17 @@ class DiTStepStage(PipeStage[_Session]):
         runtime: Runtime,
         step: int,
         sinks: SinkClient,
-        idle_limit_s: float,
         meter: Meter,
         room: SessionRoom,
-        known_avatars: int,
+        limits: SessionLimits,
     ) -> None:
-        super().__init__(f"dit_step_{step}", meter, SessionTable(idle_limit_s))
+        super().__init__(f"dit_step_{step}", meter, SessionTable(limits.idle_s))
         self._stream = runtime.preset.stream
         self._denoiser = DenoisingStep(runtime, step)
         self._sinks = sinks
         self._room = room
-        self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(known_avatars, meter)
-        self._ahead: WeakSet[_Session] = WeakSet()  # weakly: an ended session's sink goes with it
+        self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(limits.known_avatars, meter)
+        self._ahead: WeakSet[_Session] = WeakSet()  # weak: an ended session frees its sink
         meter.declare(SINKS_AHEAD)
 
     def work(self, request: StageRequest, block: int) -> StageResponse:
@@ -81,10 +74,10 @@ class DiTStepStage(PipeStage[_Session]):
         session = self._session(request)
         if block != NO_BLOCK:
             latent = self._denoise(request, session, latent, block)
-        behind = None
+        after_response = None
         if session.next_source is not None and not request.end and self._has_room_ahead(session):
-            behind = partial(self._prefill_ahead, session)
-        return self._answer(latent, block, behind=behind)
+            after_response = partial(self._prefill_ahead, session)
+        return self._answer(latent, block, after_response=after_response)
 
     def _denoise(self, request: StageRequest, session: _Session, latent: Array, block: int) -> Array:
         expect_block(request.session, block, session.state.blocks)
@@ -96,11 +89,11 @@ class DiTStepStage(PipeStage[_Session]):
             self._sinks.put(_sink_key(request), first_latent_frame(latent))
         return latent
 
-    def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
+    def forward_failure(self, request: StageRequest, failure: PipeError) -> StageResponse:
         return self._answer(np.zeros((0, *self._stream.latent_shape), dtype=np.float32), failure=failure)
 
-    def failed_here(self, request: StageRequest) -> None:
-        with suppress(SessionError):  # the rolling sink is gone, and every session with it
+    def on_local_failure(self, request: StageRequest) -> None:
+        with suppress(SessionError):  # the rolling sink has died, and with it every session
             self._sinks.fail(_sink_key(request))  # so that conditioning does not wait for a sink that never comes
 
     def _answer(
@@ -108,16 +101,16 @@ class DiTStepStage(PipeStage[_Session]):
         latent: Array,
         block: int = NO_BLOCK,
         failure: PipeError | None = None,
-        behind: Callable[[], None] | None = None,
+        after_response: Callable[[], None] | None = None,
     ) -> StageResponse:
-        return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block, behind=behind)
+        return StageResponse({LATENT: latent, FAILURE: failure_tensor(failure)}, block, after_response=after_response)
 
     def _session(self, request: StageRequest) -> _Session:
-        """The session: new at its start, with what its next sink is made of when that comes along."""
+        """The session of a request: opens it at START, and keeps the source of its next sink when that arrives."""
         source = SinkSource(*(request.inputs[name] for name in (SINK_REFERENCE, SINK_MOTION, SINK_TEXT)))
         if request.start:
             self._room.require()
-            sink = self._avatars.get(request.inputs[AVATAR].tobytes(), lambda: self._denoiser.prefill(source))
+            sink = self._avatars.get(request.inputs[AVATAR_KEY].tobytes(), lambda: self._denoiser.prefill(source))
             return self.sessions.open(request.session, lambda: _Session(self._denoiser.open(sink)))
         session = self.sessions.get(request.session)
         if len(source.reference):
@@ -125,11 +118,11 @@ class DiTStepStage(PipeStage[_Session]):
         return session
 
     def _has_room_ahead(self, session: _Session) -> bool:
-        """`graphs.memory` counts one replacement sink; further ones must not keep a new session out."""
+        """Whether to prefill a sink ahead. `graphs.memory` counts one; more must leave a new session room."""
         return session not in self._ahead and (not self._ahead or self._room.holds(2))
 
     def _prefill_ahead(self, session: _Session) -> None:
-        """If this fails, it is tried again with the sink's own block, where the client can be told."""
+        """Prefills a sink. After an error the sink's own block tries again, and the client gets the error then."""
         session.next_sink = self._prefill(session)
         self._ahead.add(session)
 
@@ -139,18 +132,18 @@ class DiTStepStage(PipeStage[_Session]):
             self.meter.add(SINKS_AHEAD)
         else:
             if self._ahead and not self._room.holds(1):
-                self._forget_ahead()
+                self._drop_sinks_ahead()
             sink = self._prefill(session)
         session.state.sink, session.next_source, session.next_sink = sink, None, None
         self._ahead.discard(session)
 
-    def _forget_ahead(self) -> None:
+    def _drop_sinks_ahead(self) -> None:
         for session in self._ahead:
             session.next_sink = None
         self._ahead.clear()
 
     def _prefill(self, session: _Session) -> dict[str, Array]:
-        assert session.next_source is not None, "conditioning sends it with the sink's own block at the latest"
+        assert session.next_source is not None, "conditioning sends the source no later than the block of the sink"
         return self._denoiser.prefill(session.next_source)
 
 

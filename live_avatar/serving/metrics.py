@@ -1,6 +1,6 @@
-"""What the service tells Prometheus: every metric's name, kind, labels and meaning, once.
+"""All metrics of the service: name, kind, labels and description.
 
-The stages report through a `Meter`; Triton's own `/metrics` shows the numbers. Knows no Triton and no stage.
+The stages report through a `Meter`; Triton's `/metrics` shows the values.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ SESSIONS_ENDED: Final = Metric(
     ("reason",),
 )
 BLOCKS: Final = Metric(
-    "live_avatar_blocks_total", Kind.COUNTER, "Blocks of speech that a stage has worked on.", ("stage",)
+    "live_avatar_blocks_total", Kind.COUNTER, "Blocks of speech that a stage has processed.", ("stage",)
 )
 BUSY: Final = Metric(
     "live_avatar_stage_busy_seconds_total",
     Kind.COUNTER,
-    "Time in which a stage was at work, but for what it refused.",
+    "Time that a stage spent processing, excluding rejected requests.",
     ("stage",),
 )
 FAILURES: Final = Metric(
@@ -92,11 +92,11 @@ STARTS: Final = Metric(
     "Times a stage's process was started; 1 unless one died.",
     ("stage",),
 )
-FRAMES: Final = Metric("live_avatar_frames_total", Kind.COUNTER, "Video frames made.")
+FRAMES: Final = Metric("live_avatar_frames_total", Kind.COUNTER, "Video frames generated.")
 LATENCY: Final = Metric(
     "live_avatar_latency_seconds",
     Kind.HISTOGRAM,
-    "From a block of speech taken up by the first stage to its frames made by the last.",
+    "From the arrival of a block of speech at the first stage to its frames at the last.",
     buckets=(0.05, 0.1, 0.15, 0.2, 0.3, 0.48, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
 FIRST_BLOCK: Final = Metric(
@@ -108,20 +108,20 @@ FIRST_BLOCK: Final = Metric(
 AVATAR_HITS: Final = Metric(
     "live_avatar_avatar_cache_hits_total",
     Kind.COUNTER,
-    "Sessions that found their avatar's work (encoding, prefill, warm-up) done, by stage.",
+    "Sessions whose avatar was cached (encoding, prefill, warm-up), by stage.",
     ("stage",),
 )
 AVATAR_MISSES: Final = Metric(
-    "live_avatar_avatar_cache_misses_total", Kind.COUNTER, "Sessions that did not, by stage.", ("stage",)
+    "live_avatar_avatar_cache_misses_total", Kind.COUNTER, "Sessions whose avatar was not cached, by stage.", ("stage",)
 )
-AVATARS: Final = Metric("live_avatar_avatar_cache_entries", Kind.GAUGE, "Avatars that a stage remembers.", ("stage",))
+AVATARS: Final = Metric("live_avatar_avatar_cache_entries", Kind.GAUGE, "Avatars in the cache of a stage.", ("stage",))
 SINK_UPDATES: Final = Metric(
     "live_avatar_sink_updates_total", Kind.COUNTER, "Sinks replaced by a session's own first latent frame."
 )
 SINKS_AHEAD: Final = Metric(
     "live_avatar_sinks_ahead_total",
     Kind.COUNTER,
-    "New sinks that a step prefilled behind an earlier block; each of the others makes its own block later.",
+    "New sinks that a step prefilled ahead of their block; each of the others delays its block.",
     ("stage",),
 )
 
@@ -149,10 +149,10 @@ METRICS: Final = (
 
 
 class Meter(Protocol):
-    """Where a stage's numbers go; the label `stage` is the meter's own to fill in."""
+    """Receives a stage's metrics, and adds the label `stage`."""
 
     def declare(self, metric: Metric, **labels: str) -> None:
-        """Makes a series be there, at 0, before anything has happened."""
+        """Creates a series at 0."""
         ...
 
     def add(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
@@ -169,6 +169,6 @@ class Meter(Protocol):
 
 
 def read_series(page: str) -> dict[str, float]:
-    """What a page of `/metrics` says: values by series, name and labels as they stand there."""
+    """The values on a page of `/metrics`, by series as it is written there."""
     named = (line.rpartition(" ") for line in page.splitlines() if line and not line.startswith("#"))
     return {series: float(value) for series, _, value in named}

@@ -1,14 +1,13 @@
-"""What a client asks for in the parameters of its first request.
-
-Knows the parameters' names, types and bounds; conditioning checks them once, and the stages read them again.
-"""
+"""The options of a session, from the parameters of its first request; the stages share one reader of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from live_avatar.errors import InputError
+from live_avatar.serving.label import Label
 from live_avatar_client import protocol
 from live_avatar_client.protocol import FrameFormat
 
@@ -17,32 +16,42 @@ MAX_TOKEN_CHARS = 256
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """The options of one session; `label` is text to draw on every frame, empty for none."""
+    """The options of one session. label: drawn on every frame. token: secret of the session, empty without one."""
 
     seed: int
     frame_format: FrameFormat
     jpeg_quality: int
-    label: str
+    label: Label | None
+    token: str
 
-    @classmethod
-    def parse(cls, parameters: Mapping[str, object]) -> SessionOptions:
-        """Raises `InputError` for a value of another type or outside its bounds."""
-        return cls(
-            _integer(parameters, protocol.SEED_PARAMETER, 0, 0, protocol.MAX_SEED),
-            _frame_format(parameters),
-            _integer(
-                parameters,
-                protocol.JPEG_QUALITY_PARAMETER,
-                protocol.DEFAULT_JPEG_QUALITY,
-                protocol.MIN_JPEG_QUALITY,
-                protocol.MAX_JPEG_QUALITY,
-            ),
-            _text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS),
+
+@dataclass(frozen=True)
+class OptionsReader:
+    """Reads the options of sessions whose frames have `height` x `width` pixels. label_font: None is the built-in."""
+
+    height: int
+    width: int
+    label_font: Path | None = None
+
+    def read(self, parameters: Mapping[str, object]) -> SessionOptions:
+        """Raises `InputError` for a value of another type or out of bounds, or a label that cannot be drawn."""
+        seed = _integer(parameters, protocol.SEED_PARAMETER, 0, 0, protocol.MAX_SEED)
+        frame_format = _frame_format(parameters)
+        quality = _integer(
+            parameters,
+            protocol.JPEG_QUALITY_PARAMETER,
+            protocol.DEFAULT_JPEG_QUALITY,
+            protocol.MIN_JPEG_QUALITY,
+            protocol.MAX_JPEG_QUALITY,
         )
+        text = _text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS)
+        secret = token(parameters)
+        label = Label(text, self.height, self.width, self.label_font) if text else None
+        return SessionOptions(seed, frame_format, quality, label, secret)
 
 
 def token(parameters: Mapping[str, object]) -> str:
-    """The session's secret; empty if the client sends none."""
+    """The secret that every request of a session carries; empty if the client sends none."""
     return _text(parameters, protocol.TOKEN_PARAMETER, MAX_TOKEN_CHARS)
 
 
@@ -72,6 +81,6 @@ def _frame_format(parameters: Mapping[str, object]) -> FrameFormat:
 
 
 def _shown(value: object, most: int = 60) -> str:
-    """A value for a message, cut short."""
+    """A value for a message, shortened."""
     shown = repr(value)
     return shown if len(shown) <= most else f"{shown[:most]}..."

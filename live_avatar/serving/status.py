@@ -1,7 +1,4 @@
-"""What is served, and how much of it is free: for `live-avatar doctor`, the logs and the provenance of videos.
-
-Knows the numbers; knows no Triton API.
-"""
+"""What is served, and how many sessions are live: for `live-avatar doctor`, the logs and the provenance of videos."""
 
 from __future__ import annotations
 
@@ -43,8 +40,8 @@ class Status:
     def sweep(self, keep: int | None = None) -> None:
         """Has no sessions to drop."""
 
-    def forgive(self, seconds: float) -> None:
+    def extend_idle(self, seconds: float) -> None:
         """Has no sessions whose silence could count."""
 
-    def lose(self) -> None:
+    def drop_all(self) -> None:
         """Has no sessions to lose."""

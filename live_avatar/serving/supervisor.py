@@ -26,8 +26,8 @@ from live_avatar_client.protocol import STATUS_MODEL
 
 log = logging.getLogger(__name__)
 
-UNLOADABLE: Final = "draining"
-"""Name of the model that cannot be loaded."""
+DRAIN_MARKER: Final = "draining"
+"""Name of a model that cannot be loaded; loading it makes Triton not ready."""
 WATCH_S = 0.25
 RETRY_S = 5.0
 STOP_LIMIT_S = 2.0  # a model that loads for minutes is not waited for
@@ -115,7 +115,7 @@ class Supervisor:
         Returns whether all ended by themselves.
         """
         self._control.set_phase(Phase.DRAINING)
-        self._admin.load(UNLOADABLE)
+        self._admin.load(DRAIN_MARKER)
         ended = self._wait_empty(seconds)
         if not ended:
             self._control.set_phase(Phase.CLOSING)
@@ -134,11 +134,11 @@ class Supervisor:
         while not self._over.wait(WATCH_S):
             try:
                 for model in sorted(self._models - living_stages(self._process)):
-                    self._revive(model)
+                    self._reload(model)
             except Exception:  # whatever it was, the next stage that dies must be noticed
                 log.exception("could not look after the stages")
 
-    def _revive(self, model: str) -> None:
+    def _reload(self, model: str) -> None:
         """Loads a model again whose process is gone. Its sessions are lost, which the other stages are told while the
         ensemble is not there: so all sessions before that, and none after it, are dropped."""
         if self._is_over():
@@ -148,7 +148,7 @@ class Supervisor:
         if self._is_over():
             return
         if model != STATUS_MODEL:  # which has no part of any session
-            self._control.count_revival()
+            self._control.advance_reload_epoch()
         if not self._admin.load(model, self._load_limit_s) and not self._is_over():
             log.error("%s could not be loaded again; trying once more in %g s", model, RETRY_S)
             self._over.wait(RETRY_S)

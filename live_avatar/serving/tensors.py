@@ -1,8 +1,7 @@
-"""Names of the tensors that travel between the stages, inside the ensemble.
+"""Names of the tensors between the stages of the ensemble.
 
-The names that clients see are in `live_avatar_client.protocol`; these are ours alone. Tensors of a request
-without speech, and a sink that does not change, have zero rows. No output is of type BYTES (`protocol` says why):
-text is UINT8.
+The names that clients see are in `live_avatar_client.protocol`. Tensors of a request without speech, and a sink that
+does not change, have zero rows. Text is UINT8, because no output may be of type BYTES (`protocol` says why).
 """
 
 from __future__ import annotations
@@ -11,21 +10,24 @@ import numpy as np
 
 from live_avatar.arrays import Array
 
-BLOCK = "BLOCK"  # INT64 [1]: block number from 0, or stage.NO_BLOCK
+BLOCK = "BLOCK"  # INT64 [1]: block number from 0, or NO_BLOCK
 LATENT = "LATENT"  # FP32 [1 or 0, 16, F, h, w]: noise at first, clean at last
 AUDIO_LOCAL = "AUDIO_LOCAL"  # FP32 [F, n + 1, C]
 AUDIO_GLOBAL = "AUDIO_GLOBAL"  # FP32 [F, C]
 SINK_REFERENCE = "SINK_REFERENCE"  # FP32 [1 or 0, 16, 1, h, w]
 SINK_MOTION = "SINK_MOTION"  # FP32 [1 or 0, 16, 19, h, w]
 SINK_TEXT = "SINK_TEXT"  # FP32 [text_len or 0, text_dim]
-AVATAR = "AVATAR"  # UINT8 [32 or 0]: with START, what the avatar's prefilled keys and values are remembered by
-SINK_KEY = "SINK_KEY"  # UINT64 [1]: what the session's new sink is put and taken by; no two sessions share one
+AVATAR_KEY = "AVATAR"  # UINT8 [32 or 0]: with START, cache key of the avatar
+SINK_KEY = "SINK_KEY"  # UINT64 [1]: key of the session's entry in the rolling sink; never reused
 RECEIVED_NS = "RECEIVED_NS"  # INT64 [1]: monotonic clock of this machine when conditioning took the request
-FAILURE = "FAILURE"  # UINT8 [n]: text, `[CODE] sentence` of a session that has failed on its way; empty if all is well
+FAILURE = "FAILURE"  # UINT8 [n]: text, `[CODE] sentence` if the session has failed in an earlier stage; else empty
+
+NO_BLOCK = -1
+"""Value of BLOCK in a request without speech: a keep-alive, or an end alone."""
 
 # rolling_sink, called by other stages
 OPERATION = "OPERATION"  # BYTES [1]: put, take or fail
-SESSION = "SESSION"  # UINT64 [1]
+SESSION = "SESSION"  # UINT64 [1]: a SINK_KEY
 STATE = "STATE"  # UINT8 [n]: text, ready, absent or failed
 
 

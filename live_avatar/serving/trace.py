@@ -1,6 +1,6 @@
-"""Busy intervals of the stages: written by each stage process, read together, shown as a Chrome trace.
+"""Busy intervals of the stages: each stage process writes its own; readers get all, or a Chrome trace.
 
-Times are of the machine's monotonic clock, which all processes of one machine share. Knows no Triton.
+Times are of the monotonic clock, which all processes of one machine share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from live_avatar.serving.stage import NO_BLOCK
+from live_avatar.serving.tensors import NO_BLOCK
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class TraceWriter:
         self._file = file
 
     @classmethod
-    def from_environment(cls, stage: str, folder: str | None) -> TraceWriter:
-        return cls(stage, (Path(folder) / f"{stage}.jsonl").open("a", buffering=1) if folder else None)
+    def to_folder(cls, stage: str, folder: Path | None) -> TraceWriter:
+        return cls(stage, (folder / f"{stage}.jsonl").open("a", buffering=1) if folder else None)
 
     def busy(self, session: int, block: int, start_s: float, end_s: float) -> None:
         if self._file and block != NO_BLOCK:

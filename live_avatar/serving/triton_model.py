@@ -1,8 +1,7 @@
-"""The Triton side of the stages: the only module that touches `triton_python_backend_utils`.
+"""The stages as Triton models: the only module that uses `triton_python_backend_utils`.
 
-Each folder of `model_repository/` re-exports one class from here. It turns Triton requests into
-`StageRequest`s, errors into Triton errors with a code, a meter's numbers into Triton's metrics, and writes the trace.
-What a stage does is in its own module.
+Each folder of `model_repository/` re-exports one class from here. A class converts Triton requests to `StageRequest`s,
+errors to Triton errors with a code and metrics to Triton's metrics, and writes the trace.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,25 +26,20 @@ from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import require_sessions, session_memory
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving import (
-    ARTIFACTS_VARIABLE,
-    CONTROL_VARIABLE,
-    FLOOR_VARIABLE,
-    LABEL_FONT_VARIABLE,
-    LOG_MARK,
-    PROFILE_VARIABLE,
-    TRACE_VARIABLE,
-    TURNS_VARIABLE,
-)
+from live_avatar.serving import LOG_MARK
+from live_avatar.serving.admission import AdmissionController
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
 from live_avatar.serving.dit_step import DiTStepStage
+from live_avatar.serving.failures import describe
 from live_avatar.serving.metrics import BLOCKS, BUSY, STARTS, Kind, Metric
 from live_avatar.serving.resources import SessionRoom
-from live_avatar.serving.rolling_sink import FAIL, NOTHING, PUT, TAKE, RollingSink
-from live_avatar.serving.stage import NO_BLOCK, Stage, StageRequest, StageResponse, describe
+from live_avatar.serving.rolling_sink import FAIL, NOTHING, PUT, TAKE, RollingSink, SinkReceiver
+from live_avatar.serving.sessions import SessionLimits
+from live_avatar.serving.settings import StageSettings
+from live_avatar.serving.stage import Stage, StageRequest, StageResponse
 from live_avatar.serving.status import Served, Status
-from live_avatar.serving.tensors import LATENT, OPERATION, SESSION, STATE, read_text
+from live_avatar.serving.tensors import LATENT, NO_BLOCK, OPERATION, SESSION, STATE, read_text
 from live_avatar.serving.trace import TraceWriter
 from live_avatar.serving.turns import turn_of
 from live_avatar.serving.vae_decoder import VAEDecoderStage
@@ -57,14 +50,14 @@ log = logging.getLogger(__name__)
 
 LOG_FORMAT = f"%(asctime)s{LOG_MARK}%(message)s"
 MARGIN_S = 10.0
-SWEEP_S = 1.0  # at most so long after the idle limit a session is dropped
+SWEEP_S = 1.0  # a session is dropped at most this long after its idle limit
 
 # Triton's own codes by name: the backend fills `pb_utils` only after it has imported the model.
 TRITON_CODES = {ErrorCode.INVALID_ARGUMENT: "INVALID_ARG", ErrorCode.UNAVAILABLE: "UNAVAILABLE"}
 
 
 class TritonMeter:
-    """A stage's numbers on Triton's `/metrics`. A family is made when it is first used, and must be kept."""
+    """Reports a stage's metrics on Triton's `/metrics`. Triton drops a family without references, so all are kept."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -103,24 +96,24 @@ class TritonMeter:
 class TritonSinkClient:
     """Calls the `rolling_sink` model from inside another stage (business logic scripting)."""
 
-    def put(self, session: int, latent: Array) -> None:
-        self._call(PUT, session, latent)
+    def put(self, key: int, latent: Array) -> None:
+        self._call(PUT, key, latent)
 
-    def fail(self, session: int) -> None:
-        self._call(FAIL, session, NOTHING)
+    def fail(self, key: int) -> None:
+        self._call(FAIL, key, NOTHING)
 
-    def take(self, session: int) -> tuple[str, Array]:
-        response = self._call(TAKE, session, NOTHING)
+    def take(self, key: int) -> tuple[str, Array]:
+        response = self._call(TAKE, key, NOTHING)
         state = read_text(pb_utils.get_output_tensor_by_name(response, STATE).as_numpy())
         return state, pb_utils.get_output_tensor_by_name(response, LATENT).as_numpy().copy()
 
-    def _call(self, operation: str, session: int, latent: Array) -> Any:
+    def _call(self, operation: str, key: int, latent: Array) -> Any:
         request = pb_utils.InferenceRequest(
             model_name="rolling_sink",
             requested_output_names=[STATE, LATENT],
             inputs=[
                 pb_utils.Tensor(OPERATION, np.array([operation.encode()], dtype=np.object_)),
-                pb_utils.Tensor(SESSION, np.array([session], dtype=np.uint64)),
+                pb_utils.Tensor(SESSION, np.array([key], dtype=np.uint64)),
                 pb_utils.Tensor(LATENT, latent),
             ],
         )
@@ -140,13 +133,13 @@ class StageModel:
         self.name = args["model_name"]
         self._config = json.loads(args["model_config"])
         self._input_names = [spec["name"] for spec in self._config["input"]]
-        self._trace = TraceWriter.from_environment(self.name, os.environ.get(TRACE_VARIABLE))
-        self._floor_s = float(os.environ.get(FLOOR_VARIABLE, "0"))
-        self._turn = turn_of(self.name, os.environ.get(TURNS_VARIABLE))
+        self._settings = StageSettings.from_environment(os.environ)
+        self._trace = TraceWriter.to_folder(self.name, self._settings.trace)
+        self._turn = turn_of(self.name, self._settings.turns)
         self._gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self.meter = TritonMeter(self.name)
-        self._control = Control(Path(os.environ[CONTROL_VARIABLE]) if os.environ.get(CONTROL_VARIABLE) else None)
-        self._revivals = self._control.revivals
+        self._control = Control(self._settings.control)
+        self._reload_epoch = self._control.reload_epoch
         self._stage = self.make_stage()
         self._require_sessions()
         self.meter.add(STARTS)
@@ -172,55 +165,55 @@ class StageModel:
         self._trace.close()
 
     def _sweep(self) -> None:
-        """Drops silent sessions also when no request comes; a stage at work does it by itself."""
+        """Drops idle sessions while no request comes; `_respond` does it with every request."""
         while not self._over.wait(SWEEP_S):
             if self._busy.acquire(blocking=False):
                 try:
-                    self._look_around()
+                    self._drop_lost_sessions()
                     self._stage.sweep()
-                except Exception:  # the next turn comes all the same
-                    log.exception("stage %s could not drop silent sessions", self.name)
+                except Exception:  # the next sweep still follows
+                    log.exception("stage %s could not drop idle sessions", self.name)
                 finally:
                     self._busy.release()
 
-    def _look_around(self) -> None:
-        """Drops what was lost with another stage's process."""
-        revivals = self._control.revivals
-        if revivals != self._revivals:
-            self._revivals = revivals
-            self._stage.lose()
+    def _drop_lost_sessions(self) -> None:
+        """Drops all sessions if another stage was loaded again since the last call."""
+        reload_epoch = self._control.reload_epoch
+        if reload_epoch != self._reload_epoch:
+            self._reload_epoch = reload_epoch
+            self._stage.drop_all()
 
     def _respond(self, request: Any) -> Any:
-        """The answer; None if it is on its way already, because there was work to do behind it."""
+        """The answer; None if it was sent already, because work follows it."""
         started_s = time.monotonic()
         try:
-            plain = self._plain(request)
-            self._look_around()
+            plain = self._stage_request(request)
+            self._drop_lost_sessions()
             self._stage.sweep(keep=plain.session)
             response = self._stage.handle(plain)
             if response.block != NO_BLOCK:
-                time.sleep(max(0.0, started_s + self._floor_s - time.monotonic()))
+                time.sleep(max(0.0, started_s + self._settings.stage_floor_s - time.monotonic()))
             self._count(plain.session, response, started_s, time.monotonic() - response.waited_s)
             answer = self._answer(response)
         except Exception as error:
             return pb_utils.InferenceResponse(output_tensors=[], error=self._error(error))
         finally:
-            self._stage.forgive(time.monotonic() - started_s)
-        if response.behind is None:
+            self._stage.extend_idle(time.monotonic() - started_s)
+        if response.after_response is None:
             return answer
         request.get_response_sender().send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._behind(response.behind)
+        self._run_after_response(response.after_response)
         return None
 
-    def _behind(self, work: Callable[[], object]) -> None:
+    def _run_after_response(self, work: Callable[[], object]) -> None:
         started_s = time.monotonic()
         try:
             work()
-        except Exception:  # the answer has been given
-            log.exception("stage %s could not do its work behind a block", self.name)
+        except Exception:  # the answer was sent already
+            log.exception("stage %s failed in its work after a response", self.name)
         seconds = time.monotonic() - started_s
         self.meter.add(BUSY, seconds)
-        self._stage.forgive(seconds)
+        self._stage.extend_idle(seconds)
 
     def _count(self, session: int, response: StageResponse, started_s: float, ended_s: float) -> None:
         self.meter.add(BUSY, ended_s - started_s)
@@ -228,7 +221,7 @@ class StageModel:
             self.meter.add(BLOCKS)
         self._trace.busy(session, response.block, started_s, ended_s)
 
-    def _plain(self, request: Any) -> StageRequest:
+    def _stage_request(self, request: Any) -> StageRequest:
         inputs = {}
         for name in self._input_names:
             tensor = pb_utils.get_input_tensor_by_name(request, name)
@@ -254,12 +247,10 @@ class StageModel:
         code = getattr(pb_utils.TritonError, TRITON_CODES.get(failure.code, "INTERNAL"))
         return pb_utils.TritonError(format_error(failure.code, str(failure)), code)
 
-    # What stages are made of.
-
     @cached_property
     def artifacts(self) -> Artifacts:
         """The artifacts that `live-avatar serve` names in the environment."""
-        return load_artifacts(Path(os.environ[ARTIFACTS_VARIABLE]))
+        return load_artifacts(self._settings.artifacts)
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -272,14 +263,14 @@ class StageModel:
 
     @property
     def room(self) -> SessionRoom:
-        """What one more session takes of this stage's memory."""
+        """The memory that one more session needs in this stage."""
         memory = session_memory(self.artifacts.preset, self.name, self.artifacts.contracts)
         return SessionRoom(self.name, self.runtime, sum(memory.per_session.values()))
 
     def _require_sessions(self) -> None:
-        """Raises `CapacityError` if a GPU has not the room for all sessions, now that the weights are there.
+        """Raises `CapacityError` if the GPU has no memory for all sessions after its weights were loaded.
 
-        On a host, whose memory all stages share, `live-avatar serve` has worked out the sum beforehand.
+        On a CPU, `live-avatar serve` has checked the sum of all stages before it started them.
         """
         if self._gpu is not None and "max_sessions" in self._config["parameters"]:
             preset, free = self.artifacts.preset, self.runtime.free_bytes()
@@ -291,17 +282,12 @@ class StageModel:
         return int(self.parameter("known_avatars"))
 
     @property
-    def label_font(self) -> Path | None:
-        font = os.environ.get(LABEL_FONT_VARIABLE)
-        return Path(font) if font else None
-
-    @property
     def served(self) -> Served:
         return Served(
             __version__,
             self.artifacts.preset.name,
             self.artifacts.fingerprint,
-            os.environ.get(PROFILE_VARIABLE, "unknown"),
+            self._settings.profile,
             int(self.parameter("max_sessions")),
         )
 
@@ -309,43 +295,39 @@ class StageModel:
         return str(self._config["parameters"][name]["string_value"])
 
     @property
-    def idle_limit_s(self) -> float:
-        """The sequence batcher's own limit, so that slot and state are freed after the same silence."""
-        return int(self._config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
+    def limits(self) -> SessionLimits:
+        """The idle limit is that of the sequence batcher, so that a sequence and its state are freed together."""
+        idle_s = int(self._config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
+        return SessionLimits(idle_s, self.known_avatars)
 
 
 class ConditioningModel(StageModel):
     def make_stage(self) -> Stage:
         return ConditioningStage(
             self.runtime,
-            TritonSinkClient(),
-            self.idle_limit_s,
-            self.served,
-            self.meter,
-            self._control,
-            self.known_avatars,
-            self.label_font,
+            AdmissionController(self.served, self._control, self.meter),
+            SinkReceiver(TritonSinkClient(), self._control),
+            self.limits,
+            self._settings.label_font,
         )
 
 
 class DiTStepModel(StageModel):
     def make_stage(self) -> Stage:
         step = int(self.name.rsplit("_", 1)[1])
-        return DiTStepStage(
-            self.runtime, step, TritonSinkClient(), self.idle_limit_s, self.meter, self.room, self.known_avatars
-        )
+        return DiTStepStage(self.runtime, step, TritonSinkClient(), self.meter, self.room, self.limits)
 
 
 class VAEDecoderModel(StageModel):
     def make_stage(self) -> Stage:
         return VAEDecoderStage(
-            self.runtime, self.idle_limit_s, self.meter, self.room, self._control, self.known_avatars, self.label_font
+            self.runtime, self.meter, self.room, self._control, self.limits, self._settings.label_font
         )
 
 
 class RollingSinkModel(StageModel):
     def make_stage(self) -> Stage:
-        # A session fetches its sink with a request, which it may send just before its own limit.
+        # A session fetches its sink with a request, which may come just before the session's own idle limit.
         return RollingSink(2 * float(self.parameter("idle_limit_s")) + MARGIN_S)
 
 

@@ -1,7 +1,4 @@
-"""Stages that take turns, as if they shared one processor: a lock between their processes, held while one works.
-
-A measuring aid, like the stage-time floor. Knows files; knows no stage and no Triton.
-"""
+"""A lock between the processes of stages that take turns, as if they shared one processor. For measurements only."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def turns_value(path: Path, stages: tuple[str, ...]) -> str:
-    """What the environment says of it."""
+    """The value of the environment variable."""
     return ",".join([str(path), *stages])
 
 
 def turn_of(stage: str, value: str | None) -> Callable[[], AbstractContextManager[None]]:
-    """What the stage works in, of a `turns_value`; of no value, or for another stage, there is no wait."""
+    """The context in which a stage processes requests: the lock if `value` (a `turns_value`) names it, else none."""
     path, *stages = (value or "").split(",")
     return partial(_held, Path(path)) if stage in stages else nullcontext

@@ -1,6 +1,6 @@
-"""The last stage: clean latents become the frames that the client gets.
+"""The last stage: decodes clean latents into the frames that the client gets.
 
-Hands over what failed before it, and says in the log how each session went. Knows no Triton API.
+Sends the failures of earlier stages to the client, and logs how each session ended.
 """
 
 from __future__ import annotations
@@ -18,37 +18,29 @@ from live_avatar.arrays import Array
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.runtime import Runtime
 from live_avatar.serving import metrics
-from live_avatar.serving.control import Control, Phase
-from live_avatar.serving.label import Label
+from live_avatar.serving.control import Control
+from live_avatar.serving.endings import failure_cause, requested_cause
+from live_avatar.serving.failures import PipeError
 from live_avatar.serving.metrics import EndCause, Meter
-from live_avatar.serving.options import SessionOptions
+from live_avatar.serving.options import OptionsReader, SessionOptions
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
-from live_avatar.serving.stage import (
-    NO_BLOCK,
-    PipeError,
-    PipeStage,
-    SessionTable,
-    StageRequest,
-    StageResponse,
-    end_cause,
-    expect_block,
-)
-from live_avatar.serving.tensors import AVATAR, LATENT, RECEIVED_NS, SINK_MOTION
+from live_avatar.serving.sessions import SessionLimits, SessionTable
+from live_avatar.serving.stage import PipeStage, StageRequest, StageResponse, expect_block
+from live_avatar.serving.tensors import AVATAR_KEY, LATENT, NO_BLOCK, RECEIVED_NS, SINK_MOTION
 from live_avatar_client import protocol
 from live_avatar_client.protocol import FrameFormat
 
 log = logging.getLogger(__name__)
 
 FRAMES, JPEG_FRAMES, JPEG_SIZES = protocol.FRAMES.name, protocol.JPEG_FRAMES.name, protocol.JPEG_SIZES.name
-PASSED_ON = (protocol.FIRST_FRAME.name, protocol.PROVENANCE.name)
-"""What conditioning says to the client; it comes through here, or a client that asks for nothing else would make Triton
-leave out the stages."""
+FORWARDED = (protocol.FIRST_FRAME.name, protocol.PROVENANCE.name)
+"""Outputs of conditioning for the client. They pass through here, because Triton would skip the stages for a client
+that asks for these outputs alone."""
 
 
 @dataclass
 class _Session:
     options: SessionOptions
-    label: Label | None
     decoder: DecoderState
     blocks: int = 0
     frames: int = 0
@@ -65,20 +57,19 @@ class VAEDecoderStage(PipeStage[_Session]):
     def __init__(
         self,
         runtime: Runtime,
-        idle_limit_s: float,
         meter: Meter,
         room: SessionRoom,
         control: Control,
-        known_avatars: int,
+        limits: SessionLimits,
         label_font: Path | None = None,
     ) -> None:
-        super().__init__("vae_decoder", meter, SessionTable(idle_limit_s))
+        super().__init__("vae_decoder", meter, SessionTable(limits.idle_s))
         self._stream = runtime.preset.stream
         self._decoder = FrameDecoder(runtime)
         self._room = room
         self._control = control
-        self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(known_avatars, meter)
-        self._label_font = label_font
+        self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(limits.known_avatars, meter)
+        self._options = OptionsReader(self._stream.height, self._stream.width, label_font)
         self._no_frames = np.zeros((0, self._stream.height, self._stream.width, 3), dtype=np.uint8)
         meter.declare(metrics.FRAMES)
         meter.declare(metrics.LATENCY)
@@ -101,42 +92,33 @@ class VAEDecoderStage(PipeStage[_Session]):
         if block != NO_BLOCK:
             expect_block(request.session, block, session.blocks)
             frames = self._decoder.decode(session.decoder, request.inputs[LATENT])
-            if session.label is not None:
-                frames = session.label.draw(frames)
-        outputs = self._outputs(frames, session.options) | {name: request.inputs[name] for name in PASSED_ON}
+            if session.options.label is not None:
+                frames = session.options.label.draw(frames)
+        outputs = self._outputs(frames, session.options) | {name: request.inputs[name] for name in FORWARDED}
         self._count(session, frames, request)
         if request.end:
-            self._closed(request.session, end_cause(request), session)
+            self.on_ended(request.session, session, requested_cause(request.parameters))
         return StageResponse(outputs, block)
 
-    def passed(self, request: StageRequest, failure: PipeError) -> StageResponse:
-        """There is no next stage: the client gets it."""
+    def forward_failure(self, request: StageRequest, failure: PipeError) -> StageResponse:
+        """Sends the failure to the client, because there is no next stage."""
         raise failure
 
-    def gone(self, session: int, state: _Session, failure: PipeError) -> None:
-        cause = EndCause.SHUTDOWN if self._control.phase is Phase.CLOSING else EndCause.FAILED
-        self._closed(session, cause, state, str(failure))
+    def on_failed(self, session: int, state: _Session, failure: PipeError) -> None:
+        self.on_ended(session, state, failure_cause(failure, self._control.phase), str(failure))
 
-    def silent(self, session: int, state: _Session) -> None:
-        self._closed(session, EndCause.SILENT, state)
-
-    def lost(self, session: int, state: _Session) -> None:
-        self._closed(session, EndCause.FAILED, state, "another stage was loaded again")
+    def on_ended(self, session: int, state: _Session, cause: EndCause, detail: str = "") -> None:
+        log.info("session %d ended: %s, %s%s", session, cause, state.summary(), f" ({detail})" if detail else "")
 
     def _report(self) -> None:
         self._control.set_live_sessions(self.name, len(self.sessions))
 
     def _start(self, request: StageRequest) -> _Session:
         self._room.require()
-        options = SessionOptions.parse(request.parameters)
+        options = self._options.read(request.parameters)
         motion = request.inputs[SINK_MOTION]
-        slots = self._avatars.get(request.inputs[AVATAR].tobytes(), lambda: self._decoder.warm_up(motion))
-        return self.sessions.open(
-            request.session, lambda: _Session(options, self._label(options.label), DecoderState(slots))
-        )
-
-    def _label(self, text: str) -> Label | None:
-        return Label(text, self._stream.height, self._stream.width, self._label_font) if text else None
+        caches = self._avatars.get(request.inputs[AVATAR_KEY].tobytes(), lambda: self._decoder.warm_up(motion))
+        return self.sessions.open(request.session, lambda: _Session(options, DecoderState(caches)))
 
     def _count(self, session: _Session, frames: Array, request: StageRequest) -> None:
         if not len(frames):
@@ -149,9 +131,6 @@ class VAEDecoderStage(PipeStage[_Session]):
         session.latency_sum_s += latency_s
         self.meter.add(metrics.FRAMES, len(frames))
         self.meter.observe(metrics.LATENCY, latency_s)
-
-    def _closed(self, number: int, cause: EndCause, session: _Session, why: str = "") -> None:
-        log.info("session %d ended: %s, %s%s", number, cause, session.summary(), f" ({why})" if why else "")
 
     def _outputs(self, frames: Array, options: SessionOptions) -> dict[str, Array]:
         if options.frame_format is FrameFormat.RAW:

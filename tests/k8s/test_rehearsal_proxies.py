@@ -28,8 +28,7 @@ from live_avatar_client.protocol import ErrorCode
 from tests.conftest import noise_speech
 from tests.k8s.rehearsal import HAProxy, Nginx, Proxy, Server, free_port, started, two_servers
 from tests.serving.conftest import generated
-from tests.serving.support import frames_until, series, speech_of, spoken
-from tests.serving.test_equality import frames_of
+from tests.serving.support import frames_of, frames_until, series, speech_of, spoken
 
 pytestmark = pytest.mark.k8s
 

@@ -10,11 +10,13 @@ import numpy as np
 from live_avatar.arrays import Array
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
+from live_avatar.serving.admission import AdmissionController
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
 from live_avatar.serving.dit_step import DiTStepStage
 from live_avatar.serving.resources import SessionRoom
-from live_avatar.serving.rolling_sink import RollingSink
+from live_avatar.serving.rolling_sink import RollingSink, SinkReceiver
+from live_avatar.serving.sessions import SessionLimits
 from live_avatar.serving.stage import StageRequest
 from live_avatar.serving.status import Served
 from live_avatar.serving.vae_decoder import VAEDecoderStage
@@ -32,21 +34,25 @@ def served(max_sessions: int = 2) -> Served:
 class Pipe:
     """All stages in a row, as the ensemble wires them; the rolling sink is the real one."""
 
-    def __init__(self, runtime: OnnxRuntime, folder: Path) -> None:
+    def __init__(self, runtime: OnnxRuntime, folder: Path, idle_s: float = IDLE_S) -> None:
         self.sinks = RollingSink(IDLE_S)
         self.control = Control(folder)
         self.meters = {
             name: RecordingMeter() for name in ("conditioning", *(f"dit_step_{i}" for i in range(1, 5)), "vae_decoder")
         }
         room = SessionRoom("any", runtime, 0)
+        limits = SessionLimits(idle_s, known_avatars=1)
         self.conditioning = ConditioningStage(
-            runtime, self.sinks, IDLE_S, served(), self.meters["conditioning"], self.control, known_avatars=1
+            runtime,
+            AdmissionController(served(), self.control, self.meters["conditioning"]),
+            SinkReceiver(self.sinks, self.control),
+            limits,
         )
         self.steps = [
-            DiTStepStage(runtime, step, self.sinks, IDLE_S, self.meters[f"dit_step_{step}"], room, known_avatars=1)
+            DiTStepStage(runtime, step, self.sinks, self.meters[f"dit_step_{step}"], room, limits)
             for step in range(1, 5)
         ]
-        self.decoder = VAEDecoderStage(runtime, IDLE_S, self.meters["vae_decoder"], room, self.control, known_avatars=1)
+        self.decoder = VAEDecoderStage(runtime, self.meters["vae_decoder"], room, self.control, limits)
 
     def condition(
         self, audio: Array, start: bool = False, end: bool = False, session: int = SESSION, **inputs: Array
@@ -67,9 +73,9 @@ class Pipe:
         for stage in self.steps[since:upto]:
             response = stage.handle(StageRequest(session, start, end, tensors))
             tensors = tensors | response.outputs
-            if response.behind is not None:
+            if response.after_response is not None:
                 with suppress(RuntimeError):  # the answer has been given
-                    response.behind()
+                    response.after_response()
         return tensors
 
     def decode(

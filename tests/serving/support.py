@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,12 +14,27 @@ from live_avatar.serving.server import TritonServer
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import AvatarSession, Block
 from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
-from tests.serving.test_equality import frames_of
 
 STAGES = ("conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder")
 KEEP_ALIVE_S = 0.3  # for servers with an idle limit of seconds, on a machine that is busy
 Numbers = dict[str, float]
 """Value by series, as `series` names it."""
+
+
+Pacing = Callable[[Array], Iterator[Array]]
+
+
+def at_once(speech: Array) -> Iterator[Array]:
+    yield speech
+
+
+def received(url: str, picture: bytes, speech: Array, pacing: Pacing = at_once, seed: int = 3) -> list[Block]:
+    with AvatarSession(url, image=picture, prompt="hello", seed=seed) as session:
+        return list(session.stream(pacing(speech)))
+
+
+def frames_of(blocks: list[Block]) -> Array:
+    return np.concatenate([block.frames for block in blocks])
 
 
 def scrape(server: TritonServer) -> Numbers:

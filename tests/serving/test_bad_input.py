@@ -14,7 +14,7 @@ from live_avatar.arrays import Array
 from live_avatar_client import AvatarSession, SessionRefused
 from live_avatar_client.protocol import ErrorCode
 from tests.serving.raw import BLOCK, RawSession, raw_session
-from tests.serving.test_equality import at_once, frames_of, received
+from tests.serving.support import at_once, frames_of, received
 
 
 @pytest.fixture

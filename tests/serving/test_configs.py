@@ -24,7 +24,7 @@ PROFILES: dict[str, tuple[tuple[int | None, ...], int | None]] = {
     "h800x5": ((0, 1, 2, 3), 4),
 }
 SINK = "rolling_sink"
-BESIDE = (SINK, protocol.STATUS_MODEL)
+AUXILIARY_MODELS = (SINK, protocol.STATUS_MODEL)
 
 
 def parsed(model: str, profile: str) -> model_config_pb2.ModelConfig:
@@ -37,7 +37,7 @@ def chain(profile: str) -> list[str]:
 
 
 def stages(profile: str) -> list[str]:
-    return [*chain(profile), *BESIDE]
+    return [*chain(profile), *AUXILIARY_MODELS]
 
 
 def signature(specs: object) -> dict[str, tuple[str, tuple[int, ...], bool]]:
@@ -99,7 +99,7 @@ def test_the_wiring_connects_tensors_of_one_type(profile: str) -> None:
 def test_every_model_stands_in_its_place(profile: str) -> None:
     steps, ends = PROFILES[profile]
     places = [ends, *steps, ends, None, None]
-    models = ["conditioning", *(f"dit_step_{i}" for i in range(1, len(steps) + 1)), "vae_decoder", *BESIDE]
+    models = ["conditioning", *(f"dit_step_{i}" for i in range(1, len(steps) + 1)), "vae_decoder", *AUXILIARY_MODELS]
     assert stages(profile) == models
     for model, gpu in zip(models, places, strict=True):
         [group] = parsed(model, profile).instance_group

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +19,18 @@ from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.server import ServerOptions, serving
-from live_avatar_client import AvatarSession, Block
+from live_avatar_client import AvatarSession
+from live_avatar_client.protocol import BLOCK_SAMPLES
 from tests.conftest import noise_speech
 from tests.serving.conftest import generated
-
-Pacing = Callable[[Array], Iterator[Array]]
-
-
-def at_once(speech: Array) -> Iterator[Array]:
-    yield speech
+from tests.serving.support import Pacing, at_once, frames_of, received
 
 
 def slowly(speech: Array) -> Iterator[Array]:
     """A block every 0.2 s: the pipe runs empty in between."""
-    for start in range(0, speech.size, 7680):
+    for start in range(0, speech.size, BLOCK_SAMPLES):
         time.sleep(0.2)
-        yield speech[start : start + 7680]
+        yield speech[start : start + BLOCK_SAMPLES]
 
 
 def with_jitter(speech: Array) -> Iterator[Array]:
@@ -48,15 +44,6 @@ def with_jitter(speech: Array) -> Iterator[Array]:
         start += size
 
 
-def received(url: str, picture: bytes, speech: Array, pacing: Pacing = at_once, seed: int = 3) -> list[Block]:
-    with AvatarSession(url, image=picture, prompt="hello", seed=seed) as session:
-        return list(session.stream(pacing(speech)))
-
-
-def frames_of(blocks: list[Block]) -> Array:
-    return np.concatenate([block.frames for block in blocks])
-
-
 @pytest.mark.parametrize("pacing", [at_once, slowly, with_jitter])
 def test_frames_equal_the_generators(url: str, picture: bytes, speech: Array, expected: Array, pacing: Pacing) -> None:
     blocks = received(url, picture, speech, pacing)
@@ -65,9 +52,9 @@ def test_frames_equal_the_generators(url: str, picture: bytes, speech: Array, ex
 
 
 def test_seed_and_prompt_reach_the_model(url: str, picture: bytes, speech: Array, expected: Array) -> None:
-    assert not np.array_equal(frames_of(received(url, picture, speech[:7680], seed=4)), expected[:12])
+    assert not np.array_equal(frames_of(received(url, picture, speech[:BLOCK_SAMPLES], seed=4)), expected[:12])
     with AvatarSession(url, image=picture, prompt="another", seed=3) as session:
-        (block,) = session.stream([speech[:7680]])
+        (block,) = session.stream([speech[:BLOCK_SAMPLES]])
     assert not np.array_equal(block.frames, expected[:12])
 
 
@@ -87,7 +74,9 @@ def test_interleaved_sessions_do_not_meet(url: str, picture: bytes, oracle: Gene
         assert np.array_equal(got[index], generated(oracle, picture, "hello", index, speech)), f"session {index}"
 
 
-@pytest.mark.parametrize(("samples", "frames"), [(1, 1), (160, 1), (640, 1), (641, 2), (7680, 12), (7681, 13)])
+@pytest.mark.parametrize(
+    ("samples", "frames"), [(1, 1), (160, 1), (640, 1), (641, 2), (BLOCK_SAMPLES, 12), (BLOCK_SAMPLES + 1, 13)]
+)
 def test_as_many_frames_as_the_speech_needs(url: str, picture: bytes, samples: int, frames: int) -> None:
     speech = noise_speech(1.0)[:samples]
     assert len(frames_of(received(url, picture, speech))) == frames
@@ -95,7 +84,7 @@ def test_as_many_frames_as_the_speech_needs(url: str, picture: bytes, samples: i
 
 def test_jpeg_frames_show_the_same_pictures(url: str, picture: bytes, speech: Array, expected: Array) -> None:
     with AvatarSession(url, image=picture, prompt="hello", seed=3, frame_format="jpeg") as session:
-        (block,) = session.stream([speech[:7680]])
+        (block,) = session.stream([speech[:BLOCK_SAMPLES]])
     decoded = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in block.jpegs])
     assert decoded.shape == expected[:12].shape
     assert np.abs(decoded.astype(int) - expected[:12]).mean() < 30, "JPEG of noise loses much, but not the picture"
@@ -103,8 +92,8 @@ def test_jpeg_frames_show_the_same_pictures(url: str, picture: bytes, speech: Ar
 
 def test_keep_alive_changes_nothing(url: str, picture: bytes, speech: Array, expected: Array) -> None:
     def chunks(session: AvatarSession) -> Iterator[Array]:
-        for start in range(0, speech.size, 7680):
-            yield speech[start : start + 7680]
+        for start in range(0, speech.size, BLOCK_SAMPLES):
+            yield speech[start : start + BLOCK_SAMPLES]
             session.keep_alive()
 
     with AvatarSession(url, image=picture, prompt="hello", seed=3) as session:

@@ -12,8 +12,7 @@ from live_avatar.serving.metrics import METRICS, EndCause, Kind, Metric, Refusal
 from live_avatar.serving.server import TritonServer
 from live_avatar_client import AvatarSession
 from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK, SAMPLES_PER_FRAME
-from tests.serving.support import STAGES, metrics_page, scrape
-from tests.serving.test_equality import frames_of
+from tests.serving.support import STAGES, frames_of, metrics_page, scrape
 
 TABLE = Path(__file__).parents[2] / "docs" / "operations.md"
 

@@ -11,25 +11,28 @@ import pytest
 from live_avatar.arrays import Array
 from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving import conditioning, metrics
+from live_avatar.serving import metrics
+from live_avatar.serving.admission import AdmissionController
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
 from live_avatar.serving.resources import SessionRoom
-from live_avatar.serving.rolling_sink import ABSENT, FAILED, READY, RollingSink
+from live_avatar.serving.rolling_sink import ABSENT, FAILED, READY, WAIT_LIMIT_S, RollingSink, SinkReceiver
+from live_avatar.serving.sessions import SessionLimits
 from live_avatar.serving.stage import StageRequest, StageResponse
 from live_avatar.serving.tensors import FAILURE, SINK_KEY, SINK_REFERENCE, read_text
+from live_avatar_client.protocol import BLOCK_SAMPLES
 from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe, served
 from tests.serving.recording import RecordingMeter
 
 
 def test_the_sink_travels_as_soon_as_it_is_there(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
-    next_state = []
+    sink_rows = []
     for block in range(6):
         given = opening if block == 0 else {}
-        tensors = pipe.condition(speech[7680 * block : 7680 * (block + 1)], start=block == 0, **given)
-        next_state.append(len(tensors[SINK_REFERENCE]))
+        tensors = pipe.condition(speech[BLOCK_SAMPLES * block : BLOCK_SAMPLES * (block + 1)], start=block == 0, **given)
+        sink_rows.append(len(tensors[SINK_REFERENCE]))
         pipe.denoise(tensors, start=block == 0)
-    assert [block + 1 for block, rows in enumerate(next_state) if rows] == [1, 2]
+    assert [block + 1 for block, rows in enumerate(sink_rows) if rows] == [1, 2]
 
 
 class Prefills:
@@ -59,7 +62,7 @@ class Prefills:
         return failure
 
     def _block(self, block: int, session: int, end: bool) -> str:
-        speech, start = self._speech[7680 * block : 7680 * (block + 1)], block == 0
+        speech, start = self._speech[BLOCK_SAMPLES * block : BLOCK_SAMPLES * (block + 1)], block == 0
         tensors = self._pipe.condition(speech, start, end, session, **(self._opening if start else {}))
         return read_text(self._pipe.denoise(tensors, start=start, end=end, session=session)[FAILURE])
 
@@ -131,16 +134,22 @@ def test_a_prefill_that_fails_ahead_is_tried_again_until_its_own_block(prefills:
 
 
 def alone(
-    runtime: OnnxRuntime, sinks: RollingSink, control: Control, sleep: Callable[[float], None] = lambda seconds: None
+    runtime: OnnxRuntime,
+    sinks: RollingSink,
+    control: Control,
+    sleep: Callable[[float], None] = lambda seconds: None,
+    wait_limit_s: float = WAIT_LIMIT_S,
 ) -> ConditioningStage:
-    return ConditioningStage(runtime, sinks, IDLE_S, served(), RecordingMeter(), control, 1, sleep=sleep)
+    admission = AdmissionController(served(), control, RecordingMeter())
+    receiver = SinkReceiver(sinks, control, sleep, wait_limit_s)
+    return ConditioningStage(runtime, admission, receiver, SessionLimits(IDLE_S, known_avatars=1))
 
 
 def begun(stage: ConditioningStage, opening: dict[str, Array], speech: Array, blocks: int) -> int:
     """Opens the session, sends some blocks of it, and tells under which key its new sink is awaited."""
     given: list[dict[str, Array]] = [opening, *({} for _ in range(blocks - 1))]
     answers = [
-        stage.handle(StageRequest(SESSION, number == 0, False, {"AUDIO": speech[:7680], **inputs}))
+        stage.handle(StageRequest(SESSION, number == 0, False, {"AUDIO": speech[:BLOCK_SAMPLES], **inputs}))
         for number, inputs in enumerate(given)
     ]
     return int(answers[-1].outputs[SINK_KEY][0])
@@ -154,7 +163,7 @@ LATENT_FRAME = np.ones((1, 16, 1, 12, 12), dtype=np.float32)
 
 
 def test_conditioning_waits_for_the_sink_and_no_longer(
-    onnx_runtime: OnnxRuntime, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
+    onnx_runtime: OnnxRuntime, opening: dict[str, Array], speech: Array
 ) -> None:
     sinks, naps = RollingSink(IDLE_S), []
 
@@ -165,15 +174,14 @@ def test_conditioning_waits_for_the_sink_and_no_longer(
 
     stage = alone(onnx_runtime, sinks, Control(None), sleep)
     key = begun(stage, opening, speech, 4)
-    fifth = block(stage, speech[:7680])
+    fifth = block(stage, speech[:BLOCK_SAMPLES])
     assert len(naps) == 3
     assert np.array_equal(fifth.outputs[SINK_REFERENCE], LATENT_FRAME)
     assert fifth.waited_s > 0
 
-    monkeypatch.setattr(conditioning, "SINK_WAIT_LIMIT_S", 0.0)
-    stage = alone(onnx_runtime, RollingSink(IDLE_S), Control(None))
+    stage = alone(onnx_runtime, RollingSink(IDLE_S), Control(None), wait_limit_s=0.0)
     begun(stage, opening, speech, 4)
-    failure = read_text(block(stage, speech[:7680]).outputs[FAILURE])
+    failure = read_text(block(stage, speech[:BLOCK_SAMPLES]).outputs[FAILURE])
     assert "session 5: block 1 gave no new sink within 0 s, or was lost" in failure
 
 
@@ -188,7 +196,7 @@ def test_the_sink_is_fetched_before_the_rolling_sink_forgets_it(
     assert np.array_equal(paused.outputs[SINK_REFERENCE], LATENT_FRAME)
     assert sinks.take(key)[0] == ABSENT
     for _ in range(4):
-        assert len(block(stage, speech[:7680]).outputs[SINK_REFERENCE]) == 0, "it is sent once"
+        assert len(block(stage, speech[:BLOCK_SAMPLES]).outputs[SINK_REFERENCE]) == 0, "it is sent once"
 
 
 def test_an_id_used_again_gets_its_own_sink(
@@ -201,16 +209,16 @@ def test_an_id_used_again_gets_its_own_sink(
     second = begun(stage, opening, speech, 4)
     sinks.put(first, LATENT_FRAME)  # of the session that has ended, late
     sinks.put(second, 2 * LATENT_FRAME)
-    assert np.array_equal(block(stage, speech[:7680]).outputs[SINK_REFERENCE], 2 * LATENT_FRAME)
+    assert np.array_equal(block(stage, speech[:BLOCK_SAMPLES]).outputs[SINK_REFERENCE], 2 * LATENT_FRAME)
 
 
 def test_no_one_waits_for_a_sink_that_was_lost_with_its_stage(
     onnx_runtime: OnnxRuntime, tmp_path: Path, opening: dict[str, Array], speech: Array
 ) -> None:
     control = Control(tmp_path)
-    stage = alone(onnx_runtime, RollingSink(IDLE_S), control, lambda seconds: control.count_revival())
+    stage = alone(onnx_runtime, RollingSink(IDLE_S), control, lambda seconds: control.advance_reload_epoch())
     begun(stage, opening, speech, 4)
-    failure = read_text(block(stage, speech[:7680]).outputs[FAILURE])
+    failure = read_text(block(stage, speech[:BLOCK_SAMPLES]).outputs[FAILURE])
     assert "was lost with a stage that had to be loaded again; end it and start a new one" in failure
 
 

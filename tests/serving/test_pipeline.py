@@ -10,7 +10,7 @@ import pytest
 from live_avatar.arrays import Array
 from live_avatar.serving.server import TritonServer
 from live_avatar.serving.trace import Interval, chrome_trace, overlapped_share, read_trace
-from tests.serving.test_equality import received
+from tests.serving.support import received
 
 CHAIN = ["conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder"]
 

@@ -19,7 +19,7 @@ from live_avatar.serving.server import ServerOptions, TritonServer, serving
 from live_avatar.serving.trace import read_trace
 from tests.cli.support import assert_refused, invoke
 from tests.serving.conftest import generated
-from tests.serving.test_equality import frames_of, received
+from tests.serving.support import frames_of, received
 
 CHAIN = ["conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "vae_decoder"]
 

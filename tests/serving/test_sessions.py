@@ -31,13 +31,13 @@ from tests.serving.support import (
     bystander,
     changes,
     frames_in,
+    frames_of,
     frames_until,
     scrape,
     series,
     speech_of,
     spoken,
 )
-from tests.serving.test_equality import frames_of
 
 SESSIONS = 2
 REFUSAL = f"all {SESSIONS} sessions of this server are taken; try again later or elsewhere."

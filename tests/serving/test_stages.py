@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from live_avatar.errors import CapacityError, InputError, SessionError, Shutdown
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
 from live_avatar.serving.control import Phase
+from live_avatar.serving.failures import PipeError, describe
 from live_avatar.serving.metrics import EndCause, RefusalReason
 from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import FAILED
-from live_avatar.serving.stage import NO_BLOCK, PipeError, SessionTable, StageRequest, describe
-from live_avatar.serving.tensors import AVATAR, BLOCK, LATENT, SINK_KEY, SINK_REFERENCE, read_text
-from live_avatar_client.protocol import ErrorCode
+from live_avatar.serving.sessions import SessionTable
+from live_avatar.serving.stage import StageRequest
+from live_avatar.serving.tensors import AVATAR_KEY, BLOCK, LATENT, NO_BLOCK, SINK_KEY, SINK_REFERENCE, read_text
+from live_avatar_client.protocol import BLOCK_SAMPLES, ErrorCode
 from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe
 
 
@@ -35,13 +38,13 @@ class Clock:
 def test_the_chain_makes_the_generators_frames(
     pipe: Pipe, opening: dict[str, Array], speech: Array, expected: Array
 ) -> None:
-    frames = [pipe.run(speech[:7680], start=True, **opening)]
+    frames = [pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)]
     for block in range(1, 6):
-        frames.append(pipe.run(speech[7680 * block : 7680 * (block + 1)], end=block == 5))
+        frames.append(pipe.run(speech[BLOCK_SAMPLES * block : BLOCK_SAMPLES * (block + 1)], end=block == 5))
     assert np.array_equal(np.concatenate(frames), expected[:72])
     assert pipe.live() == [0] * 6
     with pytest.raises(SessionError, match="is not open here: it was never started, has ended, was lost"):
-        pipe.run(speech[:7680])
+        pipe.run(speech[:BLOCK_SAMPLES])
 
 
 def test_zero_rows_pass_through(pipe: Pipe, opening: dict[str, Array]) -> None:
@@ -59,20 +62,20 @@ def test_a_start_without_speech_prepares_every_stage(
     assert tensors[BLOCK] == NO_BLOCK
     assert len(tensors[SINK_REFERENCE]) == 1
     pipe.decoder.handle(StageRequest(SESSION, True, False, pipe.denoise(tensors, start=True)))
-    assert np.array_equal(pipe.run(speech[:7680]), expected[:12])
+    assert np.array_equal(pipe.run(speech[:BLOCK_SAMPLES]), expected[:12])
 
 
 def test_a_failure_ends_the_session_in_every_stage_behind_it(
     pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe.run(speech[:7680], start=True, **opening)
+    pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
 
     def fail(*_: object) -> Array:
         raise RuntimeError("the device fell off")
 
     with monkeypatch.context() as broken:
         broken.setattr(pipe.steps[1]._denoiser, "run", fail)
-        tensors = pipe.denoise(pipe.condition(speech[7680 : 2 * 7680]))
+        tensors = pipe.denoise(pipe.condition(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES]))
         key = int(tensors[SINK_KEY][0])
     with pytest.raises(PipeError) as raised:
         pipe.decode(tensors)
@@ -85,30 +88,30 @@ def test_a_failure_ends_the_session_in_every_stage_behind_it(
     assert [pipe.count(metrics.FAILURES, f"dit_step_{step}") for step in (1, 2, 3)] == [0, 1, 0]
 
     with pytest.raises(PipeError, match=r"session 5 has failed \(stage dit_step_2 at block 2 failed"):
-        pipe.run(speech[2 * 7680 : 3 * 7680])
+        pipe.run(speech[2 * BLOCK_SAMPLES : 3 * BLOCK_SAMPLES])
     with pytest.raises(PipeError, match="session 5 has failed"):
         pipe.run(NOTHING, end=True)
     assert pipe.live() == [0] * 6
-    assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
+    assert pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening).shape == (12, 96, 96, 3)
 
 
 def test_a_gap_is_noticed_downstream(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
-    pipe.run(speech[:7680], start=True, **opening)
-    pipe.condition(speech[7680 : 2 * 7680])  # lost on its way
+    pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
+    pipe.condition(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES])  # lost on its way
     with pytest.raises(PipeError, match="brings block 3 where block 2 was due, because an earlier block failed"):
-        pipe.run(speech[2 * 7680 : 3 * 7680])
+        pipe.run(speech[2 * BLOCK_SAMPLES : 3 * BLOCK_SAMPLES])
 
 
 def test_conditioning_that_fails_ends_the_session_everywhere(
     pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe.run(speech[:7680], start=True, **opening)
+    pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
     with monkeypatch.context() as broken:
         broken.setattr(pipe.conditioning._conditioner, "block", lambda *_: 1 / 0)
         with pytest.raises(
             PipeError, match=r"stage conditioning at block 2 failed \(ZeroDivisionError: division by zero"
         ):
-            pipe.run(speech[:7680])
+            pipe.run(speech[:BLOCK_SAMPLES])
     assert pipe.live() == [0] * 6
     assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
     assert pipe.count(metrics.SESSIONS_LIVE) == 0
@@ -123,12 +126,12 @@ def test_a_start_whose_first_block_fails_leaves_nothing_behind(
     with monkeypatch.context() as broken:
         broken.setattr(pipe.conditioning._conditioner, "block", lambda *_: 1 / 0)
         with pytest.raises(PipeError, match=r"stage conditioning at block 1 failed \(ZeroDivisionError"):
-            pipe.run(speech[:7680], start=True, **opening)
+            pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
     assert pipe.live() == [0] * 6
     assert pipe.count(metrics.SESSIONS_ADMITTED) == pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
     with pytest.raises(PipeError, match="session 5 has failed"):
         pipe.run(NOTHING, end=True)
-    assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
+    assert pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening).shape == (12, 96, 96, 3)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +193,11 @@ def test_known_avatars_skip_encoder_prefill_and_warm_up(
             (pipe.decoder._decoder, "warm_up"),
         ):
             idle.setattr(worker, work, lambda *_: pytest.fail("work that was done before"))
-        first = pipe.run(speech[:7680], start=True, **opening)
-        assert pipe.run(speech[:7680], start=True, session=6, **opening).tobytes() == first.tobytes()
+        first = pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
+        assert pipe.run(speech[:BLOCK_SAMPLES], start=True, session=6, **opening).tobytes() == first.tobytes()
     one, other = (session.state.sink for session in map(pipe.steps[0].sessions.get, (5, 6)))
     assert one is other, "shared until the sink update"
-    frames = [first, *(pipe.run(speech[7680 * block : 7680 * (block + 1)]) for block in range(1, 6))]
+    frames = [first, *(pipe.run(speech[BLOCK_SAMPLES * block : BLOCK_SAMPLES * (block + 1)]) for block in range(1, 6))]
     assert np.array_equal(np.concatenate(frames), expected[:72])
     assert pipe.steps[0].sessions.get(6).state.sink is other, "the other session's sink is as it was"
     for stage in pipe.meters:
@@ -205,12 +208,13 @@ def test_known_avatars_skip_encoder_prefill_and_warm_up(
 def test_an_avatar_is_known_by_picture_and_prompt(pipe: Pipe, opening: dict[str, Array]) -> None:
     other = {**opening, "PROMPT": np.array([b"another"], dtype=np.object_)}
     keys = [
-        pipe.condition(NOTHING, start=True, end=True, **given)[AVATAR].tobytes() for given in (opening, other, opening)
+        pipe.condition(NOTHING, start=True, end=True, **given)[AVATAR_KEY].tobytes()
+        for given in (opening, other, opening)
     ]
     assert keys[0] == keys[2] != keys[1]
     assert pipe.count(metrics.AVATAR_MISSES) == 3, "room for one"
-    assert len(pipe.condition(NOTHING, start=True, **opening)[AVATAR]) == 32
-    assert len(pipe.condition(NOTHING)[AVATAR]) == 0
+    assert len(pipe.condition(NOTHING, start=True, **opening)[AVATAR_KEY]) == 32
+    assert len(pipe.condition(NOTHING)[AVATAR_KEY]) == 0
 
 
 def test_the_answer_to_start_says_what_makes_the_video(pipe: Pipe, opening: dict[str, Array]) -> None:
@@ -223,7 +227,7 @@ def test_the_answer_to_start_says_what_makes_the_video(pipe: Pipe, opening: dict
 def test_a_draining_server_refuses_new_sessions_and_a_closing_one_ends_the_live(
     pipe: Pipe, opening: dict[str, Array], speech: Array
 ) -> None:
-    pipe.run(speech[:7680], start=True, **opening)
+    pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
     assert pipe.control.live_sessions == 1
     pipe.control.set_phase(Phase.DRAINING)
     with pytest.raises(
@@ -232,12 +236,12 @@ def test_a_draining_server_refuses_new_sessions_and_a_closing_one_ends_the_live(
         pipe.condition(NOTHING, start=True, session=6, **opening)
     assert pipe.count(metrics.SESSIONS_REFUSED, reason=RefusalReason.SHUTDOWN) == 1
     assert pipe.count(metrics.SESSIONS_FREE) == 0
-    assert pipe.run(speech[7680 : 2 * 7680]).shape == (12, 96, 96, 3)
+    assert pipe.run(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES]).shape == (12, 96, 96, 3)
     pipe.control.set_phase(Phase.CLOSING)
     with pytest.raises(
         PipeError, match="this server is shutting down; reconnect, and start a new session to go on"
     ) as raised:
-        pipe.run(speech[:7680])
+        pipe.run(speech[:BLOCK_SAMPLES])
     assert raised.value.code is ErrorCode.UNAVAILABLE
     assert pipe.live() == [0] * 6
     assert pipe.control.live_sessions == 0
@@ -275,12 +279,10 @@ def test_ends_are_counted_by_their_reason(
 def test_a_silent_session_is_dropped_and_counted(
     onnx_runtime: OnnxRuntime, tmp_path: Path, opening: dict[str, Array]
 ) -> None:
-    pipe = Pipe(onnx_runtime, tmp_path)
-    clock = Clock()
-    for stage in pipe.stages():
-        stage.sessions._clock = clock
+    idle_s = 0.05
+    pipe = Pipe(onnx_runtime, tmp_path, idle_s)
     pipe.run(NOTHING, start=True, **opening)
-    clock.now_s = IDLE_S + 1
+    time.sleep(2 * idle_s)
     for stage in pipe.stages():
         stage.sweep(keep=SESSION)
     assert pipe.live() == [1] * 6
@@ -295,7 +297,7 @@ def test_a_session_belongs_to_the_token_that_opened_it(pipe: Pipe, opening: dict
     def ask(token: object, **flags: bool) -> dict[str, Array]:
         given = opening if flags.get("start") else {}
         request = StageRequest(
-            SESSION, flags.get("start", False), False, {"AUDIO": speech[:7680], **given}, {"token": token}
+            SESSION, flags.get("start", False), False, {"AUDIO": speech[:BLOCK_SAMPLES], **given}, {"token": token}
         )
         return pipe.conditioning.handle(request).outputs
 
@@ -311,18 +313,18 @@ def test_a_session_belongs_to_the_token_that_opened_it(pipe: Pipe, opening: dict
 
 
 def test_all_sessions_are_lost_with_a_stage(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
-    pipe.run(speech[:7680], start=True, **opening)
+    pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
     for stage in pipe.stages():
-        stage.lose()
+        stage.drop_all()
     assert pipe.live() == [0] * 6
     assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
-    assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
+    assert pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening).shape == (12, 96, 96, 3)
 
 
 def test_a_refused_request_leaves_no_session(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
     with pytest.raises(InputError, match="no REFERENCE_IMAGE"):
-        pipe.condition(speech[:7680], start=True)
-    assert pipe.run(speech[:7680], start=True, **opening).shape == (12, 96, 96, 3)
+        pipe.condition(speech[:BLOCK_SAMPLES], start=True)
+    assert pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening).shape == (12, 96, 96, 3)
 
 
 def opened(table: SessionTable[str], *sessions: int) -> None:
@@ -367,7 +369,7 @@ def test_time_in_which_no_one_could_be_heard_is_no_silence() -> None:
     table: SessionTable[str] = SessionTable(IDLE_S, clock=clock)
     opened(table, 1)
     clock.now_s = IDLE_S + 10
-    table.forgive(15)
+    table.extend_idle(15)
     assert table.sweep() == []
     clock.now_s = IDLE_S + 16
     assert table.sweep() == [(1, "state")]

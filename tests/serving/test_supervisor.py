@@ -95,12 +95,12 @@ def test_a_drain_ends_when_the_sessions_have_or_triton_has(tmp_path: Path) -> No
 
 def test_control_speaks_of_the_first_stage_and_the_last(tmp_path: Path) -> None:
     control = Control(tmp_path)
-    assert (control.phase, control.live_sessions, control.revivals) == (Phase.SERVING, 0, 0)
+    assert (control.phase, control.live_sessions, control.reload_epoch) == (Phase.SERVING, 0, 0)
     control.set_live_sessions("conditioning", 0)
     control.set_live_sessions("vae_decoder", 2)
-    control.count_revival()
+    control.advance_reload_epoch()
     seen = Control(tmp_path)
-    assert (seen.live_sessions, seen.live_in("conditioning"), seen.live_in("vae_decoder"), seen.revivals) == (
+    assert (seen.live_sessions, seen.live_in("conditioning"), seen.live_in("vae_decoder"), seen.reload_epoch) == (
         2,
         0,
         2,
@@ -108,5 +108,5 @@ def test_control_speaks_of_the_first_stage_and_the_last(tmp_path: Path) -> None:
     )
     alone = Control(None)
     alone.set_phase(Phase.DRAINING)
-    alone.count_revival()
-    assert (alone.phase, alone.live_sessions, alone.revivals) == (Phase.SERVING, 0, 0)
+    alone.advance_reload_epoch()
+    assert (alone.phase, alone.live_sessions, alone.reload_epoch) == (Phase.SERVING, 0, 0)

@@ -15,7 +15,7 @@ from live_avatar.serving.server import ServerOptions, serving
 from live_avatar.serving.trace import read_trace
 from live_avatar.serving.turns import turn_of, turns_value
 from tests.conftest import noise_speech
-from tests.serving.test_equality import received
+from tests.serving.support import received
 
 SHARED = ("dit_step_4", "vae_decoder")
 

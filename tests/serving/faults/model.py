@@ -79,8 +79,8 @@ class TritonPythonModel(MODELS.get(STAGE, DiTStepModel)):
     def runtime(self) -> FaultyRuntime:
         return FaultyRuntime(super().runtime, self)
 
-    def _plain(self, request: Any) -> StageRequest:
-        plain = super()._plain(request)
+    def _stage_request(self, request: Any) -> StageRequest:
+        plain = super()._stage_request(request)
         has_speech = "AUDIO" in plain.inputs and plain.inputs["AUDIO"].size > 0
         has_speech |= LATENT in plain.inputs and len(plain.inputs[LATENT]) > 0
         if plain.start:

@@ -1,0 +1,98 @@
+"""Checks of the server's options before Triton is started, so that an error names the option to change."""
+
+from __future__ import annotations
+
+import socket
+
+from tritonclient.grpc import model_config_pb2
+
+from live_avatar.errors import ServerError
+from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.memory import host_available_bytes, require_sessions
+from live_avatar.serving.label import Label
+from live_avatar.serving.repository import ProfileModels, chain, profiles
+from live_avatar.serving.server_options import ServerOptions
+
+LEAST_IDLE_S, GREATEST_IDLE_S = 1.0, 86_400.0
+
+
+def model_source(options: ServerOptions) -> ProfileModels:
+    """The models that the options ask for."""
+    return ProfileModels(
+        options.model_repository, options.profile, options.max_sessions, options.known_avatars, options.idle_seconds
+    )
+
+
+def check(options: ServerOptions) -> None:
+    """Raises a `LiveAvatarError` for options that the server cannot start with."""
+    artifacts = load_artifacts(options.artifacts)
+    known = profiles(options.model_repository)
+    if not known:
+        raise ServerError(
+            f"{options.model_repository} is not the project's model repository; run from a checkout or give "
+            "--model-repository."
+        )
+    if options.profile not in known:
+        raise ServerError(f"there is no profile {options.profile!r}; choose one of {', '.join(known)}.")
+    _check_steps(options, known, artifacts.preset.stream.steps)
+    _check_sessions(options, artifacts)
+    _check_ports(options)
+    _check_trace(options)
+
+
+def _check_ports(options: ServerOptions) -> None:
+    ports = {
+        "--grpc-port": options.grpc_port,
+        "--http-port": options.http_port,
+        "--metrics-port": options.metrics_port,
+    }
+    if len(set(ports.values())) < len(ports):
+        named = ", ".join(f"{option} {port}" for option, port in ports.items())
+        raise ServerError(f"{named}: two of these are the same; give each a port of its own.")
+    for option, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((options.address, port))
+            except OSError as error:
+                raise ServerError(
+                    f"cannot listen on {options.address}:{port} ({error.strerror}); choose another {option} or "
+                    "--address."
+                ) from error
+
+
+def _check_trace(options: ServerOptions) -> None:
+    if options.trace is not None:
+        try:
+            options.trace.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServerError(f"cannot write to {options.trace} ({error.strerror}); choose another --trace.") from error
+
+
+def _check_sessions(options: ServerOptions, artifacts: Artifacts) -> None:
+    """Checks the limits of sessions. A stage on a GPU checks its memory itself, after its weights were loaded."""
+    if options.idle_seconds is not None and not LEAST_IDLE_S <= options.idle_seconds <= GREATEST_IDLE_S:
+        raise ServerError(
+            f"--idle-seconds is {options.idle_seconds:g}; give {LEAST_IDLE_S:g} to {GREATEST_IDLE_S:g} seconds."
+        )
+    if options.label_font is not None:
+        Label("A", artifacts.preset.stream.height, artifacts.preset.stream.width, options.label_font)
+    conditioning = model_source(options).config("conditioning")
+    if conditioning.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU:
+        sessions, avatars = (int(conditioning.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
+        require_sessions(artifacts.preset, sessions, avatars, host_available_bytes(), agreed=artifacts.contracts)
+
+
+def _check_steps(options: ServerOptions, known: list[str], exported: int) -> None:
+    steps = {profile: _step_count(chain(options.model_repository, profile)) for profile in known}
+    if steps[options.profile] != exported:
+        fitting = [profile for profile in known if steps[profile] == exported]
+        choose = f"choose --profile {' or '.join(fitting)}, or " if fitting else ""
+        raise ServerError(
+            f"profile {options.profile} serves {steps[options.profile]} denoising steps, but {options.artifacts} was "
+            f"exported with {exported}; {choose}export with {steps[options.profile]} (`live-avatar export --help`)."
+        )
+
+
+def _step_count(models: list[str]) -> int:
+    return sum(model.startswith("dit_step_") for model in models)

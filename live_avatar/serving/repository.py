@@ -1,0 +1,78 @@
+"""The model repository that Triton loads: the models of one profile, with the limits that the operator has set."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from live_avatar.serving.supervisor import DRAIN_MARKER
+from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
+
+MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
+CANDIDATES = 4
+"""Sequences that a batcher takes per session, so that conditioning can refuse the sessions above the limit."""
+AUXILIARY_MODELS: Final = ("rolling_sink", STATUS_MODEL)
+"""Models that are served in addition to those of the ensemble."""
+CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
+
+
+def profiles(repository: Path) -> list[str]:
+    """Names of the hardware profiles."""
+    return sorted(path.stem for path in repository.glob(f"{MODEL_NAME}/configs/*.pbtxt"))
+
+
+def chain(repository: Path, profile: str) -> list[str]:
+    """The models that a profile's ensemble calls, in order."""
+    return CHAIN_MODEL.findall((repository / MODEL_NAME / "configs" / f"{profile}.pbtxt").read_text())
+
+
+@dataclass(frozen=True)
+class ProfileModels:
+    """The models of one profile in `repository`. A limit of None keeps the value of the profile."""
+
+    repository: Path
+    profile: str
+    max_sessions: int | None = None
+    known_avatars: int | None = None
+    idle_seconds: float | None = None
+
+    def config(self, model: str) -> model_config_pb2.ModelConfig:
+        """A model's configuration in the profile, with the limits applied."""
+        path = self.repository / model / "configs" / f"{self.profile}.pbtxt"
+        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        limits = {
+            "max_sessions": self.max_sessions,
+            "known_avatars": self.known_avatars,
+            "idle_limit_s": self.idle_seconds,
+        }
+        for name, value in limits.items():
+            if value is not None and name in config.parameters:
+                config.parameters[name].string_value = str(value)
+        if config.HasField("sequence_batching"):
+            batching = config.sequence_batching
+            if self.idle_seconds is not None:
+                batching.max_sequence_idle_microseconds = round(self.idle_seconds * 1e6)
+            if self.max_sessions is not None:
+                candidates = max(batching.oldest.max_candidate_sequences, CANDIDATES * self.max_sessions)
+                batching.oldest.max_candidate_sequences = candidates
+        return config
+
+    def write(self, folder: Path) -> Path:
+        """Writes a model repository into `folder`, with one more model that cannot be loaded; returns `folder`."""
+        for model in (MODEL_NAME, *AUXILIARY_MODELS, *chain(self.repository, self.profile)):
+            place = folder / model
+            place.mkdir(parents=True)
+            place.joinpath("config.pbtxt").write_text(text_format.MessageToString(self.config(model)))
+            if model == MODEL_NAME:
+                place.joinpath("1").mkdir()
+            else:
+                place.joinpath("1").symlink_to(self.repository.resolve() / model / "1")
+        marker = folder / DRAIN_MARKER
+        marker.mkdir()
+        marker.joinpath("config.pbtxt").write_text('backend: "python"\n')  # without a version
+        return folder

@@ -1,0 +1,59 @@
+"""What to serve and where."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from live_avatar.serving.access import Access
+from live_avatar.serving.repository import MODEL_REPOSITORY
+
+ANY_ADDRESS: Final = "0.0.0.0"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """The options of a server; None keeps the value of the profile.
+
+    trace: a folder for the busy intervals of the stages. For measurements: stage_floor_s is the least time that a stage
+    takes for a block; turns are stages of which only one works at a time, as if they shared a processor.
+    """
+
+    artifacts: Path
+    profile: str = "cpu"
+    address: str = "127.0.0.1"
+    grpc_port: int = 8001
+    http_port: int = 8000
+    metrics_port: int = 8002
+    model_repository: Path = MODEL_REPOSITORY
+    max_sessions: int | None = None
+    idle_seconds: float | None = None
+    known_avatars: int | None = None
+    label_font: Path | None = None
+    access: Access = field(default_factory=Access)
+    trace: Path | None = None
+    stage_floor_s: float = 0.0
+    turns: tuple[str, ...] = ()
+    verbose: bool = False
+
+    def on_free_ports(self) -> ServerOptions:
+        """The same options with ports that are free now, for tests and demos on this machine."""
+        return replace(self, grpc_port=_free_port(), http_port=_free_port(), metrics_port=_free_port())
+
+    @property
+    def host(self) -> str:
+        """The address for clients on this machine."""
+        return "127.0.0.1" if self.address == ANY_ADDRESS else self.address
+
+    @property
+    def url(self) -> str:
+        """The address and port for a gRPC client on this machine."""
+        return f"{self.host}:{self.grpc_port}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
