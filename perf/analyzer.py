@@ -41,7 +41,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Run:
+class AnalyzerRun:
     """One run: blocks by sequence in the order they were sent, in seconds of `time.monotonic`."""
 
     command: tuple[str, ...]
@@ -72,7 +72,7 @@ def options(load: Load) -> list[str]:
     return [*pace, *ids, "--request-count", str(load.blocks), "--max-threads", "1"]
 
 
-def measure(url: str, data: Path, load: Load, scratch: Path) -> Run:
+def measure(url: str, data: Path, load: Load, scratch: Path) -> AnalyzerRun:
     """Runs it once. Raises `ServerError` with its words if it fails or the server refuses."""
     export = scratch / f"export-{load.first_id}.json"
     fixed = ["-m", MODEL_NAME, "-u", url, "-i", "grpc", "--streaming", "--input-data", str(data)]
@@ -84,7 +84,7 @@ def measure(url: str, data: Path, load: Load, scratch: Path) -> Run:
         raise ServerError(f"perf_analyzer ended with code {done.returncode}: {_reason(said)}")
     document = json.loads(export.read_text())
     export.unlink()  # it holds every frame as a list of numbers
-    return Run(_shown(command), version(), sequences(document, clocks_s), said)
+    return AnalyzerRun(_shown(command), version(), sequences(document, clocks_s), said)
 
 
 def sequences(document: Mapping[str, Any], clocks_s: float) -> dict[int, tuple[BlockTimes, ...]]:

@@ -19,7 +19,7 @@ from live_avatar.serving.trace import Interval, read_trace
 from live_avatar_client import AvatarSession, Block
 from live_avatar_client.media import read_speech
 from perf import analyzer
-from perf.analyzer import Load, Run
+from perf.analyzer import AnalyzerRun, Load
 from perf.figures import BlockTimes
 from perf.input_data import blocks_of, write_input_data
 from perf.scenario import Target
@@ -37,11 +37,11 @@ class Speaker:
     scratch: Path
     runs: int = 0
 
-    def analyzed(self, blocks: int, rate: float | None, *, prompt: str = DEMO_PROMPT) -> Run:
+    def analyzed(self, blocks: int, rate: float | None, *, prompt: str = DEMO_PROMPT) -> AnalyzerRun:
         """perf_analyzer: one sequence of so many blocks, at `rate` per second."""
         return self._analyzed(blocks, rate, prompt, self._next_id())
 
-    def analyzed_at_once(self, sessions: int, blocks: int, rate: float) -> list[Run]:
+    def analyzed_at_once(self, sessions: int, blocks: int, rate: float) -> list[AnalyzerRun]:
         """As many perf_analyzers at once, each with one sequence: one alone mixes the pace of its sequences."""
         ids = [self._next_id() for _ in range(sessions)]
         with ThreadPoolExecutor(sessions) as pool:
@@ -76,7 +76,7 @@ class Speaker:
         begun_s, ended_s = min(b.sent_s for b in blocks) - 1e-3, max(b.received_s for b in blocks)
         return [i for i in read_trace(self.target.trace) if begun_s <= i.start_s <= ended_s]
 
-    def _analyzed(self, blocks: int, rate: float | None, prompt: str, first: int) -> Run:
+    def _analyzed(self, blocks: int, rate: float | None, prompt: str, first: int) -> AnalyzerRun:
         data = write_input_data(
             self.scratch / f"input-{first}.json", PORTRAIT.read_bytes(), prompt, demo_blocks(blocks)
         )

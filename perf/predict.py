@@ -10,7 +10,7 @@ import click
 from live_avatar.errors import ConfigError
 from perf.figures import rounded
 from perf.report import table
-from perf.scenarios.schedule import Given, asked
+from perf.scenarios.schedule import StageDurations, asked
 
 MILLISECONDS = click.FloatRange(min=0)
 
@@ -25,7 +25,7 @@ def main(profile: str, step_ms: float, decoder_ms: float, conditioning_ms: float
     """FPS, TTFF and real-time sessions of one node, for a known avatar."""
     times = (one / 1e3 for one in (conditioning_ms, step_ms, prefill_ms, decoder_ms))
     try:
-        click.echo(table(rounded(asked(Given("given", "the command line", *times), profile))))
+        click.echo(table(rounded(asked(StageDurations("given", "the command line", *times), profile))))
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
 

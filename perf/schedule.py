@@ -120,14 +120,14 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Run:
+class SimulatedRun:
     """Every client's blocks, and when each stage worked on which."""
 
     sessions: tuple[tuple[BlockTimes, ...], ...]
     intervals: tuple[Interval, ...]
 
 
-def simulate(pipeline: Pipeline, clients: Sequence[Client]) -> Run:
+def simulate(pipeline: Pipeline, clients: Sequence[Client]) -> SimulatedRun:
     """Runs all clients to their end."""
     return _Simulation(pipeline, clients).run()
 
@@ -172,12 +172,12 @@ class _Simulation:
         self._received_s: list[list[float]] = [[] for _ in clients]
         self._intervals: list[Interval] = []
 
-    def run(self) -> Run:
+    def run(self) -> SimulatedRun:
         for session, client in enumerate(self._clients):
             self._at(client.start_s, partial(self._start, session))
         while self._events or self._working:
             self._step()
-        return Run(tuple(map(self._seen, range(len(self._clients)))), tuple(self._intervals))
+        return SimulatedRun(tuple(map(self._seen, range(len(self._clients)))), tuple(self._intervals))
 
     def _seen(self, session: int) -> tuple[BlockTimes, ...]:
         client, frames = self._clients[session], self._pipeline.block_frames

@@ -4,9 +4,9 @@
 early, with the report of what was run. Exit code 1: a frame was wrong, a session ended as it should not, a slot was
 lost, a process stayed behind, or memory grows by more than the bound (by more than three standard errors).
 
-The expected frames are the generator's, on the same graphs: a pool of takes (avatar, prompt, seed, speech) is made
-before the run, and the model is causal, so that a session which says the first blocks of a take gets its first frames.
-Needs Linux, and artifacts without look-ahead. Knows the server through its process id, its ports and its drain.
+The expected frames come from the generator, on the same graphs. A pool of utterances (avatar, prompt, seed, speech) is
+generated before the run. The model is causal, so a session that says the first blocks of an utterance gets its first
+frames. Needs Linux, and artifacts without look-ahead.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from live_avatar_client.errors import AvatarError
 from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.status import server_status
 from perf.growth import MIB, Memory, Process, Slope, group, own_cpu_s
-from perf.visits import (
+from perf.soak_sessions import (
     AVATARS,
     CALL_S,
-    TAKE_BLOCKS,
+    UTTERANCE_BLOCKS,
     Ending,
     Oracle,
     Outcome,
-    Take,
-    Visit,
-    World,
+    SoakContext,
+    SoakSession,
+    Utterance,
     generate,
-    make_takes,
+    make_utterances,
 )
 
 SESSIONS = 4
@@ -133,9 +133,9 @@ class Stop:
 class Soak:
     """One run against a running server."""
 
-    def __init__(self, server: TritonServer, world: World, seconds: float, seed: int, cores: float) -> None:
+    def __init__(self, server: TritonServer, context: SoakContext, seconds: float, seed: int, cores: float) -> None:
         self.server = server
-        self.world = world
+        self.context = context
         self.governor = Governor(cores)
         self.memory = Memory(server.process.pid)
         self.counters = Counters()
@@ -183,37 +183,37 @@ class Soak:
     def drain(self) -> dict[str, Any]:
         """Drains with live sessions: a short one ends by itself, the long ones are ended, a new one is refused."""
         rng = random.Random(self._seed)
-        takes = [rng.choice(self.world.takes) for _ in range(3)]
-        lengths = (TAKE_BLOCKS, TAKE_BLOCKS, 3)
+        utterances = [rng.choice(self.context.utterances) for _ in range(3)]
+        lengths = (UTTERANCE_BLOCKS, UTTERANCE_BLOCKS, 3)
         threads = [
-            threading.Thread(target=_RealTime(self.world, rng, Ending.DRAINED, take, blocks).run, daemon=True)
-            for take, blocks in zip(takes, lengths, strict=True)
+            threading.Thread(target=_RealTime(self.context, rng, Ending.DRAINED, utterance, blocks).run, daemon=True)
+            for utterance, blocks in zip(utterances, lengths, strict=True)
         ]
         for thread in threads:
             thread.start()
         time.sleep(1.0)
         live = self._slots_taken()
-        threads.append(threading.Thread(target=self._come_late, args=(rng, takes[0]), daemon=True))
+        threads.append(threading.Thread(target=self._come_late, args=(rng, utterances[0]), daemon=True))
         threads[-1].start()
         by_themselves = self.server.drain(DRAIN_S)
         for thread in threads:
             thread.join(CALL_S)
         self.clients_stuck += sum(thread.is_alive() for thread in threads)
-        seen = {outcome.value: self.world.tally.outcomes[Ending.DRAINED, outcome] for outcome in Outcome}
+        seen = {outcome.value: self.context.results.outcomes[Ending.DRAINED, outcome] for outcome in Outcome}
         return {"live_before": live, "all_ended_by_themselves": by_themselves, "clients_saw": seen}
 
-    def _come_late(self, rng: random.Random, take: Take) -> None:
+    def _come_late(self, rng: random.Random, utterance: Utterance) -> None:
         """One more session, as soon as the server is not ready any more."""
         with suppress(AvatarError):
             while server_status(self.server.options.url).ready:
                 time.sleep(0.05)
-        Visit(self.world, rng, Ending.DRAINED, take, 1).run()
+        SoakSession(self.context, rng, Ending.DRAINED, utterance, 1).run()
 
     def _visit(self, number: int) -> None:
         rng = random.Random(self._seed * 1000 + number)
         while not self._stop.come():
             if self.governor.wait(0.5):
-                Visit.random(self.world, rng).run()
+                SoakSession.random(self.context, rng).run()
                 self._stop.event.wait(rng.expovariate(4.0))
 
     def _watch(self) -> None:
@@ -232,12 +232,12 @@ class Soak:
             self._stop.event.wait(TICK_S)
 
     def _progress(self, now_s: float) -> str:
-        tally, minutes = self.world.tally, (now_s - self.begun_s) / 60
+        results, minutes = self.context.results, (now_s - self.begun_s) / 60
         mib = self.memory.now
         return (
-            f"{minutes:5.1f} min: {tally.outcomes.total()} sessions, "
-            f"{tally.frames} frames, {tally.wrong_frames} wrong, "
-            f"{tally.count(Outcome.UNEXPECTED)} unexpected; {len(self.kills)} stages killed; "
+            f"{minutes:5.1f} min: {results.outcomes.total()} sessions, "
+            f"{results.frames} frames, {results.wrong_frames} wrong, "
+            f"{results.count(Outcome.UNEXPECTED)} unexpected; {len(self.kills)} stages killed; "
             f"MiB: Triton {mib('triton'):.1f}, vae_decoder {mib('vae_decoder'):.1f}, /dev/shm {mib('/dev/shm'):.1f}; "
             f"{self.governor.used_s / max(now_s - self.begun_s, 1.0):.2f} cores"
         )
@@ -252,8 +252,8 @@ class Soak:
 
     def _kill(self, stage: Process) -> None:
         begun_s = time.monotonic()
-        self.world.outages.append((begun_s, float("inf")))
-        self.kills.append((round(begun_s - self.world.begun_s, 1), stage.name))
+        self.context.outages.append((begun_s, float("inf")))
+        self.kills.append((round(begun_s - self.context.begun_s, 1), stage.name))
         with suppress(ProcessLookupError):
             os.kill(stage.pid, signal.SIGKILL)
         while time.monotonic() < begun_s + RESTORE_S:
@@ -262,8 +262,8 @@ class Soak:
                 self.restores_s.append(time.monotonic() - begun_s)
                 break
         else:
-            self.world.tally.findings.append(f"{stage.name} was not back {RESTORE_S:g} s after it was killed")
-        self.world.outages[-1] = (begun_s, time.monotonic())
+            self.context.results.findings.append(f"{stage.name} was not back {RESTORE_S:g} s after it was killed")
+        self.context.outages[-1] = (begun_s, time.monotonic())
 
     def _is_back(self, stage: Process) -> bool:
         again = [one for one in group(self.server.process.pid) if one.name == stage.name and one.pid != stage.pid]
@@ -273,11 +273,11 @@ class Soak:
 
 
 @dataclass(frozen=True)
-class _RealTime(Visit):
+class _RealTime(SoakSession):
     """A session that lasts as long as it speaks."""
 
     def speech(self) -> Iterator[Array]:
-        for block in self.take.speech[: self.blocks]:
+        for block in self.utterance.speech[: self.blocks]:
             time.sleep(BLOCK_S)
             yield block
 
@@ -333,12 +333,12 @@ def left_behind(leader: int) -> int:
 
 
 def soak(
-    options: ServerOptions, log: Callable[[str], None], world: World, minutes: float, seed: int, cores: float
+    options: ServerOptions, log: Callable[[str], None], context: SoakContext, minutes: float, seed: int, cores: float
 ) -> dict[str, Any]:
     """Starts a server, of which every line goes to `log`, runs, and reports."""
     with serving(options, log) as server:
         leader = server.process.pid
-        run = Soak(server, world, minutes * 60, seed, cores)
+        run = Soak(server, context, minutes * 60, seed, cores)
         finished = run.run()
         ran_s = time.monotonic() - run.begun_s
         slots_lost = run.slots_lost()
@@ -346,7 +346,7 @@ def soak(
         with suppress(OSError):
             run.counters.update(scrape(options.metrics_port))
         drain = run.drain()
-    tally = world.tally
+    results = context.results
     counted = {name: number for name, number in sorted(run.counters.totals.items()) if "_bucket" not in name}
     return {
         "minutes": round(ran_s / 60, 2),
@@ -355,13 +355,13 @@ def soak(
         "sessions_limit": SESSIONS,
         "clients": SESSIONS + 1,
         "idle_limit_s": IDLE_S,
-        "avatars": {"known_to_the_server": KNOWN_AVATARS, "used": AVATARS, "takes": len(world.takes)},
+        "avatars": {"known_to_the_server": KNOWN_AVATARS, "used": AVATARS, "takes": len(context.utterances)},
         "mean_cores": round(run.governor.used_s / ran_s, 3),
-        "sessions": tally.outcomes.total(),
-        "frames": tally.frames,
-        "wrong_frames": tally.wrong_frames,
-        "unexpected_ends": tally.count(Outcome.UNEXPECTED),
-        "sessions_without_answer": tally.count(Outcome.HUNG),
+        "sessions": results.outcomes.total(),
+        "frames": results.frames,
+        "wrong_frames": results.wrong_frames,
+        "unexpected_ends": results.count(Outcome.UNEXPECTED),
+        "sessions_without_answer": results.count(Outcome.HUNG),
         "stages_not_restored": len(run.kills) - len(run.restores_s),
         "slots_lost": slots_lost,
         "clients_stuck": run.clients_stuck,
@@ -369,18 +369,18 @@ def soak(
         "zombies": zombies,
         "zombies_unexplained": max(zombies - len(run.kills), 0),
         "processes_left_behind": left_behind(leader),
-        "outcomes": tally.table(),
+        "outcomes": results.table(),
         "stages_killed": run.kills,
         "restored_s": [round(seconds, 1) for seconds in run.restores_s],
         "drain": drain,
         "memory": run.memory.findings(run.begun_s + WARM_UP * ran_s),
         "metrics": {name: number for name, number in counted.items() if "_total" in name or "_count" in name},
-        "findings": tally.findings[:MOST_SHOWN],
+        "findings": results.findings[:MOST_SHOWN],
         "environment": environment("nvidia-pytriton", "onnxruntime", "numpy", "grpcio"),
     }
 
 
-def prepare(artifacts: Path, seed: int) -> tuple[Oracle, list[Take]]:
+def prepare(artifacts: Path, seed: int) -> tuple[Oracle, list[Utterance]]:
     """The oracle and its pool, of which the progress is shown."""
     generator = Generator(OnnxRuntime(load_artifacts(artifacts)))
     stream = generator.preset.stream
@@ -390,12 +390,13 @@ def prepare(artifacts: Path, seed: int) -> tuple[Oracle, list[Take]]:
             "whole; export some with --lookahead-ms 0."
         )
     begun_s = time.monotonic()
-    takes = list(make_takes(generator, seed))
-    size_mib = sum(take.frames.nbytes for take in takes) / MIB
+    utterances = list(make_utterances(generator, seed))
+    size_mib = sum(utterance.frames.nbytes for utterance in utterances) / MIB
     click.echo(
-        f"{len(takes)} takes of {TAKE_BLOCKS} blocks made in {time.monotonic() - begun_s:.0f} s, {size_mib:.0f} MiB"
+        f"{len(utterances)} utterances of {UTTERANCE_BLOCKS} blocks made in {time.monotonic() - begun_s:.0f} s, "
+        f"{size_mib:.0f} MiB"
     )
-    return Oracle(lambda take, blocks: generate(generator, take, blocks)), takes
+    return Oracle(lambda utterance, blocks: generate(generator, utterance, blocks)), utterances
 
 
 @click.command()
@@ -427,9 +428,14 @@ def main(
         artifacts, max_sessions=SESSIONS, idle_seconds=IDLE_S, known_avatars=KNOWN_AVATARS
     ).on_free_ports()
     try:
-        oracle, takes = prepare(artifacts, seed)
+        oracle, utterances = prepare(artifacts, seed)
         report = soak(
-            options, partial(click.echo, file=log), World(options.url, oracle, takes, IDLE_S), minutes, seed, cores
+            options,
+            partial(click.echo, file=log),
+            SoakContext(options.url, oracle, utterances, IDLE_S),
+            minutes,
+            seed,
+            cores,
         )
     except LiveAvatarError as problem:
         raise click.ClickException(str(problem)) from problem

@@ -34,10 +34,10 @@ from training.command import FILE, reported
 from training.config import load
 from training.data.clips import Clip
 from training.encoded import ClipEncoder, EncodedClip
-from training.evaluate import Take, spoken_clips, spread
+from training.evaluate import GeneratedClip, spoken_clips, spread
 from training.init import load as load_network
 from training.mouth import correlation, looks_distance, measure_mouth
-from training.rollout import Given, Roller, Rules
+from training.rollout import Roller, RolloutInput, Rules
 from training.run import WEIGHTS
 from training.vae import channels_last
 from training.window import Place, Window
@@ -117,18 +117,20 @@ class Studio:
         return Prepared(clip, encoded, state)
 
     @torch.inference_mode()
-    def take(self, dit: CausalDiT, variant: Variant, prepared: Prepared, seed: int, first_block: int) -> Take:
+    def take(self, dit: CausalDiT, variant: Variant, prepared: Prepared, seed: int, first_block: int) -> GeneratedClip:
         """The clip with generated frames; its first block stands at `first_block` of its stream."""
         clip, stream = prepared.encoded, variant.preset.stream
         noise = [block_noise(seed, block, (1, *stream.latent_shape)) for block in range(len(clip.states))]
         roller, place = variant.roller(len(clip.states)), Place(first_block, stream.sink_distance)
-        given = Given(clip, place, torch.from_numpy(np.concatenate(noise, axis=2)), roller.steps - 1, replaces=True)
+        given = RolloutInput(
+            clip, place, torch.from_numpy(np.concatenate(noise, axis=2)), roller.steps - 1, replaces=True
+        )
         made = roller.roll_out(dit, given, torch.Generator())
         frames, *_ = self._decoder(made.latents, *prepared.decoder)  # at once: torch is slow with a few frames
-        return Take(prepared.clip, frames.numpy())
+        return GeneratedClip(prepared.clip, frames.numpy())
 
 
-def figures(takes: Sequence[Take]) -> dict[str, float]:
+def figures(takes: Sequence[GeneratedClip]) -> dict[str, float]:
     """Means over clips: correlations of the mouth with the truth, and distances of the looks to the picture.
 
     looks: over the whole clip; last_looks: in its last second.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.distributed import Unit
-from training.rollout import Given, Roller, Rollout
+from training.rollout import Roller, Rollout, RolloutInput
 from training.window import Scene
 
 
@@ -34,7 +34,7 @@ class Cut:
         torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
 
 
-def backward_by_blocks(roller: Roller, unit: Unit, given: Given, made: Rollout, gradient: Tensor) -> None:
+def backward_by_blocks(roller: Roller, unit: Unit, given: RolloutInput, made: Rollout, gradient: Tensor) -> None:
     """Adds to the parameters' gradients what a loss of this gradient, [1, 16, F, h, w], would give them.
 
     `made` is the rollout of `given` without graph; the passes of its exit step are run again, one by one.

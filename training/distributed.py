@@ -74,13 +74,13 @@ def mean(figure: float) -> float:
     return total.item() / world()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes have come here: what the first one wrote before it is there for the others after it."""
     if world() > 1:
         dist.barrier()
 
 
-def anyone(fact: bool) -> bool:
+def any_rank(fact: bool) -> bool:
     """Whether it is so in any of the processes; all of them must ask together."""
     return mean(float(fact)) > 0
 
@@ -130,7 +130,7 @@ def gathered(state: T) -> T:
     return state
 
 
-def own(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded; it shares its memory."""
     if world() == 1:
         return tensor
@@ -145,7 +145,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor sharded as another one is; as it is, if that is whole."""
     if world() == 1:
         return tensor
@@ -158,7 +158,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 def load_network(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Whole tensors into a network, sharded or not."""
-    network.load_state_dict({name: spread(tensors[name], held) for name, held in network.state_dict().items()})
+    network.load_state_dict({name: shard_like(tensors[name], held) for name, held in network.state_dict().items()})
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -173,4 +173,4 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 def _like_parameter(value: Any, parameter: Tensor) -> Any:
     moment = isinstance(value, Tensor) and value.shape == parameter.shape
-    return spread(value, parameter) if moment else value
+    return shard_like(value, parameter) if moment else value

@@ -146,7 +146,7 @@ class EncoderTraining:
             "all": AdamW(self._parameters, weight_decay=self._settings.weight_decay)
         }
 
-    def products(self) -> Mapping[str, nn.Module]:
+    def outputs(self) -> Mapping[str, nn.Module]:
         """The encoders without their heads."""
         return {"speech": self._speech, "text": self._text}
 

@@ -42,7 +42,7 @@ Generate = Callable[[Clip, int], Array]
 
 
 @dataclass(frozen=True)
-class Take:
+class GeneratedClip:
     """A test clip, and what was generated from its picture, prompt and speech."""
 
     clip: Clip
@@ -72,7 +72,7 @@ def spoken_clips(count: int, blocks: int, size: int) -> list[Clip]:
     return list(itertools.islice((clip for clip in drawn if clip.mouth[:, 0].std() > 0), count))
 
 
-def lip_sync(takes: Sequence[Take]) -> dict[str, Any]:
+def lip_sync(takes: Sequence[GeneratedClip]) -> dict[str, Any]:
     """Correlation of the measured mouth opening with the true one: mean, standard deviation over clips, and each.
 
     shuffled: of each clip's frames with the truth of the next one, whose speech they have not heard. chance: of the
@@ -94,7 +94,7 @@ def lip_sync(takes: Sequence[Take]) -> dict[str, Any]:
     }
 
 
-def looks(takes: Sequence[Take]) -> dict[str, Any]:
+def looks(takes: Sequence[GeneratedClip]) -> dict[str, Any]:
     """Distance of the looks to the picture in levels of 255, generated and true."""
     return {
         "generated": spread([float(looks_distance(take.frames, take.clip.picture).mean()) for take in takes]),
@@ -151,7 +151,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def contact_sheet(takes: Sequence[Take]) -> Image.Image:
+def contact_sheet(takes: Sequence[GeneratedClip]) -> Image.Image:
     """Rows of truth and generated frames in turn, the same moments from the middle of each clip."""
     rows = [
         np.concatenate(list(_moments(frames)), axis=1) for take in takes for frames in (take.clip.frames, take.frames)
@@ -165,10 +165,13 @@ def _moments(frames: Array) -> Array:
     return frames[start : start + step * SHEET_FRAMES : step]
 
 
-def evaluate(generator: Generator, count: int, blocks: int, streams: int) -> tuple[dict[str, Any], list[Take]]:
+def evaluate(generator: Generator, count: int, blocks: int, streams: int) -> tuple[dict[str, Any], list[GeneratedClip]]:
     """All figures of an avatar, and the takes that they are of."""
     clips, generate = spoken_clips(count, blocks, generator.preset.stream.height), by(generator)
-    takes = [Take(clip, generate(clip, seed)) for seed, clip in enumerate(tqdm(clips, unit="clips", desc="test clips"))]
+    takes = [
+        GeneratedClip(clip, generate(clip, seed))
+        for seed, clip in enumerate(tqdm(clips, unit="clips", desc="test clips"))
+    ]
     figures = {
         "clips": len(takes),
         "seconds_each": blocks * generator.preset.stream.block_frames / FPS,

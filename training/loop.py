@@ -33,7 +33,7 @@ VALIDATION_LOG = "validation.csv"
 PLOT = "loss.png"
 
 
-class Stage(Protocol):
+class TrainingStage(Protocol):
     """What is trained, and how."""
 
     @property
@@ -57,7 +57,7 @@ class Stage(Protocol):
         """Figures on the validation clips, always the same ones."""
         ...
 
-    def products(self) -> Mapping[str, nn.Module]:
+    def outputs(self) -> Mapping[str, nn.Module]:
         """The networks that the stage is for, by name, to be taken once when training is over."""
         ...
 
@@ -91,7 +91,7 @@ def clip_gradients(parameters: list[nn.Parameter], clip_norm: float) -> float:
     return float(nn.utils.clip_grad_norm_(parameters, clip_norm))
 
 
-class Average:
+class EMA:
     """Exponential moving average of the parameters of some modules; a decay of 0 is the parameters themselves."""
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
@@ -108,13 +108,13 @@ class Average:
         """Takes in the parameters after step `step`; the first steps weigh more, or the start would linger."""
         if self._decay:
             decay = min(self._decay, (1 + step) / (10 + step))
-            held = [distributed.own(value) for value in self.values.values()]
-            current = [distributed.own(self._parameters[name].detach()) for name in self.values]
+            held = [distributed.to_local(value) for value in self.values.values()]
+            current = [distributed.to_local(self._parameters[name].detach()) for name in self.values]
             torch._foreach_lerp_(held, current, 1 - decay)
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self.values.items():
-            value.copy_(distributed.spread(values[name], value))
+            value.copy_(distributed.shard_like(values[name], value))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -135,14 +135,14 @@ class Average:
 
 
 @dataclass
-class Run:
+class StageRun:
     """A stage on its way: what a checkpoint is made from, and put back into."""
 
-    stage: Stage
+    stage: TrainingStage
     settings: StageConfig
     folder: Path
     identity: Mapping[str, Any]
-    average: Average
+    average: EMA
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ class Run:
         whole = distributed.gathered(state)
         if distributed.is_main():
             save_checkpoint(self.path, self.identity, whole)
-        distributed.wait()
+        distributed.barrier()
 
     def advance(self) -> Figures:
         """One step, its figures into the log. Raises `TrainingError` for a figure that is not finite."""
@@ -225,7 +225,7 @@ class Run:
 
 
 def train(
-    stage: Stage, settings: StageConfig, folder: Path, identity: Mapping[str, Any], quiet: bool = False
+    stage: TrainingStage, settings: StageConfig, folder: Path, identity: Mapping[str, Any], quiet: bool = False
 ) -> Progress:
     """Runs a stage from where it stands to its last step; then its modules hold the averaged weights.
 
@@ -234,7 +234,7 @@ def train(
     a figure that is not finite or a full disk, the last checkpoint being whole; `CheckpointError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(stage, settings, folder, identity, Average(stage.modules, settings.ema))
+    run = StageRun(stage, settings, folder, identity, EMA(stage.modules, settings.ema))
     run.resume()
     with interrupts.deferred(), _bar(run, quiet) as bar:
         while run.progress.step < settings.steps:
@@ -244,7 +244,7 @@ def train(
             if due:
                 run.validate()
             run.progress.elapsed_s += time.monotonic() - began
-            interrupted = distributed.anyone(interrupts.received())
+            interrupted = distributed.any_rank(interrupts.received())
             if due or interrupted:
                 run.save()
             if interrupted:
@@ -255,5 +255,5 @@ def train(
     return run.progress
 
 
-def _bar(run: Run, quiet: bool) -> Any:
+def _bar(run: StageRun, quiet: bool) -> Any:
     return tqdm(total=run.settings.steps, initial=run.progress.step, desc=run.folder.name, unit="step", disable=quiet)

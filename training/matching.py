@@ -121,7 +121,7 @@ class FlowMatching:
         heard, unheard = (self._validation_loss(spoken) for spoken in (True, False))
         return {"loss": heard, "speech_gain": unheard - heard}
 
-    def products(self) -> dict[str, nn.Module]:
+    def outputs(self) -> dict[str, nn.Module]:
         """The network."""
         return self.modules
 

@@ -1,4 +1,4 @@
-"""Peak memory of a generator's update against the number of blocks: the plain loop and block-wise accumulation.
+"""PeakBytes memory of a generator's update against the number of blocks: the plain loop and block-wise accumulation.
 
 `python -m training.memory --blocks 1 --blocks 2` prints a Markdown table and, as the last line, the report as JSON;
 --report also writes it.
@@ -35,7 +35,7 @@ from training.command import FILE, reported
 from training.distributed import Unit
 from training.encoded import EncodedClip
 from training.init import fresh
-from training.rollout import Given, Roller
+from training.rollout import Roller, RolloutInput
 from training.window import Place, Window
 
 MIB = 2**20
@@ -84,7 +84,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
-class Peak:
+class PeakBytes:
     """Bytes of one update."""
 
     blocks: int
@@ -93,20 +93,20 @@ class Peak:
     resident_bytes: int
 
 
-def measure(preset: Preset, blocks: int, accumulate: bool) -> Peak:
+def measure(preset: Preset, blocks: int, accumulate: bool) -> PeakBytes:
     """One update in this process, first for `resident`, then once more for `live`."""
     update = _update(preset, blocks, accumulate)
     resident = _resident_growth(update)
     with LiveBytes() as live:
         update()
-    return Peak(blocks, accumulate, live.peak, resident)
+    return PeakBytes(blocks, accumulate, live.peak, resident)
 
 
 def _update(preset: Preset, blocks: int, accumulate: bool) -> Callable[[], None]:
     draw = torch.Generator().manual_seed(SEED)
     unit, roller = Unit(fresh(preset.dit, draw)), Roller(Window(preset, blocks))
     noise = roller.window.noise(draw)
-    given = Given(_drawn_clip(preset, blocks, draw), Place(0, 30), noise, EXIT_STEP, replaces=True)
+    given = RolloutInput(_drawn_clip(preset, blocks, draw), Place(0, 30), noise, EXIT_STEP, replaces=True)
     slope = torch.ones_like(noise)
 
     def update() -> None:
@@ -141,7 +141,7 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def measure_all(preset: Preset, blocks: tuple[int, ...]) -> Iterator[Peak]:
+def measure_all(preset: Preset, blocks: tuple[int, ...]) -> Iterator[PeakBytes]:
     """Both ways for every number of blocks, each in a fresh process, one after another."""
     spawn = multiprocessing.get_context("spawn")
     for count in blocks:
@@ -150,7 +150,7 @@ def measure_all(preset: Preset, blocks: tuple[int, ...]) -> Iterator[Peak]:
                 yield process.submit(measure, preset, count, accumulate).result()
 
 
-def table(peaks: list[Peak]) -> str:
+def table(peaks: list[PeakBytes]) -> str:
     """Markdown, a row for every number of blocks."""
     found = {(peak.blocks, peak.accumulate): peak for peak in peaks}
     lines = [

@@ -35,7 +35,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Given:
+class RolloutInput:
     """What a rollout is made from: noise [1, 16, F, h, w] of the window; `replaces`: whether the sink is replaced.
 
     exit_step counts from 0; its prediction of the clean latents is the result. The last step's is what a stream shows.
@@ -83,7 +83,7 @@ class Roller:
     def steps(self) -> int:
         return len(self.levels) - 1
 
-    def roll_out(self, dit: CausalDiT, given: Given, draw: torch.Generator, gradient: bool = False) -> Rollout:
+    def roll_out(self, dit: CausalDiT, given: RolloutInput, draw: torch.Generator, gradient: bool = False) -> Rollout:
         """Generates a window; with `gradient`, the predictions have the graph of the exit step's passes."""
         with torch.set_grad_enabled(gradient):
             made, scene = Rollout(), self.window.open(dit, given.clip)
@@ -100,7 +100,13 @@ class Roller:
         return moved(latent, velocity, self.levels[exit_step], 0.0)
 
     def _make(
-        self, made: Rollout, run: Pass, caches: list[list[KV]], latent: Tensor, given: Given, draw: torch.Generator
+        self,
+        made: Rollout,
+        run: Pass,
+        caches: list[list[KV]],
+        latent: Tensor,
+        given: RolloutInput,
+        draw: torch.Generator,
     ) -> None:
         """One block: to its exit step without gradient, and one pass there."""
         exit_step, levels = given.exit_step, self.levels

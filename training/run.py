@@ -32,7 +32,7 @@ from training.data.split import Split
 from training.encoded import ENCODERS, FOLDER, MANIFEST, encode_split
 from training.errors import TrainingError
 from training.logs import CSVLog
-from training.loop import Stage, train
+from training.loop import TrainingStage, train
 from training.lora import merged, save_adapter
 
 RECORD = "record.json"
@@ -67,7 +67,7 @@ STEPS: Mapping[str, Step] = {
 }
 """In the order in which they run."""
 PRODUCTS = {**ENCODERS, "dit": "stage2/dit.safetensors"}
-MAKERS: Mapping[str, Callable[[TrainingConfig, Path], Stage]] = {
+MAKERS: Mapping[str, Callable[[TrainingConfig, Path], TrainingStage]] = {
     vae.STAGE: lambda config, out: vae.make_stage(config),
     vae.MOUTHS: vae.make_mouth_stage,
     "encoders": encoders.make_stage,
@@ -80,7 +80,7 @@ ALONE = (vae.STAGE, vae.MOUTHS, "encoders", FOLDER)
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A run's configuration, where it stands and where it goes."""
 
     path: Path
@@ -157,7 +157,7 @@ class Run:
         settings, folder = getattr(self.config, name), self.out / name
         stage = MAKERS[name](self.config, self.out)
         progress = train(stage, settings, folder, identity, quiet=not distributed.is_main())
-        for part, network in stage.products().items():
+        for part, network in stage.outputs().items():
             tensors = merged(network)
             if distributed.is_main():
                 save_weights(folder / f"{part}.safetensors", tensors)
@@ -183,7 +183,7 @@ class Run:
         record = {"stage": name, **facts, "threads": torch.get_num_threads(), "commit": commit(), "identity": identity}
         if distributed.is_main():
             write_json(self.out / name / RECORD, record)
-        distributed.wait()  # the next stage reads the record and what stands beside it
+        distributed.barrier()  # the next stage reads the record and what stands beside it
         return record
 
 
@@ -217,7 +217,7 @@ def commit() -> str | None:
 def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
     """Train the networks of a preset: the paper's two stages, and what they need."""
     with reported("Interrupted; the same command goes on from there."):
-        run = Run(path, load(path), out)
+        run = TrainingRun(path, load(path), out)
         if threads is not None:
             torch.set_num_threads(threads)
         distributed.join()
@@ -227,7 +227,7 @@ def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
             distributed.leave()
 
 
-def _execute(run: Run, stage: str) -> None:
+def _execute(run: TrainingRun, stage: str) -> None:
     records = {name: run.do(name) for name in (STEPS if stage == ALL else (stage,))}
     if not distributed.is_main():
         return

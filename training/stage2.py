@@ -29,7 +29,7 @@ from training.logs import mean
 from training.loop import generator
 from training.lora import adapt
 from training.matching import Clips, adam, draw_index, draw_sample, movement, update
-from training.rollout import Given, Roller, Rollout, Rules
+from training.rollout import Roller, Rollout, RolloutInput, Rules
 from training.stage1 import NAME as STAGE1
 from training.stage1 import REPLACED_SHARE
 from training.teacher import NAME as TEACHER
@@ -46,7 +46,7 @@ class Made:
     """A generated window, and all that it was made from; `draw` gives the draws that follow."""
 
     key: Key
-    given: Given
+    given: RolloutInput
     rollout: Rollout
     draw: torch.Generator
 
@@ -103,7 +103,7 @@ class Distillation:
         heard, unheard = (self._distance(spoken) for spoken in (True, False))
         return {"loss": heard, "speech_gain": unheard - heard}
 
-    def products(self) -> dict[str, nn.Module]:
+    def outputs(self) -> dict[str, nn.Module]:
         """The generator."""
         return {"dit": self.modules["dit"]}
 
@@ -115,13 +115,13 @@ class Distillation:
         rollout = self._unit(lambda dit: self._roller.roll_out(dit, given, draw, gradient))
         return Made(key, given, rollout, draw)
 
-    def _given(self, clip: EncodedClip, draw: torch.Generator, far_share: float) -> Given:
+    def _given(self, clip: EncodedClip, draw: torch.Generator, far_share: float) -> RolloutInput:
         window = self._roller.window
         sample = draw_sample(clip, window.blocks, draw)
         place = draw_place(sample.start, far_share, window.stream, draw)
         exit_step = int(torch.randint(self._roller.steps, (), generator=draw))
         replaces = chance(REPLACED_SHARE, draw)
-        return Given(sample.clip, place, window.noise(draw), exit_step, replaces)
+        return RolloutInput(sample.clip, place, window.noise(draw), exit_step, replaces)
 
     def _update_fake(self, windows: Sequence[Made]) -> tuple[float, float]:
         """One step of the fake score on generated windows; its loss and the norm of its gradient."""

@@ -233,7 +233,7 @@ class VAETraining:
         return mean(ratios)
 
     @torch.no_grad()
-    def products(self) -> Mapping[str, nn.Module]:
+    def outputs(self) -> Mapping[str, nn.Module]:
         """The VAE with normalised latents. To be taken once, when training is over."""
         clips = (make_clip(Split.TRAIN, seed, CLIP_BLOCKS, self._stream.height) for seed in range(STATISTICS_CLIPS))
         latents = torch.cat([reconstruct(self._vae, self._served(clip), Streams())[1] for clip in clips], dim=2)

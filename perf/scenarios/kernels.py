@@ -39,7 +39,7 @@ from perf.preset_cost import CONDITIONING, DECODER, preset_costs
 from perf.report import BLUE, axes, save
 from perf.roofline import Ceilings, Cost
 from perf.scenario import Context, Figures, Scenario, check
-from perf.scenarios.schedule import Given, asked
+from perf.scenarios.schedule import StageDurations, asked
 
 RUNS, QUICK_RUNS = 20, 3
 STEP, PREFILL = "dit_step_1", "dit_prefill"
@@ -114,7 +114,7 @@ def measure(context: Context) -> Figures:
     preset = S2V_14B.with_precision("bfloat16") if on.type == "cuda" else load_artifacts(context.artifacts).preset
     bench = Bench.of(preset, on, context.quick)
     components = _components(bench)
-    given = Given(
+    given = StageDurations(
         bench.ceilings.name,
         "the fastest way of each component, measured in torch",
         conditioning_s=sum(fastest(components[name]) for name in CONDITIONING),

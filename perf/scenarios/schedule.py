@@ -176,7 +176,7 @@ def described(pipeline: Pipeline) -> Figures:
 
 
 @dataclass(frozen=True)
-class Given:
+class StageDurations:
     """Stage times that nobody measured here, and where they are from."""
 
     name: str
@@ -186,7 +186,7 @@ class Given:
     prefill_s: float
     decoder_s: float
 
-    def slower(self, share: float) -> Given:
+    def slower(self, share: float) -> StageDurations:
         """Kernels that reach that share of these bounds."""
         names = ("conditioning_s", "step_s", "prefill_s", "decoder_s")
         times = {name: getattr(self, name) / share for name in names}
@@ -206,7 +206,7 @@ class Given:
         )
 
 
-PAPER = Given(
+PAPER = StageDurations(
     "the paper's five H800",
     f"arXiv 2512.04677, v4: {PAPER_FPS:g} FPS give the step, {PAPER_TTFF_S} s TTFF less four steps the decoder; of "
     "conditioning and prefill it says nothing, so they are 0 here",
@@ -217,11 +217,11 @@ PAPER = Given(
 )
 
 
-def bounds(document: Mapping[str, Any]) -> Iterable[Given]:
+def bounds(document: Mapping[str, Any]) -> Iterable[StageDurations]:
     """What the scenario `roofline` says of GPUs, and half that speed, which good kernels reach."""
     for gpu, found in document["figures"]["s2v_14b"]["gpus"].items():
         stage = found["bound_s"]
-        bound = Given(
+        bound = StageDurations(
             gpu,
             f"bounds of perf/results/roofline.json: {found['source']}",
             stage["conditioning"],
@@ -233,7 +233,7 @@ def bounds(document: Mapping[str, Any]) -> Iterable[Given]:
         yield bound.slower(0.5)
 
 
-def asked(given: Given, profile: str) -> Figures:
+def asked(given: StageDurations, profile: str) -> Figures:
     """Speech at hand for FPS; spoken speech for TTFF and sessions, of a known avatar.
 
     `latest_block_s` is how far the latest block is behind a player that began with the first one.

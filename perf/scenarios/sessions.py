@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.analyzer import REAL_TIME, Run
+from perf.analyzer import REAL_TIME, AnalyzerRun
 from perf.figures import Latency, Playback, latency, per_session, playback, real_time_sessions, throughput
 from perf.growth import group, private_mib
 from perf.load import Speaker
@@ -54,7 +54,7 @@ def measure(context: Context) -> Figures:
     return figures
 
 
-def seen(runs: list[Run]) -> Figures:
+def seen(runs: list[AnalyzerRun]) -> Figures:
     """What the viewers of all sessions saw; latencies of all their blocks together."""
     sessions = [run.blocks for run in runs]
     players: list[Playback] = [playback(blocks) for blocks in sessions]
@@ -76,7 +76,7 @@ def _server(context: Context) -> Iterator[Target]:
 
 
 @dataclass
-class Peak:
+class PeakMemory:
     """The most memory seen, in MiB; None where the processes cannot be seen."""
 
     mib: float | None = None
@@ -89,9 +89,9 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(target: Target) -> Iterator[Peak]:
+def peak_memory(target: Target) -> Iterator[PeakMemory]:
     """The most private memory of all the server's processes together, seen in the `with`."""
-    peak = Peak()
+    peak = PeakMemory()
     thread = threading.Thread(target=peak.watch, args=(lambda: server_mib(target),), daemon=True)
     thread.start()
     try:

@@ -14,7 +14,7 @@ from live_avatar.errors import ConfigError
 from perf.figures import BlockTimes, playback, throughput
 from perf.placement import placement, session_limit
 from perf.predict import main
-from perf.scenarios.schedule import PAPER, Case, Given, asked, bounds, calibrated, compared, predicted
+from perf.scenarios.schedule import PAPER, Case, StageDurations, asked, bounds, calibrated, compared, predicted
 from perf.schedule import (
     Client,
     Pipeline,
@@ -271,6 +271,6 @@ def test_a_new_sink_that_came_before_is_prefilled_behind_a_block_and_makes_none_
 
 
 def test_sessions_by_time_when_sinks_are_prefilled_ahead() -> None:
-    figures = asked(Given("", "", 0.0, step_s=0.1, prefill_s=PREFILL_S, decoder_s=0.05), "h800x5")
+    figures = asked(StageDurations("", "", 0.0, step_s=0.1, prefill_s=PREFILL_S, decoder_s=0.05), "h800x5")
     assert figures["latest_block_s"] == pytest.approx(0)
     assert figures["real_time_sessions_by_time"] == 4

@@ -18,52 +18,54 @@ from live_avatar.arrays import Array
 from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
 from perf.growth import MIB, Series, Slope, fit, group, private_mib, slope_after
 from perf.soak import FAULTS, Counters, Governor, failures
-from perf.visits import ENDINGS, WEIGHTS, Ending, Look, Oracle, Outcome, Take, Tally, pictures
+from perf.soak_sessions import ENDINGS, WEIGHTS, Ending, FrameOptions, Oracle, Outcome, Results, Utterance, pictures
 
 RNG = np.random.default_rng(7)
 BLOCKS = 4
 SPEECH = RNG.integers(-3000, 3000, (BLOCKS, BLOCK_SAMPLES), dtype=np.int16)
 FRAMES = RNG.integers(0, 256, (BLOCKS * FRAMES_PER_BLOCK, 96, 96, 3), dtype=np.uint8)
-TAKE = Take(b"", "", 0, SPEECH, FRAMES)
+UTTERANCE = Utterance(b"", "", 0, SPEECH, FRAMES)
 
 
-def made(take: Take, blocks: Array) -> Array:
+def made(utterance: Utterance, blocks: Array) -> Array:
     return np.full((len(blocks) * FRAMES_PER_BLOCK, 1, 1, 3), 9, dtype=np.uint8)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, BLOCKS])
-def test_the_beginning_of_a_take_is_in_the_pool(blocks: int) -> None:
-    frames = Oracle(made).frames(TAKE, TAKE.speech_of(blocks))
+def test_the_beginning_of_an_utterance_is_in_the_pool(blocks: int) -> None:
+    frames = Oracle(made).frames(UTTERANCE, UTTERANCE.speech_of(blocks))
     assert np.array_equal(frames, FRAMES[: blocks * FRAMES_PER_BLOCK])
 
 
 @pytest.mark.parametrize(
     "heard",
     [SPEECH[1:], SPEECH[[0, 0]], np.concatenate([SPEECH, SPEECH[:1]])],
-    ids=["its end", "a block twice", "more than the take"],
+    ids=["its end", "a block twice", "more than the utterance"],
 )
 def test_other_speech_is_generated(heard: Array) -> None:
-    frames = Oracle(made).frames(TAKE, heard.reshape(-1))
-    assert np.array_equal(frames, made(TAKE, heard))
+    frames = Oracle(made).frames(UTTERANCE, heard.reshape(-1))
+    assert np.array_equal(frames, made(UTTERANCE, heard))
 
 
 def test_a_part_of_a_block_is_refused() -> None:
     with pytest.raises(ValueError, match="7681 samples are no whole blocks of 7680; the last one is not known"):
-        Oracle(made).frames(TAKE, SPEECH.reshape(-1)[: BLOCK_SAMPLES + 1])
+        Oracle(made).frames(UTTERANCE, SPEECH.reshape(-1)[: BLOCK_SAMPLES + 1])
 
 
 def test_wrong_and_surplus_frames_are_counted() -> None:
-    tally = Tally()
-    right = Look().of(FRAMES[:3])
-    tally.compare(Ending.COMPLETED, 12, right, right)
-    assert (tally.frames, tally.wrong_frames, tally.findings) == (3, 0, [])
-    tally.compare(Ending.COMPLETED, 12, [right[0], right[0], right[2]], right[:2])
-    assert (tally.frames, tally.wrong_frames) == (6, 2)
-    assert tally.findings == ["completed: frames 13 to 14, 2 of them wrong"]
+    results = Results()
+    right = FrameOptions().of(FRAMES[:3])
+    results.compare(Ending.COMPLETED, 12, right, right)
+    assert (results.frames, results.wrong_frames, results.findings) == (3, 0, [])
+    results.compare(Ending.COMPLETED, 12, [right[0], right[0], right[2]], right[:2])
+    assert (results.frames, results.wrong_frames) == (6, 2)
+    assert results.findings == ["completed: frames 13 to 14, 2 of them wrong"]
 
 
-def test_looks_change_the_frames() -> None:
-    plain, labelled, jpeg = (look.of(FRAMES[:1])[0] for look in (Look(), Look(label="AI"), Look(90)))
+def test_frame_options_change_the_frames() -> None:
+    plain, labelled, jpeg = (
+        form.of(FRAMES[:1])[0] for form in (FrameOptions(), FrameOptions(label="AI"), FrameOptions(90))
+    )
     assert plain == FRAMES[0].tobytes() != labelled
     assert len(labelled) == len(plain)
     assert jpeg.startswith(b"\xff\xd8")
@@ -182,8 +184,8 @@ def test_every_ending_can_come() -> None:
 
 
 def test_unanswered_and_unexpected_sessions_are_findings() -> None:
-    tally = Tally()
+    results = Results()
     for outcome in Outcome:
-        tally.ended(Ending.SILENT, outcome, outcome.value)
-    assert tally.findings == ["silent: no answer", "silent: unexpected"]
-    assert tally.table() == {"silent": {outcome.value: 1 for outcome in Outcome}}
+        results.ended(Ending.SILENT, outcome, outcome.value)
+    assert results.findings == ["silent: no answer", "silent: unexpected"]
+    assert results.table() == {"silent": {outcome.value: 1 for outcome in Outcome}}

@@ -21,14 +21,14 @@ from training import ablate
 from training.ablate import CLEAN_TRAINED, Prepared, Studio, Variant, figures, measure, table, variants
 from training.checkpoints import save_weights
 from training.data.clips import Split, make_clip
-from training.evaluate import Take, png
+from training.evaluate import GeneratedClip, png
 
 BLOCKS = 6
 """One more than the block that sees the replaced sink."""
 
 
 @dataclass(frozen=True)
-class Run:
+class AblationFixture:
     """A run's folder with drawn networks, and what the command makes of it."""
 
     folder: Path
@@ -38,7 +38,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> AblationFixture:
     folder = tmp_path_factory.mktemp("run")
     parts = load_networks(open_checkpoint(SMALL)).parts()
     dit = drawn_network()
@@ -47,14 +47,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for part, network in {**parts, "dit": dit}.items():
         save_weights(folder / "weights" / f"{part}.safetensors", network.state_dict())
     studio = Studio(SMALL, folder / "weights")
-    return Run(folder, studio, studio.prepare(make_clip(Split.TEST, 1, BLOCKS, SMALL.stream.height)), dit)
+    return AblationFixture(folder, studio, studio.prepare(make_clip(Split.TEST, 1, BLOCKS, SMALL.stream.height)), dit)
 
 
 def row(name: str) -> Variant:
     return next(one for one in variants(SMALL, clean_trained=True) if one.name == name)
 
 
-def test_the_first_row_is_the_stream(run: Run) -> None:
+def test_the_first_row_is_the_stream(run: AblationFixture) -> None:
     clip = run.prepared.clip
     runtime = TorchRuntime(open_checkpoint(SMALL, run.folder / "weights"))
     blocks = Generator(runtime).generate(png(clip.picture), clip.prompt, 5, clip.speech)
@@ -76,7 +76,9 @@ def test_the_first_row_is_the_stream(run: Run) -> None:
         pytest.param("without distillation, 40 steps", 40, 0, 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_row_changes_what_it_says(run: Run, name: str, nfe: int, first_block: int, same_blocks: int) -> None:
+def test_a_row_changes_what_it_says(
+    run: AblationFixture, name: str, nfe: int, first_block: int, same_blocks: int
+) -> None:
     """And nothing before the block from which on it matters."""
     variant = row(name)
     assert variant.nfe == nfe
@@ -97,13 +99,13 @@ def test_rows_say_which_network_they_take() -> None:
 
 def test_figures_are_those_of_the_truth_for_the_truth() -> None:
     clips = [make_clip(Split.TEST, seed, BLOCKS) for seed in (1, 2, 3)]
-    made = figures([Take(clip, clip.frames) for clip in clips if clip.mouth[:, 0].std() > 0])
+    made = figures([GeneratedClip(clip, clip.frames) for clip in clips if clip.mouth[:, 0].std() > 0])
     assert made["opening"] > 0.9
     assert made["looks"] < 5
     assert made["last_looks"] < 5
 
 
-def test_a_row_is_measured_at_both_places_over_seeds(run: Run) -> None:
+def test_a_row_is_measured_at_both_places_over_seeds(run: AblationFixture) -> None:
     (made,) = measure(run.studio, {"stage2": run.dit}, [row("as released")], [run.prepared], seeds=2)
     assert (made["name"], made["network"], made["nfe"]) == ("as released", "stage2", 4)
     assert len(made["start"]["looks"]["each"]) == 2
@@ -116,7 +118,7 @@ def test_a_row_is_measured_at_both_places_over_seeds(run: Run) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_the_command_writes_its_report(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_its_report(run: AblationFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "UNDISTILLED_STEPS", 6)
     config, report = tmp_path / "run.toml", tmp_path / "report.json"
     config.write_text(toml(toy_config()))

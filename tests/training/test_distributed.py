@@ -84,5 +84,5 @@ def test_a_process_on_its_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert distributed.mean(2.5) == 2.5
     tensor = torch.ones(2)
     assert distributed.gathered({"a": [tensor]})["a"][0] is tensor
-    assert distributed.spread(tensor, tensor) is tensor
+    assert distributed.shard_like(tensor, tensor) is tensor
     distributed.leave()

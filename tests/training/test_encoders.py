@@ -86,5 +86,5 @@ def test_a_step_is_that_of_its_number_and_sees_new_voices() -> None:
 
 def test_the_products_are_the_encoders_without_heads() -> None:
     stage = EncoderTraining(toy_config())
-    assert set(stage.products()) == {"speech", "text"}
+    assert set(stage.outputs()) == {"speech", "text"}
     assert set(stage.modules) == {"speech", "text", "mouth_head", "looks_head"}

@@ -20,7 +20,7 @@ from tests.training.conftest import SMALL
 from training.data.clips import Clip, Split, make_clip
 from training.evaluate import (
     SHEET_FRAMES,
-    Take,
+    GeneratedClip,
     by,
     contact_sheet,
     lip_sync,
@@ -52,7 +52,7 @@ def test_clips_are_of_the_test_split_and_speak(clips: list[Clip]) -> None:
 
 
 def test_the_truth_has_the_rulers_figures(clips: list[Clip]) -> None:
-    figures = lip_sync([Take(clip, clip.frames) for clip in clips])
+    figures = lip_sync([GeneratedClip(clip, clip.frames) for clip in clips])
     assert figures["opening"] == figures["ruler"]
     assert figures["opening"]["mean"] > 0.9
     assert figures["best_lag_frames"] == {"median": 0.0, "each": [0, 0, 0]}
@@ -61,14 +61,17 @@ def test_the_truth_has_the_rulers_figures(clips: list[Clip]) -> None:
 
 
 def test_late_frames_are_found_late(clips: list[Clip]) -> None:
-    takes = [Take(clip, np.concatenate([np.repeat(clip.picture[None], 2, axis=0), clip.frames[:-2]])) for clip in clips]
+    takes = [
+        GeneratedClip(clip, np.concatenate([np.repeat(clip.picture[None], 2, axis=0), clip.frames[:-2]]))
+        for clip in clips
+    ]
     figures = lip_sync(takes)
     assert figures["best_lag_frames"]["each"] == [2, 2, 2]
     assert figures["opening"]["mean"] < figures["ruler"]["mean"]
 
 
 def test_a_still_picture_follows_nobody(clips: list[Clip]) -> None:
-    stills = [Take(clip, np.repeat(clip.picture[None], len(clip.frames), axis=0)) for clip in clips]
+    stills = [GeneratedClip(clip, np.repeat(clip.picture[None], len(clip.frames), axis=0)) for clip in clips]
     figures = lip_sync(stills)
     assert figures["opening"]["each"] == [0.0, 0.0, 0.0]
     assert looks(stills)["generated"]["mean"] == 0.0
@@ -76,7 +79,7 @@ def test_a_still_picture_follows_nobody(clips: list[Clip]) -> None:
 
 
 def test_looks_of_another_face_are_far(clips: list[Clip]) -> None:
-    others = [Take(clip, other.frames) for clip, other in zip(clips, clips[1:] + clips[:1], strict=True)]
+    others = [GeneratedClip(clip, other.frames) for clip, other in zip(clips, clips[1:] + clips[:1], strict=True)]
     figures = looks(others)
     assert figures["generated"]["mean"] > 5 * figures["truth"]["mean"]
 
@@ -120,7 +123,7 @@ def test_a_spread_is_that_of_a_sample() -> None:
 
 
 def test_the_contact_sheet_has_truth_above_what_was_generated(clips: list[Clip]) -> None:
-    dark = [Take(clip, np.zeros_like(clip.frames)) for clip in clips[:2]]
+    dark = [GeneratedClip(clip, np.zeros_like(clip.frames)) for clip in clips[:2]]
     sheet = np.asarray(contact_sheet(dark))
     assert sheet.shape == (4 * SIDE, SHEET_FRAMES * SIDE, 3)
     rows = sheet.reshape(4, SIDE, -1).any(axis=(1, 2))

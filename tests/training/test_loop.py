@@ -28,7 +28,7 @@ from training.config import StageConfig, TeacherStage
 from training.encoders import EncoderTraining
 from training.errors import TrainingError
 from training.logs import CSVLog
-from training.loop import CHECKPOINT, LOG, PLOT, VALIDATION_LOG, Average, Progress, Stage, learning_rate, train
+from training.loop import CHECKPOINT, EMA, LOG, PLOT, VALIDATION_LOG, Progress, TrainingStage, learning_rate, train
 from training.matching import FlowMatching, movement
 from training.stage2 import Distillation, make_roller
 from training.teacher import TeacherLoss
@@ -73,7 +73,7 @@ def common() -> dict[str, Any]:
 class Watched:
     """A stage in whose steps something happens first."""
 
-    def __init__(self, stage: Stage, before: Callable[[int], None]) -> None:
+    def __init__(self, stage: TrainingStage, before: Callable[[int], None]) -> None:
         self._stage = stage
         self._before = before
 
@@ -92,11 +92,11 @@ class Watched:
     def validate(self) -> dict[str, float]:
         return self._stage.validate()
 
-    def products(self) -> Mapping[str, nn.Module]:
-        return self._stage.products()
+    def outputs(self) -> Mapping[str, nn.Module]:
+        return self._stage.outputs()
 
 
-def run(stage: Stage, folder: Path, settings: StageConfig = SETTINGS) -> Progress:
+def run(stage: TrainingStage, folder: Path, settings: StageConfig = SETTINGS) -> Progress:
     return train(stage, settings, folder, IDENTITY, quiet=True)
 
 
@@ -120,7 +120,7 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     "new", [new_teacher, new_distillation, new_vae, pytest.param(new_encoders, marks=pytest.mark.slow)]
 )
-def test_a_run_that_was_interrupted_is_the_uninterrupted_one(tmp_path: Path, new: Callable[[], Stage]) -> None:
+def test_a_run_that_was_interrupted_is_the_uninterrupted_one(tmp_path: Path, new: Callable[[], TrainingStage]) -> None:
     """By Ctrl-C, after which step 3 is finished and saved; by a crash in step 6, after which step 5 is done again."""
     once, often = tmp_path / "once", tmp_path / "often"
     whole = new()
@@ -230,11 +230,11 @@ def test_the_rate_rises_and_falls(tmp_path: Path) -> None:
 def test_an_average_follows_the_weights_and_can_take_their_place() -> None:
     linear = nn.Linear(1, 1, bias=False)
     linear.weight.data.fill_(0.0)
-    average = Average({"net": linear}, decay=0.5)
+    average = EMA({"net": linear}, decay=0.5)
     linear.weight.data.fill_(1.0)
     average.update(step=100)
     assert average.values["net.weight"].item() == 0.5
     with average.applied():
         assert linear.weight.item() == 0.5
     assert linear.weight.item() == 1.0
-    assert Average({"net": linear}, decay=0.0).values == {}
+    assert EMA({"net": linear}, decay=0.0).values == {}

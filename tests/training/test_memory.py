@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.training.conftest import SMALL
-from training.memory import LiveBytes, Peak, measure, table
+from training.memory import LiveBytes, PeakBytes, measure, table
 
 KIB = 1024
 
@@ -45,5 +45,5 @@ def test_accumulation_keeps_one_blocks_graph() -> None:
 
 
 def test_the_table_has_a_row_for_every_number_of_blocks() -> None:
-    peaks = [Peak(n, way, n * 2**20, (n + way) * 2**20) for n in (2, 1) for way in (False, True)]
+    peaks = [PeakBytes(n, way, n * 2**20, (n + way) * 2**20) for n in (2, 1) for way in (False, True)]
     assert table(peaks).splitlines()[2:] == ["| 1 | 1 | 1 | 1 | 2 |", "| 2 | 2 | 2 | 2 | 3 |"]

@@ -19,7 +19,7 @@ from tests.conftest import SEED, noise_speech
 from tests.tolerances import STREAMED
 from tests.training.conftest import SMALL, Heard, drawn_clip, drawn_network
 from training.encoded import EncodedClip
-from training.rollout import Given, Roller, Rollout, Rules
+from training.rollout import Roller, Rollout, RolloutInput, Rules
 from training.window import Place, Window
 
 BLOCKS = 7
@@ -44,7 +44,7 @@ def test_a_rollout_of_all_steps_is_the_generators_stream(update: int) -> None:
         states=torch.from_numpy(np.stack(runtime.states[:blocks])),
     )
     place = Place(first_block=0, distance=preset.stream.sink_distance)
-    given = Given(clip, place, torch.from_numpy(np.concatenate(noise, axis=2)), STEPS - 1, replaces=True)
+    given = RolloutInput(clip, place, torch.from_numpy(np.concatenate(noise, axis=2)), STEPS - 1, replaces=True)
     dit = load_networks(open_checkpoint(preset)).dit
     made = Roller(Window(preset, blocks)).roll_out(dit, given, torch.Generator())
     for ours, theirs in zip(made.clean, expected, strict=True):
@@ -65,7 +65,7 @@ def clip() -> EncodedClip:
 def rolled(dit: CausalDiT, clip: EncodedClip, exit_step: int, replaces: bool = False, **rules: Any) -> Rollout:
     window = Window(SMALL, BLOCKS)
     noise = window.noise(torch.Generator().manual_seed(8))
-    given = Given(clip, Place(0, 30), noise, exit_step, replaces)
+    given = RolloutInput(clip, Place(0, 30), noise, exit_step, replaces)
     return Roller(window, Rules(**rules)).roll_out(dit, given, torch.Generator().manual_seed(9))
 
 
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_the_exit_step_alone(clip: EncodedClip) -> None:
     """The history and the latents that a block was given are constants to it."""
     dit = drawn_network()
     window = Window(SMALL, BLOCKS)
-    given = Given(clip, Place(0, 30), window.noise(torch.Generator().manual_seed(8)), 2, replaces=True)
+    given = RolloutInput(clip, Place(0, 30), window.noise(torch.Generator().manual_seed(8)), 2, replaces=True)
     made = Roller(window).roll_out(dit, given, torch.Generator(), gradient=True)
     assert made.late is not None
     constants = [*made.inputs, made.late, *(tensor for kv in made.written for pair in kv for tensor in pair)]

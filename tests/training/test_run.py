@@ -48,7 +48,7 @@ def _line(key: str, value: Any) -> str:
     return f"{key} = {json.dumps(value)}\n"
 
 
-class Run:
+class ToyRun:
     """A run in a folder."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
@@ -71,11 +71,11 @@ class Run:
 
 
 @pytest.fixture
-def toy(tmp_path: Path) -> Run:
-    return Run(tmp_path)
+def toy(tmp_path: Path) -> ToyRun:
+    return ToyRun(tmp_path)
 
 
-def test_all_stages_make_a_checkpoint_that_streams(toy: Run) -> None:
+def test_all_stages_make_a_checkpoint_that_streams(toy: ToyRun) -> None:
     """With adapters, so that the merged network is what is left."""
     toy.configure(stage2=dataclasses.replace(toy_config().stage2, lora=LoRAConfig(2, 2.0)))
     done = toy("all")
@@ -116,7 +116,9 @@ def test_all_stages_make_a_checkpoint_that_streams(toy: Run) -> None:
         ("stage2", "data/train/manifest.json", "data"),
     ],
 )
-def test_a_stage_without_what_it_starts_from_names_the_command(toy: Run, stage: str, missing: str, maker: str) -> None:
+def test_a_stage_without_what_it_starts_from_names_the_command(
+    toy: ToyRun, stage: str, missing: str, maker: str
+) -> None:
     done = toy(stage)
     assert done.exit_code == 2
     assert done.stderr == (
@@ -125,7 +127,7 @@ def test_a_stage_without_what_it_starts_from_names_the_command(toy: Run, stage: 
     )
 
 
-def test_a_stage_of_other_settings_is_refused_by_the_key(toy: Run) -> None:
+def test_a_stage_of_other_settings_is_refused_by_the_key(toy: ToyRun) -> None:
     assert toy("encoders").exit_code == 0
     toy.configure(encoders=dataclasses.replace(toy_config().encoders, steps=3))
     done = toy("encoders")
@@ -141,14 +143,14 @@ def test_a_stage_of_other_settings_is_refused_by_the_key(toy: Run) -> None:
     )
 
 
-def test_a_fault_of_the_configuration_ends_with_its_sentence(toy: Run) -> None:
+def test_a_fault_of_the_configuration_ends_with_its_sentence(toy: ToyRun) -> None:
     toy.config.write_text(toy.config.read_text().replace("seed", "sed", 1))
     done = toy("vae")
     assert done.exit_code == 2
     assert done.stderr.startswith(f"Error: {toy.config}: there is no key 'sed'; the keys there are data,")
 
 
-def test_a_folder_that_cannot_be_is_named(toy: Run) -> None:
+def test_a_folder_that_cannot_be_is_named(toy: ToyRun) -> None:
     toy.out.write_text("a file")
     done = toy("encoders")
     assert done.exit_code == 2
@@ -156,7 +158,7 @@ def test_a_folder_that_cannot_be_is_named(toy: Run) -> None:
     assert "Traceback" not in done.output
 
 
-def test_a_damaged_record_is_named(toy: Run) -> None:
+def test_a_damaged_record_is_named(toy: ToyRun) -> None:
     assert toy("encoders").exit_code == 0
     (toy.out / "encoders" / "record.json").write_text("{}")
     done = toy("encoders")
@@ -164,7 +166,7 @@ def test_a_damaged_record_is_named(toy: Run) -> None:
     assert "record.json is no record ('identity'); remove it and run the stage again." in done.stderr
 
 
-def test_stages_of_small_networks_want_one_process(toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_of_small_networks_want_one_process(toy: ToyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.distributed, "world", lambda: 2)
     done = toy("vae")
     assert done.exit_code == 2

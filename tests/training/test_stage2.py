@@ -16,7 +16,7 @@ from training.config import DistillationStage, LoRAConfig
 from training.distributed import Unit
 from training.encoded import EncodedClip
 from training.lora import adapt
-from training.rollout import Given, Roller, Rules
+from training.rollout import Roller, RolloutInput, Rules
 from training.stage2 import Distillation, make_roller
 from training.window import Place, Window
 
@@ -55,7 +55,7 @@ def test_so_it_does_under_other_rules(rules: Rules) -> None:
 def check_gradients(dit: CausalDiT, exit_step: int, rules: Rules) -> None:
     window = Window(SMALL, BLOCKS)
     roller, clip = Roller(window, rules), drawn_clip(BLOCKS)
-    given = Given(clip, Place(40, 9), window.noise(torch.Generator().manual_seed(1)), exit_step, replaces=True)
+    given = RolloutInput(clip, Place(40, 9), window.noise(torch.Generator().manual_seed(1)), exit_step, replaces=True)
     slope = torch.randn(given.noise.shape, generator=torch.Generator().manual_seed(2))
     roller.roll_out(dit, given, torch.Generator().manual_seed(3), gradient=True).latents.backward(slope)
     plain = gradients(dit)

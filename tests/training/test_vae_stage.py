@@ -61,7 +61,7 @@ def test_folding_changes_latents_as_told_and_no_picture(clip: Clip, draw: torch.
 @pytest.mark.usefixtures("small")
 def test_the_product_has_latents_of_mean_0_and_deviation_1() -> None:
     stage = make_stage(toy_config())
-    vae = stage.products()["vae"]
+    vae = stage.outputs()["vae"]
     clips = [make_clip(Split.TRAIN, seed, CLIP_BLOCKS, SIDE) for seed in range(vae_stage.STATISTICS_CLIPS)]
     videos = [pixels(np.concatenate([np.repeat(clip.picture[None], 25, axis=0), clip.frames])) for clip in clips]
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_the_stages_learn(make: Callable[[TrainingConfig, Path], VAETraining], t
 def test_the_mouth_stage_begins_with_what_the_first_one_left(tmp_path: Path) -> None:
     first = make_stage(toy_config())
     (tmp_path / "vae").mkdir()
-    save_weights(tmp_path / VAE_FILE, first.products()["vae"].state_dict())
+    save_weights(tmp_path / VAE_FILE, first.outputs()["vae"].state_dict())
     assert make_mouth_stage(toy_config(), tmp_path).validate() == first.validate()
 
 

@@ -16,7 +16,7 @@ from tests.training.conftest import SMALL, drawn_clip, drawn_network, handlers_o
 from training import distributed, loop
 from training.checkpoints import save_checkpoint
 from training.config import DistillationStage, DiTStage
-from training.loop import Stage, train
+from training.loop import TrainingStage, train
 from training.matching import FlowMatching, movement
 from training.stage1 import ForcingLoss
 from training.stage2 import Distillation, make_roller
@@ -40,8 +40,8 @@ DISTILLATION = DistillationStage(
 STAGES = {"stage1": FORCING, "stage2": DISTILLATION}
 
 
-def new_stage(name: str) -> Stage:
-    """Stage 1 for its gradients through the history, stage 2 for its many passes before a step."""
+def new_stage(name: str) -> TrainingStage:
+    """TrainingStage 1 for its gradients through the history, stage 2 for its many passes before a step."""
     clips = [drawn_clip(3, seed) for seed in range(2)]
     if name == "stage1":
         loss = ForcingLoss(Window(SMALL, 2), movement(clips, 0.5), 0.5)

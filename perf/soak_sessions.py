@@ -1,7 +1,7 @@
-"""The soak's clients: what they say, how their sessions end, and what the server must show them.
+"""The sessions of the soak: what each client says, how it ends, and how its frames are checked.
 
-Every frame is compared with the generator's: of the beginning of a take, from a pool, as the model is causal; of other
-speech, made at once. Knows the client library, and requests below it; knows no process of the server.
+Every frame is compared with the generator's. The frames of the beginning of an utterance come from a pool; the frames
+of other speech are generated when they are needed.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from live_avatar_client.protocol import (
 from live_avatar_client.wire import Message, decode_response, encode_request
 
 AVATARS = 6
-TAKES_PER_AVATAR = 3
-TAKE_BLOCKS = 20
+UTTERANCES_PER_AVATAR = 3
+UTTERANCE_BLOCKS = 20
 ANSWER_S = 30.0
 CALL_S = 90.0
 AFTER_OUTAGE_S = 2.0
@@ -68,7 +68,7 @@ class Unexpected(Exception):  # noqa: N818 - it is a finding of the soak
 
 
 @dataclass(frozen=True)
-class Take:
+class Utterance:
     """Somebody who says something: int16 [blocks, samples] -> uint8 [frames, H, W, 3]."""
 
     image: bytes
@@ -82,7 +82,7 @@ class Take:
 
 
 @dataclass(frozen=True)
-class Look:
+class FrameOptions:
     """In what form the frames are wanted; a quality of 0 is for raw ones."""
 
     jpeg_quality: int = 0
@@ -90,7 +90,7 @@ class Look:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As the client takes them."""
+        """As the client utterances them."""
         chosen = {"frame_format": FrameFormat.JPEG, "jpeg_quality": self.jpeg_quality} if self.jpeg_quality else {}
         return {**chosen, "label": self.label}
 
@@ -101,40 +101,47 @@ class Look:
         return [_jpeg(frame, self.jpeg_quality) if self.jpeg_quality else frame.tobytes() for frame in frames]
 
 
-LOOKS = (Look(), Look(), Look(), Look(label="AI-generated"), Look(90), Look(60, "AI"))
+FRAME_OPTIONS = (
+    FrameOptions(),
+    FrameOptions(),
+    FrameOptions(),
+    FrameOptions(label="AI-generated"),
+    FrameOptions(90),
+    FrameOptions(60, "AI"),
+)
 
 
 class Oracle:
-    """Expected frames: of the beginning of a take from the pool, of anything else made by `generate` at once."""
+    """Expected frames: of the beginning of an utterance from the pool, of anything else made by `generate` at once."""
 
-    def __init__(self, generate: Callable[[Take, Array], Array]) -> None:
+    def __init__(self, generate: Callable[[Utterance, Array], Array]) -> None:
         self._generate = generate
         self._lock = threading.Lock()
 
-    def frames(self, take: Take, heard: Array) -> Array:
+    def frames(self, utterance: Utterance, heard: Array) -> Array:
         """Of int16 [samples], whole blocks, as the server heard them."""
         if len(heard) % BLOCK_SAMPLES:
             raise ValueError(f"{len(heard)} samples are no whole blocks of {BLOCK_SAMPLES}; the last one is not known")
         blocks = heard.reshape(-1, BLOCK_SAMPLES)
-        if len(blocks) <= len(take.speech) and np.array_equal(blocks, take.speech[: len(blocks)]):
-            return take.frames[: len(blocks) * FRAMES_PER_BLOCK]
+        if len(blocks) <= len(utterance.speech) and np.array_equal(blocks, utterance.speech[: len(blocks)]):
+            return utterance.frames[: len(blocks) * FRAMES_PER_BLOCK]
         with self._lock:
-            return self._generate(take, blocks)
+            return self._generate(utterance, blocks)
 
 
-def generate(generator: Generator, take: Take, blocks: Array) -> Array:
-    made = generator.stream(take.image, take.prompt, take.seed, iter(blocks))
+def generate(generator: Generator, utterance: Utterance, blocks: Array) -> Array:
+    made = generator.stream(utterance.image, utterance.prompt, utterance.seed, iter(blocks))
     return np.concatenate([block.frames for block in made])
 
 
-def make_takes(generator: Generator, seed: int) -> Iterator[Take]:
+def make_utterances(generator: Generator, seed: int) -> Iterator[Utterance]:
     rng = np.random.default_rng(seed)
     for avatar, image in enumerate(pictures(AVATARS)):
-        for _ in range(TAKES_PER_AVATAR):
+        for _ in range(UTTERANCES_PER_AVATAR):
             loudness = rng.integers(300, 6000)
-            speech = (rng.standard_normal((TAKE_BLOCKS, BLOCK_SAMPLES)) * loudness).astype(np.int16)
-            take = Take(image, f"person {avatar}, speaking", int(rng.integers(2**31)), speech, NOTHING)
-            yield replace(take, frames=generate(generator, take, speech))
+            speech = (rng.standard_normal((UTTERANCE_BLOCKS, BLOCK_SAMPLES)) * loudness).astype(np.int16)
+            utterance = Utterance(image, f"person {avatar}, speaking", int(rng.integers(2**31)), speech, NOTHING)
+            yield replace(utterance, frames=generate(generator, utterance, speech))
 
 
 def pictures(count: int) -> list[bytes]:
@@ -185,7 +192,7 @@ class Outcome(StrEnum):
     UNEXPECTED = "unexpected"
 
 
-class Tally:
+class Results:
     """Counts of all sessions and frames, from many threads."""
 
     def __init__(self) -> None:
@@ -224,15 +231,15 @@ class Tally:
 
 
 @dataclass
-class World:
+class SoakContext:
     """What all clients share."""
 
     url: str
     oracle: Oracle
-    takes: Sequence[Take]
+    utterances: Sequence[Utterance]
     idle_s: float
     """After how long a silence the server drops a session."""
-    tally: Tally = field(default_factory=Tally)
+    results: Results = field(default_factory=Results)
     begun_s: float = field(default_factory=time.monotonic)
     outages: list[tuple[float, float]] = field(default_factory=list)
     """Begin and end of the times in which a stage was down."""
@@ -242,48 +249,50 @@ class World:
 
 
 @dataclass(frozen=True)
-class Visit:
+class SoakSession:
     """One session to be: who says how many blocks of what, and how it ends."""
 
-    world: World
+    context: SoakContext
     rng: random.Random
     ending: Ending
-    take: Take
+    utterance: Utterance
     blocks: int
-    look: Look = field(default_factory=Look)
+    frame_options: FrameOptions = field(default_factory=FrameOptions)
 
     @classmethod
-    def random(cls, world: World, rng: random.Random) -> Visit:
+    def random(cls, context: SoakContext, rng: random.Random) -> SoakSession:
         ending = rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]
-        look = rng.choice(LOOKS) if ending in (Ending.COMPLETED, Ending.CLOSED) else Look()
-        return cls(world, rng, ending, rng.choice(world.takes), rng.randint(1, TAKE_BLOCKS), look)
+        frame_options = rng.choice(FRAME_OPTIONS) if ending in (Ending.COMPLETED, Ending.CLOSED) else FrameOptions()
+        return cls(
+            context, rng, ending, rng.choice(context.utterances), rng.randint(1, UTTERANCE_BLOCKS), frame_options
+        )
 
     def check(self, block: Block) -> None:
-        """Frames of a session that says the take's words."""
+        """Frames of a session that says the utterance's words."""
         frames = list(block.jpegs) or [frame.tobytes() for frame in block.frames]
-        self.compare(block.first_frame, frames, self.take.frames)
+        self.compare(block.first_frame, frames, self.utterance.frames)
 
     def compare(self, first: int, frames: Sequence[bytes], expected: Array) -> None:
         expected = expected[: self.blocks * FRAMES_PER_BLOCK][first : first + len(frames)]
-        self.world.tally.compare(self.ending, first, frames, self.look.of(expected))
+        self.context.results.compare(self.ending, first, frames, self.frame_options.of(expected))
 
     def speech(self) -> Iterator[Array]:
-        """The take's blocks at a pace of their own."""
+        """The utterance's blocks at a pace of their own."""
         waits = self.rng.choice((_at_once, _in_real_time, _slowly, _in_bursts))(self.rng)
-        for block in self.take.speech[: self.blocks]:
+        for block in self.utterance.speech[: self.blocks]:
             time.sleep(next(waits))
             yield block
 
     def session(self, **options: Any) -> AvatarSession:
-        take = self.take
+        utterance = self.utterance
         return AvatarSession(
-            self.world.url,
-            image=take.image,
-            prompt=take.prompt,
-            seed=take.seed,
+            self.context.url,
+            image=utterance.image,
+            prompt=utterance.prompt,
+            seed=utterance.seed,
             keep_alive_s=1.0,
             answer_timeout_s=ANSWER_S,
-            **self.look.options,
+            **self.frame_options.options,
             **options,
         )
 
@@ -294,17 +303,17 @@ class Visit:
             ENDINGS[self.ending](self)
         except Exception as error:  # whatever it is, it is counted
             why = f"{type(error).__name__}: {error}"
-            ran = f"{begun - self.world.begun_s:.1f} to {time.monotonic() - self.world.begun_s:.1f} s"
-            self.world.tally.ended(self.ending, self._outcome(why, begun), f"{why[:400]} ({ran})")
+            ran = f"{begun - self.context.begun_s:.1f} to {time.monotonic() - self.context.begun_s:.1f} s"
+            self.context.results.ended(self.ending, self._outcome(why, begun), f"{why[:400]} ({ran})")
         else:
-            self.world.tally.ended(self.ending, Outcome.EXPECTED, "")
+            self.context.results.ended(self.ending, Outcome.EXPECTED, "")
 
     def _outcome(self, why: str, begun: float) -> Outcome:
         if FULL in why:
             return Outcome.FULL
         if any(sign in why for sign in HANGS):
             return Outcome.HUNG
-        if self.world.lost_a_stage(begun, time.monotonic()):
+        if self.context.lost_a_stage(begun, time.monotonic()):
             return Outcome.LOST
         drained = self.ending is Ending.DRAINED and SHUTTING_DOWN in why
         return Outcome.SHUT_DOWN if drained else Outcome.UNEXPECTED
@@ -334,12 +343,12 @@ def _in_bursts(rng: random.Random) -> Iterator[float]:
 class RawStream:
     """A client without manners: single requests on a stream of its own, each answered before the next."""
 
-    def __init__(self, visit: Visit, session: int | None = None) -> None:
+    def __init__(self, visit: SoakSession, session: int | None = None) -> None:
         self.session = session or secrets.randbelow(MAX_SEQUENCE_ID) + 1
         self.said = 0
         self._visit = visit
         self._token = secrets.token_hex(16)
-        self._channel = open_channel(visit.world.url)
+        self._channel = open_channel(visit.context.url)
         self._messages: list[Message] = []
         self._given = threading.Semaphore(0)
         self._over = False
@@ -359,20 +368,20 @@ class RawStream:
         self.cancel()
 
     def request(self, audio: Array, *, start: bool = False, end: EndReason | None = None) -> Message:
-        take = self._visit.take
-        opening = Opening(take.image, take.prompt, take.seed, FrameFormat.RAW) if start else None
+        utterance = self._visit.utterance
+        opening = Opening(utterance.image, utterance.prompt, utterance.seed, FrameFormat.RAW) if start else None
         return encode_request(Request(self.session, self._token, audio, opening, end))
 
     def start(self) -> None:
         self.ask(self.request(NOTHING, start=True))
 
     def say(self, blocks: int) -> None:
-        """Says the next blocks of the take, and checks what comes."""
+        """Says the next blocks of the utterance, and checks what comes."""
         for _ in range(blocks):
-            answer = self.ask(self.request(self._visit.take.speech[self.said]))
+            answer = self.ask(self.request(self._visit.utterance.speech[self.said]))
             self.said += 1
             self._visit.compare(
-                answer.first_frame, [frame.tobytes() for frame in answer.frames], self._visit.take.frames
+                answer.first_frame, [frame.tobytes() for frame in answer.frames], self._visit.utterance.frames
             )
 
     def ask(self, message: Message) -> Response:
@@ -402,7 +411,7 @@ class RawStream:
 
     def send_and_cancel(self) -> None:
         """Leaves with a block on its way."""
-        self._send(self.request(self._visit.take.speech[self.said]))
+        self._send(self.request(self._visit.utterance.speech[self.said]))
         self.cancel()
 
     def _send(self, message: Message) -> None:
@@ -420,7 +429,7 @@ class RawStream:
 # ---- Endings
 
 
-def completed(visit: Visit) -> None:
+def completed(visit: SoakSession) -> None:
     frames = 0
     with visit.session() as session:
         for block in session.stream(visit.speech()):
@@ -430,17 +439,17 @@ def completed(visit: Visit) -> None:
         raise Unexpected(f"{frames} frames came for {visit.blocks} blocks")
 
 
-def closed(visit: Visit) -> None:
+def closed(visit: SoakSession) -> None:
     wanted = visit.rng.randint(0, visit.blocks - 1)
     with visit.session() as session:
         for _, block in zip(range(wanted), session.stream(visit.speech()), strict=False):
             visit.check(block)
 
 
-def interrupted(visit: Visit) -> None:
-    """Says a part and half a block, which is dropped; goes on with what follows in the take."""
+def interrupted(visit: SoakSession) -> None:
+    """Says a part and half a block, which is dropped; goes on with what follows in the utterance."""
     before = visit.rng.randint(1, visit.blocks)
-    said = visit.take.speech_of(visit.blocks)
+    said = visit.utterance.speech_of(visit.blocks)
     cut = before * BLOCK_SAMPLES
     with visit.session() as session:
         session.send(np.concatenate([said[:cut], said[: BLOCK_SAMPLES // 2]]))
@@ -457,9 +466,9 @@ def interrupted(visit: Visit) -> None:
         raise Unexpected(f"{frames} frames came for {visit.blocks} blocks, interrupted at block {before}")
 
 
-def idle(visit: Visit) -> None:
+def idle(visit: SoakSession) -> None:
     """Short, as its frames have to be made for it: nobody knows beforehand when there will be silence."""
-    spoken = visit.take.speech_of(min(visit.blocks, 3))
+    spoken = visit.utterance.speech_of(min(visit.blocks, 3))
     with visit.session(idle=True) as session:
         time.sleep(visit.rng.uniform(0.0, 1.5))
         session.send(spoken)
@@ -468,13 +477,13 @@ def idle(visit: Visit) -> None:
         session.end()
         blocks = list(session)
     heard = np.concatenate([block.audio for block in blocks])
-    expected = visit.world.oracle.frames(visit.take, heard)
+    expected = visit.context.oracle.frames(visit.utterance, heard)
     visit = replace(visit, blocks=len(heard) // BLOCK_SAMPLES)
     for block in blocks:
         visit.compare(block.first_frame, [frame.tobytes() for frame in block.frames], expected)
 
 
-def cancelled(visit: Visit) -> None:
+def cancelled(visit: SoakSession) -> None:
     with RawStream(visit) as stream:
         stream.start()
         stream.say(visit.rng.randint(0, visit.blocks - 1))
@@ -497,11 +506,11 @@ except AvatarError as error:
 """
 
 
-def killed(visit: Visit) -> None:
+def killed(visit: SoakSession) -> None:
     """A client in a process of its own gets SIGKILL."""
-    take, given = visit.take, io.BytesIO()
-    np.savez(given, image=np.frombuffer(take.image, dtype=np.uint8), speech=take.speech_of(visit.blocks))
-    command = [sys.executable, "-c", CLIENT, visit.world.url, take.prompt, str(take.seed)]
+    utterance, given = visit.utterance, io.BytesIO()
+    np.savez(given, image=np.frombuffer(utterance.image, dtype=np.uint8), speech=utterance.speech_of(visit.blocks))
+    command = [sys.executable, "-c", CLIENT, visit.context.url, utterance.prompt, str(utterance.seed)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
         assert client.stdin is not None
         assert client.stdout is not None
@@ -518,21 +527,21 @@ def killed(visit: Visit) -> None:
             client.kill()
 
 
-def _compare_hashes(visit: Visit, first: int, hashes: Sequence[str]) -> None:
-    frames = visit.take.frames[first : first + len(hashes)]
+def _compare_hashes(visit: SoakSession, first: int, hashes: Sequence[str]) -> None:
+    frames = visit.utterance.frames[first : first + len(hashes)]
     expected = [hashlib.sha256(frame.tobytes()).hexdigest().encode() for frame in frames]
-    visit.world.tally.compare(visit.ending, first, [word.encode() for word in hashes], expected)
+    visit.context.results.compare(visit.ending, first, [word.encode() for word in hashes], expected)
 
 
-def silent(visit: Visit) -> None:
+def silent(visit: SoakSession) -> None:
     with RawStream(visit) as stream:
         stream.start()
         stream.say(visit.blocks - 1)
-        time.sleep(visit.world.idle_s + 2.0)
-        stream.refused(stream.request(visit.take.speech[stream.said]), None, ErrorCode.FAILED_PRECONDITION)
+        time.sleep(visit.context.idle_s + 2.0)
+        stream.refused(stream.request(visit.utterance.speech[stream.said]), None, ErrorCode.FAILED_PRECONDITION)
 
 
-def started_twice(visit: Visit) -> None:
+def started_twice(visit: SoakSession) -> None:
     """The second START is refused, on the stream of the first or on another; the session goes on."""
     with RawStream(visit) as stream:
         stream.start()
@@ -545,12 +554,12 @@ def started_twice(visit: Visit) -> None:
         stream.say(visit.blocks - before)
 
 
-def unknown(visit: Visit) -> None:
+def unknown(visit: SoakSession) -> None:
     with RawStream(visit) as stream:
-        stream.refused(stream.request(visit.take.speech[0]), None, ErrorCode.FAILED_PRECONDITION)
+        stream.refused(stream.request(visit.utterance.speech[0]), None, ErrorCode.FAILED_PRECONDITION)
 
 
-def other_token(visit: Visit) -> None:
+def other_token(visit: SoakSession) -> None:
     with RawStream(visit) as stream:
         stream.start()
         before = visit.rng.randint(0, visit.blocks)
@@ -559,17 +568,17 @@ def other_token(visit: Visit) -> None:
         stream.say(visit.blocks - before)
 
 
-def _intrude(visit: Visit, session: int, *, start: bool = False) -> None:
+def _intrude(visit: SoakSession, session: int, *, start: bool = False) -> None:
     """Another connection uses the id, without END: that is refused as well, but Triton ends the sequence."""
     intruder = RawStream(visit, session)
     try:
-        audio = NOTHING if start else visit.take.speech[0]
+        audio = NOTHING if start else visit.utterance.speech[0]
         intruder.refused(intruder.request(audio, start=start), ErrorCode.INVALID_ARGUMENT)
     finally:
         intruder.cancel()
 
 
-def bad_input(visit: Visit) -> None:
+def bad_input(visit: SoakSession) -> None:
     """Something that START refuses, or a block of a wrong length, after which the session goes on."""
     with RawStream(visit) as stream:
         message = stream.request(NOTHING, start=True)
@@ -587,7 +596,7 @@ def bad_input(visit: Visit) -> None:
                 stream.refused(message, ErrorCode.INVALID_ARGUMENT)
             case _:
                 stream.ask(message)
-                stream.refused(stream.request(visit.take.speech[0][:-1]), ErrorCode.INVALID_ARGUMENT)
+                stream.refused(stream.request(visit.utterance.speech[0][:-1]), ErrorCode.INVALID_ARGUMENT)
                 stream.say(visit.blocks)
 
 
@@ -604,7 +613,7 @@ WEIGHTS: dict[Ending, float] = {
     Ending.OTHER_TOKEN: 1.5,
     Ending.BAD_INPUT: 2,
 }
-ENDINGS: dict[Ending, Callable[[Visit], None]] = {
+ENDINGS: dict[Ending, Callable[[SoakSession], None]] = {
     Ending.COMPLETED: completed,
     Ending.CLOSED: closed,
     Ending.INTERRUPTED: interrupted,
