@@ -130,8 +130,8 @@ def test_what_is_said_and_the_exit_code(status: ServerStatus, code: int, lines: 
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        (KeyState.MISSING, "missing: the server wants one; give --api-key-file"),
-        (KeyState.REFUSED, "refused: the server wants another than that of --api-key-file"),
+        (KeyState.MISSING, "missing: the server expects one; give --api-key-file"),
+        (KeyState.REFUSED, "refused: the server expects a different key than that of --api-key-file"),
         (KeyState.NOT_NEEDED, "not needed"),
     ],
 )
