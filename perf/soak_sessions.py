@@ -33,8 +33,8 @@ from live_avatar.pipeline.generator import Generator
 from live_avatar.serving.label import Label
 from live_avatar_client import AvatarSession, Block
 from live_avatar_client.base import open_channel
-from live_avatar_client.core import Opening, Request, Response
 from live_avatar_client.errors import AvatarError, SessionFailed, SessionRefused
+from live_avatar_client.messages import Opening, Request, Response
 from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.protocol import (
     BLOCK_SAMPLES,

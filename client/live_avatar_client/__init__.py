@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from .aio import AsyncAvatarSession
-    from .core import Block
     from .errors import (
         AnswerTimeout,
         AvatarError,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
         SessionRefused,
     )
     from .image import read_image_bytes
+    from .messages import Block
     from .protocol import EndReason, ErrorCode, FrameFormat
     from .stats import StreamStats
     from .sync import AvatarSession
@@ -62,7 +62,7 @@ __all__ = [
 _MODULES: Final = {
     "AsyncAvatarSession": "aio",
     "AvatarSession": "sync",
-    "Block": "core",
+    "Block": "messages",
     "EndReason": "protocol",
     "ErrorCode": "protocol",
     "FrameFormat": "protocol",

@@ -17,9 +17,10 @@ import grpc
 import grpc.aio
 
 from . import wire
-from .core import Limits, Opening, SessionCore
+from .core import Limits, SessionCore
 from .errors import AvatarError, ConnectFailed, InvalidInput, ServerIncompatible, SessionClosed, SessionRefused
 from .image import image_bytes
+from .messages import Opening
 from .protocol import (
     API_KEY_HEADER,
     DEFAULT_JPEG_QUALITY,
@@ -48,7 +49,7 @@ _TLS_FAULTS: Final = (
 )
 
 LONGEST_WAIT_S: Final = 3600.0
-"""Who waits for longer looks again in between: an endless time is none that a lock or a loop can wait for."""
+"""Longest single wait: locks and event loops take no infinite timeout, so longer waits are repeated."""
 
 CLOSE_GRACE_S: Final = 1.0
 """How long a closing session waits for the server to take note of the end before it cancels the stream."""
@@ -87,7 +88,7 @@ class BaseSession(ABC):
             prompt: describes the scene and the manner of the person, at most 2,000 characters.
             seed: the same seed, image, prompt and speech give the same video.
             frame_format: "raw" gives RGB pixels (`Block.frames`), "jpeg" encoded frames (`Block.jpegs`),
-                which need far less of the network.
+                which need far less bandwidth.
             jpeg_quality: from 1 to 95; more is better, and larger.
             label: a line of at most 64 characters that the server writes on every frame, such as "AI-generated".
             idle: while nothing is said, send silence at playback pace, so that the avatar keeps moving. Speech

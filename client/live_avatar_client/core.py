@@ -1,21 +1,19 @@
-"""One session without its network: decides what to send and when, and trims what comes back.
+"""The state machine of one session: decides what to send and when, and trims the frames that arrive.
 
-The transports (`sync`, `aio`) feed it and send what `next_request` returns. It knows neither gRPC nor
-threads nor asyncio: an operation that may have to wait is a generator (`Steps`) that yields the time
-until which nothing can be done unless something changes, and the transport does the waiting.
+It does no I/O. The transports (`sync`, `aio`) pass answers in and send what `next_request` returns. An operation
+that may wait is a generator (`Steps`): it yields a deadline, and the transport waits until then or until the
+session changes.
 """
 
 import math
-import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .cutter import NO_SAMPLES, BlockCutter, Samples, SpeechBlock, as_samples, silent_block
 from .errors import (
@@ -30,42 +28,25 @@ from .errors import (
     SessionFailed,
     SessionRefused,
 )
+from .messages import Block, Opening, Request, Response
 from .pacing import PlaybackClock
 from .protocol import (
     BLOCK_SAMPLES,
-    DEFAULT_JPEG_QUALITY,
-    FPS,
     FRAMES_PER_BLOCK,
     MAX_SEQUENCE_ID,
     SAMPLES_PER_FRAME,
     EndReason,
     ErrorCode,
     FrameFormat,
+    explain_error,
     parse_error,
 )
 
-Pixels: TypeAlias = NDArray[np.uint8]
-
 _T = TypeVar("_T")
 Steps: TypeAlias = Generator[float, None, _T]
-"""An operation that yields the monotonic time at which to go on, unless something changes before."""
+"""An operation that yields the monotonic time at which to resume; a change of the session resumes it earlier."""
 
 _TOKEN_BYTES: Final = 16
-
-# Triton calls the process of an instance by its model's name, version or instance group, and number.
-_STOPPED_STAGE: Final = re.compile(r"Stub process '(?P<stage>.+?)(?:_\d+_\d+)?' is not healthy")
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What the first request of a session carries besides its audio."""
-
-    image: bytes
-    prompt: str
-    seed: int
-    frame_format: FrameFormat
-    jpeg_quality: int = DEFAULT_JPEG_QUALITY
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,68 +58,6 @@ class Limits:
     send_timeout_s: float
     answer_timeout_s: float
     keep_alive_s: float = math.inf
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One request to the ensemble; `opening` goes with the START flag, `end` with the END flag."""
-
-    sequence_id: int
-    token: str
-    audio: Samples
-    opening: Opening | None
-    end: EndReason | None
-
-
-@dataclass(frozen=True, eq=False)
-class Response:
-    """One answer of the ensemble, as it came."""
-
-    frames: Pixels
-    jpegs: tuple[bytes, ...]
-    first_frame: int
-    provenance: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """Consecutive video frames, at most 12; times are of `time.monotonic`."""
-
-    index: int
-    """0 for the first block of the session."""
-    first_frame: int
-    """The number of the block's first frame; frame 0 shows the first 640 samples that were sent."""
-    frames: Pixels
-    """RGB, [n, height, width, 3], read-only (copy it to draw on it); zero rows when JPEG was asked for."""
-    jpegs: tuple[bytes, ...]
-    """n encoded frames; empty unless JPEG was asked for."""
-    audio: Samples
-    """What the frames speak, int16 [n * 640] at 16 kHz, with the silence around the speech."""
-    stale: bool
-    """Whether the frames show speech that was sent before an `interrupt()`: a player leaves them out."""
-    audio_started_at_s: float
-    """When the first sample of the block's speech was given to `send`."""
-    audio_complete_at_s: float
-    """When the last one was."""
-    sent_at_s: float
-    """When that speech was sent to the server."""
-    received_at_s: float
-    """When the frames arrived."""
-
-    def __len__(self) -> int:
-        """Return the number of frames."""
-        return len(self.jpegs) or len(self.frames)
-
-    @property
-    def timestamps_s(self) -> tuple[float, ...]:
-        """When each frame is to be shown, in seconds from frame 0."""
-        return tuple((self.first_frame + i) / FPS for i in range(len(self)))
-
-    def timed_frames(self) -> Iterator[tuple[float, Pixels]]:
-        """Return each frame's timestamp and its pixels [height, width, 3]."""
-        if self.jpegs:
-            raise InvalidInput("the session's frame_format is 'jpeg'; read Block.jpegs, or ask for 'raw'")
-        return zip(self.timestamps_s, self.frames, strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -411,7 +330,7 @@ class SessionCore:
         if self._blocks_received == 0 and code not in (ErrorCode.FAILED, None):
             self.fail(SessionRefused(f"the server refused the session: {message}", code))
         else:
-            self.fail(SessionFailed(f"the server ended the session: {_explained(message)}", code))
+            self.fail(SessionFailed(f"the server ended the session: {explain_error(message)}", code))
 
     def receive_close(self, reason: str) -> None:
         """Take note that nothing more comes from the server."""
@@ -536,17 +455,3 @@ def _first_frames(block: Block, count: int) -> Block:
         return block
     audio = block.audio[: count * SAMPLES_PER_FRAME]
     return replace(block, frames=block.frames[:count], jpegs=block.jpegs[:count], audio=audio)
-
-
-def _explained(message: str) -> str:
-    """Return what an error of Triton itself means to a user; other messages as they are."""
-    if "must specify the START flag" in message:
-        return (
-            "the server no longer knows this session (it was silent for longer than the server's idle limit, or "
-            "the server has lost it); open a new session"
-        )
-    if stopped := _STOPPED_STAGE.search(message):
-        return f"the process of its stage {stopped['stage']} has stopped; open a new session when the server is ready"
-    if "has no available versions" in message:
-        return "one of its stages is being started again; open a new session when the server is ready"
-    return message

@@ -22,11 +22,11 @@ except ImportError as error:
         "live_avatar_client.media needs PyAV; install it with: pip install 'live-avatar-client[media]'"
     ) from error
 
-from .core import Pixels
 from .cutter import Samples, as_samples
 from .errors import InvalidInput, MediaError
 from .files import FileWriter, OutputFile, require_file
 from .image import read_image_bytes
+from .messages import Pixels
 from .protocol import FPS, SAMPLE_RATE_HZ
 
 __all__ = ["Mp4Writer", "provenance_metadata", "read_image_bytes", "read_speech"]

@@ -116,6 +116,8 @@ class ErrorCode(StrEnum):
 
 
 _CODED = re.compile(rf"\[({'|'.join(ErrorCode)})\]\s*(.*)", re.DOTALL)
+# Triton names the process of an instance: model name, version or instance group, number.
+_STOPPED_STAGE = re.compile(r"Stub process '(?P<stage>.+?)(?:_\d+_\d+)?' is not healthy")
 _TRITON_PREFIX = re.compile(r"^(?:in ensemble '[^']*',\s*)?(?:\[request id: [^\]]*\]\s*)?")
 
 
@@ -132,3 +134,17 @@ def parse_error(text: str) -> tuple[ErrorCode | None, str]:
     if coded := _CODED.search(text):
         return ErrorCode(coded[1]), coded[2].strip()
     return None, _TRITON_PREFIX.sub("", text).strip()
+
+
+def explain_error(message: str) -> str:
+    """Return the meaning of an error that Triton itself raised; other messages are returned unchanged."""
+    if "must specify the START flag" in message:
+        return (
+            "the server no longer knows this session (it was silent for longer than the server's idle limit, or "
+            "the server has lost it); open a new session"
+        )
+    if stopped := _STOPPED_STAGE.search(message):
+        return f"the process of its stage {stopped['stage']} has stopped; open a new session when the server is ready"
+    if "has no available versions" in message:
+        return "one of its stages is being started again; open a new session when the server is ready"
+    return message

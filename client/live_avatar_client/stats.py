@@ -9,8 +9,8 @@ from typing import Self
 
 import numpy as np
 
-from .core import Block
 from .errors import InvalidInput
+from .messages import Block
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from tritonclient.grpc import service_pb2_grpc
 
 from . import wire
 from .base import CLOSE_GRACE_S, LONGEST_WAIT_S, BaseSession, open_channel
-from .core import Block, Pixels, Steps
+from .core import Steps
+from .messages import Block, Pixels
 
 _T = TypeVar("_T")
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .base import CHANNEL_OPTIONS
-from .core import Pixels
 from .cutter import Samples
+from .messages import Pixels
 from .protocol import (
     API_KEY_HEADER,
     AUDIO,

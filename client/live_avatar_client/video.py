@@ -13,11 +13,11 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from .core import Pixels
 from .cutter import Samples
 from .errors import InvalidInput, MediaError
 from .files import FileWriter, OutputFile
 from .media import Mp4Writer
+from .messages import Pixels
 from .protocol import SAMPLES_PER_FRAME
 
 Metadata: TypeAlias = Mapping[str, str]

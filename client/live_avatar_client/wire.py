@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from .core import Opening, Request, Response
 from .errors import ServerIncompatible
+from .messages import Opening, Request, Response
 from .protocol import (
     AUDIO,
     END_REASON_PARAMETER,

@@ -1,7 +1,4 @@
-"""What `live-avatar doctor` says of a server, for people and for scripts.
-
-Knows the client's `ServerStatus`; asks no server itself.
-"""
+"""Formats a server's status for `live-avatar doctor`, as text or JSON, and chooses the exit code."""
 
 from __future__ import annotations
 
@@ -15,18 +12,18 @@ READY, NOT_READY = 0, 1
 KEY_WORDS = {
     KeyState.NOT_NEEDED: "not needed",
     KeyState.ACCEPTED: "accepted",
-    KeyState.MISSING: "missing: the server wants one; give --api-key-file",
-    KeyState.REFUSED: "refused: the server wants another than that of --api-key-file",
+    KeyState.MISSING: "missing: the server expects one; give --api-key-file",
+    KeyState.REFUSED: "refused: the server expects a different key than that of --api-key-file",
 }
 
 
 def exit_code(status: ServerStatus) -> int:
-    """0 if a session could be opened now, with the key that was given; else 1."""
+    """0 if a session can be opened now with the given key, otherwise 1."""
     return READY if status.ready and status.free_sessions else NOT_READY
 
 
 def as_lines(status: ServerStatus) -> list[str]:
-    """The status for a person."""
+    """Returns the status as lines of text."""
     return [
         f"server      {status.url}{f', version {status.version}' if status.version else ''}",
         f"alive       {_yes(status.live)}",
@@ -40,7 +37,7 @@ def as_lines(status: ServerStatus) -> list[str]:
 
 
 def as_json(status: ServerStatus) -> str:
-    """The status for a script: its fields, `free_sessions` too, null for what is not known."""
+    """Returns the status as JSON, `free_sessions` included; unknown values are null."""
     return json.dumps(dataclasses.asdict(status) | {"free_sessions": status.free_sessions}, indent=2)
 
 

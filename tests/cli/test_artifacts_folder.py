@@ -138,7 +138,7 @@ def test_options_that_artifacts_settle(
 ) -> None:
     files = ("--audio", inputs / "short.wav", "--image", image, "--output", tmp_path / "a.mp4")
     result = invoke("generate", "--artifacts", artifacts.folder, *files, *words)
-    assert_refused(result, f"--artifacts were exported with their own {words[0]}; leave that out")
+    assert_refused(result, f"--artifacts already fixes {words[0]}; leave that out")
 
 
 def test_the_demo_does_not_export_over_another_preset(copy: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_export_does_not_replace_what_is_no_artifacts_folder(tmp_path: Path) -> 
     result = invoke("export", "--output", tmp_path / "letters")
     assert_refused(result, "exists and is not an artifacts folder; choose another --output or remove it.")
     result = invoke("export", "--output", tmp_path / "letters" / "dear.txt" / "tiny")
-    assert_refused(result, "dear.txt: File exists; use a path that exists and is writable, with room left.")
+    assert_refused(result, "dear.txt: File exists; use a writable path with free space.")
     result = invoke("export", "--output", tmp_path / "a", "--checkpoint", tmp_path / "none")
     assert_refused(result, "checkpoint", "none does not exist; give the folder that holds the weights.")
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]

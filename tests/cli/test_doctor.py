@@ -13,6 +13,7 @@ import pytest
 from live_avatar.cli.doctor import as_json, as_lines, exit_code
 from live_avatar_client.status import KeyState, ServerStatus
 from tests.cli.support import assert_refused, invoke
+from tests.support.status import SERVED
 
 READY = ServerStatus(
     url="localhost:8001",
@@ -21,24 +22,9 @@ READY = ServerStatus(
     round_trip_s=0.00123,
     tls=False,
     key=KeyState.NOT_NEEDED,
-    version="0.1.0",
-    preset="tiny",
-    artifacts="0123abcd",
-    profile="cpu",
-    max_sessions=4,
-    live_sessions=1,
-    draining=False,
+    **SERVED,
 )
-UNKNOWN = replace(
-    READY,
-    version=None,
-    preset=None,
-    artifacts=None,
-    profile=None,
-    max_sessions=None,
-    live_sessions=None,
-    draining=None,
-)
+UNKNOWN = replace(READY, **dict.fromkeys(SERVED))
 LINES = [
     "server      localhost:8001, version 0.1.0",
     "alive       yes",
@@ -130,8 +116,8 @@ def test_what_is_said_and_the_exit_code(status: ServerStatus, code: int, lines: 
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        (KeyState.MISSING, "missing: the server wants one; give --api-key-file"),
-        (KeyState.REFUSED, "refused: the server wants another than that of --api-key-file"),
+        (KeyState.MISSING, "missing: the server expects one; give --api-key-file"),
+        (KeyState.REFUSED, "refused: the server expects a different key than that of --api-key-file"),
         (KeyState.NOT_NEEDED, "not needed"),
     ],
 )

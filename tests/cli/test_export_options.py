@@ -29,12 +29,12 @@ def test_gpu_memory_without_engines_is_a_mistake(tmp_path: Path) -> None:
 
 def test_an_alpha_without_an_adapter_is_a_mistake(tmp_path: Path) -> None:
     result = invoke("export", "--lora-alpha", "64", "--output", tmp_path / "a")
-    assert_refused(result, "--lora-alpha is nothing without --lora; give the adapter's file")
+    assert_refused(result, "--lora-alpha requires --lora; give the adapter's file")
 
 
 def test_a_picture_and_a_size_contradict(tmp_path: Path) -> None:
     result = invoke("export", "--like", PORTRAIT, "--height", "96", "--output", tmp_path / "a")
-    assert_refused(result, "--like decides height and width; leave --height and --width out")
+    assert_refused(result, "--like sets height and width; leave --height and --width out")
 
 
 def test_the_14b_preset_asks_for_its_files(tmp_path: Path) -> None:

@@ -90,5 +90,5 @@ def test_a_full_standard_output_is_one_sentence() -> None:
         done = subprocess.run(command("--help"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "Error: standard output: No space left on device; use a path that exists and is writable, with room left."
+        "Error: standard output: No space left on device; use a writable path with free space."
     ]

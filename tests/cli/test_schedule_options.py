@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.support import assert_refused, invoke
 
-ONE_OF_THEM = "--steps, --sigmas and --drop-idle-step each settle the schedule; give one of them"
+ONE_OF_THEM = "--steps, --sigmas and --drop-idle-step exclude each other; give one of them"
 
 
 @pytest.mark.parametrize(

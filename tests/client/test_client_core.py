@@ -20,8 +20,9 @@ from live_avatar_client import (
     SessionFailed,
     SessionRefused,
 )
-from live_avatar_client.core import Limits, Opening, Request, Response, SessionCore, Steps
+from live_avatar_client.core import Limits, SessionCore, Steps
 from live_avatar_client.cutter import BlockCutter, Samples, as_samples
+from live_avatar_client.messages import Opening, Request, Response
 from live_avatar_client.protocol import BLOCK_SAMPLES, EndReason, ErrorCode, FrameFormat
 from live_avatar_client.testing import SAMPLE_IMAGE, sample_speech
 

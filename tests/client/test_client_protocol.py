@@ -7,7 +7,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from live_avatar_client import ServerIncompatible
-from live_avatar_client.core import Opening, Request
+from live_avatar_client.messages import Opening, Request
 from live_avatar_client.protocol import (
     AUDIO,
     OUTPUTS,

@@ -20,17 +20,9 @@ from live_avatar_client.protocol import API_KEY_HEADER, STATUS, STATUS_MODEL, ST
 from live_avatar_client.status import KeyState, ServerStatus, server_status
 from live_avatar_client.tls import TLS
 from live_avatar_client.wire import get_tensor, put_tensor
+from tests.support.status import SERVED
 
 KEY = "the-key-of-the-server"
-SERVED = {
-    "version": "0.1.0",
-    "preset": "tiny",
-    "artifacts": "0123abcd",
-    "profile": "cpu",
-    "max_sessions": 4,
-    "live_sessions": 1,
-    "draining": False,
-}
 
 
 @dataclass(frozen=True)
@@ -98,13 +90,7 @@ def test_a_ready_server_says_what_it_serves_and_how_much_is_free():
         round_trip_s=status.round_trip_s,
         tls=False,
         key=KeyState.NOT_NEEDED,
-        version="0.1.0",
-        preset="tiny",
-        artifacts="0123abcd",
-        profile="cpu",
-        max_sessions=4,
-        live_sessions=1,
-        draining=False,
+        **SERVED,
     )
     assert status.free_sessions == 3
 
