@@ -43,11 +43,11 @@ LIMIT_S = 300.0
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """Built with the packages of the index that this machine's pip knows, in the place of PyTorch's own."""
+    """Built with the packages of the indexes that this machine's pip knows, not of PyTorch's own."""
     opt = tmp_path_factory.mktemp("opt")
     opt.chmod(0o755)
-    index = os.environ.get("PIP_EXTRA_INDEX_URL")
-    return build_image(ROOT / "docker" / "cpu.Dockerfile", opt, {"PIP_EXTRA_INDEX_URL": index})
+    indexes = {name: os.environ.get(name) for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")}
+    return build_image(ROOT / "docker" / "cpu.Dockerfile", opt, indexes)
 
 
 @pytest.fixture(scope="module")
