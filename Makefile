@@ -41,8 +41,8 @@ install: $(INSTALLED) ## Make .venv with everything in it
 demo: $(INSTALLED) ## Stream six seconds of speech to a server on this machine, and write the video
 	@$(BIN)/live-avatar demo
 
-# Processes that run the tests of a file each; WORKERS=0 runs all in one. Two of them need 4 GiB of memory.
-WORKERS := 2
+# Processes that run the tests, each a file at a time; 0 runs all in pytest's own.
+WORKERS := 0
 
 .PHONY: test
 test: lint ## Run the linter, the type checker and the tests that are not slow
