@@ -41,9 +41,12 @@ install: $(INSTALLED) ## Make .venv with everything in it
 demo: $(INSTALLED) ## Stream six seconds of speech to a server on this machine, and write the video
 	@$(BIN)/live-avatar demo
 
+# Processes that run the tests, each a file at a time; 0 runs all in pytest's own.
+WORKERS := 0
+
 .PHONY: test
-test: lint ## Run the linter, the type checker and the tests, as CI does
-	@$(BIN)/pytest -q
+test: lint ## Run the linter, the type checker and the tests that are not slow
+	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the tests marked slow
@@ -58,8 +61,11 @@ $(CHECKOV): | $(INSTALLED)
 	.k8s/bin/python -m pip install -qq --disable-pip-version-check checkov==$(lastword $(subst -, ,$@)); \
 	touch $@
 
+.PHONY: prepare-k8s
+prepare-k8s: $(INSTALLED) $(CHECKOV)
+
 .PHONY: test-k8s
-test-k8s: $(INSTALLED) $(CHECKOV) ## Check k8s/ and docker/ whole, with rehearsals (as root; says which Debian packages are missing)
+test-k8s: prepare-k8s ## Check k8s/ and docker/ whole, with rehearsals (as root; says which Debian packages are missing)
 	@$(BIN)/pytest -q -m "not slow" tests/k8s
 
 MINUTES := 60

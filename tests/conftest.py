@@ -1,6 +1,6 @@
 """What many tests share: the tiny preset's networks, its artifacts, and a picture and speech.
 
-Exporting takes about 40 s, so it happens once per run; tests must not change what they get from here.
+Exporting takes about 40 s, so a run exports once; tests must not change what they get from here.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import pytest
 from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.config import TINY
-from live_avatar.exporter.build import export_artifacts
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import open_checkpoint
+from tests.support.artifacts import exported_once
 from tests.support.networks import SMALL
 
 SEED = 7
@@ -34,9 +34,7 @@ def torch_runtime() -> TorchRuntime:
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """The tiny preset, exported."""
-    return export_artifacts(
-        open_checkpoint(TINY), tmp_path_factory.mktemp("artifacts") / "tiny", lambda component: None
-    )
+    return exported_once(tmp_path_factory, TINY)
 
 
 @pytest.fixture(scope="session")

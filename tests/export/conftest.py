@@ -10,8 +10,9 @@ import pytest
 
 from live_avatar.config import TINY, VAEConfig
 from live_avatar.exporter.build import export_artifacts
-from live_avatar.graphs.artifacts import MANIFEST, Artifacts
+from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.weights.checkpoint import open_checkpoint
+from tests.support.artifacts import made_once
 
 LEAST = replace(
     TINY,
@@ -54,13 +55,26 @@ def old_artifacts(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def least_told() -> list[str]:
-    """What the export of `least_artifacts` told of its progress."""
-    return []
+def least_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`exported/artifacts` is the least preset, exported over what another version left; `told` has its progress."""
+
+    def export(folder: Path) -> None:
+        parent = folder / "exported"
+        parent.mkdir()
+        told: list[str] = []
+        export_artifacts(open_checkpoint(LEAST), old_artifacts(parent / "artifacts"), told.append)
+        (folder / "told").write_text("\n".join(told))
+
+    return made_once(tmp_path_factory, LEAST.name, export)
 
 
 @pytest.fixture(scope="session")
-def least_artifacts(tmp_path_factory: pytest.TempPathFactory, least_told: list[str]) -> Artifacts:
-    """The least preset, exported over what another version left; tests must not change it."""
-    folder = old_artifacts(tmp_path_factory.mktemp("least") / "artifacts")
-    return export_artifacts(open_checkpoint(LEAST), folder, least_told.append)
+def least_told(least_folder: Path) -> list[str]:
+    """What the export of `least_artifacts` reported of its progress."""
+    return (least_folder / "told").read_text().splitlines()
+
+
+@pytest.fixture(scope="session")
+def least_artifacts(least_folder: Path) -> Artifacts:
+    """The least preset, exported; tests must not change it."""
+    return load_artifacts(least_folder / "exported" / "artifacts")

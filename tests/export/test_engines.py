@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from export.engines import main
 from live_avatar.errors import CapacityError, ExportError
-from live_avatar.exporter.engines import LOCK, TIMING_CACHE, EngineOptions, build_engines, main
+from live_avatar.exporter.engines import LOCK, TIMING_CACHE, EngineOptions, build_engines
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.graphs.engines import FOLDER, Engine, Machine, engine_path, read_engines
 from live_avatar.graphs.memory import WORKSPACE_BYTES

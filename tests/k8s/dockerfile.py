@@ -101,7 +101,7 @@ class Image:
 def build(path: Path, opt: Path, build_arguments: Mapping[str, str | None]) -> Image:
     """Does what a Dockerfile says. An argument of None is not set, as if its line had no default.
 
-    Raises `subprocess.CalledProcessError` for a command that fails.
+    Raises `ContainerError` for a command that fails.
     """
     image, given = Image(opt), {}
     for found in instructions(path):

@@ -106,8 +106,16 @@ def bubblewrap() -> str:
     return program("bwrap")
 
 
+class ContainerError(Exception):
+    """A container ended with another code than 0; `output` is what it wrote to stdout and stderr."""
+
+    def __init__(self, command: Sequence[str], code: int, output: str) -> None:
+        super().__init__(f"{' '.join(command)} ended with exit code {code}:\n{output}")
+        self.output = output
+
+
 def run(container: Container, limit_s: float) -> str:
-    """Runs it to its end; what it wrote. Raises `subprocess.CalledProcessError`, with that, if it fails."""
+    """Runs it to its end; what it wrote. Raises `ContainerError`, with that, if it fails."""
     result = subprocess.run(
         [bubblewrap(), *container.arguments()],
         stdin=subprocess.DEVNULL,
@@ -118,7 +126,7 @@ def run(container: Container, limit_s: float) -> str:
         preexec_fn=_politely,
     )
     if result.returncode != 0:
-        raise subprocess.CalledProcessError(result.returncode, container.command, result.stdout)
+        raise ContainerError(container.command, result.returncode, result.stdout)
     return result.stdout
 
 

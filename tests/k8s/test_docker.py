@@ -93,8 +93,11 @@ def test_both_do_the_same_but_for_triton_and_tensorrt():
 def test_an_image_gets_code_and_nothing_else():
     files = [file for file in context(ROOT) if not (file.parts[0] == "docker" or len(file.parts) == 1)]
     assert {file.parts[0] for file in files} == {"client", "export", "live_avatar", "model_repository"}
-    assert {file.suffix for file in files} <= {"", ".md", ".pbtxt", ".png", ".py", ".toml", ".typed", ".wav"}
-    assert sum((ROOT / file).stat().st_size for file in files) < 4 * 2**20
+    shipped = {file for file in files if file.suffix == ".safetensors"}
+    assert {file.parent.as_posix() for file in shipped} == {"live_avatar/assets/tiny"}
+    code = [file for file in files if file not in shipped]
+    assert {file.suffix for file in code} <= {"", ".md", ".pbtxt", ".png", ".py", ".toml", ".typed", ".wav"}
+    assert sum((ROOT / file).stat().st_size for file in code) < 4 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -110,8 +113,21 @@ def test_an_image_gets_code_and_nothing_else():
         "api.key",
     ],
 )
-def test_weights_keys_and_the_rest_of_a_checkout_stay_outside(path: str):
+def test_other_weights_keys_and_the_rest_of_a_checkout_stay_outside(path: str):
     assert is_ignored(path, rules_of(ROOT))
+
+
+@BOTH
+def test_it_holds_the_modules_that_the_manifests_run(path: Path):
+    """`python3 -m` finds a module of the checkout, which is not installed, from the image's working directory."""
+    files = {file.as_posix() for file in context(ROOT)}
+    pods = [pod_of(workload) for folder in ("base", "artifacts") for workload in workloads(build(K8S / folder))]
+    containers = [container for pod in pods for container in (*pod.get("initContainers", []), *pod["containers"])]
+    modules = [container["command"][2] for container in containers if container["command"][:2] == ["python3", "-m"]]
+    assert modules == ["export.engines"]
+    assert {f"{module.replace('.', '/')}.py" for module in modules} <= files
+    assert all("workingDir" not in container for container in containers)
+    assert arguments_of(path, "COPY")[-1] == ". ."
 
 
 def test_every_package_of_an_image_is_pinned():

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 from live_avatar.assets import PORTRAIT, SPEECH
-from tests.cli.support import wait_until
+from tests.cli.support import COMMANDS, wait_until
 from tests.k8s.dockerfile import Image
 from tests.k8s.dockerfile import build as build_image
 from tests.k8s.manifests import K8S, ROOT, Object, arguments, build, environment, pod_of, quantity, server_of, the
-from tests.k8s.sandbox import Container, Mount, Running, run, started
+from tests.k8s.sandbox import Container, ContainerError, Mount, Running, run, started
 
 pytestmark = pytest.mark.k8s
 
@@ -43,11 +43,11 @@ LIMIT_S = 300.0
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """Built with the packages of the index that this machine's pip knows, in the place of PyTorch's own."""
+    """Built with the packages of the indexes that this machine's pip knows, not of PyTorch's own."""
     opt = tmp_path_factory.mktemp("opt")
     opt.chmod(0o755)
-    index = os.environ.get("PIP_EXTRA_INDEX_URL")
-    return build_image(ROOT / "docker" / "cpu.Dockerfile", opt, {"PIP_EXTRA_INDEX_URL": index})
+    indexes = {name: os.environ.get(name) for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")}
+    return build_image(ROOT / "docker" / "cpu.Dockerfile", opt, indexes)
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +140,17 @@ def container_of(
     )
 
 
+def said(result: subprocess.CompletedProcess[str]) -> str:
+    """All that a command wrote, for an assertion that fails."""
+    return result.stdout + result.stderr
+
+
 def test_the_entrypoint_shows_the_commands(image: Image) -> None:
     user, group = map(int, image.user.split(":"))
     container = Container([*image.entrypoint, "--help"], image.environment, image.folder, image.opt)
-    said = run(replace(container, user=user, group=group, mounts=[Mount("/tmp", None, bytes=2**20)]), LIMIT_S)
-    assert "Usage: live-avatar" in said
+    shown = run(replace(container, user=user, group=group, mounts=[Mount("/tmp", None, bytes=2**20)]), LIMIT_S)
+    assert "Usage: live-avatar" in shown
+    assert [name for name in COMMANDS if f"\n  {name} " not in shown] == []
 
 
 def test_nothing_but_its_volumes_can_be_written(image: Image, objects: list[Object], tmp_path: Path) -> None:
@@ -160,7 +166,7 @@ def test_nothing_but_its_volumes_can_be_written(image: Image, objects: list[Obje
         "0" * 16,
     ]
     for place in ("/", "/opt/live-avatar", "/artifacts", "/keys", "/usr"):
-        with pytest.raises(subprocess.CalledProcessError) as refused:
+        with pytest.raises(ContainerError) as refused:
             shell(f"touch {place}/x")
         assert "Read-only file system" in refused.value.output or "Permission denied" in refused.value.output
 
@@ -174,15 +180,17 @@ def test_every_probe_is_answered(pod: Pod) -> None:
 
 
 def test_grpcs_own_health_needs_no_key(pod: Pod) -> None:
-    assert pod.python("-c", GRPC_HEALTH).stdout.strip() == str(SERVING)
+    asked = pod.python("-c", GRPC_HEALTH)
+    assert asked.stdout.strip() == str(SERVING), said(asked)
 
 
 def test_a_session_needs_the_key_of_the_secret(pod: Pod, tmp_path: Path) -> None:
-    assert pod.command("doctor", "127.0.0.1:8001").returncode == 1
+    refused = pod.command("doctor", "127.0.0.1:8001")
+    assert refused.returncode == 1, said(refused)
     found = pod.command("doctor", "127.0.0.1:8001", "--api-key-file", pod.key)
-    assert found.returncode == 0, found.stdout
+    assert found.returncode == 0, said(found)
     spoken = pod.speak(tmp_path / "video.mp4")
-    assert spoken.returncode == 0, spoken.stderr
+    assert spoken.returncode == 0, said(spoken)
     assert (tmp_path / "video.mp4").stat().st_size > 10_000
 
 
@@ -193,8 +201,8 @@ def test_process_1_drains_and_ends(pod: Pod, tmp_path: Path) -> None:
         wait_until(lambda: speaking.done() or pod.log.read_text().count(" started: ") == 2)
         os.kill(pod.running.process, signal.SIGTERM)
         wait_until(lambda: not pod.answers("readinessProbe"))
-        assert not speaking.done()
+        assert not speaking.done(), said(speaking.result())
         assert pod.answers("livenessProbe")
-        assert speaking.result().returncode == 0, speaking.result().stderr
+        assert speaking.result().returncode == 0, said(speaking.result())
     assert pod.running.wrapper.wait(LIMIT_S) == 0, pod.log.read_text()
     assert pod.log.read_text().count(" ended: completed, ") == 2
