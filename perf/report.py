@@ -1,7 +1,7 @@
-"""Shows figures: as a table of text, as pictures, and as the README's measured table.
+"""Shows figures: as a table of text, as pictures, and as the tables of README.md and docs/measurements.md.
 
-`python -m perf.report` writes the table between the README's marks from the JSON files of `perf/results/`;
-with --check it only says whether the README has it. Knows how figures are named; measures nothing.
+`python -m perf.report` writes each table between its markers from the JSON files of `perf/results/`; with --check it
+only says whether the documents have them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from perf.figures import StageTimes
 mpl.use("Agg")
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- measured: made by `python -m perf.report` -->", "<!-- /measured -->"
+ROOT = Path(__file__).parents[1]
 BLUE, GREEN, RED, GREY = "#3b6fd4", "#0f857a", "#c4513a", "#8a94a3"
 CLIENT = "this process"
 """As `perf.growth` names the one that measures: it holds frames that wait to be read."""
@@ -107,16 +106,40 @@ def lines_picture(
     save(plot, path)
 
 
-# ---- The README's table
+# ---- The tables of the documents
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the README's table: what, of which scenario, and how its figures say it."""
+    """One line of a table: what, of which scenario, and how its figures say it; in_readme: also one of the README's."""
 
     what: str
     scenario: str
     say: Callable[[Any], str]
+    in_readme: bool = False
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document with a table: its path from `root`, the name in its markers, whether it has all rows."""
+
+    path: str
+    name: str
+    complete: bool
+
+    @property
+    def begin(self) -> str:
+        return f"<!-- {self.name}: made by `python -m perf.report` -->"
+
+    @property
+    def end(self) -> str:
+        return f"<!-- /{self.name} -->"
+
+
+DOCUMENTS = (
+    Document("README.md", "figures", complete=False),
+    Document("docs/measurements.md", "measured", complete=True),
+)
 
 
 def _ms(seconds: float) -> str:
@@ -135,6 +158,18 @@ def _start(one: Any) -> str:
     return f"{_ms(one['ttff_s'])}: {_ms(one['block_wait_s'])} + {_ms(one['denoising_s'])} + {_ms(one['decoding_s'])}"
 
 
+def _fps(figures: Any) -> str:
+    return f"{figures['throughput']['fps']:.1f}"
+
+
+def _efficiency(figures: Any) -> str:
+    return f"{figures['frames_96x96']['efficiency']:.3f}"
+
+
+def _spoken(figures: Any) -> str:
+    return _start(figures["spoken"]["known"])
+
+
 def _passing(one: Any) -> str:
     return f"{one['hop_s'] * 1e3:.1f} ms a hop, {one['out_s'] * 1e3:.1f} ms for the frames to the client"
 
@@ -151,55 +186,77 @@ def _growth(one: Any) -> str:
 
 
 ROWS = (
-    Row("FPS, one session as fast as it goes (playback is 25)", "single", lambda f: f"{f['throughput']['fps']:.1f}"),
-    Row("the same by `live-avatar generate`, in the same run", "single", lambda f: f"{f['generate_fps']:.1f}"),
-    Row("Latency in real time, p50 / p95 / p99", "realtime", lambda f: _latency(f["chunks_of_20_ms"]["latency"])),
+    Row(
+        "FPS, one session as fast as it goes (playback is 25)",
+        "single",
+        lambda f: f"{f['throughput']['fps']:.1f}",
+        True,
+    ),
+    Row("FPS of `live-avatar generate`, in the same run", "single", lambda f: f"{f['generate_fps']:.1f}"),
+    Row("Latency in real time, p50 / p95 / p99", "realtime", lambda f: _latency(f["chunks_of_20_ms"]["latency"]), True),
     Row("Stalls of playback, of 100 blocks", "realtime", lambda f: _playback(f["chunks_of_20_ms"]["playback"])),
-    Row("TTFF as one speaks, known avatar: wait, denoising, decoding", "start", lambda f: _start(f["spoken"]["known"])),
+    Row(
+        "TTFF as one speaks, known avatar: wait, denoising, decoding",
+        "start",
+        lambda f: _start(f["spoken"]["known"]),
+        True,
+    ),
     Row("TTFF, speech at hand, known avatar", "start", lambda f: _ms(f["speech_at_hand"]["known"]["ttff_s"])),
     Row("TTFF, speech at hand, new avatar", "start", lambda f: _ms(f["speech_at_hand"]["new"]["ttff_s"])),
-    Row("Real-time sessions at once without a stall", "sessions", lambda f: str(f["real_time_sessions"])),
+    Row("Real-time sessions at once without a stall", "sessions", lambda f: str(f["real_time_sessions"]), True),
     Row("Memory of one more session", "sessions", lambda f: f"{f['memory_per_session_mib']:.0f} MiB"),
-    Row("Pipeline efficiency (stages held to 0.3 s)", "pipeline", lambda f: f"{f['frames_96x96']['efficiency']:.3f}"),
-    Row("A block's way beside the work, 96x96", "pipeline", lambda f: _passing(f["frames_96x96"]["passing"])),
-    Row("the same, 720x400", "pipeline", lambda f: _passing(f["frames_720x400"]["passing"])),
+    Row(
+        "Pipeline efficiency (each stage padded to 0.3 s)",
+        "pipeline",
+        lambda f: f"{f['frames_96x96']['efficiency']:.3f}",
+    ),
+    Row("Serving overhead per block, 96x96", "pipeline", lambda f: _passing(f["frames_96x96"]["passing"])),
+    Row("Serving overhead per block, 720x400", "pipeline", lambda f: _passing(f["frames_720x400"]["passing"])),
     Row("FPS of one long session, early and late", "long", _early_and_late),
-    Row("Memory of the server's processes in it", "long", _growth),
+    Row("Memory of the server's processes in that session", "long", _growth),
 )
 
 
-def measured(results: Path) -> str:
-    """The README's table, of the scenarios that have a JSON file in `results`."""
+def measured(results: Path, document: Document) -> str:
+    """The document's table, of the scenarios that have a JSON file in `results`."""
+    to_root = "../" * document.path.count("/")
     lines = ["| | | |", "|---|---|---|"]
     for row in ROWS:
         path = results / f"{row.scenario}.json"
-        if path.exists():
+        if path.exists() and (document.complete or row.in_readme):
             said = row.say(json.loads(path.read_text())["figures"])
-            lines.append(f"| {row.what} | {said} | [JSON](perf/results/{path.name}) |")
+            lines.append(f"| {row.what} | {said} | [JSON]({to_root}perf/results/{path.name}) |")
     return "\n".join(lines)
 
 
-def with_table(text: str, made: str) -> str:
-    """The text with the table between its marks. Raises `InputError` if it has not both marks once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise InputError(f"the README must have the lines {BEGIN} and {END} once each; put them where the table goes.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
+def with_table(text: str, made: str, document: Document) -> str:
+    """The text with the table between its markers. Raises `InputError` unless it has each marker once."""
+    begin, end = document.begin, document.end
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise InputError(
+            f"{document.path} must have the lines {begin} and {end} once each; put them where the table goes."
+        )
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit code 1 if the README has another table.")
+@click.option("--check", is_flag=True, help="Change nothing; exit code 1 if a document has another table.")
 def main(check: bool) -> None:
-    """Write the README's measured table from perf/results/."""
-    text = README.read_text()
-    try:
-        wanted = with_table(text, measured(RESULTS))
-    except InputError as error:
-        raise click.ClickException(str(error)) from error
-    if check and wanted != text:
-        raise click.ClickException("README.md has another table than perf/results/ makes; run python -m perf.report.")
-    if not check:
-        README.write_text(wanted)
+    """Write the tables of README.md and docs/measurements.md from perf/results/."""
+    for document in DOCUMENTS:
+        path = ROOT / document.path
+        text = path.read_text()
+        try:
+            wanted = with_table(text, measured(RESULTS, document), document)
+        except InputError as error:
+            raise click.ClickException(str(error)) from error
+        if check and wanted != text:
+            raise click.ClickException(
+                f"{document.path} has another table than perf/results/ makes; run python -m perf.report."
+            )
+        if not check:
+            path.write_text(wanted)
 
 
 if __name__ == "__main__":

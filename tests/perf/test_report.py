@@ -12,16 +12,34 @@ from PIL import Image
 from live_avatar.errors import InputError
 from perf import report
 from perf.figures import StageTimes
-from perf.report import BEGIN, END, README, RESULTS, busy_picture, lines_picture, main, measured, table, with_table
+from perf.report import (
+    DOCUMENTS,
+    RESULTS,
+    ROOT,
+    Document,
+    busy_picture,
+    lines_picture,
+    main,
+    measured,
+    table,
+    with_table,
+)
+
+README, ALL_FIGURES = DOCUMENTS
 
 
-def test_the_readme_has_the_table_of_the_results() -> None:
-    text = README.read_text()
-    assert with_table(text, measured(RESULTS)) == text, "run python -m perf.report"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.path)
+def test_a_document_has_the_table_of_the_results(document: Document) -> None:
+    text = (ROOT / document.path).read_text()
+    assert with_table(text, measured(RESULTS, document), document) == text, "run python -m perf.report"
+
+
+def test_the_readme_has_four_figures() -> None:
+    assert len(measured(RESULTS, README).splitlines()) == 2 + 4
 
 
 def test_every_row_has_its_results() -> None:
-    made = measured(RESULTS)
+    made = measured(RESULTS, ALL_FIGURES)
     missing = [row.what for row in report.ROWS if row.what not in made]
     assert not missing
 
@@ -30,13 +48,15 @@ def test_a_number_that_changes_changes_the_table(tmp_path: Path) -> None:
     document = json.loads((RESULTS / "single.json").read_text())
     document["figures"]["throughput"]["fps"] = 12.34
     (tmp_path / "single.json").write_text(json.dumps(document))
-    assert "| 12.3 |" in measured(tmp_path)
+    assert "| 12.3 |" in measured(tmp_path, README)
 
 
 def test_check_refuses_a_stale_readme_and_a_run_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    monkeypatch.setattr(report, "README", readme)
+    (tmp_path / "docs").mkdir()
+    for document in DOCUMENTS:
+        (tmp_path / document.path).write_text(f"before\n{document.begin}\nold\n{document.end}\nafter\n")
+    readme = tmp_path / README.path
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     stale = CliRunner().invoke(main, ["--check"])
     assert stale.exit_code == 1
     assert "README.md has another table than perf/results/ makes; run python -m perf.report" in stale.output
@@ -49,8 +69,8 @@ def test_check_refuses_a_stale_readme_and_a_run_mends_it(tmp_path: Path, monkeyp
 
 
 def test_a_readme_without_marks_is_refused() -> None:
-    with pytest.raises(InputError, match=r"the README must have the lines .* once each; put them where the table goes"):
-        with_table("no marks", "table")
+    with pytest.raises(InputError, match=r"README.md must have the lines .* once each; put them where the table goes"):
+        with_table("no marks", "table", README)
 
 
 def test_a_table_has_every_number_by_its_place() -> None:
