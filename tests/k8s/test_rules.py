@@ -131,9 +131,9 @@ def test_each_table_row_of_the_runbook_says_what_the_rule_says() -> None:
 @pytest.mark.parametrize(
     ("sentence", "source"),
     [
-        ("sessions of this server are taken", "live_avatar/serving/stage.py"),
+        ("sessions of this server are taken", "live_avatar/serving/sessions.py"),
         ("the process of STAGE is gone", "live_avatar/serving/supervisor.py"),
-        ("waiting for another process that builds engines", "export/engines.py"),
+        ("waiting for another process that builds engines", "live_avatar/exporter/engines.py"),
         ("has not been built", "live_avatar/graphs/engines.py"),
         (" started: ", "live_avatar/serving/conditioning.py"),
     ],
