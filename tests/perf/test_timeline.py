@@ -17,7 +17,7 @@ def trace(tmp_path: Path) -> Path:
     folder = tmp_path / "trace"
     folder.mkdir()
     for stage, name in enumerate(["conditioning", "dit_step_1", "vae_decoder"]):
-        writer = TraceWriter.from_environment(name, str(folder))
+        writer = TraceWriter.to_folder(name, folder)
         for block in range(4):
             writer.busy(7, block, stage + block, stage + block + 0.9)
         writer.close()

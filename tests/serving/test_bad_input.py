@@ -84,7 +84,7 @@ def test_prompt_of_100_000_characters(raw: RawSession, picture: bytes) -> None:
 def test_prompt_that_is_not_utf8(raw: RawSession, picture: bytes) -> None:
     error = raw.ask(image=picture, prompt=b"\xff\xfe", start=True)
     assert "PROMPT is not UTF-8" in error
-    assert "encode it so." in error
+    assert "encode it as UTF-8." in error
 
 
 @pytest.mark.parametrize(
