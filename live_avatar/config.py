@@ -1,4 +1,4 @@
-"""Every size of the system, in frozen dataclasses; all else is derived from them.
+"""Every size of the system, in frozen dataclasses; everything else is derived from them.
 
 `TINY` runs on a laptop's CPU; `S2V_14B` is the released model (spec sections 1, 11). The module
 knows no torch, no files and no server.
@@ -311,10 +311,10 @@ class Preset:
     text: TextEncoderConfig
     stream: StreamConfig
     weight_seed: int = field(default=20_26)
-    """Seed of the random weights that stand in where no trained ones are: the tiny networks of this seed have some."""
+    """Seed of the random weights of a preset without a checkpoint; the package has trained weights for `TINY`."""
     precision: str = "float32"
-    """Type of the transformer's large linears, of the VAE and of the caches, and of the text encoder if it is bfloat16.
-    The transformer's residual stream, norms, modulation and head, and both audio networks, are float32 in any case
+    """Data type of the transformer's large linears, the VAE and the caches; the text encoder has it unless it is
+    float16. The transformer's residual stream, norms, modulation and head, and both audio networks, are always float32
     (spec section 16)."""
 
     def __post_init__(self) -> None:

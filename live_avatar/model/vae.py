@@ -30,7 +30,7 @@ EPS = 1e-12  # least length that a norm divides by
 
 
 class FeatureCache:
-    """The slots of one pass, handed out and taken back in the order of the layers.
+    """Temporal history of every causal layer in one pass, read and written in the order of the layers.
 
     `slots` None is the start of a stream: every history is zero.
     """
@@ -48,7 +48,7 @@ class FeatureCache:
         return x
 
     def skip(self, x: Tensor, frames: int, remembered: bool) -> None:
-        """Fills the slot of a layer that the stream's first frame passes by: with x, or as if it had not been."""
+        """Fills the slot of a layer that skips the first frame of a stream: with x if `remembered`, else with zeros."""
         zeros = x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
         self.out.append(torch.cat([zeros, x], dim=2)[:, :, -frames:] if remembered else zeros)
 
@@ -77,7 +77,7 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """[1, C, T, h, w] -> [1, C', T', h', w'], without the history."""
         # For one clip in float32 on a CPU torch chooses a loop of its own, which is five times slower than oneDNN.
-        if x.device.type == "cpu" and x.dtype == torch.float32 and _computes_alone():
+        if x.device.type == "cpu" and x.dtype == torch.float32 and _is_plain_inference():
             return torch.mkldnn_convolution(
                 x, self.weight, self.bias, self.margin, self.stride, self.dilation, self.groups
             )
@@ -187,8 +187,8 @@ class Upsample(nn.Module):
         return _per_frame(self.resample, x)
 
 
-def _computes_alone() -> bool:
-    """Neither a gradient nor a graph nor another type is wanted."""
+def _is_plain_inference() -> bool:
+    """Whether this is plain eager inference: no grad, no compile, no autocast."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
