@@ -22,7 +22,7 @@ from tests.support.fake_tensorrt import tensorrt_module
 ROOT = Path(__file__).parents[2]
 API = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())
 VERSIONS = [name for name in API if name != "source"]
-USERS = ("export/engines.py", "live_avatar/runtime/tensorrt_runtime.py")
+USERS = ("live_avatar/exporter/engines.py", "live_avatar/runtime/tensorrt_runtime.py")
 
 
 def dotted(node: ast.expr) -> list[str] | None:
