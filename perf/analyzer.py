@@ -62,13 +62,18 @@ def program() -> Path:
     return Path(found)
 
 
+ID_RANGE = 1_000_000
+"""Sequence ids of one run of perf_analyzer; it begins a new sequence after each."""
+
+
 def options(load: Load) -> list[str]:
     """Its options for a load. perf_analyzer refuses fewer requests than the rate, and rates of nothing."""
     if load.rate is None:
         pace = ["--concurrency-range", str(load.sequences), "--serial-sequences"]
     else:
         pace = ["--request-rate-range", f"{load.rate:.5f}", "--num-of-sequences", str(load.sequences)]
-    ids = ["--sequence-id-range", str(load.first_id)]
+    # Without an end some builds of 2.51 refuse the range.
+    ids = ["--sequence-id-range", f"{load.first_id}:{load.first_id + ID_RANGE}"]
     return [*pace, *ids, "--request-count", str(load.blocks), "--max-threads", "1"]
 
 

@@ -26,7 +26,7 @@ def test_a_layer_of_the_14b_transformer_equals_torch_on_onnx_runtime(tmp_path: P
     )
     assert made.exit_code == 0, made.output
     words = ("--checkpoint", weights, "--lora", adapter)
-    exported = CliRunner().invoke(cli.main, ["export", *map(str, words), "--output", str(artifacts)])
+    exported = CliRunner().invoke(cli, ["export", *map(str, words), "--output", str(artifacts)])
     assert exported.exit_code == 0, exported.output
     loaded = load_artifacts(artifacts)
     dit, stream = loaded.preset.dit, loaded.preset.stream

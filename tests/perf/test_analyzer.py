@@ -45,7 +45,7 @@ def test_a_rate_or_one_block_in_flight() -> None:
     assert "--serial-sequences" not in paced
     assert options(Load(40, 2))[:3] == ["--concurrency-range", "2", "--serial-sequences"]
     assert paced[paced.index("--request-count") + 1] == "40"
-    assert paced[paced.index("--sequence-id-range") + 1] == "1000"
+    assert paced[paced.index("--sequence-id-range") + 1] == "1000:1001000"
 
 
 def test_no_program_is_a_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
