@@ -149,4 +149,5 @@ def test_the_command_measures_exported_artifacts(artifacts: object, tmp_path: Pa
     figures = json.loads(report.read_text())
     assert set(figures) == {"clips", "seconds_each", "lip_sync", "looks", "long_streams", "environment"}
     assert figures["lip_sync"]["ruler"]["mean"] > 0.9
-    assert Image.open(sheet).size == (SHEET_FRAMES * 96, 4 * 96)
+    with Image.open(sheet) as picture:
+        assert picture.size == (SHEET_FRAMES * 96, 4 * 96)
