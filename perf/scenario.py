@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from live_avatar.errors import InputError
-from live_avatar.serving.server import ServerOptions, serving
+from live_avatar.serving.server import serving
+from live_avatar.serving.server_options import ServerOptions
 
 Figures = dict[str, Any]
 """JSON values. The key `checks`, if there is one, holds what `check` made."""

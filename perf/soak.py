@@ -36,7 +36,8 @@ from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.metrics import read_series
-from live_avatar.serving.server import ServerOptions, TritonServer, serving
+from live_avatar.serving.server import TritonServer, serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client.errors import AvatarError
 from live_avatar_client.pacing import BLOCK_S

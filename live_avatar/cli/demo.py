@@ -27,7 +27,8 @@ from live_avatar.environment import environment
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.graphs.contract import contracts
-from live_avatar.serving.server import ServerOptions, serving
+from live_avatar.serving.server import serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
 from live_avatar_client import AvatarSession, Block, StreamStats
 from live_avatar_client.files import OutputFile

@@ -232,7 +232,9 @@ def serve(
     """Serve artifacts with Triton until Ctrl-C; SIGTERM lets live sessions finish first."""
     from live_avatar.serving.access import Access, access_warnings
     from live_avatar.serving.foreground import run_until_signal
-    from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, is_for_operators, serving
+    from live_avatar.serving.repository import MODEL_REPOSITORY
+    from live_avatar.serving.server import is_for_operators, serving
+    from live_avatar.serving.server_options import ServerOptions
 
     access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
     chosen = ServerOptions(artifacts, model_repository=model_repository or MODEL_REPOSITORY, access=access, **options)

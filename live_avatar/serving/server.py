@@ -29,14 +29,12 @@ from live_avatar.serving import LOG_MARK
 from live_avatar.serving.access import access_flags
 from live_avatar.serving.checks import check, model_source
 from live_avatar.serving.control import Control
-from live_avatar.serving.repository import AUXILIARY_MODELS, MODEL_REPOSITORY
+from live_avatar.serving.repository import AUXILIARY_MODELS
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.settings import StageSettings
 from live_avatar.serving.supervisor import DRAIN_MARKER, Admin, Supervisor
 from live_avatar.serving.turns import turns_value
 from live_avatar_client.protocol import MODEL_NAME
-
-__all__ = ["MODEL_REPOSITORY", "ServerLog", "ServerOptions", "TritonServer", "is_for_operators", "serving"]
 
 START_LIMIT_S = 1800.0  # a stage of the 14B model loads tens of gigabytes
 STOP_LIMIT_S = 10.0

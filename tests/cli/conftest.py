@@ -13,7 +13,8 @@ from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.interrupts import SIGNALS
-from live_avatar.serving.server import ServerOptions, serving
+from live_avatar.serving.server import serving
+from live_avatar.serving.server_options import ServerOptions
 from tests.cli.support import Running, invoke, write_audio
 from tests.conftest import noise_speech
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from live_avatar.arrays import Array
 from live_avatar.cli.main import main
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.serving.server import ServerOptions
+from live_avatar.serving.server_options import ServerOptions
 
 COMMANDS = ("generate", "export", "serve", "stream", "doctor", "demo")
 SAMPLE_RATE_HZ = 16_000

@@ -12,7 +12,7 @@ import pytest
 from live_avatar import interrupts
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.interrupts import SIGNALS
-from live_avatar.serving.server import ServerOptions
+from live_avatar.serving.server_options import ServerOptions
 from tests.cli.support import Running, assert_refused, invoke, run, wait_until
 
 INTERRUPTED = (130, "Interrupted.")

@@ -21,7 +21,8 @@ from tritonclient.grpc import model_config_pb2
 import export.engines
 import live_avatar.cli.main
 from live_avatar.serving import server, supervisor
-from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions
+from live_avatar.serving.repository import MODEL_REPOSITORY
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
 from tests.k8s.manifests import (
     VARIABLE,

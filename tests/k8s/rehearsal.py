@@ -21,7 +21,7 @@ from typing import Any
 import trustme
 
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.serving.server import ServerOptions
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import TLS
 from tests.cli.support import Running, served, wait_until

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from live_avatar.serving.server import ServerOptions
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
 from tests.k8s.dockerfile import arguments_of, context, instructions, is_ignored, rules_of
 from tests.k8s.manifests import K8S, ROOT, build, pod_of, workloads

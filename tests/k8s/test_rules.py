@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from live_avatar.cli.main import serve
-from live_avatar.serving.server import ServerOptions
+from live_avatar.serving.server_options import ServerOptions
 from tests.k8s.observing import (
     K8S,
     MONITORING,

@@ -12,7 +12,8 @@ from live_avatar.arrays import Array
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving.server import ServerOptions, TritonServer, serving
+from live_avatar.serving.server import TritonServer, serving
+from live_avatar.serving.server_options import ServerOptions
 from tests.conftest import noise_speech
 from tests.serving.pipe import Pipe
 

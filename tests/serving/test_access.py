@@ -18,7 +18,8 @@ from live_avatar.cli.doctor import exit_code
 from live_avatar.errors import ServerError
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.access import Access, access_flags, access_warnings, is_loopback, read_key
-from live_avatar.serving.server import ServerOptions, serving
+from live_avatar.serving.server import serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import AvatarSession, ConnectFailed, SessionRefused
 from live_avatar_client.base import TLS, call_metadata, open_channel

@@ -11,7 +11,7 @@ from tritonclient.grpc import model_config_pb2
 from live_avatar import config
 from live_avatar.inputs import image, text
 from live_avatar.pipeline import conditioning
-from live_avatar.serving.server import MODEL_REPOSITORY
+from live_avatar.serving.repository import MODEL_REPOSITORY
 from live_avatar_client import protocol
 
 MODELS = sorted(path.name for path in MODEL_REPOSITORY.iterdir() if path.is_dir())

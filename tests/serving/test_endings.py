@@ -28,7 +28,9 @@ from live_avatar.assets import PORTRAIT
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.serving import metrics
-from live_avatar.serving.server import MODEL_REPOSITORY, ServerOptions, TritonServer, serving
+from live_avatar.serving.repository import MODEL_REPOSITORY
+from live_avatar.serving.server import TritonServer, serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client import AvatarSession, SessionFailed, SessionRefused
 from live_avatar_client.protocol import ErrorCode

@@ -18,7 +18,8 @@ from live_avatar.arrays import Array
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving.server import ServerOptions, serving
+from live_avatar.serving.server import serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar_client import AvatarSession
 from live_avatar_client.protocol import BLOCK_SAMPLES
 from tests.conftest import noise_speech

@@ -15,7 +15,8 @@ from live_avatar.errors import ServerError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.serving.server import ServerOptions, TritonServer, serving
+from live_avatar.serving.server import TritonServer, serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.trace import read_trace
 from tests.cli.support import assert_refused, invoke
 from tests.serving.conftest import generated

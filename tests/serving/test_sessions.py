@@ -18,7 +18,8 @@ from live_avatar.arrays import Array
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.serving import metrics
-from live_avatar.serving.server import ServerOptions, TritonServer, serving
+from live_avatar.serving.server import TritonServer, serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
 from live_avatar_client import AvatarSession, Block, SessionRefused
 from live_avatar_client.protocol import ErrorCode

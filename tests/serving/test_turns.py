@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.serving.server import ServerOptions, serving
+from live_avatar.serving.server import serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.trace import read_trace
 from live_avatar.serving.turns import turn_of, turns_value
 from tests.conftest import noise_speech
