@@ -86,16 +86,6 @@ class Pipeline:
         """Playback time of a block."""
         return self.block_frames / FPS
 
-    @property
-    def busiest_s(self) -> float:
-        """Least time from block to block in the long run: of the slowest stage, and of the fullest processor."""
-        stages = [max(stage.blocks_s[-1], stage.floor_s) for stage in self.stages]
-        work: dict[str, float] = {}
-        for stage in self.stages:
-            work[stage.processor] = work.get(stage.processor, 0.0) + stage.blocks_s[-1]
-        work[self.host] = work.get(self.host, 0.0) + self.passing_s
-        return max(*stages, *(total / self.capacity.get(name, 1.0) for name, total in work.items()))
-
     def with_floor(self, floor_s: float) -> Pipeline:
         """The same with a least time per block in every stage."""
         return replace(self, stages=tuple(replace(stage, floor_s=floor_s) for stage in self.stages))

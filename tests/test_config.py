@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +14,7 @@ from live_avatar.config import MOTION_FRAMES, PRESETS, S2V_14B, TINY, DiTConfig,
 from live_avatar.errors import ConfigError
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.vae import VAE
-
-PARAMETERS_14B = Path(__file__).parent / "data" / "parameters_14b.txt"
-
-
-def released_parameters(network: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released state dict."""
-    listed: dict[str, tuple[int, ...]] = {}
-    for line in PARAMETERS_14B.read_text().splitlines():
-        part, name, shape, copies = line.split() if not line.startswith("#") else ("", "", "", "0")
-        if part == network:
-            for i in range(int(copies)):
-                listed[name.replace("{i}", str(i))] = tuple(map(int, shape.split(",")))
-    return listed
+from tests.support.released import released_parameters
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.test_repository import ROOT, tracked_files
+from tests.support.repository import ROOT, tracked_files
 
 README = ROOT / "README.md"
 MAX_WORDS = 600

@@ -10,7 +10,7 @@ from shutil import copy2
 import pytest
 
 from tests.k8s.dockerfile import context
-from tests.test_repository import ROOT, tracked_files
+from tests.support.repository import ROOT, tracked_files
 
 IMAGE_FOLDERS = ("client", "export", "live_avatar", "model_repository")
 """Folders that an image gets whole: `export` and `model_repository` are used from the checkout at /opt/live-avatar."""

@@ -126,6 +126,16 @@ def test_the_client_knows_nobody():
     assert offences(files, ROOT / "client", forbidden) == []
 
 
+def test_no_test_imports_another_test():
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}: move what they share to tests/support"
+        for path in python_files(ROOT / "tests")
+        for name in imports(path, ROOT)
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
+    ]
+    assert found == []
+
+
 def test_at_most_one_module_touches_the_triton_backend():
     searched = [
         path

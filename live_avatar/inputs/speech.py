@@ -32,27 +32,6 @@ def trained_columns(frames: Array) -> Array:
     return (12 * np.asarray(frames, dtype=np.int64) + 5) // 10
 
 
-def features_30hz(hidden: Array) -> Array:
-    """Whole-file features [K, T, A] at 50 Hz -> [K, n, A] at 30 Hz with aligned corners."""
-    total = hidden.shape[1]
-    count = int(total / 50.0 * 30)  # this order of double operations, then truncation: the reference's count
-    if count == 1:
-        return hidden[:, :1].astype(np.float32)
-    return interpolate(hidden, np.arange(count) * (total - 1) / (count - 1))
-
-
-def bucket_features(hidden: Array, clip_frames: int) -> tuple[Array, Array, int]:
-    """The reference's whole-file bucketing: features [1, K, A, frames] at 25 fps, their 30 Hz columns, clips."""
-    features = features_30hz(hidden)
-    count = features.shape[1]
-    clips = int(count / (clip_frames * TRAINED_RATE_HZ / VIDEO_RATE_HZ)) + 1
-    columns = trained_columns(np.arange(clips * clip_frames))
-    padded = np.zeros((hidden.shape[0], int(columns.max()) + 1, hidden.shape[2]), dtype=np.float32)
-    kept = min(count, padded.shape[1])
-    padded[:, :kept] = features[:, :kept]
-    return padded[:, columns].transpose(0, 2, 1)[None], columns, clips
-
-
 class SpeechWindow:
     """The speech of one session so far, as the encoder sees it: a rolling window, normalised.
 

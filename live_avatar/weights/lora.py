@@ -26,12 +26,10 @@ FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$"
 class LoRA:
     """An adapter file.
 
-    `alpha` None: as the file's header or `adapter_config.json` beside it says. The rank is that of the factors; one
-    given here is compared with it.
+    `alpha` None: as the file's header or `adapter_config.json` beside it says.
     """
 
     path: Path
-    rank: int | None = None
     alpha: float | None = None
 
 
@@ -47,7 +45,7 @@ class MergedWeights:
     """Weights with an adapter merged into each tensor when it is read.
 
     Raises `CheckpointError` at once for a key that belongs to no tensor or to one that has a key already, a factor
-    without its partner, wrong shapes, a rank that is contradicted, and an alpha that is unknown or not positive.
+    without its partner, wrong shapes, and an alpha that is unknown or not positive.
     """
 
     def __init__(self, base: Weights, lora: LoRA) -> None:
@@ -59,8 +57,6 @@ class MergedWeights:
         self.files: Sequence[Path] = (*base.files, lora.path)
         self._adapter = _sorted(self._file, base.shapes())
         rank = _rank(self._file, self._adapter, base.shapes())
-        if lora.rank not in (None, rank):
-            raise CheckpointError(f"{lora.path} has rank {rank}, not {lora.rank}; leave the rank out.")
         self.scale = _alpha(self._file, lora) / rank if self._adapter.factors else 0.0
 
     @property

@@ -45,7 +45,7 @@ from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar.weights.tensors import Checkpoint, RenamedWeights, Weights
 from tests.conftest import noise_speech
 from tests.export.conftest import LEAST
-from tests.export.test_tensorrt_operators import Graph, faults
+from tests.support.tensorrt_operators import Graph, faults
 from tests.tolerances import EXPORT
 
 BLOCKS = 2

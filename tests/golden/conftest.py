@@ -21,6 +21,7 @@ from live_avatar.config import DiTConfig, VAEConfig
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.vae import VAE
 
+COLUMNS = 12  # feature columns of a block
 DATA = Path(__file__).parent / "data"
 LARGEST_ERROR: dict[str, dict[str, float]] = defaultdict(dict)
 

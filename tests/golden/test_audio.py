@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from live_avatar.inputs.speech import bucket_features, features_30hz
 from live_avatar.model.dit import CausalDiT
 from tests.golden.conftest import Golden
+from tests.support.whole_file_features import bucket_features, features_30hz
 from tests.tolerances import INTERPOLATED_AUDIO, PORT
 
 

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from live_avatar.model.dit import CausalDiT
-from tests.golden.conftest import Golden
+from tests.golden.conftest import COLUMNS, Golden
 from tests.golden.trace import Geometry, Trace, audio_tokens, prefill, token_major
 from tests.tolerances import PORT
-
-COLUMNS = 12
 
 
 def blocks_of(golden: Golden, prefix: str) -> int:

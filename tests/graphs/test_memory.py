@@ -33,7 +33,7 @@ from live_avatar.inputs.speech import SpeechWindow
 from live_avatar.pipeline.decoder import FrameDecoder
 from live_avatar.pipeline.denoiser import DenoisingStep
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from tests.runtime.test_tensorrt_runtime import source
+from tests.support.networks import drawn_source
 
 LARGE = S2V_14B.with_precision("bfloat16")
 SIZES = {1: 4, 16: 2, 7: 8, 9: 1}  # of ONNX types
@@ -100,7 +100,7 @@ def test_weights_are_those_of_the_graphs(artifacts: Artifacts) -> None:
 
 def test_a_session_takes_what_its_caches_have(onnx_runtime: OnnxRuntime) -> None:
     step = DenoisingStep(onnx_runtime, 1)
-    state = step.open(step.prefill(source(TINY, 1)))
+    state = step.open(step.prefill(drawn_source(TINY, 1)))
     memory = step_memory(TINY).per_session
     assert memory["sink and text"] == sum(array.nbytes for array in state.sink.values())
     tokens = TINY.stream.past_blocks * TINY.stream.block_tokens
@@ -108,7 +108,7 @@ def test_a_session_takes_what_its_caches_have(onnx_runtime: OnnxRuntime) -> None
 
 
 def test_a_decoder_and_conditioning_keep_what_is_counted(onnx_runtime: OnnxRuntime) -> None:
-    given = source(TINY, 1)
+    given = drawn_source(TINY, 1)
     slots = FrameDecoder(onnx_runtime).warm_up(given.motion)
     assert decoder_memory(TINY).per_session["state"] == sum(array.nbytes for array in slots.values())
     memory = session_memory(TINY, CONDITIONING, {}).per_session

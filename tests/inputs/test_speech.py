@@ -15,13 +15,12 @@ from live_avatar.inputs.speech import (
     NORMALISATION_EPS,
     PCM_SCALE,
     SpeechWindow,
-    bucket_features,
-    features_30hz,
     interpolate,
     trained_columns,
 )
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.conftest import noise_speech
+from tests.support.whole_file_features import bucket_features, features_30hz
 from tests.tolerances import FLOAT32
 
 STREAM = TINY.stream

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,25 @@ def metric_names(expression: str) -> set[str]:
     """Names of the series that an expression asks for: of Triton's, of kube-state-metrics', recorded ones and ours."""
     without_labels = re.sub(r"\{[^}]*\}", "", expression)
     return set(re.findall(r"\b(?:nv_|kube_|live_avatar_|\w+:)[\w:]+", without_labels))
+
+
+@cache
+def hpa() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((AUTOSCALING / "hpa.yaml").read_text())["spec"]
+    return found
+
+
+@cache
+def rule() -> dict[str, str]:
+    [group] = yaml.safe_load((AUTOSCALING / "rules.yaml").read_text())["spec"]["groups"]
+    [found] = group["rules"]
+    return dict(found)
+
+
+def pods_wanted(live: int, slots: int) -> float:
+    """The rule's expression, with its own numbers."""
+    spare = re.search(
+        r"clamp_min\(([\d.]+) \* sum by \(namespace\) \(live_avatar_sessions_live\), ([\d.]+)\)", rule()["expr"]
+    )
+    assert spare is not None
+    return (live + max(float(spare[1]) * live, float(spare[2]))) / slots

@@ -12,13 +12,12 @@ import math
 import re
 from collections import deque
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.k8s.observing import AUTOSCALING, K8S, deployment
+from tests.k8s.observing import AUTOSCALING, K8S, deployment, hpa, pods_wanted, rule
 
 TOLERANCE = 0.1
 SYNC_S = 15
@@ -26,28 +25,6 @@ START_S = 300
 """From a pod asked for to a pod that serves: a guess, for the order of magnitude."""
 HOUR_S = 3600
 MOST_WINDOW_S, MOST_PERIOD_S = 3600, 1800  # the API's own bounds
-
-
-@cache
-def hpa() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((AUTOSCALING / "hpa.yaml").read_text())["spec"]
-    return found
-
-
-@cache
-def rule() -> dict[str, str]:
-    [group] = yaml.safe_load((AUTOSCALING / "rules.yaml").read_text())["spec"]["groups"]
-    [found] = group["rules"]
-    return dict(found)
-
-
-def pods_wanted(live: int, slots: int) -> float:
-    """The rule's expression, with its own numbers."""
-    spare = re.search(
-        r"clamp_min\(([\d.]+) \* sum by \(namespace\) \(live_avatar_sessions_live\), ([\d.]+)\)", rule()["expr"]
-    )
-    assert spare is not None
-    return (live + max(float(spare[1]) * live, float(spare[2]))) / slots
 
 
 def recommended(pods: int, wanted: float) -> int:

@@ -14,8 +14,8 @@ import yaml
 from live_avatar.cli.main import doctor
 from tests.k8s.checks import gpus_of
 from tests.k8s.manifests import K8S, ROOT, Object, build, mount_of, of_kind, pod_of, server_of, workloads
+from tests.k8s.observing import pods_wanted
 from tests.k8s.programs import program, tool
-from tests.k8s.test_autoscaling import pods_wanted
 
 README = (K8S / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from live_avatar.arrays import Array
-from live_avatar.config import MOTION_LATENTS, TINY, Preset
+from live_avatar.config import TINY
 from live_avatar.errors import ArtifactError
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.exporter.engines import EngineOptions, build_engines
@@ -28,13 +28,13 @@ from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.pipeline.denoiser import DenoisingStep, StepState
 from live_avatar.pipeline.generator import Generator, cut_blocks
 from live_avatar.pipeline.kv_cache import KVRing
-from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime import tensorrt_runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.tensorrt_runtime import CudaDevice, TensorRTRuntime, load_tensorrt
 from live_avatar.weights.checkpoint import open_checkpoint
 from tests.conftest import noise_speech
 from tests.support.fake_tensorrt import HostDevice, install
+from tests.support.networks import drawn_source
 
 BLOCKS = 7
 
@@ -60,24 +60,12 @@ def runtime(built: Artifacts, device: HostDevice) -> TensorRTRuntime:
     return TensorRTRuntime(built, 0, lambda index: device)
 
 
-def source(preset: Preset, seed: int) -> SinkSource:
-    generator = np.random.default_rng(seed)
-    height, width = preset.stream.latent_height, preset.stream.latent_width
-    shapes = [(1, 16, 1, height, width), (1, 16, MOTION_LATENTS, height, width)]
-    return SinkSource(
-        *(
-            generator.standard_normal(shape, dtype=np.float32)
-            for shape in (*shapes, (preset.dit.text_len, preset.dit.text_dim))
-        )
-    )
-
-
 class Session:
     """One session of a step on two runtimes, with inputs of its own."""
 
     def __init__(self, ours: DenoisingStep, theirs: DenoisingStep, seed: int) -> None:
         self.steps = (ours, theirs)
-        given = source(ours.preset, seed)
+        given = drawn_source(ours.preset, seed)
         self.states = [step.open(step.prefill(given)) for step in self.steps]
         self._random = np.random.default_rng(seed)
 
@@ -95,7 +83,7 @@ class Session:
 
     def replace_sink(self, seed: int) -> None:
         for step, state in zip(self.steps, self.states, strict=True):
-            state.sink = step.prefill(source(step.preset, seed))
+            state.sink = step.prefill(drawn_source(step.preset, seed))
 
 
 @pytest.fixture
@@ -174,14 +162,14 @@ def test_a_bounded_number_of_captures_is_kept(
 
 def test_caches_stay_on_the_device(runtime: TensorRTRuntime) -> None:
     step = DenoisingStep(runtime, 1)
-    state = step.open(step.prefill(source(TINY, 1)))
+    state = step.open(step.prefill(drawn_source(TINY, 1)))
     assert all(isinstance(tensor, torch.Tensor) for tensor in (*state.sink.values(), *state.ring.history().values()))
     assert state.ring.history()["history_k.0"].dtype == torch.float32
 
 
 def test_two_streams_of_frames_decode_to_the_same_pixels(runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime) -> None:
     decoders = FrameDecoder(runtime), FrameDecoder(onnx_runtime)
-    motions = [source(TINY, seed).motion for seed in (1, 2)]
+    motions = [drawn_source(TINY, seed).motion for seed in (1, 2)]
     states = [[DecoderState(decoder.warm_up(motion)) for motion in motions] for decoder in decoders]
     random = np.random.default_rng(3)
     for _ in range(3):

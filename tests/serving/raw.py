@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import queue
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -88,3 +90,12 @@ def raw_session(url: str, session: int | str | None = None) -> Iterator[RawSessi
             yield raw
         finally:
             raw.close()
+
+
+def header_of_a_huge_png(side: int) -> bytes:
+    """A valid PNG header that promises side x side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    data = zlib.compress(b"\0" * 1000)
+    body = struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk + body

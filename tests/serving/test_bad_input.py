@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 from live_avatar.arrays import Array
 from live_avatar_client import AvatarSession, SessionRefused
 from live_avatar_client.protocol import ErrorCode
-from tests.serving.raw import BLOCK, RawSession, raw_session
+from tests.serving.raw import BLOCK, RawSession, header_of_a_huge_png, raw_session
 from tests.serving.support import at_once, frames_of, received
 
 
@@ -35,15 +33,6 @@ def others_are_served(url: str, picture: bytes, speech: Array, expected: Array) 
         frames = [first.frames, *(block.frames for block in live)]
     assert np.array_equal(np.concatenate(frames), expected[:24])
     assert np.array_equal(frames_of(received(url, picture, speech[:7680], at_once)), expected[:12])
-
-
-def header_of_a_huge_png(side: int) -> bytes:
-    """A valid PNG header that promises side x side pixels."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    data = zlib.compress(b"\0" * 1000)
-    body = struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk + body
 
 
 @pytest.mark.parametrize(

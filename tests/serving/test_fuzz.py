@@ -35,7 +35,7 @@ from live_avatar_client import AvatarSession
 from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.protocol import BLOCK_SAMPLES, MODEL_NAME, ErrorCode, parse_error
 from perf.growth import Memory, group
-from tests.serving.test_bad_input import header_of_a_huge_png
+from tests.serving.raw import header_of_a_huge_png
 
 LIMIT_S = 60.0  # for the answers to all requests of one stream
 MIB = 2**20

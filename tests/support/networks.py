@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from live_avatar.config import TINY, Preset
+from live_avatar.config import MOTION_LATENTS, TINY, Preset
+from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime import Graph, Runtime
 
 SMALL = replace(TINY, name="small").with_stream(height=64, width=64)
@@ -41,3 +43,16 @@ def randomised(module: nn.Module, seed: int = 3) -> nn.Module:
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
         parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
     return module.eval().requires_grad_(False)
+
+
+def drawn_source(preset: Preset, seed: int) -> SinkSource:
+    """What a sink is prefilled from, drawn: float32 of the preset's shapes."""
+    generator = np.random.default_rng(seed)
+    height, width = preset.stream.latent_height, preset.stream.latent_width
+    shapes = [(1, 16, 1, height, width), (1, 16, MOTION_LATENTS, height, width)]
+    return SinkSource(
+        *(
+            generator.standard_normal(shape, dtype=np.float32)
+            for shape in (*shapes, (preset.dit.text_len, preset.dit.text_dim))
+        )
+    )

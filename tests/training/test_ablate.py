@@ -14,9 +14,9 @@ from live_avatar.model.dit import CausalDiT
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import load_networks, open_checkpoint
+from tests.support.training import toml
 from tests.tolerances import OTHER_LEVEL_SHARE
 from tests.training.conftest import SMALL, drawn_network, toy_config
-from tests.training.test_run import toml
 from training import ablate
 from training.ablate import CLEAN_TRAINED, Prepared, Studio, Variant, figures, measure, table, variants
 from training.checkpoints import save_weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from live_avatar.errors import CheckpointError
+from tests.support.training import fill_the_disk
 from training.checkpoints import (
     load_checkpoint,
     load_weights,
@@ -28,11 +28,6 @@ STATE = {"step": 3, "modules": {"net": {"weight": torch.arange(4.0)}}}
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint.pt"
-
-
-def fill_the_disk(path: Path) -> None:
-    """What is to be written beside `path` goes to a device that has no room."""
-    path.with_name(f".{path.name}.{os.getpid()}").symlink_to("/dev/full")
 
 
 def test_a_checkpoint_comes_back(path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.support.training import flat
 from tests.tolerances import FLOAT32, STREAMED
 from tests.training import worker
 from training import distributed
@@ -66,15 +66,6 @@ def test_two_processes_leave_the_weights_moments_and_averages_of_one(alone: Path
     assert {name.split("/")[1] for name in ours} == {"modules", "optimizers", "average"}
     worst = {name: float((theirs[name] - tensor).abs().max()) for name, tensor in ours.items()}
     assert max(worst.values()) <= FLOAT32, max(worst, key=worst.__getitem__)
-
-
-def flat(state: Any, prefix: str = "") -> Any:
-    """Every tensor of a nest of dicts, by its path."""
-    if isinstance(state, Tensor):
-        yield prefix, state
-    elif isinstance(state, dict):
-        for name, value in state.items():
-            yield from flat(value, f"{prefix}/{name}")
 
 
 def test_a_process_on_its_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from live_avatar.errors import CheckpointError
+from tests.support.training import fill_the_disk, flat
 from tests.training.conftest import (
     SMALL,
     drawn_clip,
@@ -22,8 +23,6 @@ from tests.training.conftest import (
     restore_handlers,
     toy_config,
 )
-from tests.training.test_checkpoints import fill_the_disk
-from tests.training.test_distributed import flat
 from training.config import StageConfig, TeacherStage
 from training.encoders import EncoderTraining
 from training.errors import TrainingError

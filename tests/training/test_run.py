@@ -22,30 +22,14 @@ from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar.weights.lora import LoRA
 from tests.conftest import noise_speech
+from tests.support.training import toml
 from tests.training.conftest import toy_config
 from training import run
-from training.config import LoRAConfig, TrainingConfig
+from training.config import LoRAConfig
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "training" / "configs" / "smoke.toml"
 pytestmark = pytest.mark.usefixtures("small")
-
-
-def toml(config: TrainingConfig) -> str:
-    """The configuration as a file."""
-    values = dataclasses.asdict(config)
-    tables = {name: values.pop(name) for name in list(values) if isinstance(values[name], dict)}
-    adapters = tables["stage2"].pop("lora")
-    if adapters is not None:
-        tables["stage2.lora"] = adapters
-    text = "".join(_line(*one) for one in values.items())
-    return text + "".join(
-        f"[{name}]\n" + "".join(_line(*one) for one in table.items()) for name, table in tables.items()
-    )
-
-
-def _line(key: str, value: Any) -> str:
-    return f"{key} = {json.dumps(value)}\n"
 
 
 class ToyRun:

@@ -239,11 +239,6 @@ def test_another_rule_of_scaling_is_refused(tmp_path: Path, rule: str, value: ob
         MergedWeights(BASE, lora)
 
 
-def test_a_rank_that_the_file_contradicts_is_named(tmp_path: Path) -> None:
-    assert MergedWeights(BASE, adapter(tmp_path, factors(QUERY), ALPHA, rank=RANK)).scale == 1.5
-    refused(adapter(tmp_path, factors(QUERY), ALPHA, rank=3), " has rank 2, not 3; leave the rank out.")
-
-
 # --- keys and shapes
 
 

@@ -33,7 +33,7 @@ from live_avatar.weights.official import (
     open_official,
 )
 from live_avatar.weights.tensors import SafetensorsWeights, Shapes, TorchFileWeights
-from tests.test_config import released_parameters
+from tests.support.released import released_parameters
 from tests.tolerances import FLOAT32
 
 GIB = 2**30
