@@ -1,7 +1,7 @@
 """What both distributions of this repository need from a package index, a line each: `pip install -r` for an image.
 
 `python docker/requirements.py [--without NAME ...]`. An image installs these before the code is there, so that a change
-of the code leaves that layer alone. Knows the two pyproject.toml, and no version: those stand in constraints.txt.
+of the code leaves that layer alone.
 """
 
 from __future__ import annotations

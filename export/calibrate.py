@@ -1,7 +1,7 @@
 """The largest inputs of the linears that FP8 quantizes, seen on a stream: `python -m export.calibrate`.
 
 Runs the torch networks as `live-avatar generate` does, on speech and a picture that should be like those to be served,
-and notes what goes into each linear in each component. Knows no graph; `live_avatar.exporter.quantization` uses them.
+and notes what goes into each linear in each component.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A checkpoint with the layout of the official download and random weights: `python -m export.synthetic`.
 
 For trying the whole path, at any widths and depths, without a download: the names, shapes, types and kinds of file are
-those that `weights.official` reads. Every tensor is a function of the seed and its name, as in `RandomWeights`.
-The files are first laid out without values (`lay_out`; they take no room on the disk then) and then filled tensor by
-tensor, so that the largest tensor decides the memory. Knows no graphs.
+those that `weights.official` reads. Every tensor is a function of the seed and its name, as in `RandomWeights`. The
+files are first laid out without values (`lay_out`; they take no room on the disk then) and then filled tensor by
+tensor, so that the largest tensor decides the memory.
 """
 
 from __future__ import annotations

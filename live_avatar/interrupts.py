@@ -1,7 +1,4 @@
-"""Ctrl-C and its kin, for the command line: the first one unwinds, and further ones do not disturb the cleaning up.
-
-Knows signals only.
-"""
+"""Ctrl-C and its kin, for the command line: the first one unwinds, and further ones do not disturb the cleaning up."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Sequences over one gRPC stream, with the input data of `perf.input_data`: START with the first block of a sequence, END
 with the last. perf_analyzer sends whole blocks, at a request rate (all at once, or 25/12 in a second, which is playback
 pace) or with one block in flight per sequence. It cannot send the 20 ms chunks that a microphone gives, nor START
-before there is speech: for those there is the client library. Knows perf_analyzer's options and its export.
+before there is speech: for those there is the client library.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The server's own numbers over a while: what each model did, waited and computed, from Triton's `/metrics`.
-
-Knows the names of Triton's and the project's series; the difference of two pages is what happened in between.
-"""
+"""The server's own numbers over a while: what each model did, waited and computed, from Triton's `/metrics`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 FPS, TTFF and their parts are defined as in the paper (arXiv 2512.04677, supplement, section 10): FPS counts all work
 from the start of inference; TTFF is the wait for the block boundary, the denoising of the first block and its decoding.
-Knows blocks, sessions and stages as times in seconds of one clock; knows no server, no client and no file.
 """
 
 from __future__ import annotations

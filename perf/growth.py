@@ -1,7 +1,4 @@
-"""How the memory of a group of processes grows: samples from Linux's /proc, and slopes with their standard errors.
-
-Knows processes, files of shared memory and straight lines; knows nothing of what the processes do.
-"""
+"""How the memory of a group of processes grows: samples from Linux's /proc, and slopes with their standard errors."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 `python -m perf.input_data out/input.json` writes the demo's speech and portrait, cut as the client library cuts them.
 perf_analyzer takes the steps of a stream for the requests of a sequence: START goes with the first, END with the last.
-Knows perf_analyzer's file format and the tensors that clients send; asks no server.
 """
 
 from __future__ import annotations

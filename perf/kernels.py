@@ -1,7 +1,7 @@
 """The torch networks with random weights on one device, each in several ways of running it, timed.
 
 The time of a product does not depend on its values, so no checkpoint is needed, and a GPU measures the released sizes
-without one. Knows torch, contracts and components; knows no served pipe, and of a GPU only what torch says.
+without one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Sessions to measure a server with: the demo's person says the demo's speech, through one of two real clients.
 
 The client library sends START when it connects and speech in chunks of any size, as an application does. perf_analyzer
-sends START with the first whole block, so that all work for TTFF lies between two of its times. Knows both clients and
-where blocks are seen again in the server's trace; knows no figure.
+sends START with the first whole block, so that all work for TTFF lies between two of its times.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a profile does with given stage times: `python -m perf.predict --profile h800x5 --step-ms 120 --decoder-ms 60`.
 
-The model of `perf.schedule`, by the command line. Knows no server.
+The model of `perf.schedule`, by the command line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a preset's networks cost, counted from their graphs: of artifacts as they are, of any preset without weights.
 
 A released transformer takes minutes to trace in full; but its layers are alike, so two layers and one say what each
-further one adds. Knows the exporter's tracer and the contracts; knows no machine.
+further one adds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Operations and bytes of an ONNX graph, counted node by node, and how fast a machine could run it at best.
 
 A multiplication with its addition counts as two operations. Counted are the products (MatMul, Gemm, Conv and the two
-products of Attention), which are nearly all of a transformer's and a VAE's work; elementwise operators count with
-their bytes alone. Knows shapes; knows no weights' values, no stage and no server.
+products of Attention), which are nearly all of a transformer's and a VAE's work; elementwise operators count with their
+bytes alone.
 """
 
 from __future__ import annotations

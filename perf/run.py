@@ -2,7 +2,7 @@
 
 Starts the server that a scenario needs, or measures the one at --url, and writes `NAME.json` (command, versions,
 machine, commit, figures) and pictures. Prints a table; the last line of stdout is the path of the last JSON file. Exit
-code 1: something that must hold does not. Knows the scenarios by name, and nothing of what they measure.
+code 1: something that must hold does not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a scenario is, what it is given, and how it states what must hold.
 
 A scenario measures something and returns its figures as JSON values; `perf.run` adds command, machine and commit, and
-writes them. Knows how a server is started, or reached at a URL; knows no figure and no scenario.
+writes them.
 """
 
 from __future__ import annotations

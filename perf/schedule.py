@@ -5,8 +5,7 @@ in order; a session opens in every stage before its first block; a client has a 
 new sink goes down with the first block that comes when the last step has made it (at the end of its work, before a
 stage-time floor is waited for), and each step prefills it behind that block (it is assumed to have the memory); the
 block at which it takes effect waits for it in conditioning, and is the last that may bring it. Stages of one processor
-share it evenly, with one another and with what server and client do to pass a block on. Knows no server: times are
-given.
+share it evenly, with one another and with what server and client do to pass a block on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One session at a time through a served pipe, seen from both ends: by its client, and by the stages' trace.
-
-Knows the client library and the trace; knows no model of the pipe and no figure.
-"""
+"""One session at a time through a served pipe, seen from both ends: by its client, and by the stages' trace."""
 
 from __future__ import annotations
 

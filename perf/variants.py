@@ -1,7 +1,4 @@
-"""Artifacts of the same networks under another stream (schedule, sink), exported beside the given ones when needed.
-
-Knows presets and the export; knows no server.
-"""
+"""Artifacts of the same networks under another stream (schedule, sink), exported beside the given ones when needed."""
 
 from __future__ import annotations
 

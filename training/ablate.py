@@ -3,7 +3,7 @@
 `python -m training.ablate --config training/configs/tiny.toml --run out/tiny` prints a Markdown table and, as the last
 line, the report as JSON. Every row generates the same test clips from the same noise, once at the start of a stream and
 once at the place that it has after a thousand seconds, with the rollouts that training uses, which equal the stream's
-own. What it measures is `evaluate.py`'s. Knows no training.
+own. What it measures is `evaluate.py`'s.
 """
 
 from __future__ import annotations

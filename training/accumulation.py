@@ -2,7 +2,6 @@
 
 A block's graph begins at its detached history and its noisy latents, so each can be made, used and freed on its own.
 Only what all blocks share, the scene, ties them: it is cut off, gradients gather at the cut, and flow back once.
-Knows no loss: it takes the gradient of one with respect to the generated latents.
 """
 
 from __future__ import annotations

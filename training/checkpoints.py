@@ -1,7 +1,7 @@
 """Files of a run that are whole at any time: the checkpoint that a stage resumes from, and finished weights.
 
-A file is written beside its place and renamed into it, so that a full disk or a kill leaves the older one as it was.
-A checkpoint says what it was made of and is refused by a run of anything else. Knows no stage and no data.
+A file is written beside its place and renamed into it, so that a full disk or a kill leaves the older one as it was. A
+checkpoint says what it was made of and is refused by a run of anything else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How the commands of `training` end: a mistake of the user with one sentence and exit code 2, Ctrl-C with 130.
-
-Knows no training.
-"""
+"""How the commands of `training` end: a mistake of the user with one sentence and exit code 2, Ctrl-C with 130."""
 
 from __future__ import annotations
 

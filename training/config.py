@@ -1,7 +1,7 @@
 """Every number of a training run, in frozen dataclasses read from a TOML file.
 
 The keys of the file are the fields here; one that is unknown or of another type is refused by its name. The defaults of
-learning rates are the paper's (section 4.2). Knows no torch.
+learning rates are the paper's (section 4.2).
 """
 
 from __future__ import annotations

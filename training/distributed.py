@@ -1,7 +1,7 @@
 """Several processes train one network: clips of a batch are split among them, weights are sharded with FSDP2.
 
-Started by torchrun; a process on its own takes none of these ways. Random draws are of the clip and not of the
-process, so any number of them takes the same steps up to rounding. Knows no stage.
+Started by torchrun; a process on its own takes none of these ways. Random draws are of the clip and not of the process,
+so any number of them takes the same steps up to rounding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Distribution matching: where two scores disagree about a generated window, and the generator's loss from it.
 
-The real score is the frozen teacher, the fake score follows the generator's own distribution; both see the window as
-a whole (section 3.2). Knows neither rollout nor optimiser.
+The real score is the frozen teacher, the fake score follows the generator's own distribution; both see the window as a
+whole (section 3.2).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 No public encoders have the tiny preset's sizes, and the transformer's stages are too short to learn hearing from video
 alone. Each encoder gets a linear head for this stage, which is thrown away afterwards. Speech comes in the windows of
-the stream, so a frame hears nothing after its block. Knows no pictures and no transformer.
+the stream, so a frame hears nothing after its block.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a trained avatar shows on voices and faces it never saw: does the mouth follow the voice, does the face stay.
 
 `python -m training.evaluate --artifacts artifacts/tiny` generates test clips on the exported graphs, which are those
-that are served. Knows the data and its ruler (`mouth.py`); knows no training.
+that are served.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Flow matching as the released sampler has it: noise levels, noisy latents, velocities, and back (spec section 8).
 
-A level σ is the share of noise: x = (1 - σ) x0 + σ ε, and the velocity is ε - x0 at every level. Knows no network.
+A level σ is the share of noise: x = (1 - σ) x0 + σ ε, and the velocity is ε - x0 at every level.
 """
 
 from __future__ import annotations

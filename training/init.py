@@ -1,6 +1,6 @@
 """A transformer to begin training with (spec section 2): fresh weights, or those that an earlier stage left.
 
-Always float32, whatever type the preset serves in. Knows no stage.
+Always float32, whatever type the preset serves in.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The record of a stage: a CSV of its figures over steps, and a picture of it.
 
-Rows hold no times, so that a resumed run leaves the same file as an uninterrupted one. Knows no networks.
+Rows hold no times, so that a resumed run leaves the same file as an uninterrupted one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The loop that every stage runs in: learning rates, logs, moving averages, checkpoints, and the ways a run ends.
 
-A stage is its networks, its optimisers and one step; this module knows nothing of what is learnt. All that is random
-in a step comes from the step's number, so a run that was interrupted and goes on is exactly the uninterrupted one.
+A stage is its networks, its optimisers and one step; All that is random in a step comes from the step's number, so a
+run that was interrupted and goes on is exactly the uninterrupted one.
 """
 
 from __future__ import annotations

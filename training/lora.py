@@ -1,6 +1,6 @@
 """Low-rank adapters in training: factors beside frozen linears, and both written in the official names (section 14).
 
-y = W x + b + alpha / rank * B A x. `live_avatar.weights.lora` reads the files that are made here. Knows no stage.
+y = W x + b + alpha / rank * B A x. `live_avatar.weights.lora` reads the files that are made here.
 """
 
 from __future__ import annotations

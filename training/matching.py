@@ -1,6 +1,6 @@
 """What teacher and stage 1 share: a stage that lowers a flow-matching loss of single clips.
 
-A batch is clips one after another, whose gradients add up. Knows neither of the losses.
+A batch is clips one after another, whose gradients add up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures drawn faces in a video without knowing the truth: how the mouth moves, how far the looks have drifted.
 
 Made for the data set's own geometry (`training.data.features`): the mouth is near its known place, its inside is dark,
-and its lips are less green than the skin. The reference picture gives the skin's colour. Knows no networks.
+and its lips are less green than the skin. The reference picture gives the skin's colour.
 """
 
 from __future__ import annotations

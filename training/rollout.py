@@ -1,7 +1,7 @@
 """Self-forcing: the generator makes a window as a stream does, from its own past (section 3.2, Algorithm 1).
 
 History corrupt: the cache of a step holds what that step's own noisy passes wrote. So the steps up to a random exit
-step are enough for a window, and no pass over clean latents is made. Knows no loss.
+step are enough for a window, and no pass over clean latents is made.
 """
 
 from __future__ import annotations

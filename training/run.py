@@ -1,8 +1,8 @@
 """A training run from the command line: one stage, or all of them to weights that the export takes.
 
-`python -m training.run --config training/configs/tiny.toml --stage all --out out/tiny`. A stage leaves its networks
-and a record in a folder of its own; the same command goes on with one that was interrupted and passes over one that is
-done. Knows which files a stage is made from and leaves behind, and nothing of what it does.
+`python -m training.run --config training/configs/tiny.toml --stage all --out out/tiny`. A stage leaves its networks and
+a record in a folder of its own; the same command goes on with one that was interrupted and passes over one that is
+done.
 """
 
 from __future__ import annotations

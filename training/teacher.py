@@ -1,7 +1,7 @@
 """Stage 0d: the bidirectional teacher, trained by flow matching on whole clips (section 3.2).
 
 All latent frames of a clip have one noise level and see one another, and the sink stands at its distance from the
-first. Knows no blocks but those in which speech comes.
+first.
 """
 
 from __future__ import annotations

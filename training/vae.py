@@ -8,7 +8,7 @@ convolutions, because the constants of the format are those of another VAE.
 
 What stills cannot teach is to keep the four frames of one latent apart, and nearly all that differs in them is the
 mouth: a sixth of the picture. So the second stage goes on with whole clips of that part alone, and as many pieces of
-whole pictures as keep the rest in mind. Knows no transformer.
+whole pictures as keep the rest in mind.
 """
 
 from __future__ import annotations

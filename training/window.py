@@ -1,8 +1,7 @@
 """Passes of the transformer over a window of a stream: whole, as the teacher sees it, or block by block.
 
 `Window` joins the core's network with positions, sink and history; gradients flow through all of it. A `Scene` holds
-what a network makes of a clip's conditions once for all blocks and noise levels. Knows no loss and no random number
-but those of a `Place`.
+what a network makes of a clip's conditions once for all blocks and noise levels.
 """
 
 from __future__ import annotations

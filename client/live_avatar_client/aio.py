@@ -1,8 +1,4 @@
-"""The session for asyncio, over grpc's asyncio API; it starts no thread.
-
-Knows how to wait and to read the stream in a task; what to send, and what an answer means, is decided
-in `core`.
-"""
+"""The session for asyncio, over grpc's asyncio API; it starts no thread."""
 
 import asyncio
 import contextlib

@@ -1,7 +1,6 @@
 """What the sync and the asyncio session share: their options, their channel, and how messages reach the core.
 
-Knows the core and the messages, how a channel is opened, and that a transport has a lock, a queue of
-messages to write and a way to wake up who waits. It never waits.
+None of this waits; the transports do.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""Cuts speech that comes in chunks of any size into the blocks that the server takes.
-
-Knows samples and when they were given. It knows no server, and no playback.
-"""
+"""Cuts speech that comes in chunks of any size into the blocks that the server takes."""
 
 from dataclasses import dataclass
 from typing import Final, TypeAlias

@@ -1,7 +1,4 @@
-"""Every exception of the client, in one tree under `AvatarError`.
-
-Knows what can go wrong, not where: the messages are written where the error is raised.
-"""
+"""Every exception of the client, in one tree under `AvatarError`."""
 
 # ruff: noqa: N818 - the names say what happened, as httpx's do, and need no suffix.
 

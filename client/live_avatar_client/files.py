@@ -1,7 +1,4 @@
-"""Files of a user: inputs that are there, and outputs that appear whole or not at all.
-
-Knows paths and their mishaps; it knows no formats.
-"""
+"""Files of a user: inputs that are there, and outputs that appear whole or not at all."""
 
 import contextlib
 import errno

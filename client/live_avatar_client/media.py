@@ -1,7 +1,4 @@
-"""Reads speech from media files and writes frames and speech to MP4 files, with PyAV (extra `media`).
-
-Knows files, samples and pixels. It knows no server and no session.
-"""
+"""Reads speech from media files and writes frames and speech to MP4 files, with PyAV (extra `media`)."""
 
 import contextlib
 import itertools

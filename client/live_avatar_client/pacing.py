@@ -1,7 +1,4 @@
-"""Tells when an avatar that nobody makes speak needs silence, so that it keeps moving.
-
-Knows the playback of what was sent, as a clock; it knows neither samples nor requests.
-"""
+"""Tells when an avatar that nobody makes speak needs silence, so that it keeps moving."""
 
 import math
 from dataclasses import dataclass

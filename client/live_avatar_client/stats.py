@@ -1,7 +1,4 @@
-"""Measures a stream from the blocks that came out of it.
-
-Knows the times that the blocks carry, which are the client's: it cannot tell the network from the server.
-"""
+"""Measures a stream from the blocks that came out of it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Asks a server how it is: alive, ready, what it serves, how much of it is free, and whether the key is the right one.
 
-Knows no session. `live-avatar doctor` shows what it returns; a load balancer may use it to choose a server.
+`live-avatar doctor` shows what it returns; a load balancer may use it to choose a server.
 """
 
 import statistics

@@ -1,8 +1,4 @@
-"""The session for programs with threads, over grpc's blocking API.
-
-Knows how to wait and to read the stream in a thread; what to send, and what an answer means, is decided
-in `core`.
-"""
+"""The session for programs with threads, over grpc's blocking API."""
 
 import math
 import queue

@@ -1,7 +1,6 @@
 """A Live Avatar server for tests: real gRPC on a free local port, with frames that follow a formula.
 
-Checks the requests as the real server does and refuses with the same codes. It knows no model: a frame
-is its number, the session's seed and the loudness of its speech (`synthetic_frame`).
+Checks the requests as the real server does and refuses with the same codes.
 """
 
 import io

@@ -1,7 +1,4 @@
-"""How a session knows its server, and shows who it is itself: TLS and mutual TLS.
-
-Knows files of certificates and gRPC's credentials; it opens no connection.
-"""
+"""How a session knows its server, and shows who it is itself: TLS and mutual TLS."""
 
 import os
 from dataclasses import dataclass

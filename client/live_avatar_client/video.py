@@ -1,7 +1,6 @@
 """The files that a video of known speech goes into: MP4, and on demand the raw frames.
 
-Knows files and frames; it knows no server. Both files appear when the `with` statement is left normally,
-and neither does after an exception.
+Both files appear when the `with` statement is left normally, and neither does after an exception.
 """
 
 import contextlib

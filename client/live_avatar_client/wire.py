@@ -1,8 +1,4 @@
-"""Turns requests and responses into KServe v2 messages and back.
-
-Knows the tensors' encoding, for both directions (`testing` is the other end). It knows no session: it
-keeps no state, and opens no connection.
-"""
+"""Turns requests and responses into KServe v2 messages and back."""
 
 import itertools
 import json

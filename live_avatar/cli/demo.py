@@ -1,7 +1,7 @@
 """The demo, and the pieces of it that the command line has as commands of their own.
 
-Exports if need be, serves, streams the shipped speech and picture twice (as spoken, then as fast as it
-goes), and reports. Knows the client, the server and the export; the core knows nothing of this module.
+Exports if need be, serves, streams the shipped speech and picture twice (as spoken, then as fast as it goes), and
+reports.
 """
 
 from __future__ import annotations

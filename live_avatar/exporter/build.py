@@ -1,7 +1,7 @@
 """An artifacts folder, made whole or not at all.
 
-Everything is written into a folder beside the target and moved into place at the end, so an interrupted
-export leaves no half-made artifacts behind. Knows presets, graphs and files; knows no engine.
+Everything is written into a folder beside the target and moved into place at the end, so an interrupted export leaves
+no half-made artifacts behind.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 `python -m export.engines --artifacts artifacts/s2v-14b` is what an init container calls: it prints a line per engine,
 keeps engines that are up to date, waits while another process builds, and is done when all engines are there. One
 engine per graph, strongly typed: the types are those of the graph. Nothing of the graph's files is changed.
-
-Knows TensorRT's builder and files; knows no session.
 """
 
 from __future__ import annotations

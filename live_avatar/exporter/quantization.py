@@ -8,8 +8,7 @@ the form of which TensorRT is said to make one FP8 product (nobody ran it here).
 both sides: NVIDIA reports that a scale per channel with one per token falls back to 16 bits (TensorRT-Model-Connect
 pull request 1386). They are constants: a weight's follows from the weight, an input's from a calibration
 (`export/calibrate.py`). The weight stands transposed and the scales have the type of the graph's activations, so that
-nothing comes between DequantizeLinear and MatMul, as NVIDIA's ModelOpt 0.47 has it. Knows graphs and weights; runs no
-network.
+nothing comes between DequantizeLinear and MatMul, as NVIDIA's ModelOpt 0.47 has it.
 """
 
 from __future__ import annotations

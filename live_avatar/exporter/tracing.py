@@ -1,8 +1,7 @@
 """One torch component becomes one ONNX graph that keeps its contract, without its weights in memory.
 
 Components are traced with fake tensors. In the graph that comes out every weight is an initializer without a value,
-under its name in the state dict; `build.py` puts the values into a file. Knows torch's exporter and ONNX; knows no
-preset and no folder.
+under its name in the state dict; `build.py` puts the values into a file.
 """
 
 from __future__ import annotations

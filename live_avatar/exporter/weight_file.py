@@ -1,7 +1,6 @@
 """The external weights of several graphs in one file, each tensor once and one in memory at a time.
 
 The four steps and the prefill share the transformer's weights; a tensor is known by its name in the state dict.
-Knows arrays and files; knows no network.
 """
 
 from __future__ import annotations

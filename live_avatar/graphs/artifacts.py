@@ -1,6 +1,6 @@
 """An artifacts folder: graphs, their weights, and the manifest that says what they are.
 
-Written by `export/`, read by everything that runs graphs. Knows no engine.
+Written by `live_avatar.exporter`, read by everything that runs graphs.
 """
 
 from __future__ import annotations

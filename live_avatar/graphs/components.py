@@ -1,7 +1,7 @@
 """The components as torch modules whose arguments and results stand in the order of their contracts.
 
-Thin: each puts positions, shapes and pixel types around one network of `dit.py`, `vae.py` or
-`transformers`. What is exported, and what the torch runtime runs. Knows no files and no sessions.
+Thin: each puts positions, shapes and pixel types around one network of `dit.py`, `vae.py` or `transformers`. What is
+exported, and what the torch runtime runs.
 """
 
 from __future__ import annotations

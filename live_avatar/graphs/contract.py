@@ -1,9 +1,8 @@
 """What each exported graph takes and gives: names, types, shapes. Stated once, read by all.
 
-The exporter, the runtimes, the serving models and the tests read contracts here or in an artifacts
-folder's manifest, which carries them along. A shape entry is a number or the name of a symbolic
-dimension, whose least, usual and greatest value stand in `Contract.ranges` (TensorRT's optimization
-profile). The module knows no runtime and no weights.
+The exporter, the runtimes, the serving models and the tests read contracts here or in an artifacts folder's manifest,
+which carries them along. A shape entry is a number or the name of a symbolic dimension, whose least, usual and greatest
+value stand in `Contract.ranges` (TensorRT's optimization profile).
 """
 
 from __future__ import annotations

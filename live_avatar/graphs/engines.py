@@ -1,7 +1,7 @@
 """The TensorRT engines of an artifacts folder: where they are, and what each was made of and on.
 
-An engine runs on the TensorRT and the GPU that it was built with, and stands for one graph and its weights. Written
-by `export/engines.py`, read by the runtime. Knows files; knows neither TensorRT nor a GPU.
+An engine runs on the TensorRT and the GPU that it was built with, and stands for one graph and its weights. Written by
+`live_avatar.exporter.engines`, read by the runtime.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Memory of a preset, in bytes, from its sizes alone: what each process holds once, what each session adds, and what
 each avatar that it remembers.
 
-For engines (`runtime/tensorrt_runtime.py`): every engine has its own copy of its weights, so a step's process holds
-the transformer twice, for the step and for the prefill (of the released model in bfloat16 26 GiB each), unless the
-prefill keeps its weights on the host. TensorRT's activation memory is known only to a built engine; here stands the
-limit of its scratch space. Knows no GPU; of the host it knows what is free.
+For engines (`runtime/tensorrt_runtime.py`): every engine has its own copy of its weights, so a step's process holds the
+transformer twice, for the step and for the prefill (of the released model in bfloat16 26 GiB each), unless the prefill
+keeps its weights on the host. TensorRT's activation memory is known only to a built engine; here stands the limit of
+its scratch space.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An encoded picture becomes the pixels of a reference frame, and tells the size of a video that suits it.
 
-Refuses what cannot be a picture before decoding it. Knows Pillow; knows no network.
+Refuses what cannot be a picture before decoding it.
 """
 
 from __future__ import annotations

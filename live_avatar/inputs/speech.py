@@ -1,7 +1,6 @@
 """Where the speech features of a video frame come from, whole-file and streamed (spec section 12).
 
-Host arithmetic in numpy; the speech encoder itself is a graph that the caller runs. It knows audio
-samples and features, no video and no session protocol.
+Host arithmetic in numpy; the speech encoder itself is a graph that the caller runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A prompt becomes token ids (spec section 10).
 
-Cleans the text as the released front end does; the text encoder itself is a graph. The official tokenizer is read
-from its `tokenizer.json`; the byte tokenizer belongs to the tiny preset and needs no file. Knows no torch.
+Cleans the text as the released front end does; the text encoder itself is a graph. The official tokenizer is read from
+its `tokenizer.json`; the byte tokenizer belongs to the tiny preset and needs no file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Multi-head attention as all networks of the DiT use it: normalised queries and keys, heads outside.
 
-Knows no cache and no positions: keys and values come in ready, rotated or not. The linears here are those that
-may run in 16 bits (`Preset.precision`); norms and rotations are computed in float32 whatever they are.
+The linears here are those that may run in 16 bits (`Preset.precision`); norms and rotations are computed in float32
+whatever they are.
 """
 
 from __future__ import annotations

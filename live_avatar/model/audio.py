@@ -1,7 +1,6 @@
 """Speech features of a block become audio tokens, and audio tokens move the latents (spec section 7).
 
-`AudioEncoder` and `AudioInjector` are networks of the DiT's checkpoint. This module knows nothing of
-waveforms: where the features come from is `speech.py`'s matter.
+`AudioEncoder` and `AudioInjector` are networks of the DiT's checkpoint.
 """
 
 from __future__ import annotations

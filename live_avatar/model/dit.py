@@ -1,8 +1,6 @@
 """The causal video diffusion transformer, with every state passed in and out (spec sections 2 to 6).
 
-`CausalDiT` carries the official parameter names, so an official state dict loads as it is. It knows
-no step number, no ring and no session: a caller gives the modulation of a timestep, the history's keys
-and values and the rotary phases, and gets a velocity and the block's own keys and values.
+`CausalDiT` carries the official parameter names, so an official state dict loads as it is.
 """
 
 from __future__ import annotations

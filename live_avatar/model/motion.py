@@ -1,7 +1,4 @@
-"""Frame packing: motion latents become tokens, the older the coarser (spec section 6).
-
-Knows only the packing; positions are `rope.motion_grid`'s, the mask embedding is the DiT's.
-"""
+"""Frame packing: motion latents become tokens, the older the coarser (spec section 6)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Rotary phases of block and sink tokens, from integers in float64 (spec section 4).
 
-No table and no end: a phase is computed for the positions at hand, so a stream may run for ever.
-Knows positions and head widths; knows no weights. All functions are pure numpy, so that a serving
-process needs no torch for them.
+No table and no end: a phase is computed for the positions at hand, so a stream may run for ever. All functions are pure
+numpy, so that a serving process needs no torch for them.
 
 A phase array is float32 [2, L, n]: cosines, then sines, of L tokens and n pairs of one axis group.
 """

@@ -1,9 +1,8 @@
 """The causal video VAE as two streams: frames -> latents and latents -> frames (spec section 13).
 
-Official parameter names; the state of a stream is a list of tensors that the caller passes in and gets
-back, never on the module, so any number of streams share one VAE. A stream begins with state None and one
-frame (or latent), which time resampling leaves alone. State has the type of the weights; frames and latents
-are float32. It knows nothing of sessions or of pixels' types.
+Official parameter names; the state of a stream is a list of tensors that the caller passes in and gets back, never on
+the module, so any number of streams share one VAE. A stream begins with state None and one frame (or latent), which
+time resampling leaves alone. State has the type of the weights; frames and latents are float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The front end: picture, prompt, seed and speech become what the denoising steps take.
 
 `Conditioner` holds graphs; the state of a session is a `Conditioning` that it opens and is handed back. Avatars are
-remembered by who uses it, under `avatar_key`. Knows no server and no denoising.
+remembered by who uses it, under `avatar_key`.
 """
 
 from __future__ import annotations

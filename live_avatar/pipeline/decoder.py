@@ -1,7 +1,6 @@
 """Clean latents become video frames, as a stream.
 
-`FrameDecoder` holds the decoder's graphs; a session's `DecoderState` holds the history of its causal
-convolutions. Knows no denoising and no server.
+`FrameDecoder` holds the decoder's graphs; a session's `DecoderState` holds the history of its causal convolutions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One denoising step with its caches: what one GPU of the pipeline does to every block.
 
-`DenoisingStep` holds the graphs of its step; a session's `StepState` holds the ring and the prefilled
-sink. Knows its own noise level; knows no other step and no server.
+`DenoisingStep` holds the graphs of its step; a session's `StepState` holds the ring and the prefilled sink.
 """
 
 from __future__ import annotations

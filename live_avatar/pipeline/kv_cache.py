@@ -1,9 +1,8 @@
 """The rolling key/value cache of one step of one session (spec section 5).
 
-The window is L blocks with the current one; the ring stores the L - 1 past ones, because the step itself
-brings the current block's keys and values. That is the reference's ring less the slot it is about to overwrite,
-and a quarter less memory. The runtime gives the memory, which may be a GPU's. Knows arrays; knows no graph and no
-step number.
+The window is L blocks with the current one; the ring stores the L - 1 past ones, because the step itself brings the
+current block's keys and values. That is the reference's ring less the slot it is about to overwrite, and a quarter less
+memory. The runtime gives the memory, which may be a GPU's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Things remembered by a key: a bounded number, the least recently used goes first.
-
-Knows keys and values; knows not what they are.
-"""
+"""Things remembered by a key: a bounded number, the least recently used goes first."""
 
 from __future__ import annotations
 

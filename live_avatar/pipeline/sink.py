@@ -1,8 +1,7 @@
 """The attention sink of a session: where it comes from, and when it is replaced (spec sections 6, 9).
 
-Rolling sink frame mechanism: the sink is the reference image at first; from `sink_update_block` on it is
-the first clean latent frame of block 1 (adaptive attention sink); its position rolls with the stream
-(`rope.sink_position`). Knows latents; knows no graph.
+Rolling sink frame mechanism: the sink is the reference image at first; from `sink_update_block` on it is the first
+clean latent frame of block 1 (adaptive attention sink); its position rolls with the stream (`rope.sink_position`).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ profile shares them between two networks, so a process that runs a step and the 
 (`memory.py` says what that is). An engine built with its weights on the host keeps none of them on the GPU and
 streams them in every run: that is for the prefill, which runs when a session begins and when its sink is replaced.
 
-One runtime serves one thread. It has one stream, on which everything that it enqueues is in order; a run starts
-after what its caller has enqueued, and has ended when it returns. Knows no session.
+One runtime serves one thread. It has one stream, on which everything that it enqueues is in order; a run starts after
+what its caller has enqueued, and has ended when it returns.
 """
 
 from __future__ import annotations

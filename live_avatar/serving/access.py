@@ -1,8 +1,7 @@
 """Who may do what at the server's ports: TLS, keys, and what is closed, as options of Triton.
 
 gRPC carries the stream and has TLS. Triton's HTTP has none, so it carries health and metadata only. Loading and
-unloading models is the supervisor's alone, under a secret that it draws at its start. Knows key files and Triton's
-command line; starts nothing, and asks nobody.
+unloading models is the supervisor's alone, under a secret that it draws at its start.
 """
 
 from __future__ import annotations

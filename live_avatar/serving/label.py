@@ -1,7 +1,7 @@
 """A visible label on video frames, such as "AI-generated": white text on a dark box in the lower right corner.
 
-The size is what GB 45438-2025 asks of a video's label: text at least 5 % as tall as the frame's short side, at its
-edge or corner, and clearly legible. Knows frames and a font; knows no session, and not what a label should say.
+The size is what GB 45438-2025 asks of a video's label: text at least 5 % as tall as the frame's short side, at its edge
+or corner, and clearly legible.
 """
 
 from __future__ import annotations

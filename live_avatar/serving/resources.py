@@ -1,7 +1,4 @@
-"""What stages share out among sessions: the work done for known avatars, and memory.
-
-Knows keys, counts and bytes; knows not what is remembered, nor whose memory it is.
-"""
+"""What stages share out among sessions: the work done for known avatars, and memory."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 A dead stage leaves Triton up and "ready", and answers nothing for ever (tried on 2.51), so its model is unloaded and
 loaded again, which makes readiness false meanwhile. To drain, a model is loaded that cannot be: that turns readiness
-false at once, over HTTP and gRPC, and live sessions do not notice. Knows Triton's model-control API and Linux's
-processes; knows nothing of what the models do.
+false at once, over HTTP and gRPC, and live sessions do not notice.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """From files (or a seed) to networks with weights.
 
 A checkpoint folder is the official download (`official.py`), or four files of the project's own, `dit.safetensors`,
-`vae.safetensors`, `speech.safetensors` and `text.safetensors`, with the official parameter names. Every tensor must
-be there, none may be left over. Without a folder networks of the tiny preset's sizes have the weights that the package
-ships, and others are drawn from the preset's seed. A LoRA is merged on the way in. Knows no graphs.
+`vae.safetensors`, `speech.safetensors` and `text.safetensors`, with the official parameter names. Every tensor must be
+there, none may be left over. Without a folder networks of the tiny preset's sizes have the weights that the package
+ships, and others are drawn from the preset's seed. A LoRA is merged on the way in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tensors in 8-bit floating point, e4m3fn, with one scale each: the quantizer of the released code (spec section 15).
 
-e4m3fn has 4 bits of exponent and 3 of mantissa, no infinity, and 448 as its largest number. Knows tensors and the
-names of linears; knows no graph. `live_avatar/exporter/quantization.py` makes static scales and ONNX of it.
+e4m3fn has 4 bits of exponent and 3 of mantissa, no infinity, and 448 as its largest number.
+`live_avatar/exporter/quantization.py` makes static scales and ONNX of it.
 """
 
 from __future__ import annotations

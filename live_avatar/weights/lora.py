@@ -1,6 +1,6 @@
 """Low-rank adapters: read, checked against the network, and merged as tensors are read (spec section 14).
 
-W' = W + alpha / rank * B A in float32, rounded once to the type of W. Knows names and tensors; knows no preset.
+W' = W + alpha / rank * B A in float32, rounded once to the type of W.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The official Wan2.2-S2V-14B download as a `Checkpoint`: a preset of any widths, and its weights under our names.
 
-Sizes come from the files' own descriptions and shapes; a setting that the networks here do not have is refused.
-Opening reads names and shapes, no tensor. Knows nothing of how weights are used.
+Sizes come from the files' own descriptions and shapes; a setting that the networks here do not have is refused. Opening
+reads names and shapes, no tensor.
 
 The transformer and the VAE stand in the files under the names of `dit.py` and `vae.py`. Two parts are renamed:
 

@@ -1,8 +1,8 @@
 """The weights of a network as named tensors, read one at a time.
 
-A `Weights` knows the names and shapes of its tensors without reading them; `read` brings one into memory.
-So a model of any size can be checked, merged and exported with room for one tensor. Files are memory-mapped.
-A `Checkpoint` gathers those of a preset; `checkpoint.py` says which files make which network. Knows no graph.
+A `Weights` knows the names and shapes of its tensors without reading them; `read` brings one into memory. So a model of
+any size can be checked, merged and exported with room for one tensor. Files are memory-mapped. A `Checkpoint` gathers
+those of a preset; `checkpoint.py` says which files make which network.
 """
 
 from __future__ import annotations

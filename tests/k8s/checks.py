@@ -1,6 +1,6 @@
 """What must be true of the objects of k8s/: each check gives a sentence for everything that is not.
 
-The server's own numbers and options are taken from its code. Knows objects; builds none, and needs no cluster.
+The server's own numbers and options are taken from its code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What kustomize makes of k8s/, as plain objects, and how to find one's way in them.
-
-Knows kubectl and YAML; knows no cluster, and not what is right.
-"""
+"""What kustomize makes of k8s/, as plain objects, and how to find one's way in them."""
 
 from __future__ import annotations
 

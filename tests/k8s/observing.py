@@ -1,7 +1,4 @@
-"""What the tests of monitoring share: the rules and the dashboard as they stand in k8s/, and Prometheus' own tools.
-
-Knows YAML and JSON files; knows no cluster.
-"""
+"""What the tests of monitoring share: the rules and the dashboard as they stand in k8s/, and Prometheus' own tools."""
 
 from __future__ import annotations
 

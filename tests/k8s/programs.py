@@ -1,7 +1,4 @@
-"""The programs that the tests of k8s/ run: those of .venv and of .k8s, and Debian's, with the package of each.
-
-Knows where they lie and how one gets them; not what they do.
-"""
+"""The programs that the tests of k8s/ run: those of .venv and of .k8s, and Debian's, with the package of each."""
 
 from __future__ import annotations
 

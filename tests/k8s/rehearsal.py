@@ -1,7 +1,4 @@
-"""Real parts for rehearsals on this machine: two servers, a proxy before them, Prometheus; on free ports, ended by id.
-
-Knows the configurations of k8s/rehearsal; knows no cluster.
-"""
+"""Real parts for rehearsals on one machine: two servers, a proxy before them, Prometheus; on free ports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Containers without a container runtime: bubblewrap gives a process the file system, user and rights of one.
 
 The root file system is this machine's programs and libraries, read-only, and whatever is mounted; there is no home and
-no /tmp but those. Seccomp and control groups (limits of memory and CPU) are not there. Knows no Kubernetes. Needs root.
+no /tmp but those. Seccomp and control groups (limits of memory and CPU) are not there. Needs root.
 """
 
 from __future__ import annotations

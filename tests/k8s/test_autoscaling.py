@@ -2,7 +2,7 @@
 
 The algorithm is that of an external metric with an average value (kube-controller-manager, 1.31 to 1.37): nothing
 happens within 10 % of the target; else ceil(metric / target), the least of the window for growing, the greatest of that
-for shrinking, as far as the policies let it. Knows no cluster: that the adapter serves the metric is not seen here.
+for shrinking, as far as the policies let it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """checkov's policies hold for what is applied to a cluster and for the Dockerfiles, but where k8s/checkov.yaml argues.
 
-Each folder is looked at alone, as it is applied alone. Knows what checkov finds, and not why it looks for it.
+Each folder is looked at alone, as it is applied alone.
 """
 
 from __future__ import annotations

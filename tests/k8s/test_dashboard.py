@@ -1,7 +1,6 @@
 """The Grafana dashboard as a file: its queries are PromQL, ask for series that exist, and its panels lie side by side.
 
-That each query has an answer on a real server is seen in test_rehearsal_prometheus.py. Knows no Grafana: that it takes
-the file is not seen here.
+That each query has an answer on a real server is seen in test_rehearsal_prometheus.py.
 """
 
 from __future__ import annotations

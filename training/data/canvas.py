@@ -1,4 +1,4 @@
-"""Shapes with smooth edges, on a transparent layer. Knows colours and lengths, no faces.
+"""Shapes with smooth edges, on a transparent layer.
 
 Lengths are in units of 1/96 of the picture's side, whatever its size in pixels.
 """

@@ -1,8 +1,8 @@
 """Speech and the times of its phonemes, from espeak-ng by ctypes; library and data come with `espeakng_loader`.
 
 espeak-ng keeps synthesis state from one text to the next (phases, noise, pitch flutter), in static variables that no
-call resets. So that the same request is the same sound in every process and order, each gets a freshly loaded copy
-of the library, about 2 ms. Knows no mouths and no data set.
+call resets. So that the same request is the same sound in every process and order, each gets a freshly loaded copy of
+the library, about 2 ms.
 """
 
 from __future__ import annotations

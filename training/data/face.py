@@ -1,4 +1,4 @@
-"""Draws a face: an identity and a pose give pixels. Knows no speech and no time.
+"""Draws a face: an identity and a pose give pixels.
 
 What does not move within a clip is drawn once; a frame then costs a mouth and the placing of the head.
 """

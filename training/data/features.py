@@ -1,7 +1,4 @@
-"""The parts of a drawn face, each drawn on a canvas from an identity's looks. Lengths are the canvas's units.
-
-Knows no motion but that of mouth and lids.
-"""
+"""The parts of a drawn face, each drawn on a canvas from an identity's looks. Lengths are the canvas's units."""
 
 from __future__ import annotations
 

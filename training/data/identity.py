@@ -1,4 +1,4 @@
-"""Who is in the picture: looks, drawn at random, and a prompt that names them. Knows colours, and no shapes.
+"""Who is in the picture: looks, drawn at random, and a prompt that names them.
 
 A combination of looks belongs to one split, by a checksum of their names.
 """

@@ -1,6 +1,6 @@
 """The sound side of a clip: someone reads sentences, with pauses, noise and a microphone, and the mouth that says it.
 
-Knows no pictures. Everything is a pure function of split, seed and length.
+Everything is a pure function of split, seed and length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The three parts of the data, and the random numbers of a sample. Knows neither speech nor faces."""
+"""The three parts of the data, and the random numbers of a sample."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Sentences to read aloud, from patterns and word lists. Each split has its own patterns and words.
 
-Shared are only numbers' words and the small words of the patterns themselves ("the", "and"). Knows no voices.
+Shared are only numbers' words and the small words of the patterns themselves ("the", "and").
 """
 
 from __future__ import annotations

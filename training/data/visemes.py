@@ -1,4 +1,4 @@
-"""From phonemes and their loudness to the shape of a mouth in each video frame. Knows no synthesiser and no drawing.
+"""From phonemes and their loudness to the shape of a mouth in each video frame.
 
 The shape of frame i is a weighted mean over 130 ms of sound, up to `AHEAD_S` after the frame's end. One thing is
 earlier than its phoneme: lips and tongue close for an unvoiced stop while nothing sounds, and the phoneme begins with

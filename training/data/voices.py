@@ -1,4 +1,4 @@
-"""The speakers: espeak-ng's languages and variants, each variant in one split. Knows no texts.
+"""The speakers: espeak-ng's languages and variants, each variant in one split.
 
 Variants that are each other's copies but for a few numbers stand in the same split; whispering, echoing and robot
 variants are left out.
