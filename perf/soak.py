@@ -43,9 +43,9 @@ from live_avatar_client.errors import AvatarError
 from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.status import server_status
 from perf.growth import MIB, Memory, Process, Slope, group, own_cpu_s
+from perf.soak_endings import CALL_S, ENDINGS
 from perf.soak_sessions import (
     AVATARS,
-    CALL_S,
     UTTERANCE_BLOCKS,
     Ending,
     Oracle,
@@ -150,7 +150,7 @@ class Soak:
 
     def run(self) -> bool:
         """Returns whether it ran to its end; all its clients are gone afterwards."""
-        threads = [threading.Thread(target=self._visit, args=(n,), daemon=True) for n in range(SESSIONS + 1)]
+        threads = [threading.Thread(target=self._run_sessions, args=(n,), daemon=True) for n in range(SESSIONS + 1)]
         threads.append(threading.Thread(target=self._kill_stages, daemon=True))
         for thread in threads:
             thread.start()
@@ -186,10 +186,12 @@ class Soak:
         rng = random.Random(self._seed)
         utterances = [rng.choice(self.context.utterances) for _ in range(3)]
         lengths = (UTTERANCE_BLOCKS, UTTERANCE_BLOCKS, 3)
-        threads = [
-            threading.Thread(target=_RealTime(self.context, rng, Ending.DRAINED, utterance, blocks).run, daemon=True)
+        sessions = [
+            _RealTime(self.context, rng, Ending.DRAINED, utterance, blocks)
             for utterance, blocks in zip(utterances, lengths, strict=True)
         ]
+        end = ENDINGS[Ending.DRAINED]
+        threads = [threading.Thread(target=session.run, args=(end,), daemon=True) for session in sessions]
         for thread in threads:
             thread.start()
         time.sleep(1.0)
@@ -208,13 +210,14 @@ class Soak:
         with suppress(AvatarError):
             while server_status(self.server.options.url).ready:
                 time.sleep(0.05)
-        SoakSession(self.context, rng, Ending.DRAINED, utterance, 1).run()
+        SoakSession(self.context, rng, Ending.DRAINED, utterance, 1).run(ENDINGS[Ending.DRAINED])
 
-    def _visit(self, number: int) -> None:
+    def _run_sessions(self, number: int) -> None:
         rng = random.Random(self._seed * 1000 + number)
         while not self._stop.come():
             if self.governor.wait(0.5):
-                SoakSession.random(self.context, rng).run()
+                session = SoakSession.random(self.context, rng)
+                session.run(ENDINGS[session.ending])
                 self._stop.event.wait(rng.expovariate(4.0))
 
     def _watch(self) -> None:
