@@ -40,11 +40,11 @@ CALL_S = 90.0
 
 
 class Unexpected(Exception):  # noqa: N818 - it is a finding of the soak
-    """The server did something else than what this ending asks for."""
+    """The server did not react as this ending requires."""
 
 
 class RawStream:
-    """A client without manners: single requests on a stream of its own, each answered before the next."""
+    """A client of single requests, valid or not, on its own stream; it waits for each answer."""
 
     def __init__(self, session: SoakSession, sequence_id: int | None = None) -> None:
         self.sequence_id = sequence_id or secrets.randbelow(MAX_SEQUENCE_ID) + 1
@@ -64,7 +64,7 @@ class RawStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the session in whatever state it is, unless the call is cancelled."""
+        """Ends the session in any state, unless the call is cancelled."""
         with suppress(AvatarError, grpc.RpcError):
             if not self._over:
                 self.ask(self.request(NOTHING, end=EndReason.FAILED if kind else EndReason.COMPLETED))
@@ -79,7 +79,7 @@ class RawStream:
         self.ask(self.request(NOTHING, start=True))
 
     def say(self, blocks: int) -> None:
-        """Says the next blocks of the utterance, and checks what comes."""
+        """Sends the next blocks of the utterance and checks their frames."""
         for _ in range(blocks):
             answer = self.ask(self.request(self._session.utterance.speech[self.said]))
             self.said += 1
@@ -97,7 +97,7 @@ class RawStream:
         raise (SessionRefused if FULL in sentence else SessionFailed)(sentence, code)
 
     def refused(self, message: Message, *codes: ErrorCode | None) -> None:
-        """Asks for something that the server must refuse with one of the codes; None is Triton's own refusal."""
+        """Sends a request that the server must refuse with one of the codes; None is Triton's own refusal."""
         try:
             self.ask(message)
         except SessionFailed as error:
@@ -113,7 +113,7 @@ class RawStream:
         self._channel.close()
 
     def send_and_cancel(self) -> None:
-        """Leaves with a block on its way."""
+        """Cancels the call with a block in flight."""
         self._send(self.request(self._session.utterance.speech[self.said]))
         self.cancel()
 
@@ -147,7 +147,7 @@ def closed(session: SoakSession) -> None:
 
 
 def interrupted(session: SoakSession) -> None:
-    """Says a part and half a block, which is dropped; goes on with what follows in the utterance."""
+    """Says some blocks and half of one, which is dropped at the interrupt; goes on with the rest of the utterance."""
     before = session.rng.randint(1, session.blocks)
     said = session.utterance.speech_of(session.blocks)
     cut = before * BLOCK_SAMPLES
@@ -167,7 +167,7 @@ def interrupted(session: SoakSession) -> None:
 
 
 def idle(session: SoakSession) -> None:
-    """Short, as its frames have to be made for it: nobody knows beforehand when there will be silence."""
+    """Short, because its frames must be generated: the places of the silence are not known before."""
     spoken = session.utterance.speech_of(min(session.blocks, 3))
     with session.client(idle=True) as client:
         time.sleep(session.rng.uniform(0.0, 1.5))
@@ -207,7 +207,7 @@ except AvatarError as error:
 
 
 def killed(session: SoakSession) -> None:
-    """A client in a process of its own gets SIGKILL."""
+    """A client in a separate process gets SIGKILL."""
     utterance, given = session.utterance, io.BytesIO()
     np.savez(given, image=np.frombuffer(utterance.image, dtype=np.uint8), speech=utterance.speech_of(session.blocks))
     command = [sys.executable, "-c", CLIENT, session.context.url, utterance.prompt, str(utterance.seed)]
@@ -242,7 +242,7 @@ def silent(session: SoakSession) -> None:
 
 
 def started_twice(session: SoakSession) -> None:
-    """The second START is refused, on the stream of the first or on another; the session goes on."""
+    """A second START is refused, on the same stream or on another; the session goes on."""
     with RawStream(session) as stream:
         stream.start()
         before = session.rng.randint(0, session.blocks)
@@ -269,7 +269,7 @@ def other_token(session: SoakSession) -> None:
 
 
 def _intrude(session: SoakSession, sequence_id: int, *, start: bool = False) -> None:
-    """Another connection uses the id, without END: that is refused as well, but Triton ends the sequence."""
+    """Another connection uses the id, without END: the stage would refuse that, but Triton would end the sequence."""
     intruder = RawStream(session, sequence_id)
     try:
         audio = NOTHING if start else session.utterance.speech[0]
@@ -279,7 +279,7 @@ def _intrude(session: SoakSession, sequence_id: int, *, start: bool = False) -> 
 
 
 def bad_input(session: SoakSession) -> None:
-    """Something that START refuses, or a block of a wrong length, after which the session goes on."""
+    """An invalid START, or a block of a wrong length, after which the session goes on."""
     with RawStream(session) as stream:
         message = stream.request(NOTHING, start=True)
         match session.rng.choice(("picture", "seed", "prompt", "block")):

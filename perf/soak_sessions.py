@@ -1,7 +1,7 @@
 """The sessions of the soak: what each client says and at what pace, and how its frames are checked.
 
-Every frame is compared with the generator's. The frames of the beginning of an utterance come from a pool; the frames
-of other speech are generated when they are needed.
+Every frame is compared with the generator's. A pool has the frames of every utterance; frames of other speech are
+generated when they are needed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SHUTTING_DOWN = "shutting down"
 HANGS = ("AnswerTimeout", "SendTimeout", "DEADLINE_EXCEEDED")
 
 
-# ---- What is said, and what must be seen
+# ---- Speech and expected frames
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """Somebody who says something: int16 [blocks, samples] -> uint8 [frames, H, W, 3]."""
+    """An avatar's speech and its frames: int16 [blocks, samples] -> uint8 [frames, H, W, 3]."""
 
     image: bytes
     prompt: str
@@ -57,19 +57,19 @@ class Utterance:
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """In what form the frames are wanted; a quality of 0 is for raw ones."""
+    """The requested form of the frames; quality 0 means raw frames."""
 
     jpeg_quality: int = 0
     label: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
-        """As the client utterances them."""
+        """Options of the client library."""
         chosen = {"frame_format": FrameFormat.JPEG, "jpeg_quality": self.jpeg_quality} if self.jpeg_quality else {}
         return {**chosen, "label": self.label}
 
     def of(self, frames: Array) -> list[bytes]:
-        """Every frame as the bytes that a client gets for it."""
+        """The bytes that a client gets for each frame."""
         if self.label and len(frames):
             frames = Label(self.label, frames.shape[1], frames.shape[2]).draw(frames)
         return [_jpeg(frame, self.jpeg_quality) if self.jpeg_quality else frame.tobytes() for frame in frames]
@@ -86,14 +86,14 @@ FRAME_OPTIONS = (
 
 
 class Oracle:
-    """Expected frames: of the beginning of an utterance from the pool, of anything else made by `generate` at once."""
+    """Expected frames: from the pool for the beginning of an utterance, else generated on demand."""
 
     def __init__(self, generate: Callable[[Utterance, Array], Array]) -> None:
         self._generate = generate
         self._lock = threading.Lock()
 
     def frames(self, utterance: Utterance, heard: Array) -> Array:
-        """Of int16 [samples], whole blocks, as the server heard them."""
+        """Frames of int16 [samples], whole blocks, as the server got them."""
         if len(heard) % BLOCK_SAMPLES:
             raise ValueError(f"{len(heard)} samples are no whole blocks of {BLOCK_SAMPLES}; the last one is not known")
         blocks = heard.reshape(-1, BLOCK_SAMPLES)
@@ -119,7 +119,7 @@ def make_utterances(generator: Generator, seed: int) -> Iterator[Utterance]:
 
 
 def pictures(count: int) -> list[bytes]:
-    """The portrait, tinted."""
+    """The portrait in several tints."""
     grey = Image.open(PORTRAIT).convert("L")
     tints = [(255 - 20 * n, 160 + 15 * n, 130 + 20 * n) for n in range(count)]
     return [_encoded(ImageOps.colorize(grey, "black", tint), "PNG") for tint in tints]
@@ -135,7 +135,7 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-# ---- What was seen
+# ---- Results
 
 
 class Ending(StrEnum):
@@ -156,7 +156,7 @@ class Ending(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What its client saw."""
+    """What the client observed."""
 
     EXPECTED = "expected"
     FULL = "refused, full"
@@ -167,7 +167,7 @@ class Outcome(StrEnum):
 
 
 class Results:
-    """Counts of all sessions and frames, from many threads."""
+    """Counts of all sessions and frames; many threads add to them."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[tuple[Ending, Outcome]] = Counter()
@@ -183,7 +183,7 @@ class Results:
                 self.findings.append(f"{ending}: {why}")
 
     def compare(self, ending: Ending, first: int, got: Sequence[bytes], expected: Sequence[bytes]) -> None:
-        """Frames from number `first` on, with as many of the expected ones; more than there are is wrong as well."""
+        """Compares frames from number `first` on with the expected ones; additional frames are wrong, too."""
         wrong = [first + n for n, frame in enumerate(got) if n >= len(expected) or frame != expected[n]]
         with self._lock:
             self.frames += len(got)
@@ -220,17 +220,17 @@ WEIGHTS: dict[Ending, float] = {
 
 @dataclass
 class SoakContext:
-    """What all clients share."""
+    """State that all clients share."""
 
     url: str
     oracle: Oracle
     utterances: Sequence[Utterance]
     idle_s: float
-    """After how long a silence the server drops a session."""
+    """The server's idle limit."""
     results: Results = field(default_factory=Results)
     begun_s: float = field(default_factory=time.monotonic)
     outages: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of the times in which a stage was down."""
+    """Start and end of each time in which a stage was down."""
 
     def lost_a_stage(self, begun: float, ended: float) -> bool:
         return any(begun < end + AFTER_OUTAGE_S and ended > start for start, end in self.outages)
@@ -238,7 +238,7 @@ class SoakContext:
 
 @dataclass(frozen=True)
 class SoakSession:
-    """One session to be: who says how many blocks of what, and how it ends."""
+    """One planned session: its utterance, its number of blocks, and how it ends."""
 
     context: SoakContext
     rng: random.Random
@@ -256,7 +256,7 @@ class SoakSession:
         )
 
     def check(self, block: Block) -> None:
-        """Frames of a session that says the utterance's words."""
+        """Checks frames of a session that says the utterance."""
         frames = list(block.jpegs) or [frame.tobytes() for frame in block.frames]
         self.compare(block.first_frame, frames, self.utterance.frames)
 
@@ -265,7 +265,7 @@ class SoakSession:
         self.context.results.compare(self.ending, first, frames, self.frame_options.of(expected))
 
     def speech(self) -> Iterator[Array]:
-        """The utterance's blocks at a pace of their own."""
+        """The utterance's blocks at a random pace."""
         waits = self.rng.choice((_at_once, _in_real_time, _slowly, _in_bursts))(self.rng)
         for block in self.utterance.speech[: self.blocks]:
             time.sleep(next(waits))
@@ -285,11 +285,11 @@ class SoakSession:
         )
 
     def run(self, end: Callable[[SoakSession], None]) -> None:
-        """Speaks and ends as `end` does it, and counts the outcome."""
+        """Runs the session with `end`, which speaks and ends it, and counts the outcome."""
         begun = time.monotonic()
         try:
             end(self)
-        except Exception as error:  # whatever it is, it is counted
+        except Exception as error:  # any error is counted
             why = f"{type(error).__name__}: {error}"
             ran = f"{begun - self.context.begun_s:.1f} to {time.monotonic() - self.context.begun_s:.1f} s"
             self.context.results.ended(self.ending, self._outcome(why, begun), f"{why[:400]} ({ran})")
