@@ -312,7 +312,7 @@ def refused(channel: grpc.Channel, calls: Calls, metadata: tuple[tuple[str, str]
     found = set()
     for name, request in calls.items():
         try:
-            getattr(stub, name)(request, timeout=10.0, metadata=metadata)
+            getattr(stub, name)(request, timeout=60.0, metadata=metadata)
         except grpc.RpcError as error:
             if "protocol is restricted" in error.details():
                 found.add(name)
@@ -353,7 +353,7 @@ def http_status(options: ServerOptions, path: str, body: bytes | None = None, **
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(f"http://127.0.0.1:{options.http_port}/{path}", data=body, headers=named)
     try:
-        with WITHOUT_PROXY.open(request, timeout=10.0) as response:
+        with WITHOUT_PROXY.open(request, timeout=60.0) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         error.close()
