@@ -136,6 +136,7 @@ def test_a_size_that_is_fixed_where_the_contract_has_a_symbol_is_refused() -> No
         traced(Scaled(), Contract("scaled", (spec("x"),), (spec("y", (1, "length")),)))
 
 
+@pytest.mark.slow
 def test_tracing_needs_no_weights() -> None:
     """The parameters of this encoder would take 22 GB."""
     networks = meta_networks(S2V_14B)

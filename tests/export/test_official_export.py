@@ -24,6 +24,8 @@ from tests.conftest import SEED, noise_speech
 from tests.export.conftest import LEAST
 from tests.tolerances import EXPORTED_STREAM
 
+pytestmark = pytest.mark.slow  # an export of its own
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:

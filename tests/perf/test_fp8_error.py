@@ -20,6 +20,7 @@ from tests.export.conftest import LEAST
 BLOCKS = 2
 
 
+@pytest.mark.slow
 def test_a_network_against_itself_has_no_error() -> None:
     runtime = TorchRuntime(open_checkpoint(LEAST))
     found = list(errors("itself", runtime, record(runtime, read_speech(SPEECH), BLOCKS)))

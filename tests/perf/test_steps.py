@@ -15,6 +15,7 @@ from tests.tolerances import ROLLOUT
 RESULTS = Path(__file__).parents[2] / "perf" / "results" / "steps.json"
 
 
+@pytest.mark.slow
 def test_the_report(tmp_path: Path) -> None:
     path = tmp_path / "steps.json"
     result = CliRunner().invoke(main, ["--json", str(path)])

@@ -67,6 +67,7 @@ def test_figures_are_of_the_truth() -> None:
     assert inverse["viseme_share"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_stage_learns_to_hear_and_to_read() -> None:
     """What it is told again and again."""
     config = toy_config()
