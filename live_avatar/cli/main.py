@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -183,7 +184,14 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
 @click.option("--profile", default="cpu", show_default=True, help="Hardware profile: assigns models to devices.")
 @click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--grpc-port", type=Integer(1, 65535), default=8001, show_default=True, help="Port of the stream.")
-@click.option("--http-port", type=Integer(1, 65535), default=8000, show_default=True, help="Port of health checks.")
+@click.option(
+    "--http-port", type=Integer(1, 65535), default=8000, show_default=True, help="Port of health and metadata over HTTP."
+)
+@click.option(
+    "--health-port",
+    type=Integer(1, 65535),
+    help="A port for probes alone, served by another process than the callers' ports; default: none.",
+)
 @click.option(
     "--metrics-port", type=Integer(1, 65535), default=8002, show_default=True, help="Port of Prometheus metrics."
 )
@@ -195,6 +203,18 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     "--known-avatars",
     type=Integer(min=0),
     help="Avatars that each stage caches, for a faster start; default: from the profile.",
+)
+@click.option(
+    "--known-avatar-seconds",
+    type=click.FloatRange(min=0),
+    default=3600.0,
+    show_default=True,
+    help="How long the avatar of a caller is remembered after its last use.",
+)
+@click.option("--sessions-per-key", type=Integer(min=1), help="Maximum concurrent sessions of one API key.")
+@click.option("--starts-per-minute", type=Integer(min=1), help="Sessions that one API key may start within a minute.")
+@click.option(
+    "--longest-session-seconds", type=click.FloatRange(min=1), help="A session that lasts this long is ended."
 )
 @click.option(
     "--idle-seconds",
@@ -209,13 +229,23 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     help="How long live sessions may continue after SIGTERM.",
 )
 @click.option("--label-font", type=FILE, help="Font of visible labels; needed for letters beyond ASCII.")
-@click.option("--api-key-file", type=FILE, help="File with the API key that clients must send.")
-@click.option("--admin-key-file", type=FILE, help="File with the key for statistics, logging and trace.")
+@click.option(
+    "--api-key-file", type=FILE, help="File with the API keys of callers; read again when it changes. See `keys`."
+)
+@click.option("--admin-key-file", type=FILE, help="File with the key for the model's statistics and configuration.")
 @click.option("--tls-certificate", type=FILE, help="The server's certificate (PEM); gRPC then uses TLS.")
 @click.option("--tls-key", type=FILE, help="Private key of --tls-certificate (PEM).")
 @click.option(
     "--tls-client-ca", type=FILE, help="Certificate authority (PEM) that must have signed every client certificate."
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    default="plain",
+    show_default=True,
+    help="Form of the lines that say which key has started and ended which session.",
+)
+@click.option("--log-hashes", is_flag=True, help="Add SHA-256 hashes of picture and prompt to those lines.")
 @click.option("--trace", type=FILE, help="Folder for the busy intervals of each stage.")
 @click.option("--verbose", is_flag=True, help="Show Triton's full log.")
 def serve(
@@ -232,6 +262,7 @@ def serve(
     """Serve artifacts with Triton until Ctrl-C; SIGTERM lets live sessions finish first."""
     from live_avatar.serving.access import Access, access_warnings
     from live_avatar.serving.foreground import run_until_signal
+    from live_avatar.serving.log_relay import LogRelay
     from live_avatar.serving.repository import MODEL_REPOSITORY
     from live_avatar.serving.server import is_for_operators, serving
     from live_avatar.serving.server_options import ServerOptions
@@ -239,13 +270,14 @@ def serve(
     access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
     chosen = ServerOptions(artifacts, model_repository=model_repository or MODEL_REPOSITORY, access=access, **options)
     ready = False
+    relay = LogRelay(sys.stderr)
 
     def echo(line: str) -> None:
         if chosen.verbose or (ready and is_for_operators(line)):
-            click.echo(line, err=True)
+            relay.write(line)
 
     try:
-        with serving(chosen, echo) as server:
+        with closing(relay), serving(chosen, echo) as server:
             ready = True
             for warning in access_warnings(access, chosen.address):
                 click.echo(f"Warning: {warning}", err=True)

@@ -1,8 +1,4 @@
-"""Who may do what at the server's ports: TLS, keys, and what is closed, as options of Triton.
-
-gRPC carries the stream and has TLS. Triton's HTTP has none, so it carries health and metadata only. Loading and
-unloading models is the supervisor's alone, under a secret that it draws at its start.
-"""
+"""Keys and certificates: the options of an operator, and what is wrong with their files."""
 
 from __future__ import annotations
 
@@ -16,17 +12,8 @@ from typing import Final
 from live_avatar.errors import ServerError
 
 # Names of the keys: the header is the name in HTTP, and `triton-grpc-protocol-` and the name in gRPC.
-API_KEY: Final = "api-key"
-ADMIN_KEY: Final = "admin-key"
-SUPERVISOR_KEY: Final = "supervisor-key"
-
-INFERENCE: Final = "inference"
-MODEL_CONTROL: Final = "model-repository"
-# What an operator may look at and change in a running server, and no caller needs.
-OPERATION: Final = ("shared-memory", "trace", "logging", "statistics", "model-config")
-
 MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 256
-# Triton separates with `,` and `:`, and a header has neither spaces nor other letters.
+# Older servers' command lines separated with `,` and `:`; a header has neither spaces nor other letters.
 FORBIDDEN_IN_KEYS: Final = re.compile(r"[^!-~]|[,:]")
 
 
@@ -46,29 +33,15 @@ class Access:
     tls_client_ca: Path | None = None
 
 
-def access_flags(access: Access, address: str, secret: str) -> list[str]:
-    """Triton's options for a server that listens on `address` and whose supervisor knows `secret`.
-
-    They hold the keys. Raises `ServerError` for a key or certificate that cannot be used.
-    """
-    api_key = None if access.api_key_file is None else read_key(access.api_key_file)
-    admin_key = None if access.admin_key_file is None else read_key(access.admin_key_file)
-    if api_key is not None and api_key == admin_key:
-        raise ServerError(
-            f"{access.api_key_file} and {access.admin_key_file} hold the same key, so that every caller would be an "
-            "operator; put another key into one of them."
-        )
-    flags = [
-        _restricted("http-restricted-api", (INFERENCE, MODEL_CONTROL, *OPERATION), SUPERVISOR_KEY, secret),
-        _restricted("grpc-restricted-protocol", (MODEL_CONTROL,), SUPERVISOR_KEY, secret),
-    ]
-    if api_key is not None:
-        flags.append(_restricted("grpc-restricted-protocol", (INFERENCE,), API_KEY, api_key))
-    if admin_key is not None:
-        flags.append(_restricted("grpc-restricted-protocol", OPERATION, ADMIN_KEY, admin_key))
-    elif not is_loopback(address):
-        flags.append(_restricted("grpc-restricted-protocol", OPERATION, SUPERVISOR_KEY, secret))
-    return flags + _tls_flags(access)
+def check_access(access: Access) -> None:
+    """Raises `ServerError` for certificates that cannot be used, or options of TLS without the others."""
+    certificate, key, client_ca = access.tls_certificate, access.tls_key, access.tls_client_ca
+    if certificate is None or key is None:
+        _expect_no_tls(access)
+        return
+    _check_pair(certificate, key)
+    if client_ca is not None:
+        _check_authority(client_ca)
 
 
 def access_warnings(access: Access, address: str) -> list[str]:
@@ -118,23 +91,6 @@ def _fault(key: str) -> str | None:
     if not MIN_KEY_CHARS <= len(key) <= MAX_KEY_CHARS:
         return f"holds a key of {len(key)} characters"
     return None
-
-
-def _restricted(option: str, groups: tuple[str, ...], name: str, key: str) -> str:
-    return f"--{option}={','.join(groups)}:{name}={key}"
-
-
-def _tls_flags(access: Access) -> list[str]:
-    certificate, key, client_ca = access.tls_certificate, access.tls_key, access.tls_client_ca
-    if certificate is None or key is None:
-        _expect_no_tls(access)
-        return []
-    _check_pair(certificate, key)
-    flags = [f"--grpc-server-cert={certificate.resolve()}", f"--grpc-server-key={key.resolve()}"]
-    if client_ca is None:
-        return ["--grpc-use-ssl=true", *flags]
-    _check_authority(client_ca)
-    return ["--grpc-use-ssl-mutual=true", *flags, f"--grpc-root-cert={client_ca.resolve()}"]
 
 
 def _expect_no_tls(access: Access) -> None:
