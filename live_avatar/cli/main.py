@@ -185,7 +185,11 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
 @click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--grpc-port", type=Integer(1, 65535), default=8001, show_default=True, help="Port of the stream.")
 @click.option(
-    "--http-port", type=Integer(1, 65535), default=8000, show_default=True, help="Port of health and metadata over HTTP."
+    "--http-port",
+    type=Integer(1, 65535),
+    default=8000,
+    show_default=True,
+    help="Port of health and metadata.",
 )
 @click.option(
     "--health-port",

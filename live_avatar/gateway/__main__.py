@@ -11,15 +11,16 @@ from typing import Any
 
 from live_avatar.errors import LiveAvatarError
 from live_avatar.gateway.server import run
-from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.serving import LOG_MARK
+from live_avatar.serving.gateway_settings import GatewaySettings
 
 LOG_FORMAT = f"%(asctime)s{LOG_MARK}%(message)s"
 MAX_LINE_BYTES = 2**20
 
 
 def report(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
 
 
 async def main() -> None:

@@ -68,7 +68,7 @@ class Admission:
             )
         if limits.sessions_per_key is not None and own >= limits.sessions_per_key:
             raise CapacityError(
-                f"all {limits.sessions_per_key} sessions of key {caller} are taken; end one of them, or try again later."
+                f"all {limits.sessions_per_key} sessions of key {caller} are taken; end one of them or try again later."
             )
         self._count_start(caller)
         self._live[caller] += 1

@@ -48,8 +48,7 @@ class AuditLog:
         self._write(record, "ended", facts | ({"detail": detail} if detail else {}))
 
     def refused(self, session: int, key: str, peer: str, reason: str) -> None:
-        facts = {"key": key, "peer": peer, "reason": reason}
-        self._line(session, "refused", facts)
+        self._line(session, "refused", {"key": key, "peer": peer, "reason": reason})
 
     def _write(self, record: SessionRecord, event: str, facts: dict[str, object]) -> None:
         who: dict[str, object] = {"key": record.key, "peer": record.peer, "seed": record.seed}
@@ -61,5 +60,7 @@ class AuditLog:
         if self._as_json:
             log.info("%s", json.dumps({"event": f"session {event}", "session": session, **facts}))
         else:
-            named = " ".join(f"{name}={value if name != 'detail' else json.dumps(value)}" for name, value in facts.items())
+            named = " ".join(
+                f"{name}={json.dumps(value) if name == 'detail' else value}" for name, value in facts.items()
+            )
             log.info("session %d %s: %s", session, event, named)

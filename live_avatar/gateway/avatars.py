@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from live_avatar.arrays import Array
-from live_avatar.serving.gateway_settings import Limits
 from live_avatar.pipeline.avatar import avatar_key
+from live_avatar.serving.gateway_settings import Limits
 
 KEY_BYTES = 32
 

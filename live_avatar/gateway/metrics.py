@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 import prometheus_client
@@ -17,7 +17,7 @@ from live_avatar.serving.served import Served
 SCRAPE_LIMIT_S: Final = 5.0
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-prometheus_client.disable_created_metrics()
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class GatewayMeter:
@@ -48,14 +48,14 @@ class GatewayMeter:
     def text(self) -> str:
         return prometheus_client.generate_latest(self._registry).decode()
 
-    def _family(self, metric: Metric) -> Counter | Gauge | Histogram:
+    def _family(self, metric: Metric) -> Any:
         if metric.kind is Kind.COUNTER:
             return Counter(metric.name, metric.help, metric.labels, registry=self._registry)
         if metric.kind is Kind.GAUGE:
             return Gauge(metric.name, metric.help, metric.labels, registry=self._registry)
         return Histogram(metric.name, metric.help, metric.labels, registry=self._registry, buckets=metric.buckets)
 
-    def _child(self, metric: Metric, labels: dict[str, str]) -> Counter | Gauge | Histogram:
+    def _child(self, metric: Metric, labels: dict[str, str]) -> Any:
         family = self._families[metric.name]
         return family.labels(**{name: str(value) for name, value in labels.items()}) if labels else family
 

@@ -20,6 +20,7 @@ from live_avatar.serving.failures import PipeError
 from live_avatar.serving.tensors import AVATAR_ENCODER, PIXELS, SINK_MOTION, SINK_TEXT
 from live_avatar_client.protocol import MODEL_NAME, PROMPT, ErrorCode, parse_error
 
+EOF: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]
 SERVICE: Final = "/inference.GRPCInferenceService/"
 ASK_LIMIT_S: Final = 5.0
 UNLIMITED: Final = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
@@ -65,7 +66,7 @@ class PipeStream:
     async def _read(self) -> None:
         reason = "Triton has closed the stream"
         try:
-            while (response := await self._call.read()) is not grpc.aio.EOF:
+            while (response := await self._call.read()) is not EOF:
                 self.answers.put_nowait(response)
         except grpc.RpcError as error:
             reason = f"Triton is gone ({error.details()})" if isinstance(error, grpc.aio.AioRpcError) else str(error)
@@ -77,7 +78,7 @@ class Pipe:
     """Connection to the Triton at `target`, a gRPC address."""
 
     def __init__(self, target: str) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=[*UNLIMITED, ("grpc.enable_http_proxy", 0)])
+        self._channel: Any = grpc.aio.insecure_channel(target, options=[*UNLIMITED, ("grpc.enable_http_proxy", 0)])
         self._stream = self._channel.stream_stream(SERVICE + "ModelStreamInfer")
         self._infer = self._channel.unary_unary(
             SERVICE + "ModelInfer",

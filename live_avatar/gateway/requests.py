@@ -160,7 +160,9 @@ def _tensors(message: Message) -> dict[str, Array]:
     specs = {spec.name: spec for spec in protocol.INPUTS}
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
-        raise InputError(f"the request has {len(message.inputs)} inputs and {len(raw)} raw contents; send one for each.")
+        raise InputError(
+            f"the request has {len(message.inputs)} inputs and {len(raw)} raw contents; send one for each."
+        )
     found: dict[str, Array] = {}
     for index, tensor in enumerate(message.inputs):
         spec = specs.get(tensor.name)
@@ -199,10 +201,10 @@ def _values(spec: protocol.TensorSpec, tensor: Message, raw: bytes | None) -> Ar
 def _typed(spec: protocol.TensorSpec, tensor: Message) -> Array:
     numbers = tensor.contents.int_contents if spec.datatype == "INT16" else tensor.contents.uint_contents
     wide = np.array(numbers, dtype=np.int64)
-    dtype = np.dtype(np.int16 if spec.datatype == "INT16" else np.uint8)
-    if wide.size and not (np.iinfo(dtype).min <= wide.min() and wide.max() <= np.iinfo(dtype).max):
+    values: Array = wide.astype(np.int16 if spec.datatype == "INT16" else np.uint8)
+    if not np.array_equal(values, wide):
         raise InputError(f"input {spec.name} has values outside {spec.datatype}; send values inside it.")
-    return wide.astype(dtype)
+    return values
 
 
 def _strings(name: str, raw: bytes) -> list[bytes]:

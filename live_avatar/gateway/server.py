@@ -7,7 +7,6 @@ import logging
 import resource
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -24,10 +23,10 @@ from live_avatar.gateway.pictures import PictureDecoder
 from live_avatar.gateway.pipe import Pipe
 from live_avatar.gateway.service import GatewayService, Keys
 from live_avatar.gateway.sessions import SessionContext
-from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import PipeError
+from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.serving.options import OptionsReader
 from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
 
@@ -64,7 +63,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     """
     raise_file_limit()
     context, pictures = session_context(settings)
-    keys = Keys(_key_ring(settings.api_key_file), _key_ring(settings.admin_key_file) if settings.admin_key_file else None)
+    keys = load_keys(settings)
     service = GatewayService(context, keys, settings.limits.idle_s)
     server = grpc.aio.server(options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((service,))
@@ -157,8 +156,10 @@ async def _watch_keys(keys: Keys) -> None:
                 log.error("the old keys stay in use: %s", fault)
 
 
-def _key_ring(path: Path | None) -> KeyRing:
-    return KeyRing() if path is None else KeyRing.from_file(path)
+def load_keys(settings: GatewaySettings) -> Keys:
+    """The keys of callers and operators. Raises `ServerError` for a file that cannot be used."""
+    callers = KeyRing() if settings.api_key_file is None else KeyRing.from_file(settings.api_key_file)
+    return Keys(callers, None if settings.admin_key_file is None else KeyRing.from_file(settings.admin_key_file))
 
 
 def _listen_grpc(server: Any, settings: GatewaySettings) -> None:

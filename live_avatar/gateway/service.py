@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from live_avatar.errors import LiveAvatarError, ServerError
+from live_avatar.errors import ServerError
 from live_avatar.gateway.keys import KeyRing
 from live_avatar.gateway.requests import Message
 from live_avatar.gateway.sessions import Caller, SessionContext
@@ -39,7 +39,7 @@ Handler = Callable[["_Call"], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of callers, and the operator's for statistics and configuration; without an admin key no one needs it."""
+    """The keys of callers, and of operators for statistics and configuration; without the latter the callers' do."""
 
     callers: KeyRing
     admin: KeyRing | None = None
@@ -57,13 +57,14 @@ class _Call:
         """The message of a unary call. Ends the call with an error if none comes, or one that is no `kind`."""
         try:
             async with asyncio.timeout(READ_LIMIT_S):
-                content = await anext(self.messages, None)
-        except TimeoutError:
-            content = None
-        if content is None:
+                content = await anext(self.messages)
+        except (TimeoutError, StopAsyncIteration):
             await self.context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message; send one.")
+            raise
         if len(content) > SMALL_BYTES:
-            text = f"the message has {len(content)} bytes, and this call takes at most {SMALL_BYTES}; send a smaller one."
+            text = (
+                f"the message has {len(content)} bytes, and this call takes at most {SMALL_BYTES}; send a smaller one."
+            )
             await self.context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         return await self.parse(kind, content)
 
@@ -78,7 +79,7 @@ class _Call:
         await self.context.write(message.SerializeToString())
 
 
-class GatewayService(grpc.GenericRpcHandler):  # type: ignore[misc]
+class GatewayService(grpc.GenericRpcHandler[Any, Any]):
     """Answers callers from the sessions of `context`."""
 
     def __init__(self, context: SessionContext, keys: Keys, idle_s: float) -> None:
@@ -98,7 +99,7 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[misc]
             "ModelStreamInfer": self._model_stream_infer,
         }
 
-    def service(self, details: Any) -> grpc.RpcMethodHandler | None:
+    def service(self, details: Any) -> Any:
         prefix, _, name = details.method.rpartition("/")
         handler = self._handlers.get(name) if prefix == "/inference.GRPCInferenceService" else None
         if handler is None:

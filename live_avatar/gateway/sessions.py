@@ -22,10 +22,10 @@ from live_avatar.gateway.avatars import Avatar, Avatars
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pipe import Closed, Pipe, PipeStream
 from live_avatar.gateway.requests import CallerRequest, end_request, error_response, response_error, triton_request
-from live_avatar.serving.gateway_settings import Limits
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import PipeError, describe
+from live_avatar.serving.gateway_settings import Limits
 from live_avatar.serving.metrics import EndCause, RefusalReason
 from live_avatar.serving.options import OptionsReader
 from live_avatar.serving.provenance import provenance
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 GATEWAY: Final = "gateway"
 CLOSE_LIMIT_S: Final = 30.0
-"""How long Triton may take to answer what is under way when a session ends. Its place is free after that in any case."""
+"""How long Triton may take to answer what is under way when a session ends; then its place is free in any case."""
 # A gateway that was started again must not meet the sequences of the one before it.
 _sequence_ids = itertools.count(secrets.randbits(40) << 20 | 1)
 
@@ -47,7 +47,7 @@ Write = Callable[[bytes], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Caller:
-    """Who opened a stream. name: of its API key, or `anonymous`. owner: whose avatars it may reuse. peer: its address."""
+    """Who opened a stream. name: of its key, or `anonymous`. owner: whose avatars it may reuse. peer: its address."""
 
     name: str
     owner: str
@@ -131,7 +131,10 @@ class Session:
         if self._unanswered == 0 and now_s - self._used_s > idle_s:
             return EndCause.SILENT, f"session {self.id} was silent for more than {idle_s:g} s, so it has ended"
         if self._writing_since_s is not None and now_s - self._writing_since_s > idle_s:
-            return EndCause.SILENT, f"the caller of session {self.id} has read nothing for {idle_s:g} s, so it has ended"
+            return (
+                EndCause.SILENT,
+                f"the caller of session {self.id} has read nothing for {idle_s:g} s, so it has ended",
+            )
         return None
 
     @property

@@ -10,9 +10,9 @@ from typing import Final
 from live_avatar.errors import InputError, LiveAvatarError, SessionError
 from live_avatar.gateway.requests import CallerRequest, Message, error_response, read_request, sequence_of
 from live_avatar.gateway.sessions import GATEWAY, Caller, Session, SessionContext, Write
+from live_avatar.serving import metrics
 from live_avatar.serving.failures import describe
 from live_avatar.serving.metrics import EndCause, RefusalReason
-from live_avatar.serving import metrics
 from live_avatar.serving.tensors import NO_BLOCK
 from live_avatar_client.protocol import format_error
 
@@ -76,8 +76,8 @@ class CallerStream:
                 )
                 return
             if len(self._sessions) >= MAX_SESSIONS:
-                error = InputError(f"the stream has {MAX_SESSIONS} sessions already; open another stream.")
-                await self._write(error_response(request.request_id, _text(error)))
+                full = InputError(f"the stream has {MAX_SESSIONS} sessions already; open another stream.")
+                await self._write(error_response(request.request_id, _text(full)))
                 return
             self._ended.pop(request.session, None)
             session = self._sessions[request.session] = Session(

@@ -144,8 +144,8 @@ class TritonServer:
             self.process.wait(LAST_WORDS_S)
         if self.process.poll() is None:
             raise ServerError(
-                f"stage {', '.join(gone)} ended while the server started, without an error of its own (the kernel ends a "
-                f"process that takes too much memory); the last that the server said:\n{self.errors()}"
+                f"stage {', '.join(gone)} ended without an error of its own while the server started (the kernel ends a "
+                f"process that takes too much memory); the last lines of the log:\n{self.errors()}"
             )
 
     def errors(self, lines: int = 12) -> str:
