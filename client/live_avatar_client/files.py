@@ -1,4 +1,4 @@
-"""Files of a user: inputs that are there, and outputs that appear whole or not at all."""
+"""Files of a user: checks of inputs, and outputs that appear complete or not at all."""
 
 import contextlib
 import errno
@@ -29,9 +29,9 @@ def require_file(path: str | os.PathLike[str], kind: str, wanted: str) -> None:
 
 
 class OutputFile:
-    """A file that is written as `partial`, beside its place, and comes there by `publish`.
+    """A file that is written as `partial` in the target's folder; `publish` moves it to the target.
 
-    What is there before is replaced only then. A link stays one: what it leads to is replaced.
+    Only `publish` replaces an existing file. A symbolic link is kept, and its target is replaced.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
@@ -42,7 +42,7 @@ class OutputFile:
 
     @contextlib.contextmanager
     def explained(self, faults: Faults = OSError) -> Iterator[None]:
-        """Raise what the file system, or a library, reports as MediaError."""
+        """Raise errors of the file system or a library as MediaError."""
         try:
             yield
         except faults as error:
@@ -53,7 +53,7 @@ class OutputFile:
             ) from error
 
     def create(self) -> None:
-        """Make `partial`, empty; raise MediaError unless it can take its place."""
+        """Create an empty `partial`; raise MediaError unless it can replace the target."""
         with self.explained():
             if self.target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -62,25 +62,25 @@ class OutputFile:
             self.partial.touch(exist_ok=False)
 
     def check(self) -> None:
-        """Raise MediaError unless it could be made now."""
+        """Raise MediaError unless the file could be created now."""
         try:
             self.create()
         finally:
             self.discard()
 
     def publish(self) -> None:
-        """Put what was written into its place."""
+        """Move the partial file to the target."""
         with self.explained():
             self.partial.replace(self.target)
 
     def discard(self) -> None:
-        """Remove what was written, unless it is in its place."""
-        with contextlib.suppress(OSError):  # it may never have been there
+        """Remove the partial file, unless it was published."""
+        with contextlib.suppress(OSError):  # it may never have been created
             self.partial.unlink()
 
 
 class FileWriter(ABC):
-    """Fills an OutputFile in a `with` statement: published when that ends normally, gone after an exception."""
+    """Fills an OutputFile in a `with` statement: published at its normal end, removed after an exception."""
 
     def __init__(self, file: OutputFile) -> None:
         self._file = file
@@ -106,7 +106,7 @@ class FileWriter(ABC):
 
     @abstractmethod
     def _open(self) -> None:
-        """Begin the contents; the partial file is there."""
+        """Begin the contents; the partial file exists."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -114,4 +114,4 @@ class FileWriter(ABC):
 
     @abstractmethod
     def _abandon(self) -> None:
-        """Close what `_open` opened, in whatever state it is; never raises."""
+        """Close what `_open` opened, in any state; never raises."""
