@@ -25,12 +25,21 @@ LEAST_SCALE = 0.1  # for a picture within the budget
 
 
 def decode_image(data: bytes, height: int, width: int) -> Array:
-    """PNG, JPEG or WebP bytes -> float32 [3, height, width] in -1..1, scaled to cover and cropped in the middle.
+    """PNG, JPEG or WebP bytes -> float32 [3, height, width] in -1..1. Raises as `decode_pixels` does."""
+    return normalise(decode_pixels(data, height, width))
+
+
+def decode_pixels(data: bytes, height: int, width: int) -> Array:
+    """PNG, JPEG or WebP bytes -> uint8 [height, width, 3], scaled to cover and cropped in the middle.
 
     Raises `InputError` for anything else; a picture of more than `MAX_PIXELS` is refused by its header.
     """
-    fitted = ImageOps.fit(_picture(data), (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    return np.asarray(ImageOps.fit(_picture(data), (width, height), Image.Resampling.BICUBIC))
+
+
+def normalise(pixels: Array) -> Array:
+    """uint8 [height, width, 3] -> float32 [3, height, width] in -1..1."""
+    return pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 def picture_size(data: bytes) -> tuple[int, int]:

@@ -129,9 +129,9 @@ def _check_sessions(options: ServerOptions, artifacts: Artifacts) -> None:
         )
     if options.label_font is not None:
         Label("A", artifacts.preset.stream.height, artifacts.preset.stream.width, options.label_font)
-    conditioning = model_source(options).config("conditioning")
-    if conditioning.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU:
-        sessions, avatars = (int(conditioning.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
+    step = model_source(options).config("dit_step_1")
+    if step.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU:
+        sessions, avatars = (int(step.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
         require_sessions(artifacts.preset, sessions, avatars, host_available_bytes(), agreed=artifacts.contracts)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 
-from live_avatar.serving.status import Served
+from live_avatar.serving.served import Served
 
 
 def provenance(served: Served, image: bytes, prompt: str, seed: int) -> str:

@@ -11,12 +11,13 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from live_avatar.serving.supervisor import DRAIN_MARKER
-from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
+from live_avatar_client.protocol import MODEL_NAME
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 CANDIDATES = 4
-"""Sequences that a batcher takes per session, so that conditioning can refuse the sessions above the limit."""
-AUXILIARY_MODELS: Final = ("rolling_sink", STATUS_MODEL)
+"""Sequences that a batcher takes per session, so that a new session does not wait for those that were left without an
+end."""
+AUXILIARY_MODELS: Final = ("rolling_sink", "avatar_encoder")
 """Models that are served in addition to those of the ensemble."""
 CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
 

@@ -62,10 +62,10 @@ def test_a_profile_loads_its_models_alone_and_no_client_can_change_that(short_se
     with InferenceServerClient(short_server.options.url) as client:
         ready = [
             model
-            for model in (*CHAIN, "dit_step_4", "rolling_sink", "status", "live_avatar")
+            for model in (*CHAIN, "dit_step_4", "rolling_sink", "avatar_encoder", "live_avatar")
             if client.is_model_ready(model)
         ]
-        assert sorted(ready) == sorted([*CHAIN, "rolling_sink", "status", "live_avatar"])
+        assert sorted(ready) == sorted([*CHAIN, "rolling_sink", "avatar_encoder", "live_avatar"])
         for forbidden in (client.get_model_repository_index, lambda: client.unload_model("dit_step_2")):
             with pytest.raises(InferenceServerException, match="This protocol is restricted"):
                 forbidden()
