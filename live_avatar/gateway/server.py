@@ -16,7 +16,7 @@ from live_avatar.errors import ServerError
 from live_avatar.gateway.admission import Admission, Phase
 from live_avatar.gateway.audit import AuditLog
 from live_avatar.gateway.avatars import Avatars
-from live_avatar.gateway.http import health_app, listen, metrics_app
+from live_avatar.gateway.http import http_routes, metrics_routes
 from live_avatar.gateway.keys import KeyRing
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pictures import PictureDecoder
@@ -27,6 +27,7 @@ from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.gateway_settings import GatewaySettings
+from live_avatar.serving.health import listen
 from live_avatar.serving.options import OptionsReader
 from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
 
@@ -71,10 +72,11 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     background = [asyncio.create_task(work) for work in (service.watch(), _watch_keys(keys), _report(context, report))]
     try:
         _listen_grpc(server, settings)
-        health = health_app(context.admission, settings.served)
-        numbers = metrics_app(context.meter, settings.triton_metrics)
-        runners.append(await _listen_http(health, settings.address, settings.http_port, "--http-port"))
-        runners.append(await _listen_http(numbers, settings.address, settings.metrics_port, "--metrics-port"))
+        for routes, port, option in (
+            (http_routes(context.admission, settings.served), settings.http_port, "--http-port"),
+            (metrics_routes(context.meter, settings.triton_metrics), settings.metrics_port, "--metrics-port"),
+        ):
+            runners.append(await listen(routes, settings.address, port, option))
         await server.start()
         report({"listening": True})
         async for command in commands:
@@ -181,15 +183,6 @@ def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials:
     pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
     authority = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
     return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
-
-
-async def _listen_http(app: Any, address: str, port: int, option: str) -> Any:
-    try:
-        return await listen(app, address, port)
-    except OSError as error:
-        raise ServerError(
-            f"cannot listen on {address}:{port} ({error.strerror}); choose another {option} or --address."
-        ) from error
 
 
 def _bracketed(address: str) -> str:

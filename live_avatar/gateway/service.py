@@ -79,7 +79,7 @@ class _Call:
         await self.context.write(message.SerializeToString())
 
 
-class GatewayService(grpc.GenericRpcHandler[Any, Any]):
+class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """Answers callers from the sessions of `context`."""
 
     def __init__(self, context: SessionContext, keys: Keys, idle_s: float) -> None:

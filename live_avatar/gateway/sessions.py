@@ -30,7 +30,7 @@ from live_avatar.serving.metrics import EndCause, RefusalReason
 from live_avatar.serving.options import OptionsReader
 from live_avatar.serving.provenance import provenance
 from live_avatar.serving.served import Served
-from live_avatar.serving.tensors import AVATAR_KEY, NO_BLOCK, SINK_MOTION, SINK_TEXT, text_tensor
+from live_avatar.serving.tensors import AVATAR_KEY, NO_BLOCK, PROVENANCE_IN, SINK_MOTION, SINK_TEXT, text_tensor
 from live_avatar_client import protocol
 from live_avatar_client.protocol import EndReason, ErrorCode, explain_error, format_error, parse_error
 
@@ -371,7 +371,7 @@ def _opening_tensors(avatar: Avatar, video_provenance: str) -> list[tuple[str, s
         (AVATAR_KEY, "UINT8", np.frombuffer(avatar.key, dtype=np.uint8)),
         (SINK_MOTION, "FP32", avatar.motion),
         (SINK_TEXT, "FP32", avatar.text),
-        (protocol.PROVENANCE.name, "UINT8", text_tensor(video_provenance)),
+        (PROVENANCE_IN, "UINT8", text_tensor(video_provenance)),
     ]
 
 

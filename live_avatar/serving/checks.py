@@ -18,6 +18,8 @@ from live_avatar.serving.served import Served
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
 
+FIRST_STEP = "dit_step_1"
+"""The stage whose limits stand for those of the server; all stages have the same."""
 LEAST_IDLE_S, GREATEST_IDLE_S = 1.0, 86_400.0
 
 
@@ -31,7 +33,7 @@ def model_source(options: ServerOptions) -> ProfileModels:
 def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
     """The gateway's settings for a server in the folder `scratch`."""
     artifacts = load_artifacts(options.artifacts)
-    config = model_source(options).config("conditioning")
+    config = model_source(options).config(FIRST_STEP)
     max_sessions, known_avatars = (int(config.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
     stages = len(chain(options.model_repository, options.profile))
     on_cpu = config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
@@ -97,6 +99,8 @@ def _check_ports(options: ServerOptions) -> None:
         "--http-port": options.http_port,
         "--metrics-port": options.metrics_port,
     }
+    if options.health_port is not None:
+        ports["--health-port"] = options.health_port
     if len(set(ports.values())) < len(ports):
         named = ", ".join(f"{option} {port}" for option, port in ports.items())
         raise ServerError(f"{named}: two of these are the same; give each a port of its own.")
@@ -129,7 +133,7 @@ def _check_sessions(options: ServerOptions, artifacts: Artifacts) -> None:
         )
     if options.label_font is not None:
         Label("A", artifacts.preset.stream.height, artifacts.preset.stream.width, options.label_font)
-    step = model_source(options).config("dit_step_1")
+    step = model_source(options).config(FIRST_STEP)
     if step.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU:
         sessions, avatars = (int(step.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
         require_sessions(artifacts.preset, sessions, avatars, host_available_bytes(), agreed=artifacts.contracts)

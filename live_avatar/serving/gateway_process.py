@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from live_avatar.serving.gateway_settings import GatewaySettings
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 5.0
+LAST_LINES: Final = 12
 PRIVATE: Final = 0o077
 
 
@@ -33,6 +35,7 @@ class GatewayProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._changed = threading.Condition()
         self._state: dict[str, Any] = {}
+        self._lines: deque[bytes] = deque(maxlen=LAST_LINES)
 
     def start(self) -> None:
         """Returns when its ports are open. Raises `ServerError` if they cannot be, or it ends."""
@@ -59,7 +62,8 @@ class GatewayProcess:
             raise ServerError(str(state["error"]))
         if "listening" not in state:
             self.stop()
-            raise ServerError(f"the gateway ended with code {process.returncode} while it started; see its log above.")
+            last = b"\n".join(self._lines).decode(errors="replace")
+            raise ServerError(f"the gateway ended with code {process.returncode} while it started:\n{last}")
 
     @property
     def process_id(self) -> int:
@@ -122,6 +126,7 @@ class GatewayProcess:
     def _read_log(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
         for line in process.stderr:
+            self._lines.append(line.rstrip())
             self._echo(line)
 
 

@@ -31,6 +31,7 @@ from live_avatar.serving.checks import check, gateway_settings, model_source
 from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_process import PRIVATE, GatewayProcess
 from live_avatar.serving.gateway_settings import metrics_socket, triton_target
+from live_avatar.serving.health import health_port
 from live_avatar.serving.repository import AUXILIARY_MODELS
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.settings import StageSettings
@@ -144,8 +145,8 @@ class TritonServer:
             self.process.wait(LAST_WORDS_S)
         if self.process.poll() is None:
             raise ServerError(
-                f"stage {', '.join(gone)} ended without an error of its own while the server started (the kernel ends a "
-                f"process that takes too much memory); the last lines of the log:\n{self.errors()}"
+                f"stage {', '.join(gone)} ended without an error of its own while the server started (the kernel ends "
+                f"a process that takes too much memory); the last lines of the log:\n{self.errors()}"
             )
 
     def errors(self, lines: int = 12) -> str:
@@ -206,7 +207,10 @@ def serving(options: ServerOptions, echo: Callable[[str], None] = lambda line: N
         gateway = GatewayProcess(gateway_settings(options, scratch), files.work, log.add)
         gateway.start()
         try:
-            with _triton(options, files, log, gateway) as server:
+            with (
+                health_port(options.address, options.health_port, lambda: gateway.is_ready),
+                _triton(options, files, log, gateway) as server,
+            ):
                 yield server
         finally:
             gateway.stop()

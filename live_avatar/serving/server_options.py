@@ -31,6 +31,7 @@ class ServerOptions:
     grpc_port: int = 8001
     http_port: int = 8000
     metrics_port: int = 8002
+    health_port: int | None = None
     model_repository: Path = MODEL_REPOSITORY
     max_sessions: int | None = None
     idle_seconds: float | None = None

@@ -26,6 +26,8 @@ PROVENANCE_IN = "PROVENANCE_IN"  # UINT8 [n]: with START, becomes the output PRO
 NO_BLOCK = -1
 """Value of BLOCK in a request without speech: a keep-alive, or an end alone."""
 
+AVATAR_ENCODER = "avatar_encoder"
+"""The model that encodes a picture and a prompt; the gateway calls it before a session starts."""
 PIXELS = "PIXELS"  # UINT8 [H, W, 3]: a picture of the preset's size; an input of avatar_encoder
 
 # rolling_sink, called by other stages
