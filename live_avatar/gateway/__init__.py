@@ -1,0 +1,1 @@
+"""The front door: the one listener for callers, in a process of its own before Triton."""
