@@ -24,7 +24,7 @@ AT_ONCE: Final = 2
 WAITING: Final = 16
 PIXELS, SENTENCE = b"\0", b"\1"  # first byte of an answer
 MAX_SENTENCE_BYTES: Final = 1000
-JOIN_S: Final = 5.0
+JOIN_S: Final = 1.0  # for a process that has closed its connection
 
 Image.init()  # all modules of Pillow: the process that decodes may open no file
 
@@ -132,7 +132,7 @@ class _Child:
         raise InputError(self._reason())
 
     def _reason(self) -> str:
-        self._end()
+        self._end(JOIN_S)
         code = self._process.exitcode
         remedy = "save it again as a plain PNG, JPEG or WebP, or scale it down."
         if self._is_killed or code in (-signal.SIGXCPU, -signal.SIGKILL):
@@ -142,10 +142,11 @@ class _Child:
             )
         return f"the reference image ({len(self._data)} bytes) ended its decoder (exit code {code}); {remedy}"
 
-    def _end(self) -> None:
+    def _end(self, wait_s: float = 0.0) -> None:
+        """Ends the process, after so long if it does not end by itself."""
         with self._lock:
             if self._process.pid is not None:
-                self._process.join(JOIN_S if not self._is_killed else None)
+                self._process.join(wait_s)
                 self._process.kill()
                 self._process.join()
 
