@@ -25,9 +25,11 @@ from live_avatar.errors import ExportError
 from live_avatar.exporter.quantization import Calibration, quantize_checkpoint, quantize_graph
 from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
 from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
-from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, file_sha256, load_artifacts
+from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, load_artifacts, weight_file
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.digests import file_digests, file_sha256
+from live_avatar.json_files import read_json
 from live_avatar.version import __version__
 from live_avatar.weights.checkpoint import modulation_networks
 from live_avatar.weights.lora import MergedWeights
@@ -35,12 +37,6 @@ from live_avatar.weights.tensors import Checkpoint, Weights
 
 LEAST_BYTES = 1024  # constants smaller than this stay in the graph
 Progress = Callable[[str], None]
-
-
-def weight_file(component: str) -> str:
-    """External file of a component; components of one network share theirs."""
-    group = "dit" if component.startswith("dit_") else "vae" if component.startswith("vae_") else component
-    return f"{group}.weights"
 
 
 def export_artifacts(
@@ -73,7 +69,7 @@ def _replaceable(output: Path) -> bool:
     if not output.is_dir() or not any(output.iterdir()):
         return output.is_dir()
     try:
-        manifest = json.loads((output / MANIFEST).read_text())
+        manifest = read_json(output / MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format", "contracts", "files"} <= manifest.keys()
@@ -140,7 +136,7 @@ def provenance(weights: Weights) -> dict[str, Any]:
 
 def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | None) -> dict[str, Any]:
     preset = checkpoint.preset
-    files = sorted(path for path in folder.iterdir())
+    digests = file_digests(sorted(folder.iterdir()))
     return {
         "format": FORMAT,
         "version": __version__,
@@ -154,5 +150,5 @@ def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | N
             "onnxruntime": onnxruntime.__version__,
         },
         "contracts": {name: contract.to_dict() for name, contract in contracts(preset).items()},
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files},
+        "files": {path.name: {"bytes": path.stat().st_size, "digest": digest} for path, digest in digests.items()},
     }
