@@ -1,15 +1,10 @@
-"""An artifacts folder, made whole or not at all.
-
-Everything is written into a folder beside the target and moved into place at the end, so an interrupted export leaves
-no half-made artifacts behind.
-"""
+"""An artifacts folder, made whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from live_avatar.errors import ExportError
 from live_avatar.exporter.quantization import Calibration, quantize_checkpoint, quantize_graph
+from live_avatar.exporter.replacement import replacing
 from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
 from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
 from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, load_artifacts, weight_file
@@ -46,22 +42,22 @@ def export_artifacts(
 
     `progress` is told each component's name before its export. With a calibration the transformer's large linears are
     in FP8. Host memory holds one weight at a time. Raises `ExportError` if `output` exists and is not an artifacts
-    folder, or if the calibration is of other graphs, and `CheckpointError` for unusable weights.
+    folder or cannot be replaced, if another export writes there, or if the calibration is of other graphs, and
+    `CheckpointError` for unusable weights.
     """
-    if output.exists() and not _replaceable(output):
-        raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
-        folder = Path(unfinished) / output.name
-        folder.mkdir()
+    _refuse_foreign(output)
+    with replacing(output) as folder:
         _write_graphs(checkpoint, folder, progress, calibration)
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
         (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, calibration), indent=1))
-        if output.exists():
-            shutil.rmtree(output)
-        folder.rename(output)
+        _refuse_foreign(output)  # what came there meanwhile
     return load_artifacts(output)
+
+
+def _refuse_foreign(output: Path) -> None:
+    if output.exists() and not _replaceable(output):
+        raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
 
 
 def _replaceable(output: Path) -> bool:
