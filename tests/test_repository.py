@@ -31,6 +31,7 @@ PACKAGE_ORDER = (
     "pipeline",
     "exporter",
     "serving",
+    "gateway",
     "cli",
 )
 """The first one, without a name, is the shared vocabulary: the modules of `live_avatar` itself."""
