@@ -27,6 +27,7 @@ from live_avatar.environment import environment
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.graphs.contract import contracts
+from live_avatar.json_files import read_json
 from live_avatar.serving.server import serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
@@ -139,7 +140,7 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | N
 def _held_preset(folder: Path) -> str | None:
     """Name of the preset whose artifacts, of any version, are in `folder`."""
     try:
-        return str(json.loads((folder / MANIFEST).read_text())["preset"]["name"])
+        return str(read_json(folder / MANIFEST)["preset"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,4 +1,4 @@
-"""The command line: `live-avatar generate | export | serve | stream | doctor | demo`.
+"""The command line: `live-avatar generate | export | serve | stream | doctor | keys | demo`.
 
 Each command turns its options into one call. A user error prints one sentence and exits with code 2; Ctrl-C exits
 with 130. Heavy imports are inside the commands, so that `stream` starts without torch.
@@ -16,6 +16,7 @@ import click
 
 from live_avatar import interrupts
 from live_avatar.cli.checkpoint_options import chosen_checkpoint, model_options, stream_options
+from live_avatar.cli.keys import keys
 from live_avatar.cli.options import (
     FILE,
     Integer,
@@ -70,6 +71,9 @@ def _fail(sentence: str) -> NoReturn:
 @click.version_option(__version__)
 def main() -> None:
     """Stream a talking video from a picture and speech."""
+
+
+main.add_command(keys)
 
 
 @main.command()

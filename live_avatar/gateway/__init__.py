@@ -1,1 +1,1 @@
-"""The front door: the one listener for callers, in a process of its own before Triton."""
+"""The front door: the process that callers talk to, between the network and Triton."""
