@@ -6,9 +6,9 @@ with 130. Heavy imports are inside the commands, so that `stream` starts without
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from live_avatar.runtime import Runtime
 
 USER_ERROR, INTERRUPTED = 2, 130
+LOG_FLUSH_S = 1.0
 
 
 class _Commands(click.Group):
@@ -284,8 +285,9 @@ def serve(
         if chosen.verbose or (ready and is_for_operators(line)):
             relay.write(line)
 
+    logging.basicConfig(level=logging.INFO, handlers=[relay.handler()], format="%(message)s")
     try:
-        with closing(relay), serving(chosen, echo) as server:
+        with serving(chosen, echo) as server:
             ready = True
             for warning in access_warnings(access, chosen.address):
                 click.echo(f"Warning: {warning}", err=True)
@@ -293,6 +295,8 @@ def serve(
             run_until_signal(server, drain_seconds, click.echo)
     except KeyboardInterrupt:
         pass
+    finally:
+        relay.close(LOG_FLUSH_S)
     click.echo("Stopped.")
 
 

@@ -78,7 +78,8 @@ class Pipe:
     """Connection to the Triton at `target`, a gRPC address."""
 
     def __init__(self, target: str) -> None:
-        self._channel: Any = grpc.aio.insecure_channel(target, options=[*UNLIMITED, ("grpc.enable_http_proxy", 0)])
+        options = [*UNLIMITED, ("grpc.enable_http_proxy", 0)]
+        self._channel: Any = grpc.aio.insecure_channel(target, options=options)  # grpc-stubs want every argument
         self._stream = self._channel.stream_stream(SERVICE + "ModelStreamInfer")
         self._infer = self._channel.unary_unary(
             SERVICE + "ModelInfer",

@@ -63,7 +63,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     Commands: {"pipe_ready": bool}, {"phase": str}, {"lost": name of a stage}.
     """
     raise_file_limit()
-    context, pictures = session_context(settings)
+    context = session_context(settings)
     keys = load_keys(settings)
     service = GatewayService(context, keys, settings.limits.idle_s)
     server = grpc.aio.server(options=GRPC_OPTIONS)
@@ -90,11 +90,10 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         for runner in runners:
             await runner.cleanup()
         await context.pipe.close()
-        pictures.close()
 
 
-def session_context(settings: GatewaySettings) -> tuple[SessionContext, PictureDecoder]:
-    """What the sessions share, with the process that decodes their pictures."""
+def session_context(settings: GatewaySettings) -> SessionContext:
+    """What the sessions share."""
     pipe, pictures, meter = Pipe(settings.triton), PictureDecoder(), GatewayMeter(settings.served)
 
     async def make_avatar(picture: bytes, prompt: str) -> tuple[Array, Array]:
@@ -116,7 +115,7 @@ def session_context(settings: GatewaySettings) -> tuple[SessionContext, PictureD
         limits=settings.limits,
     )
     context.report()
-    return context, pictures
+    return context
 
 
 def raise_file_limit() -> None:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from live_avatar.errors import ServerError
-from live_avatar.gateway.keys import KeyRing
+from live_avatar.gateway.keys import ANONYMOUS, KeyRing
 from live_avatar.gateway.requests import Message
 from live_avatar.gateway.sessions import Caller, SessionContext
 from live_avatar.gateway.streams import CallerStream
@@ -32,7 +32,6 @@ SMALL_BYTES: Final = 64 * 1024
 """Size of a message that carries no picture."""
 READ_LIMIT_S: Final = 10.0
 CHECK_S: Final = 0.5
-ANONYMOUS: Final = "anonymous"
 
 Handler = Callable[["_Call"], Awaitable[None]]
 

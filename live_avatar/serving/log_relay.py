@@ -7,6 +7,7 @@ the queue are dropped and counted, and the count is written once writing works a
 from __future__ import annotations
 
 import io
+import logging
 import os
 import select
 import threading
@@ -53,6 +54,10 @@ class LogRelay:
             self._queue.append(line)
             self._chars += len(line) + 1
             self._changed.notify()
+
+    def handler(self) -> logging.Handler:
+        """A handler of Python's logging that writes here."""
+        return _RelayHandler(self)
 
     def close(self, limit_s: float) -> bool:
         """Writes what is queued for at most about `limit_s`; tells whether everything was written or reported.
@@ -118,6 +123,16 @@ class LogRelay:
             if poll.poll(1000 * POLL_S):
                 return True
         return False
+
+
+class _RelayHandler(logging.Handler):
+    def __init__(self, relay: LogRelay) -> None:
+        super().__init__()
+        self._relay = relay
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            self._relay.write(line)
 
 
 def _descriptor(stream: TextIO) -> int | None:

@@ -55,7 +55,7 @@ def test_no_more_starts_within_a_minute_than_a_key_may_have():
     for _ in range(2):
         door.open("a")
     now_s[0] += 20.0
-    with pytest.raises(CapacityError, match="key a has started 2 sessions within a minute.*try again in 40 s"):
+    with pytest.raises(CapacityError, match=r"key a has started 2 sessions within a minute.*try again in 40 s"):
         door.open("a")
     door.open("b")
     now_s[0] += 41.0

@@ -100,7 +100,10 @@ def add_input(made: Any, name: str, datatype: str, shape: list[int], content: by
         (lambda m: m.inputs[0].shape.append(1), "AUDIO is 'INT16' .7680, 1."),
         (lambda m: m.raw_input_contents.__setitem__(0, bytes(15361)), "15361 bytes, which is no whole number"),
         (lambda m: m.raw_input_contents.__setitem__(0, bytes(15358)), "the shape .7680. and 7679 values"),
-        (lambda m: setattr(m.inputs[0].parameters["shared_memory_region"], "string_param", "x"), "AUDIO has parameters"),
+        (
+            lambda m: setattr(m.inputs[0].parameters["shared_memory_region"], "string_param", "x"),
+            "AUDIO has parameters",
+        ),
         (lambda m: m.outputs.add(name="LATENT"), "there is no output 'LATENT'; ask for FRAMES"),
         (
             lambda m: setattr(m.outputs.add(name="FRAMES").parameters["classification"], "int64_param", 1),
