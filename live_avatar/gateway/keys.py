@@ -68,6 +68,10 @@ class KeyRing:
         """The callers that have a key."""
         return frozenset(self._hashes)
 
+    def shares_key_with(self, other: KeyRing) -> bool:
+        """Whether a key is in both."""
+        return not set(self._hashes.values()).isdisjoint(other._hashes.values())
+
     def caller(self, key: str | None) -> str | None:
         """The name of the caller with this key; None for a key that is missing or unknown.
 

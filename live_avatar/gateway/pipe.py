@@ -7,7 +7,7 @@ cancelled. A stream ends with an END that is answered.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 import numpy as np
@@ -79,7 +79,9 @@ class Pipe:
 
     def __init__(self, target: str) -> None:
         options = [*UNLIMITED, ("grpc.enable_http_proxy", 0)]
-        self._channel: Any = grpc.aio.insecure_channel(target, options=options)  # grpc-stubs want every argument
+        self._channel = cast(
+            Any, grpc.aio.insecure_channel(target, options=options)
+        )  # its stubs ask for every argument
         self._stream = self._channel.stream_stream(SERVICE + "ModelStreamInfer")
         self._infer = self._channel.unary_unary(
             SERVICE + "ModelInfer",

@@ -160,7 +160,15 @@ async def _watch_keys(keys: Keys) -> None:
 def load_keys(settings: GatewaySettings) -> Keys:
     """The keys of callers and operators. Raises `ServerError` for a file that cannot be used."""
     callers = KeyRing() if settings.api_key_file is None else KeyRing.from_file(settings.api_key_file)
-    return Keys(callers, None if settings.admin_key_file is None else KeyRing.from_file(settings.admin_key_file))
+    if settings.admin_key_file is None:
+        return Keys(callers)
+    admin = KeyRing.from_file(settings.admin_key_file)
+    if callers.shares_key_with(admin):
+        raise ServerError(
+            f"{settings.api_key_file} and {settings.admin_key_file} hold the same key, so that a caller would be an "
+            "operator; put another key into one of them."
+        )
+    return Keys(callers, admin)
 
 
 def _listen_grpc(server: Any, settings: GatewaySettings) -> None:
