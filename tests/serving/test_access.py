@@ -108,9 +108,12 @@ def test_a_file_that_cannot_be_read_is_named(files: Files, tmp_path: Path, field
 
 def test_callers_and_operators_cannot_have_one_key(artifacts: Artifacts, files: Files):
     access = Access(api_key_file=files.folder / "api.key", admin_key_file=files.folder / "api.key")
-    with pytest.raises(ServerError, match=r"the same key.*put another key into one of them") as refused:
-        with serving(ServerOptions(artifacts.folder, access=access).on_free_ports()):
-            pass
+    options = ServerOptions(artifacts.folder, access=access).on_free_ports()
+    with (
+        pytest.raises(ServerError, match=r"the same key.*put another key into one of them") as refused,
+        serving(options),
+    ):
+        pass
     assert API_KEY not in str(refused.value)
 
 
