@@ -98,6 +98,7 @@ def generate(
     Without it the same networks run in torch.
     """
     from live_avatar.cli.demo import frame_bar
+    from live_avatar.inputs.image import crop_warning
     from live_avatar.pipeline.generator import Generator
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
@@ -111,7 +112,10 @@ def generate(
         raise click.UsageError(f"--artifacts already fixes {', '.join(given)}; leave that out")
     speech, picture = read_speech(audio), read_image_bytes(image)
     with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        for block in Generator(_runtime(artifacts, model)).generate(picture, prompt, seed, speech):
+        generator = Generator(_runtime(artifacts, model))
+        if warning := crop_warning(picture, generator.preset.stream.height, generator.preset.stream.width):
+            click.echo(f"Warning: {warning}", err=True)
+        for block in generator.generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
             interrupts.check()
