@@ -108,7 +108,9 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | N
         _ready_place(file)
     _ready_artifacts(artifacts)
     with tempfile.TemporaryDirectory(prefix="live-avatar-trace-") as intervals:
-        options = replace(ServerOptions(artifacts).on_free_ports(), trace=Path(intervals) if trace else None)
+        options = replace(
+            ServerOptions(artifacts, share_avatars=True).on_free_ports(), trace=Path(intervals) if trace else None
+        )
         click.echo(f"Starting Triton (profile {options.profile}).")
         with serving(options) as server:
             session = partial(AvatarSession, server.options.url, image=image, seed=SEED)

@@ -224,6 +224,12 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     show_default=True,
     help="How long the avatar of a caller is remembered after its last use.",
 )
+@click.option(
+    "--share-avatars",
+    is_flag=True,
+    help="Without API keys: remember avatars for all callers together, not for each connection. A caller can then tell "
+    "by time whether somebody else has used a picture and prompt.",
+)
 @click.option("--sessions-per-key", type=Integer(min=1), help="Maximum concurrent sessions of one API key.")
 @click.option("--starts-per-minute", type=Integer(min=1), help="Sessions that one API key may start within a minute.")
 @click.option(

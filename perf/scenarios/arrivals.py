@@ -66,7 +66,8 @@ def _live(speaker: Speaker, blocks: int, meanwhile: Callable[[Callable[[], bool]
 
 def _arrivals(context: Context, speaker: Speaker, done: Callable[[], bool]) -> list[float]:
     """New avatars at a steady pace until `done`: the time from START to the first frames of each."""
-    found, pause_s = [], 60.0 / ARRIVALS_PER_MINUTE
+    found: list[float] = []
+    pause_s = 60.0 / ARRIVALS_PER_MINUTE
     next_s = time.monotonic() + pause_s / 2
     while not done():
         time.sleep(min(0.1, max(0.0, next_s - time.monotonic())))
@@ -86,6 +87,5 @@ def _waits_ms(sessions: list[list[BlockTimes]]) -> tuple[list[float], list[float
     return [float(n) for n in range(4, 4 + len(first))], [1e3 * (b.received_s - b.complete_s) for b in first]
 
 
-SCENARIO = Scenario(
-    "arrivals", f"{LIVE} sessions in real time while {ARRIVALS_PER_MINUTE} new avatars a minute start", measure
-)
+ABOUT = f"{LIVE} sessions in real time while {ARRIVALS_PER_MINUTE} new avatars a minute start"
+SCENARIO = Scenario("arrivals", ABOUT, measure)
