@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
+import grpc
 import numpy as np
 
 from live_avatar.arrays import Array
 from live_avatar.errors import CapacityError, InputError, LiveAvatarError, ShutdownError
 from live_avatar.gateway.admission import Admission
 from live_avatar.gateway.audit import AuditLog, SessionRecord
-from live_avatar.gateway.avatars import Avatar, Avatars
+from live_avatar.gateway.avatars import Avatar, Avatars, AvatarSource
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pipe import Closed, Pipe, PipeStream
 from live_avatar.gateway.requests import CallerRequest, end_request, error_response, response_error, triton_request
@@ -109,7 +109,7 @@ class Session:
         self._all_answered = asyncio.Event()
         self._used_s = self._began_s = time.monotonic()
         self._writing_since_s: float | None = None
-        self._tasks = [asyncio.create_task(self._forward()), asyncio.create_task(self._return())]
+        self._tasks = [asyncio.create_task(self._guarded(work)) for work in (self._forward(), self._return())]
 
     async def put(self, request: CallerRequest) -> None:
         """Takes a request; waits while too many of the session's are queued."""
@@ -176,6 +176,17 @@ class Session:
         self._unanswered += 1
         self._all_answered.clear()
 
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """An error that nobody expected ends this session alone."""
+        try:
+            await work
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass  # the caller has gone; its stream ends the session
+        except Exception as error:
+            log.exception("session %d has failed in the gateway", self.sequence)
+            self.fail(error)
+            self._all_answered.set()
+
     # Requests
 
     async def _forward(self) -> None:
@@ -233,8 +244,8 @@ class Session:
         chosen = context.options.read(start.parameters)
         context.admission.open(caller.name)
         try:
-            picture, prompt = start.picture, start.prompt or ""
-            avatar, known = await context.avatars.get(caller.owner, picture, prompt)
+            source = await AvatarSource.of(start.picture, start.prompt or "")
+            avatar, known = await context.avatars.get(caller.owner, source)
             context.admission.check_phase()  # the avatar may have taken long
         except BaseException:
             context.admission.close(caller.name)
@@ -247,8 +258,8 @@ class Session:
             chosen.seed,
             chosen.frame_format.value,
             "known" if known else "new",
-            hashlib.sha256(picture).hexdigest(),
-            hashlib.sha256(prompt.encode()).hexdigest(),
+            source.picture_sha256,
+            source.prompt_sha256,
         )
         context.window.join(self.sequence)
         context.live.add(self)
@@ -259,7 +270,9 @@ class Session:
         context.audit.started(self._record)
         if start.is_block:
             await context.window.enter(self.sequence)
-        tensors = _opening_tensors(avatar, provenance(context.served, picture, prompt, chosen.seed))
+        tensors = _opening_tensors(
+            avatar, provenance(context.served, source.picture_sha256, source.prompt_sha256, chosen.seed)
+        )
         self._stream.send(triton_request(start, self.sequence, tensors, with_options=True))
         self._expected.put_nowait(_Expected(start))
         self._note_end(start)
