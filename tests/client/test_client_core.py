@@ -626,6 +626,15 @@ def test_float_samples() -> None:
     assert as_samples(pcm).tolist() == [0, 16384, -16384, 32767, -32768, 32767, -32768]
 
 
+@pytest.mark.parametrize("peak", [17, 128, 32_768, 2.0**31])
+def test_float_samples_of_another_scale_are_refused(peak: float) -> None:
+    pcm = (np.sin(np.arange(1000) / 10) * peak).astype(np.float32)
+    with pytest.raises(
+        InvalidInput, match=r"has values of up to [\d.e+]+ as float32; pass values in \[-1, 1\], or int16"
+    ):
+        as_samples(pcm)
+
+
 @pytest.mark.parametrize(
     ("pcm", "message"),
     [
