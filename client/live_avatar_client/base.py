@@ -23,6 +23,7 @@ from .messages import Opening
 from .protocol import (
     API_KEY_HEADER,
     DEFAULT_JPEG_QUALITY,
+    MAX_ANSWER_BYTES,
     MAX_JPEG_QUALITY,
     MAX_LABEL_CHARS,
     MAX_PROMPT_CHARS,
@@ -30,9 +31,13 @@ from .protocol import (
     MIN_JPEG_QUALITY,
     FrameFormat,
 )
+from .text import printable
 from .tls import TLS
 
-CHANNEL_OPTIONS: Final = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+)
 _LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|\[::1\]")
 
 _SCHEMES: Final = ("grpc", "grpcs")
@@ -169,6 +174,8 @@ class BaseSession(ABC):
 
     def _receive(self, message: wire.Message) -> None:
         with self._update() as core:
+            if core.has_failed:
+                return
             if message.error_message:
                 core.receive_error(message.error_message)
                 return
@@ -287,9 +294,9 @@ def _connect_remedy(details: str, *, is_tls: bool) -> str:
 
 
 def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
-    """Return the status of a failed call and its words."""
+    """Return the status of a failed call and its words, printable."""
     call = cast(grpc.Call, error)
-    return call.code(), call.details() or call.code().name
+    return call.code(), printable(call.details() or call.code().name)
 
 
 def _checked_text(name: str, text: str, max_chars: int) -> str:

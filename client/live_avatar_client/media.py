@@ -28,6 +28,7 @@ from .files import FileWriter, OutputFile, require_file
 from .image import read_image_bytes
 from .messages import Pixels
 from .protocol import FPS, SAMPLE_RATE_HZ
+from .text import printable
 
 __all__ = ["Mp4Writer", "provenance_metadata", "read_image_bytes", "read_speech"]
 
@@ -185,7 +186,7 @@ def provenance_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
     `comment` says it in a sentence, `description` has the provenance as it came, and `AIGC` is the implicit
     label of GB 45438-2025: AI-generated (1), by which generator, and a number of this video.
     """
-    generator = " ".join(str(provenance[key]) for key in ("generator", "version") if key in provenance)
+    generator = " ".join(printable(str(provenance[key])) for key in ("generator", "version") if key in provenance)
     label = {
         "Label": "1",
         "ContentProducer": generator,

@@ -598,7 +598,7 @@ def test_a_late_refusal_is_a_failure() -> None:
     ("frames", "first", "message"),
     [
         (11, 0, "answered a block with 11 raw frames, expected 12"),
-        (12, 1, "FIRST_FRAME 1, expected 0 or less"),
+        (12, 1, "FIRST_FRAME 1, expected -750 to 0"),
     ],
 )
 def test_a_wrong_first_answer(frames: int, first: int, message: str) -> None:
