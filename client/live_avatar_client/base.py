@@ -14,6 +14,7 @@ from typing import Any, Final, SupportsIndex, cast
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from . import wire
 from .core import Limits, SessionCore
@@ -131,6 +132,7 @@ class BaseSession(ABC):
         self._connect_timeout_s = min(connect_timeout_s, LONGEST_WAIT_S)
         limits = Limits(max_in_flight_blocks, max_unread_blocks, send_timeout_s, answer_timeout_s, keep_alive_s)
         self._core = SessionCore(opening, limits, idle=idle)
+        self._process = os.getpid()
         self._set_up()
 
     @property
@@ -153,6 +155,11 @@ class BaseSession(ABC):
     @contextlib.contextmanager
     def _update(self) -> Iterator[SessionCore]:
         """Lend the core for a change, then send what the change allows to send."""
+        if not self._is_of_this_process():
+            raise SessionClosed(
+                f"the session belongs to process {self._process}, and this is process {os.getpid()}, forked from it; "
+                "open a session in the process that uses it"
+            )
         with self._lock:
             try:
                 yield self._core
@@ -190,9 +197,13 @@ class BaseSession(ABC):
                 core.fail(self._key_error())
             core.receive_close("the server closed it" if error is None else status_of(error)[1])
 
+    def _is_of_this_process(self) -> bool:
+        """Whether this process made the session. A forked child has its locks, but none of its threads."""
+        return self._process == os.getpid()
+
     def _begin_close(self) -> None:
         with self._update() as core:
-            core.fail(SessionClosed("the session was closed before the last frame; open a new session"))
+            core.fail(closed_error())
         self._write(None)
 
     def _connect_error(self, error: grpc.RpcError) -> AvatarError:
@@ -205,6 +216,22 @@ class BaseSession(ABC):
     def _key_error(self) -> SessionRefused:
         fault = "asks for an API key, and none was given" if self._metadata is None else "does not know the API key"
         return SessionRefused(f"the server at {self.url} {fault}; pass the server's key as api_key")
+
+
+def closed_error() -> SessionClosed:
+    """Return the error of a session that is given up before its speech has ended."""
+    return SessionClosed("the session was closed before the last frame; open a new session")
+
+
+def require_chunks(chunks: object, kinds: type | tuple[type, ...]) -> None:
+    """Raise InvalidInput unless `chunks` is one of the iterables `kinds`, and not a chunk itself."""
+    is_chunk = isinstance(chunks, (str, bytes, bytearray, memoryview)) or (
+        isinstance(chunks, np.ndarray) and chunks.ndim < 2
+    )
+    if is_chunk or not isinstance(chunks, kinds):
+        raise InvalidInput(
+            f"stream() got a {type(chunks).__name__}; pass a list or another iterable of chunks, such as [chunk]"
+        )
 
 
 def parse_url(url: str) -> str:
