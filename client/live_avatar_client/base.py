@@ -7,6 +7,7 @@ import contextlib
 import operator
 import os
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -17,8 +18,17 @@ import grpc.aio
 import numpy as np
 
 from . import wire
+from .address import is_loopback, parse_url
 from .core import Limits, SessionCore
-from .errors import AvatarError, ConnectFailed, InvalidInput, ServerIncompatible, SessionClosed, SessionRefused
+from .errors import (
+    AvatarError,
+    AvatarWarning,
+    ConnectFailed,
+    InvalidInput,
+    ServerIncompatible,
+    SessionClosed,
+    SessionRefused,
+)
 from .image import image_bytes
 from .messages import Opening
 from .protocol import (
@@ -39,9 +49,6 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
 )
-_LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|\[::1\]")
-
-_SCHEMES: Final = ("grpc", "grpcs")
 _RESTRICTED: Final = "This protocol is restricted"
 _TLS_FAULTS: Final = (
     "handshake",
@@ -113,6 +120,7 @@ class BaseSession(ABC):
         self.url = url
         self._tls = tls
         self._metadata = call_metadata(api_key)
+        warn_of_plain_key(url, api_key, tls)
         opening = Opening(
             image_bytes(image),
             _checked_text("prompt", prompt, MAX_PROMPT_CHARS),
@@ -234,18 +242,15 @@ def require_chunks(chunks: object, kinds: type | tuple[type, ...]) -> None:
         )
 
 
-def parse_url(url: str) -> str:
-    """Return the `host:port` of an address, which may have `grpc://` or `grpcs://` in front."""
-    scheme, separator, address = url.rpartition("://")
-    host, _, port = address.rpartition(":")
-    if separator and scheme not in _SCHEMES:
-        raise InvalidInput(
-            f"the address {url!r} has the scheme {scheme!r}, but frames are streamed over gRPC; pass "
-            "host:port of the server's gRPC port (8001 unless told otherwise), for TLS with grpcs:// in front"
+def warn_of_plain_key(url: str, api_key: str | None, tls: TLS | None) -> None:
+    """Warn the caller's caller if the API key would go over a network as plain text."""
+    if api_key is not None and tls_of(url, tls) is None and not is_loopback(url):
+        warnings.warn(
+            f"the API key goes to {url} as plain text, so that everybody on the way can read it; use TLS: put grpcs:// "
+            "in front of the address, or pass tls",
+            AvatarWarning,
+            stacklevel=3,
         )
-    if not host or "/" in address or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InvalidInput(f"the address {url!r} is not host:port; pass one such as 'localhost:8001'")
-    return address
 
 
 def open_channel(url: str, tls: TLS | None = None) -> grpc.Channel:
@@ -294,11 +299,10 @@ def connect_error(url: str, error: grpc.RpcError, timeout_s: float, tls: TLS | N
 def _open(api: ModuleType, url: str, tls: TLS | None) -> object:
     """Open a channel of grpc or grpc.aio."""
     address, tls = parse_url(url), tls_of(url, tls)
-    host = address.rpartition(":")[0]
     # To this machine, no proxy of the environment is used.
     options: tuple[tuple[str, object], ...] = (
         *CHANNEL_OPTIONS,
-        ("grpc.enable_http_proxy", int(not _LOOPBACK.fullmatch(host))),
+        ("grpc.enable_http_proxy", int(not is_loopback(url))),
     )
     if tls is None:
         return api.insecure_channel(address, options=options)

@@ -89,6 +89,7 @@ def server_status(
     InvalidInput for a bad address or certificate file.
     """
     with base.open_channel(url, tls) as channel:
+        base.warn_of_plain_key(url, api_key, tls)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             live = stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s).live
