@@ -21,6 +21,7 @@ from tqdm import tqdm
 from live_avatar import interrupts
 from live_avatar.arrays import Array
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
+from live_avatar.cli.places import require_places
 from live_avatar.cli.terminal import say
 from live_avatar.config import SAMPLE_RATE_HZ, TINY
 from live_avatar.environment import environment
@@ -100,6 +101,7 @@ def session_video(
 
 def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | None) -> None:
     """The whole way, from nothing to a video; prints what was measured, and writes it to `report`."""
+    require_places(artifacts=artifacts, trace=trace)
     speech, image = read_speech(SPEECH), PORTRAIT.read_bytes()
     named = {"video": output, "trace": trace, "report": report}
     files = {kind: OutputFile(path, kind) for kind, path in named.items() if path is not None}

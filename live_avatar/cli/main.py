@@ -235,6 +235,7 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve artifacts with Triton until Ctrl-C; SIGTERM lets live sessions finish first."""
+    from live_avatar.cli.places import require_places
     from live_avatar.serving.access import Access, access_warnings
     from live_avatar.serving.foreground import run_until_signal
     from live_avatar.serving.repository import MODEL_REPOSITORY
@@ -243,6 +244,7 @@ def serve(
 
     access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
     chosen = ServerOptions(artifacts, model_repository=model_repository or MODEL_REPOSITORY, access=access, **options)
+    require_places(artifacts=artifacts, label_font=chosen.label_font, trace=chosen.trace)
     ready = False
 
     def echo(line: str) -> None:
