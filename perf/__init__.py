@@ -1,1 +1,1 @@
-"""What it costs and what it loses: measurements, run from a checkout as `python -m perf.NAME`. Never installed."""
+"""Measurements of speed, memory and accuracy, run from a checkout as `python -m perf.NAME`. Not installed."""

@@ -1,9 +1,9 @@
-"""Drives NVIDIA's perf_analyzer on the ensemble, and reads what it saw.
+"""Runs NVIDIA's perf_analyzer on the ensemble and reads its results.
 
-Sequences over one gRPC stream, with the input data of `perf.input_data`: START with the first block of a sequence, END
-with the last. perf_analyzer sends whole blocks, at a request rate (all at once, or 25/12 in a second, which is playback
-pace) or with one block in flight per sequence. It cannot send the 20 ms chunks that a microphone gives, nor START
-before there is speech: for those there is the client library.
+It sends sequences over one gRPC stream, with the input data of `perf.input_data`: START with the first block of a
+sequence, END with the last. perf_analyzer sends whole blocks, at a request rate (all at once, or 25/12 per second,
+which is playback pace) or with one block in flight per sequence. It cannot send the 20 ms chunks of a microphone, nor
+START before there is speech; the client library can.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LIMIT_S = 600.0
 
 @dataclass(frozen=True)
 class Load:
-    """What to send: `blocks` in all, by `sequences` at once, at `rate` blocks per second together; None: as fast as
-    answers come, with one block of each sequence in flight."""
+    """What to send: `blocks` in total, by `sequences` at once, at a total `rate` of blocks per second. A rate of None
+    keeps one block of each sequence in flight."""
 
     blocks: int
     sequences: int = 1
@@ -42,7 +42,7 @@ class Load:
 
 @dataclass(frozen=True)
 class AnalyzerRun:
-    """One run: blocks by sequence in the order they were sent, in seconds of `time.monotonic`."""
+    """One run: blocks of each sequence in the order of sending; times are of `time.monotonic`."""
 
     command: tuple[str, ...]
     version: str
@@ -55,7 +55,7 @@ class AnalyzerRun:
 
 
 def program() -> Path:
-    """perf_analyzer of `.perf/`, or the one on the PATH. Raises `ServerError` if there is none."""
+    """perf_analyzer in `.perf/`, else on the PATH. Raises `ServerError` if there is none."""
     found = PLACE if PLACE.exists() else shutil.which("perf_analyzer")
     if found is None:
         raise ServerError(f"there is no perf_analyzer; run {GET}, or run in Triton's -py3-sdk image.")
@@ -63,11 +63,11 @@ def program() -> Path:
 
 
 ID_RANGE = 1_000_000
-"""Sequence ids of one run of perf_analyzer; it begins a new sequence after each."""
+"""Number of sequence ids for one run of perf_analyzer, which begins a new sequence after each."""
 
 
 def options(load: Load) -> list[str]:
-    """Its options for a load. perf_analyzer refuses fewer requests than the rate, and rates of nothing."""
+    """Options of perf_analyzer for a load. It refuses fewer requests than the rate, and a rate of 0."""
     if load.rate is None:
         pace = ["--concurrency-range", str(load.sequences), "--serial-sequences"]
     else:
@@ -78,7 +78,7 @@ def options(load: Load) -> list[str]:
 
 
 def measure(url: str, data: Path, load: Load, scratch: Path) -> AnalyzerRun:
-    """Runs it once. Raises `ServerError` with its words if it fails or the server refuses."""
+    """Runs it once. Raises `ServerError` with its message if it fails or the server refuses."""
     export = scratch / f"export-{load.first_id}.json"
     fixed = ["-m", MODEL_NAME, "-u", url, "-i", "grpc", "--streaming", "--input-data", str(data)]
     command = [str(program()), *fixed, *options(load), "--profile-export-file", str(export)]
@@ -88,14 +88,14 @@ def measure(url: str, data: Path, load: Load, scratch: Path) -> AnalyzerRun:
     if done.returncode or not export.exists():
         raise ServerError(f"perf_analyzer ended with code {done.returncode}: {_reason(said)}")
     document = json.loads(export.read_text())
-    export.unlink()  # it holds every frame as a list of numbers
+    export.unlink()  # it has every frame as a list of numbers
     return AnalyzerRun(_shown(command), version(), sequences(document, clocks_s), said)
 
 
 def sequences(document: Mapping[str, Any], clocks_s: float) -> dict[int, tuple[BlockTimes, ...]]:
-    """What an export holds; its times are nanoseconds since 1970, which is `clocks_s` more than `time.monotonic`.
+    """Reads an export. Its times are nanoseconds since 1970, which is `clocks_s` more than `time.monotonic`.
 
-    A block was there whole when it was sent, so that it begins, is complete and is sent at once.
+    A block is sent whole, so its three times (begun, complete, sent) are the same.
     """
     found: defaultdict[int, list[BlockTimes]] = defaultdict(list)
     for request in document["experiments"][0]["requests"]:
@@ -108,14 +108,14 @@ def sequences(document: Mapping[str, Any], clocks_s: float) -> dict[int, tuple[B
 
 
 def version() -> str:
-    """`2.51.0`, say."""
+    """The version, such as `2.51.0`."""
     said = subprocess.run([str(program()), "--version"], capture_output=True, text=True, timeout=60, check=False)
     words = (said.stdout + said.stderr).split()
     return words[words.index("Version") + 1] if "Version" in words else "unknown"
 
 
 def _shown(command: Sequence[str]) -> tuple[str, ...]:
-    """The command without this machine's paths and ports."""
+    """The command, without paths and ports of this machine."""
     url = command.index("-u") + 1
     named = [*command[:url], "HOST:PORT", *command[url + 1 :]]
     return tuple(Path(word).name if word.startswith("/") else word for word in named)

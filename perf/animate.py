@@ -1,7 +1,7 @@
 """Makes an animated picture (WebP or GIF) from a video file, for the README.
 
 `live-avatar demo` writes the video; `python -m perf.animate --video out/demo.mp4 --output docs/avatar.webp` makes the
-picture. The picture has no sound.
+picture, without sound.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def sampled_frames(video: Path, fps: float, size: int) -> Iterator[Image.Image]:
 
 
 def write_animation(frames: list[Image.Image], output: Path, fps: float) -> None:
-    """Writes frames as an animation that repeats without end. Raises `InputError` if it cannot be written."""
+    """Writes frames as an animation that repeats forever. Raises `InputError` if it cannot be written."""
     name = FORMATS.get(output.suffix.lower())
     if name is None:
         raise InputError(f"{output} ends in {output.suffix!r}, expected one of {', '.join(FORMATS)}; rename --output.")

@@ -1,4 +1,4 @@
-"""The server's own numbers over a while: what each model did, waited and computed, from Triton's `/metrics`."""
+"""The server's own numbers over a period: executions, waits and computation of each model, from Triton's `/metrics`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def scrape(metrics_url: str) -> dict[str, float]:
 
 @contextmanager
 def watched(metrics_url: str) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Gives a function that says what the server did since."""
+    """Returns a function that returns the server's numbers since this call."""
     before = scrape(metrics_url)
     yield lambda: statistics(before, scrape(metrics_url))
 
 
 def statistics(before: Page, after: Page) -> dict[str, Any]:
-    """By model: executions, and the mean milliseconds of each part of a request; of a stage also its busy seconds.
+    """By model: executions, and the mean milliseconds of each part of a request; for a stage also its busy seconds.
 
     compute_input and compute_output are Triton's copies to and from a stage's process.
     """

@@ -1,8 +1,8 @@
 """Host memory of an export: the peak of the whole command against the largest file it writes.
 
 `python -m perf.export_memory [--json FILE] -- EXPORT OPTIONS`, where the options are those of `live-avatar export`.
-The command runs in a process of its own; its memory is read from Linux while it runs. Memory of its own
-(anonymous) is told from pages of mapped files, which the kernel takes back when it needs them.
+The command runs in a separate process, and Linux reports its memory while it runs. Anonymous memory is counted apart
+from pages of mapped files, which the kernel can take back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def resident_bytes(process: int) -> dict[str, int]:
 
 
 def peak_bytes(command: list[str]) -> tuple[int, dict[str, int]]:
-    """Runs a command to its end: its exit code, and the peak of each kind of memory and of their sum (`total`)."""
+    """Runs a command; returns its exit code and the peak of each kind of memory and of their sum (`total`)."""
     peaks: dict[str, int] = {}
     process = subprocess.Popen(command)
     while process.poll() is None:
@@ -45,7 +45,7 @@ def peak_bytes(command: list[str]) -> tuple[int, dict[str, int]]:
 
 
 def _output(options: tuple[str, ...]) -> Path:
-    """The value of the export's own --output."""
+    """The value of the export's option --output."""
     for position, option in enumerate(options):
         if option.startswith("--output="):
             return Path(option.partition("=")[2])

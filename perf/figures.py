@@ -1,4 +1,4 @@
-"""What is measured: every figure's definition, as a pure function of times.
+"""The definition of every figure, as a pure function of times.
 
 FPS, TTFF and their parts are defined as in the paper (arXiv 2512.04677, supplement, section 10): FPS counts all work
 from the start of inference; TTFF is the wait for the block boundary, the denoising of the first block and its decoding.
@@ -21,18 +21,18 @@ from live_avatar_client.protocol import FPS
 
 FRAME_S = 1 / FPS
 BUFFER_S = 0.2
-"""How much a player holds back against jitter; without it the first block that is a little late stalls."""
+"""Playback delay of a player against jitter; without it, a block that is a little late stalls playback."""
 
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """One block of one session, as its client saw it: how many frames, and when."""
+    """One block of one session, as its client saw it: its number of frames, and its times."""
 
     frames: int
     begun_s: float
-    """Its first sample was spoken."""
+    """When its first sample was spoken."""
     complete_s: float
-    """Its last one was."""
+    """When its last sample was spoken."""
     sent_s: float
     received_s: float
 
@@ -44,7 +44,7 @@ class BlockTimes:
 
 @dataclass(frozen=True)
 class Throughput:
-    """`fps` from the first block sent to the last received; `steady_fps` from the first received, so without TTFF."""
+    """`fps` counts from the first block sent to the last received, `steady_fps` from the first received."""
 
     frames: int
     duration_s: float
@@ -54,16 +54,16 @@ class Throughput:
 
 @dataclass(frozen=True)
 class FirstFrame:
-    """TTFF as the client saw it, and its parts as the stages saw them: the rest is transport and queues."""
+    """TTFF as the client saw it, and its parts as the stages saw them. The rest is transport and queues."""
 
     ttff_s: float
     block_wait_s: float
     denoising_s: float
-    """Conditioning and all steps at work on the start and on block 1."""
+    """Time of conditioning and all steps for the start and block 1."""
     decoding_s: float
     rest_s: float
     over_parts: float
-    """TTFF by the sum of its three parts."""
+    """TTFF as the sum of its three parts."""
 
 
 @dataclass(frozen=True)
@@ -79,32 +79,31 @@ class Latency:
 
 @dataclass(frozen=True)
 class Playback:
-    """What a viewer sees at 25 frames per second: how often the next frame was not there, and for how long."""
+    """Playback at 25 frames per second: how often the next frame was missing, and for how long."""
 
     stalls: int
     stalled_s: float
     longest_gap_s: float
-    """The longest time that one frame stood, beyond its own 0.04 s."""
+    """The longest time that one frame was shown, less its own 0.04 s."""
 
 
 @dataclass(frozen=True)
 class Passing:
-    """What a block's way costs beside the stages' work, in medians over the blocks of a session that has one block on
-    its way at a time."""
+    """Time of a block outside the stages' work: medians over the blocks of a session with one block in flight."""
 
     in_s: float
-    """From the client's send to the first stage's begin."""
+    """From the client's send to the start of the first stage."""
     hop_s: float
-    """From one stage's end to the next one's begin."""
+    """From the end of one stage to the start of the next."""
     out_s: float
-    """From the last stage's end to the frames in the client's hands."""
+    """From the end of the last stage to the client's receipt of the frames."""
     share: float
-    """All of it, by the time from send to receipt."""
+    """All of it, as a share of the time from send to receipt."""
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """One stage: its time at work on a block, and its share of the window in which it was at work."""
+    """One stage: its time per block, and the share of the window in which it was busy."""
 
     blocks: int
     mean_s: float
@@ -113,7 +112,7 @@ class StageTimes:
 
 
 def throughput(blocks: Sequence[BlockTimes]) -> Throughput:
-    """Of one session, or of several in one window."""
+    """Throughput of one session, or of several in one window."""
     first, last = min(b.sent_s for b in blocks), max(b.received_s for b in blocks)
     ordered = sorted(blocks, key=lambda b: b.received_s)
     frames, after = sum(b.frames for b in blocks), last - ordered[0].received_s
@@ -122,7 +121,7 @@ def throughput(blocks: Sequence[BlockTimes]) -> Throughput:
 
 
 def first_frame(block: BlockTimes, stages: Iterable[Interval]) -> FirstFrame:
-    """`stages`: the session's intervals of its start and its first block; the last stage to begin decodes."""
+    """`stages`: the session's intervals of its start and its first block. The stage that starts last is the decoder."""
     at_work = sorted((i for i in stages if i.block <= 0), key=lambda i: i.start_s)
     last = at_work[-1].stage
     decoding_s = sum(i.end_s - i.start_s for i in at_work if i.stage == last)
@@ -133,15 +132,15 @@ def first_frame(block: BlockTimes, stages: Iterable[Interval]) -> FirstFrame:
 
 
 def latency(blocks: Sequence[BlockTimes], skipped: int = 1) -> Latency:
-    """In steady state: of one session, whose first blocks bear its start and are left out."""
+    """Of one session in steady state, without the first blocks, which include its start."""
     waits_s = [b.received_s - b.complete_s for b in blocks[skipped:]]
     p50, p95, p99, longest = (float(p) for p in np.percentile(waits_s, (50, 95, 99, 100)))
     return Latency(p50, p95, p99, longest, len(waits_s))
 
 
 def playback(blocks: Sequence[BlockTimes], buffer_s: float = BUFFER_S) -> Playback:
-    """Of one session. The player begins `buffer_s` after its first frame came, shows each for 0.04 s, and waits for
-    what is late."""
+    """Of one session. The player starts `buffer_s` after its first frame arrived, shows each frame for 0.04 s,
+    and waits for late frames."""
     stalls, stalled_s, longest_s = 0, 0.0, 0.0
     free_s = blocks[0].received_s + buffer_s
     for block in blocks:
@@ -153,7 +152,7 @@ def playback(blocks: Sequence[BlockTimes], buffer_s: float = BUFFER_S) -> Playba
 
 
 def real_time_sessions(stalls: Mapping[int, int]) -> int:
-    """The most sessions at once without a stall, of stalls by number of sessions; none beyond the first that stalls."""
+    """The most sessions at once without a stall, from stalls by number of sessions; it ends at the first stall."""
     good = 0
     for sessions in sorted(stalls):
         if stalls[sessions]:
@@ -163,8 +162,8 @@ def real_time_sessions(stalls: Mapping[int, int]) -> int:
 
 
 def stage_times(intervals: Iterable[Interval], skipped: int = 0) -> dict[str, StageTimes]:
-    """By stage, in the order of the pipe. Times are of the blocks from `skipped` on, so without a session's start;
-    shares are of all blocks, from the first begin to the last end."""
+    """By stage, in the order of the pipe. Times are of the blocks from `skipped` on, without a session's start; shares
+    are of all blocks, from the first start to the last end."""
     by_stage: defaultdict[str, list[Interval]] = defaultdict(list)
     for interval in sorted(intervals, key=lambda i: (i.block, i.start_s)):
         by_stage[interval.stage].append(interval)
@@ -179,18 +178,18 @@ def _stage_times(found: Sequence[Interval], skipped: int, window_s: float) -> St
 
 
 def slowest(stages: Mapping[str, StageTimes]) -> tuple[str, float]:
-    """The stage that is busy longest with a block, and its mean time."""
+    """The slowest stage and its mean time per block."""
     name = max(stages, key=lambda stage: stages[stage].mean_s)
     return name, stages[name].mean_s
 
 
 def pipeline_efficiency(fps: float, frames_per_block: int, slowest_s: float) -> float:
-    """FPS by what the slowest stage would give alone: 1 is a pipe that never lets it wait."""
+    """FPS as a share of the slowest stage's own rate; 1 means that this stage never waits."""
     return fps * slowest_s / frames_per_block
 
 
 def hops(intervals: Iterable[Interval]) -> list[float]:
-    """Seconds from the end of a block in one stage to its begin in the next, where the next stage had nothing to do."""
+    """Seconds from a block's end in one stage to its start in the next, if the next stage was idle."""
     paths: defaultdict[tuple[int, int], list[Interval]] = defaultdict(list)
     worked: defaultdict[str, list[float]] = defaultdict(list)
     for interval in sorted(intervals, key=lambda i: i.start_s):
@@ -201,7 +200,7 @@ def hops(intervals: Iterable[Interval]) -> list[float]:
 
 
 def passing(blocks: Sequence[BlockTimes], intervals: Iterable[Interval], skipped: int = 1) -> Passing:
-    """Of one session's blocks in order, and what the stages did with them; its start is left out."""
+    """Of one session's blocks in order and the stages' intervals, without the session's start."""
     ways: defaultdict[int, list[Interval]] = defaultdict(list)
     for interval in sorted(intervals, key=lambda i: i.start_s):
         ways[interval.block].append(interval)
@@ -222,19 +221,19 @@ def _was_idle(ends: Sequence[float], before: Interval, after: Interval) -> bool:
 
 
 def summary_of(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 95th percentile and number of some times."""
+    """Median, 95th percentile and count of the times."""
     p50, p95 = (float(p) for p in np.percentile(seconds, (50, 95)))
     return {"median_s": p50, "p95_s": p95, "samples": len(seconds)}
 
 
 def per_session(mib_by_sessions: Mapping[int, float]) -> float:
-    """MiB that one more session takes: the slope of memory over sessions (at least two numbers of sessions)."""
+    """MiB for one more session: the slope of memory over sessions (needs at least two numbers of sessions)."""
     counts, mib = zip(*sorted(mib_by_sessions.items()), strict=True)
     return float(np.polyfit(counts, mib, 1)[0])
 
 
 def rounded(figures: Any, digits: int = 5) -> Any:
-    """Figures as JSON values of so many significant digits; dataclasses as objects."""
+    """Figures as JSON values with `digits` significant digits; dataclasses as objects."""
     if hasattr(figures, "__dataclass_fields__"):
         return rounded(asdict(figures), digits)
     if isinstance(figures, Mapping):

@@ -1,12 +1,12 @@
-"""How far FP8 moves the velocity from float32's: `python -m perf.fp8_error`.
+"""The error of the velocity in FP8 against float32: `python -m perf.fp8_error`.
 
-One stream is run in float32. Each variant then gets the very latents and audio tokens of it, block by block, and keeps
-its own caches, sink and text keys and values; so a block's error is that of the networks and of all that a variant
-remembers, and not of latents that have drifted apart. The sink stays that of the picture. From block 4 on the ring is
-full. FP8 is calibrated on a stream of another seed.
+One stream is run in float32. Each variant then gets the same latents and audio tokens, block by block, and keeps its
+own caches, sink and text keys and values. So a block's error is that of the networks and of the variant's caches, and
+not of latents that have drifted apart. The sink stays that of the picture. From block 4 on the ring is full. FP8 is
+calibrated on a stream of another seed.
 
-The weights are random, and random weights have no outliers. So the figures bound the arithmetic; they say nothing about
-pictures made with trained weights.
+The weights are random, and random weights have no outliers. So the figures show the error of the arithmetic, and not
+the quality of pictures with trained weights.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SEED, CALIBRATION_SEED = 0, 1
 
 @dataclass(frozen=True)
 class Stream:
-    """What the float32 networks were given and made: per block its audio tokens, per step and block the rest."""
+    """Inputs and results of the float32 networks: audio tokens by block, the rest by step and block."""
 
     source: SinkSource
     audio: Sequence[dict[str, Array]]
@@ -71,7 +71,7 @@ class Error:
 
 
 class _Heard:
-    """A runtime that keeps the velocities that its graphs give."""
+    """A runtime that records the velocities of its graphs."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.preset, self.tokenizer, self.zeros = runtime.preset, runtime.tokenizer, runtime.zeros
@@ -95,7 +95,7 @@ class _HeardGraph:
 
 
 class ReleasedFP8(TorchRuntime):
-    """The released code's FP8 linears (spec section 15) in float32: nothing else is rounded."""
+    """The released code's FP8 linears (spec section 15) in float32, with no other rounding."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -153,7 +153,7 @@ def errors(variant: str, runtime: Runtime, stream: Stream) -> Iterator[Error]:
 
 
 def measure(preset: Preset, blocks: int) -> list[Error]:
-    """Every variant against float32; one after the other, so that one has its weights in memory."""
+    """Every variant against float32, one after the other, so that only one has its weights in memory."""
     checkpoint, speech = open_checkpoint(preset), read_speech(SPEECH)
     narrow = Checkpoint(preset.with_precision("bfloat16"), checkpoint.parts, checkpoint.tokenizer)
     stream = record(TorchRuntime(checkpoint), speech, blocks)
@@ -180,7 +180,7 @@ def cut(dim: int, layers: int, side: int) -> Preset:
 
 
 def table(found: Sequence[Error]) -> str:
-    """Markdown: a row per step and block; per variant, relative RMS error and cosine."""
+    """Markdown: a row for each step and block; relative RMS error and cosine of each variant."""
     variants = list(dict.fromkeys(error.variant for error in found))
     by_place = {(error.variant, error.step, error.block): error for error in found}
     rows = [["step", "block", *variants], ["---"] * (2 + len(variants))]

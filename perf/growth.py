@@ -1,4 +1,4 @@
-"""How the memory of a group of processes grows: samples from Linux's /proc, and slopes with their standard errors."""
+"""Growth of the memory of a process group: samples from Linux's /proc, and slopes with their standard errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Process:
-    """One process: what it is, and the CPU time of it and of the children that it has waited for."""
+    """One process: its name and state, and the CPU time of it and of the children that it has waited for."""
 
     pid: int
     name: str
@@ -36,14 +36,14 @@ class Process:
 
 @dataclass(frozen=True)
 class Slope:
-    """A straight line's slope and its standard error, in MiB per hour, and from how many samples."""
+    """Slope of a fitted line and its standard error, in MiB per hour, and the number of samples."""
 
     mib_per_hour: float
     error: float
     samples: int
 
     def exceeds(self, bound: float, errors: float = 3.0) -> bool:
-        """Whether it is above `bound` MiB per hour by more than so many standard errors."""
+        """Whether it exceeds `bound` MiB per hour by more than `errors` standard errors."""
         return self.mib_per_hour - errors * self.error > bound
 
 
@@ -52,7 +52,7 @@ def group(leader: int) -> list[Process]:
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
-            with suppress(OSError, IndexError):  # it ended while we looked
+            with suppress(OSError, IndexError):  # it has ended meanwhile
                 if (process := _process(int(folder.name), leader)) is not None:
                     found.append(process)
     return sorted(found, key=lambda process: process.pid)
@@ -65,10 +65,10 @@ def own_cpu_s() -> float:
 
 
 def private_mib(pid: int) -> float | None:
-    """Memory that only this process has and has written to; None if it is gone.
+    """Private memory that the process has written to; None if it is gone.
 
-    Pages of files that nobody changed, such as libraries, are not in it: they count as private or as shared by whether
-    some other process on the machine happens to have mapped them too.
+    Unchanged pages of files, such as libraries, do not count: whether they are private or shared depends on the other
+    processes of the machine.
     """
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -77,7 +77,7 @@ def private_mib(pid: int) -> float | None:
 
 
 def shared_mib(leader: int) -> float:
-    """What the files of shared memory of the Triton with process id `leader` occupy."""
+    """Size of the shared memory files of the Triton with process id `leader`."""
     command = Path(f"/proc/{leader}/cmdline").read_bytes().decode(errors="replace").split("\0")
     prefixes = [word.partition("shm-region-prefix-name=")[2] for word in command]
     total = 0
@@ -91,7 +91,7 @@ def shared_mib(leader: int) -> float:
 def fit(times_s: Sequence[float], mib: Sequence[float]) -> Slope:
     """The least-squares line through at least three samples.
 
-    Neighbouring samples of a process are alike, so the error is widened by their correlation (as of an AR(1) process).
+    Neighbouring samples of a process are correlated, so the error is widened as for an AR(1) process.
     """
     times, values = np.asarray(times_s, dtype=np.float64) / 3600, np.asarray(mib, dtype=np.float64)
     centred = times - times.mean()
@@ -103,7 +103,7 @@ def fit(times_s: Sequence[float], mib: Sequence[float]) -> Slope:
 
 
 def _widening(residuals: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
-    """By how much correlation from one sample to the next raises a variance; 1 without any."""
+    """Factor of the variance for the correlation of neighbouring samples; 1 without correlation."""
     power = float((residuals**2).sum())
     if power == 0:
         return 1.0
@@ -133,7 +133,7 @@ class Series:
 
 
 class Memory:
-    """Samples of every process, by name and process id; a process that is replaced begins a new series."""
+    """Samples of every process, by name and process id. A replaced process begins a new series."""
 
     def __init__(self, triton: int) -> None:
         self.series: defaultdict[tuple[str, int], Series] = defaultdict(Series)
@@ -147,11 +147,11 @@ class Memory:
             self._add("/dev/shm", 0, shared_mib(self._triton), now_s, 0)
 
     def now(self, name: str) -> float:
-        """The last sample of a name, in MiB."""
+        """The latest sample with this name, in MiB."""
         return next((one.mib[-1] for (known, _), one in reversed(list(self.series.items())) if known == name), 0.0)
 
     def findings(self, from_s: float) -> list[dict[str, Any]]:
-        """What each series did, and the slope from `from_s` on where it is long enough to have one."""
+        """First and last value of each series, and its slope from `from_s` on if there are enough samples."""
         return [
             {
                 "name": name,
@@ -175,6 +175,6 @@ class Memory:
 
 
 def slope_after(series: Series, from_s: float) -> Slope | None:
-    """The slope of what was sampled from `from_s` on; None for too little."""
+    """The slope of the samples from `from_s` on; None for too few."""
     late = [pair for pair in zip(series.times_s, series.mib, strict=True) if pair[0] >= from_s]
     return fit(*zip(*late, strict=True)) if len(late) >= LEAST_SAMPLES else None

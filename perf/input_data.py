@@ -1,7 +1,7 @@
 """Real speech and a real picture as perf_analyzer's input data: one stream of blocks, the first with the picture.
 
 `python -m perf.input_data out/input.json` writes the demo's speech and portrait, cut as the client library cuts them.
-perf_analyzer takes the steps of a stream for the requests of a sequence: START goes with the first, END with the last.
+perf_analyzer sends each step of a stream as one request of a sequence: START with the first, END with the last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from live_avatar_client.protocol import AUDIO, BLOCK_SAMPLES, PROMPT, REFERENCE_
 
 
 def blocks_of(speech: Array, blocks: int | None = None) -> Array:
-    """int16 [S] -> [blocks, BLOCK_SAMPLES]: the speech over and over, or once with its last block filled up."""
+    """int16 [S] -> [blocks, BLOCK_SAMPLES]: the repeated speech, or the speech once with its last block padded."""
     if not speech.size:
         raise InputError("the speech has 0 samples; give one that says something.")
     wanted = -(-speech.size // BLOCK_SAMPLES) if blocks is None else blocks
@@ -57,10 +57,12 @@ def _tensor(content: bytes, elements: int) -> dict[str, Any]:
 
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--audio", type=click.Path(path_type=Path), default=SPEECH, help="Speech; else the demo's.")
-@click.option("--image", type=click.Path(path_type=Path), default=PORTRAIT, help="Picture; else the demo's.")
+@click.option("--audio", type=click.Path(path_type=Path), default=SPEECH, help="Speech file; the demo's by default.")
+@click.option("--image", type=click.Path(path_type=Path), default=PORTRAIT, help="Picture file; the demo's by default.")
 @click.option("--prompt", default=DEMO_PROMPT, show_default=True)
-@click.option("--blocks", type=click.IntRange(min=1), help="Blocks of 0.48 s, repeating the speech; else once over.")
+@click.option(
+    "--blocks", type=click.IntRange(min=1), help="Number of blocks; the speech repeats. By default the speech once."
+)
 def main(output: Path, audio: Path, image: Path, prompt: str, blocks: int | None) -> None:
     """Write perf_analyzer's input data for the live_avatar ensemble to OUTPUT."""
     try:

@@ -1,7 +1,7 @@
-"""The torch networks with random weights on one device, each in several ways of running it, timed.
+"""Times the torch networks with random weights on one device, each run in several ways.
 
-The time of a product does not depend on its values, so no checkpoint is needed, and a GPU measures the released sizes
-without one.
+The time of a product does not depend on its values, so no checkpoint is needed, not even for the released sizes on a
+GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ATTENTIONS = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,
 )
-GRAPH_WARM_UPS = 3  # torch asks for some runs on another stream before it captures
+GRAPH_WARM_UPS = 3  # torch requires some runs on another stream before the capture
 
 
 def device() -> torch.device:
@@ -50,8 +50,8 @@ def device_name(on: torch.device) -> str:
 
 
 def random_networks(preset: Preset, on: torch.device, seed: int = 0) -> Networks:
-    """Transformer, VAE and speech encoder of the preset's sizes and types, made on the device; the text encoder, which
-    no block runs, stays without weights."""
+    """Transformer, VAE and speech encoder of the preset's sizes and types, made on the device. The text encoder stays
+    without weights, because no block runs it."""
     networks = meta_networks(preset)
     generator = torch.Generator(on).manual_seed(seed)
 
@@ -68,7 +68,7 @@ def random_networks(preset: Preset, on: torch.device, seed: int = 0) -> Networks
 
 
 def random_tensors(contract: Contract, on: torch.device, extent: Extent, seed: int = 0) -> list[Tensor]:
-    """Inputs of a component, made on the device; symbolic dimensions have that extent."""
+    """Inputs of a component, made on the device; symbolic dimensions have the given extent."""
     generator = torch.Generator(on).manual_seed(seed)
     return [
         torch.empty(contract.shape(spec, extent), dtype=getattr(torch, spec.dtype), device=on).normal_(
@@ -82,7 +82,7 @@ def random_tensors(contract: Contract, on: torch.device, extent: Extent, seed: i
 
 
 class FP8Linear(nn.Module):
-    """A linear with e4m3fn weights and activations, one scale each, the activations' found anew in every call."""
+    """A linear with e4m3fn weights and activations, one scale each; each call computes the scale of the activations."""
 
     weight: Tensor
     inverse: Tensor
@@ -96,7 +96,7 @@ class FP8Linear(nn.Module):
         self.kind = linear.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] of any floating type -> [..., out] of the type that the weights had."""
+        """[..., in] of any floating type -> [..., out] of the original type of the weights."""
         rows, inverse = quantize(x.flatten(0, -2))
         product = torch._scaled_mm(
             rows, self.weight.t(), scale_a=inverse, scale_b=self.inverse, bias=self.bias, out_dtype=self.kind
@@ -105,7 +105,7 @@ class FP8Linear(nn.Module):
 
 
 def to_fp8(network: nn.Module) -> int:
-    """Puts FP8 in the place of the linears that an FP8 export quantizes; returns how many. There is no way back."""
+    """Replaces the linears that an FP8 export quantizes by FP8 ones, for good; returns how many."""
     found = [name for name, part in network.named_modules() if isinstance(part, Linear) and is_lora_target(name)]
     for name in found:
         parent, _, child = name.rpartition(".")
@@ -171,7 +171,7 @@ def _captured(work: Work) -> Work:
 
 @dataclass(frozen=True)
 class Timed:
-    """Median seconds of a piece of work, and what it gave; or why it could not be run here."""
+    """Median seconds of a piece of work and its result, or why it could not be run here."""
 
     seconds: float | None
     outputs: Outputs = ()
@@ -179,8 +179,8 @@ class Timed:
 
 
 def timed(make: Callable[[], Work], on: torch.device, runs: int) -> Timed:
-    """Runs it twice, then `runs` times with the device idle before and after. Compilers and kernels refuse what they
-    cannot do with errors of every kind; those are the result then."""
+    """Runs it twice, then `runs` times with the device idle before and after. Compilers and kernels may refuse it with
+    any error; then the error is the result."""
     try:
         with torch.inference_mode():
             work = make()

@@ -1,7 +1,7 @@
-"""Sessions to measure a server with: the demo's person says the demo's speech, through one of two real clients.
+"""Sessions for measurements, with the demo's picture and speech, through one of two real clients.
 
-The client library sends START when it connects and speech in chunks of any size, as an application does. perf_analyzer
-sends START with the first whole block, so that all work for TTFF lies between two of its times.
+The client library sends START when it connects and speech in chunks of any size, like an application. perf_analyzer
+sends START with the first whole block, so all work for TTFF lies between two of its times.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from perf.scenario import Target
 
 FIRST_ID = 1_000_000
 PATIENCE_S = 3600.0
-"""A run may be paused for long, to let others measure."""
+"""Long, because a run may be paused while others measure."""
 
 
 @dataclass
 class Speaker:
-    """Makes the load on one server. Every run of perf_analyzer has sequence ids of its own."""
+    """Creates the load on one server. Every run of perf_analyzer has its own sequence ids."""
 
     target: Target
     scratch: Path
     runs: int = 0
 
     def analyzed(self, blocks: int, rate: float | None, *, prompt: str = DEMO_PROMPT) -> AnalyzerRun:
-        """perf_analyzer: one sequence of so many blocks, at `rate` per second."""
+        """perf_analyzer: one sequence of `blocks` blocks, at `rate` per second."""
         return self._analyzed(blocks, rate, prompt, self._next_id())
 
     def analyzed_at_once(self, sessions: int, blocks: int, rate: float) -> list[AnalyzerRun]:
-        """As many perf_analyzers at once, each with one sequence: one alone mixes the pace of its sequences."""
+        """Several perf_analyzers at once, each with one sequence, because one alone mixes the pace of its sequences."""
         ids = [self._next_id() for _ in range(sessions)]
         with ThreadPoolExecutor(sessions) as pool:
             return list(pool.map(lambda first: self._analyzed(blocks, rate, DEMO_PROMPT, first), ids))
 
     def spoken(self, blocks: int, *, prompt: str = DEMO_PROMPT, realtime: bool = True) -> list[BlockTimes]:
-        """The client library: chunks of 20 ms, each when it would have been spoken; or all speech at once."""
+        """The client library: chunks of 20 ms at the pace of speech, or all speech at once."""
         speech = demo_blocks(blocks).reshape(-1)
         with self.session(prompt) as session:
             return [BlockTimes.of(block) for block in session.stream(spoken(speech) if realtime else [speech])]
 
     def streamed(self, blocks: Iterator[Array], seen: Callable[[Block], object]) -> None:
-        """The client library: blocks as fast as they are taken, each answer shown to `seen` and forgotten."""
+        """The client library: blocks as fast as possible; each answer goes to `seen` and is not kept."""
         with self.session(DEMO_PROMPT) as session:
             for block in session.stream(blocks):
                 seen(block)
@@ -65,11 +65,11 @@ class Speaker:
         )
 
     def warm_up(self) -> None:
-        """Makes the demo's avatar known, and every stage's first pass done."""
+        """Warms up: the demo's avatar becomes known, and every stage has its first run."""
         self.analyzed(6, None)
 
     def intervals(self, blocks: Sequence[BlockTimes]) -> list[Interval]:
-        """What the stages did from the first of the blocks to the last; nothing of a server without a trace."""
+        """The stages' intervals from the first of the blocks to the last; empty for a server without a trace."""
         if self.target.trace is None:
             return []
         begun_s, ended_s = min(b.sent_s for b in blocks) - 1e-3, max(b.received_s for b in blocks)
@@ -81,7 +81,7 @@ class Speaker:
         )
         load = Load(blocks, rate=None if rate is None else min(rate, float(blocks)), first_id=first)
         run = analyzer.measure(self.target.url, data, load, self.scratch)
-        # At a rate it begins the next sequence while it waits for the last answers.
+        # With a rate it begins the next sequence while it waits for the last answers.
         return replace(run, sequences={first: run.sequences[first][:blocks]})
 
     def _next_id(self) -> int:
@@ -90,5 +90,5 @@ class Speaker:
 
 
 def demo_blocks(blocks: int) -> Array:
-    """int16 [blocks, samples]: the demo's speech, over and over."""
+    """int16 [blocks, samples]: the demo's speech, repeated."""
     return blocks_of(read_speech(SPEECH), blocks)

@@ -1,4 +1,4 @@
-"""Where a hardware profile puts each stage, and how many sessions it takes, by the model repository's files."""
+"""The processor of each stage and the number of sessions of a hardware profile, from the model repository's files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def placement(profile: str) -> dict[str, str]:
 
 
 def stages(profile: str) -> list[str]:
-    """The models that the profile's ensemble calls, in order."""
+    """The models of the profile's ensemble, in order."""
     path = MODEL_REPOSITORY / MODEL_NAME / "configs" / f"{profile}.pbtxt"
     if not path.is_file():
         there = sorted(found.stem for found in path.parent.glob("*.pbtxt"))
@@ -26,12 +26,12 @@ def stages(profile: str) -> list[str]:
 
 
 def session_limit(profile: str) -> int:
-    """Sessions that the profile admits, for its memory."""
+    """Sessions that the profile admits; its memory sets the limit."""
     return int(config("conditioning", profile).parameters["max_sessions"].string_value)
 
 
 def config(stage: str, profile: str) -> model_config_pb2.ModelConfig:
-    """A stage's file in the profile."""
+    """A stage's configuration in the profile."""
     path = MODEL_REPOSITORY / stage / "configs" / f"{profile}.pbtxt"
     return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
 

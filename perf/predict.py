@@ -1,6 +1,6 @@
-"""What a profile does with given stage times: `python -m perf.predict --profile h800x5 --step-ms 120 --decoder-ms 60`.
+"""Predicts a profile's speed from stage times: `python -m perf.predict --profile h800x5 --step-ms 120 --decoder-ms 60`.
 
-The model of `perf.schedule`, by the command line.
+It is the command line of the model in `perf.schedule`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ MILLISECONDS = click.FloatRange(min=0)
 
 
 @click.command()
-@click.option("--profile", default="h800x5", show_default=True, help="Which stage is on which GPU.")
-@click.option("--step-ms", type=MILLISECONDS, required=True, help="One denoising step of a block.")
-@click.option("--decoder-ms", type=MILLISECONDS, required=True, help="Decoding a block.")
-@click.option("--conditioning-ms", type=MILLISECONDS, default=0.0, help="Speech encoder and audio tokens of a block.")
-@click.option("--prefill-ms", type=MILLISECONDS, default=0.0, help="Prefill of the new sink, once in a session.")
+@click.option("--profile", default="h800x5", show_default=True, help="Hardware profile.")
+@click.option("--step-ms", type=MILLISECONDS, required=True, help="Time of one denoising step.")
+@click.option("--decoder-ms", type=MILLISECONDS, required=True, help="Time to decode a block.")
+@click.option("--conditioning-ms", type=MILLISECONDS, default=0.0, help="Time to condition a block.")
+@click.option("--prefill-ms", type=MILLISECONDS, default=0.0, help="Time to prefill the new sink, once in a session.")
 def main(profile: str, step_ms: float, decoder_ms: float, conditioning_ms: float, prefill_ms: float) -> None:
-    """FPS, TTFF and real-time sessions of one node, for a known avatar."""
+    """Predict FPS, TTFF and real-time sessions of one node, for a known avatar."""
     times = (one / 1e3 for one in (conditioning_ms, step_ms, prefill_ms, decoder_ms))
     try:
         click.echo(table(rounded(asked(StageDurations("given", "the command line", *times), profile))))

@@ -1,7 +1,7 @@
-"""What a preset's networks cost, counted from their graphs: of artifacts as they are, of any preset without weights.
+"""Operations and bytes of a preset's networks, counted from their graphs: from artifacts, or from a preset alone.
 
-A released transformer takes minutes to trace in full; but its layers are alike, so two layers and one say what each
-further one adds.
+Tracing the whole released transformer takes minutes. Its layers are alike, so the difference between graphs of one
+and two layers gives the cost of a further layer.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ DECODER: Final = "vae_decoder"
 
 
 def stage_components(preset: Preset) -> dict[str, tuple[str, ...]]:
-    """What each stage runs for every block."""
+    """Components that each stage runs for every block."""
     steps = [step_name(step) for step in range(1, preset.stream.steps + 1)]
     return {"conditioning": CONDITIONING, **{step: (step,) for step in steps}, DECODER: (DECODER,)}
 
 
 def artifacts_costs(artifacts: Artifacts) -> dict[str, Cost]:
-    """Every component of an artifacts folder."""
+    """Cost of every component of an artifacts folder."""
     return {
         name: count(load_graph(str(artifacts.graph_path(name))), _shapes(agreed))
         for name, agreed in artifacts.contracts.items()
@@ -42,7 +42,7 @@ def artifacts_costs(artifacts: Artifacts) -> dict[str, Cost]:
 
 
 def preset_costs(preset: Preset) -> dict[str, Cost]:
-    """What every stage of a preset runs for a block, and the prefill, without any weights."""
+    """Cost of every component that a stage of a preset runs for a block, and of the prefill, without weights."""
     others = _traced(preset, (*CONDITIONING, DECODER))
     step, prefill = (_deep(preset, name) for name in (step_name(1), "dit_prefill"))
     steps = {step_name(number): step for number in range(1, preset.stream.steps + 1)}
@@ -50,7 +50,7 @@ def preset_costs(preset: Preset) -> dict[str, Cost]:
 
 
 def _deep(preset: Preset, component: str) -> Cost:
-    """A component of the transformer: one layer, which injects audio; more that do not; and what injecting adds."""
+    """A component of the transformer, from one layer with audio injection, further layers, and the injection alone."""
     one, plain, injecting = (_with_layers(preset, *shape) for shape in ((1, (0,)), (2, (0,)), (2, (0, 1))))
     first, further, both = (_traced(small, [component])[component] for small in (one, plain, injecting))
     layers, injections = preset.dit.num_layers, len(preset.dit.audio_inject_layers)
@@ -65,7 +65,7 @@ def _with_layers(preset: Preset, layers: int, injecting: tuple[int, ...]) -> Pre
 
 
 def _traced(preset: Preset, names: Collection[str]) -> dict[str, Cost]:
-    """Costs of components whose weights are nowhere; a timestep's modulation is the only one that is drawn."""
+    """Costs of components without weights; only the weights of a timestep's modulation are generated."""
     weights = RandomWeights(shapes_of(meta_networks(preset).dit), preset.weight_seed)
     networks = modulation_networks(Checkpoint(preset, {"dit": weights}))
     components = build_components(preset, networks)
@@ -75,7 +75,7 @@ def _traced(preset: Preset, names: Collection[str]) -> dict[str, Cost]:
 
 
 def _without_values(graph: TracedGraph) -> ModelProto:
-    """The graph with weights that stand in a file that is not there."""
+    """The graph with its weights in an external file that does not exist."""
     for _, weight in graph.weights:
         assert weight.dtype is not None
         assert weight.shape is not None

@@ -1,7 +1,7 @@
-"""Shows figures: as a table of text, as pictures, and as the tables of README.md and docs/measurements.md.
+"""Shows figures as text, as pictures, and as the tables of README.md and docs/measurements.md.
 
 `python -m perf.report` writes each table between its markers from the JSON files of `perf/results/`; with --check it
-only says whether the documents have them.
+only checks that the documents have them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 BLUE, GREEN, RED, GREY = "#3b6fd4", "#0f857a", "#c4513a", "#8a94a3"
 CLIENT = "this process"
-"""As `perf.growth` names the one that measures: it holds frames that wait to be read."""
+"""The name of the measuring process in `perf.growth`; it holds frames that were not read yet."""
 COLUMN = 6
-"""A legend of more lines than this stands beside its plot."""
+"""A legend with more lines than this is placed beside the plot."""
 COLOURS = 32
-"""Of a picture's palette: plots need few, and stay small."""
+"""Colors in a picture's palette; few, so that the files stay small."""
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Every number by its place, such as `throughput.fps`, one in a line."""
+    """Every number by its path, such as `throughput.fps`, one in a line."""
     rows = list(_rows(figures, ""))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
@@ -81,7 +81,7 @@ def save(plot: Axes, path: Path) -> None:
 
 
 def busy_picture(stages: Mapping[str, StageTimes], path: Path) -> None:
-    """Each stage's share of the time at work, with its milliseconds for a block."""
+    """Share of the time in which each stage is busy, with its milliseconds per block."""
     plot = axes("Stages at work, one session as fast as it goes", "share of the time", "")
     names = list(stages)[::-1]
     shares = [stages[name].busy_share for name in names]
@@ -111,7 +111,7 @@ def lines_picture(
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what, of which scenario, and how its figures say it; in_readme: also one of the README's."""
+    """One line of a table: subject, scenario, and the text of its figures; in_readme: also in the README's table."""
 
     what: str
     scenario: str
@@ -218,7 +218,7 @@ ROWS = (
 
 
 def measured(results: Path, document: Document) -> str:
-    """The document's table, of the scenarios that have a JSON file in `results`."""
+    """The document's table, from the scenarios that have a JSON file in `results`."""
     to_root = "../" * document.path.count("/")
     lines = ["| | | |", "|---|---|---|"]
     for row in ROWS:
@@ -241,7 +241,7 @@ def with_table(text: str, made: str, document: Document) -> str:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit code 1 if a document has another table.")
+@click.option("--check", is_flag=True, help="Change nothing; exit code 1 if a table is out of date.")
 def main(check: bool) -> None:
     """Write the tables of README.md and docs/measurements.md from perf/results/."""
     for document in DOCUMENTS:

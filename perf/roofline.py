@@ -1,8 +1,8 @@
-"""Operations and bytes of an ONNX graph, counted node by node, and how fast a machine could run it at best.
+"""Operations and bytes of an ONNX graph, counted node by node, and the least time in which a machine can run it.
 
-A multiplication with its addition counts as two operations. Counted are the products (MatMul, Gemm, Conv and the two
-products of Attention), which are nearly all of a transformer's and a VAE's work; elementwise operators count with their
-bytes alone.
+A multiplication with its addition counts as two operations. Only products count (MatMul, Gemm, Conv and the two
+products of Attention), which are nearly all of a transformer's and a VAE's work; elementwise operators count only with
+their bytes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Tensor:
 
     @classmethod
     def of(cls, shape: Shape, kind: int) -> Tensor:
-        """kind: ONNX's number of the element type."""
+        """kind: ONNX's number for the element type."""
         values = math.prod(shape)
         return cls(shape, -(-values // 2) if kind in HALF_BYTES else values * _item_bytes(kind))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of a graph takes: operations by operator, and bytes.
+    """Cost of one run of a graph: operations by operator, and bytes.
 
-    `least_bytes` go through memory however well the operators are fused: weights, inputs and outputs, each once.
-    `unfused_bytes` are those of an execution that writes every intermediate value out and reads it back.
+    `least_bytes` go through memory even if all operators are fused: weights, inputs and outputs, each once.
+    `unfused_bytes` are those of a run that writes every intermediate value and reads it back.
     """
 
     flops_by_operator: Mapping[str, int] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Cost:
 
     @classmethod
     def combined(cls, *terms: tuple[int, Cost]) -> Cost:
-        """Each cost so many times."""
+        """The sum of the costs, each multiplied by its count."""
         flops: Counter[str] = Counter()
         for times, cost in terms:
             for operator, number in cost.flops_by_operator.items():
@@ -77,9 +77,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that a machine does: operations and bytes per second; `source` says who says so.
+    """A machine's peak rates: operations and bytes per second; `source` names their origin.
 
-    operators: the rate of single operators, where another one is faster or slower than the rest.
+    operators: rates of single operators that are faster or slower than the rest.
     """
 
     name: str
@@ -89,14 +89,14 @@ class Ceilings:
     operators: Mapping[str, float] = field(default_factory=dict)
 
     def compute_s(self, cost: Cost) -> float:
-        """Time of the operations alone."""
+        """Time for the operations alone."""
         rates = (
             (number, self.operators.get(name, self.flops_per_s)) for name, number in cost.flops_by_operator.items()
         )
         return sum(number / rate for number, rate in rates)
 
     def bound_s(self, cost: Cost) -> float:
-        """No run of the graph is faster: its operations and its bytes, whichever takes longer."""
+        """Lower bound of the run's time: that of its operations or of its bytes, whichever is longer."""
         return max(self.compute_s(cost), cost.least_bytes / self.bytes_per_s)
 
     def limited_by(self, cost: Cost) -> str:
@@ -137,7 +137,7 @@ def _tensors(model: ModelProto, inputs: Mapping[str, Shape]) -> dict[str, Tensor
 
 
 def _fixed(model: ModelProto, inputs: Mapping[str, Shape]) -> ModelProto:
-    """A copy with these input shapes and what follows from them; what the graph says of inner shapes is dropped."""
+    """A copy with these input shapes and the shapes inferred from them; the graph's own inner shapes are dropped."""
     fixed = ModelProto()
     fixed.CopyFrom(model)
     weights = {value.name for value in fixed.graph.initializer}
@@ -188,7 +188,7 @@ def _conv(node: NodeProto, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _attention(node: NodeProto, tensors: Mapping[str, Tensor]) -> int:
-    """Queries with keys, and weights with values, of [batch, heads, tokens, width]; no mask makes it less."""
+    """Queries with keys, and weights with values, of [batch, heads, tokens, width]; masks do not reduce it."""
     queries, keys, values = (_shape(node, tensors, name) for name in node.input[:3])
     if len(queries) != 4:
         raise InputError(f"Attention {node.name!r} has queries {queries}; expected [batch, heads, tokens, width].")
@@ -210,5 +210,5 @@ FLOPS: Mapping[str, Callable[[NodeProto, Mapping[str, Tensor]], int]] = {
 
 
 def load_graph(path: str) -> ModelProto:
-    """A graph without the values that stand in external files."""
+    """A graph without the values in external files."""
     return onnx.load(path, load_external_data=False)

@@ -1,8 +1,8 @@
-"""Measures: `python -m perf.run SCENARIO...`, from a checkout. Without a name it lists the scenarios.
+"""Runs scenarios: `python -m perf.run SCENARIO...`, from a checkout. Without a name it lists the scenarios.
 
-Starts the server that a scenario needs, or measures the one at --url, and writes `NAME.json` (command, versions,
-machine, commit, figures) and pictures. Prints a table; the last line of stdout is the path of the last JSON file. Exit
-code 1: something that must hold does not.
+It starts the server that a scenario needs, or measures the one at --url, and writes `NAME.json` (command, versions,
+machine, commit, figures) and pictures. It prints a table; the last line of stdout is the path of the last JSON file.
+Exit code 1: a check has failed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SCENARIOS: dict[str, Scenario] = {module.SCENARIO.name: module.SCENARIO for modu
 
 
 def report(scenario: Scenario, context: Context, figures: Figures, commit: str | None) -> dict[str, Any]:
-    """The document of one run, of code of `commit`."""
+    """The JSON document of one run of the code of `commit`."""
     artifacts = load_artifacts(context.artifacts)
     return {
         "scenario": scenario.name,
@@ -61,14 +61,14 @@ def report(scenario: Scenario, context: Context, figures: Figures, commit: str |
 
 
 def command(scenario: Scenario, context: Context) -> str:
-    """What makes such a document; a server elsewhere is named HOST:PORT."""
+    """The command of the run; the address of a server elsewhere is replaced by HOST:PORT."""
     options = [*(["--quick"] if context.quick else []), *(["--url", "HOST:PORT"] if context.url else [])]
     seed = ["--seed", str(context.seed)] if context.seed else []
     return shlex.join(["python", "-m", "perf.run", scenario.name, *options, *seed])
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `+` for changes since; None outside one."""
+    """The checkout's commit, with `+` if there are changes since; None outside a checkout."""
     described = _git("rev-parse", "--short", "HEAD")
     return None if described is None else described + ("+" if _git("status", "--porcelain", "-uno") else "")
 
@@ -85,7 +85,7 @@ def write(document: Mapping[str, Any], out: Path) -> Path:
 
 
 def run(scenario: Scenario, context: Context) -> tuple[Path, list[str]]:
-    """Measures, shows and writes; returns the JSON file, and a sentence for each thing that does not hold."""
+    """Measures, prints and writes; returns the JSON file, and a sentence for each failed check."""
     click.echo(f"{scenario.name}: {scenario.about}")
     context.out.mkdir(parents=True, exist_ok=True)
     begun_at = commit()
@@ -108,10 +108,15 @@ def _listed() -> str:
     show_default=True,
     help="Folder made by `live-avatar export`.",
 )
-@click.option("--url", help="host:port of a running server's gRPC port, instead of one started for this.")
-@click.option("--quick", is_flag=True, help="The shortest run that shows anything.")
+@click.option("--url", help="host:port of a running server's gRPC port; by default a server is started.")
+@click.option("--quick", is_flag=True, help="Make the shortest useful run.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder for JSON and PNG; perf/results.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=RESULTS,
+    help="Folder for JSON and PNG files; perf/results by default.",
+)
 def main(names: tuple[str, ...], artifacts: Path, url: str | None, quick: bool, seed: int, out: Path) -> None:
     """Run scenarios one after another."""
     if not names:

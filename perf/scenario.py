@@ -1,4 +1,4 @@
-"""What a scenario is, what it is given, and how it states what must hold.
+"""The interface of a scenario: its context, its figures and its checks.
 
 A scenario measures something and returns its figures as JSON values; `perf.run` adds command, machine and commit, and
 writes them.
@@ -18,14 +18,14 @@ from live_avatar.serving.server import serving
 from live_avatar.serving.server_options import ServerOptions
 
 Figures = dict[str, Any]
-"""JSON values. The key `checks`, if there is one, holds what `check` made."""
+"""JSON values. The optional key `checks` holds results of `check`."""
 
 METRICS_PORT = 8002
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server to measure. Of one that somebody else started, process id and trace are None."""
+    """A server to measure. Process id and trace are None if it was started elsewhere."""
 
     url: str
     metrics_url: str
@@ -35,7 +35,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Context:
-    """What a scenario is given. `quick` asks for the shortest run that shows anything; pictures go to `out`."""
+    """Context of a run. `quick` asks for the shortest useful run; pictures go to `out`."""
 
     artifacts: Path
     out: Path
@@ -46,9 +46,9 @@ class Context:
 
     @contextmanager
     def server(self, **options: Any) -> Iterator[Target]:
-        """The server at `url`, or one that is started for this, with `ServerOptions` of `options`, and traced.
+        """The server at `url`, or a new one with trace and the `ServerOptions` of `options`.
 
-        Raises `InputError` for options that a server somebody else started cannot be given.
+        Raises `InputError` for options together with `url`.
         """
         if self.url is not None:
             if options:
@@ -64,7 +64,7 @@ class Context:
                 yield Target(chosen.url, metrics_url, server.process.pid, Path(trace))
 
     def picture(self, name: str) -> Path:
-        """Where a picture of that name goes."""
+        """Path of the picture with that name."""
         self.out.mkdir(parents=True, exist_ok=True)
         return self.out / f"{name}.png"
 
@@ -77,18 +77,18 @@ class Scenario:
     about: str
     measure: Callable[[Context], Figures]
     packages: tuple[str, ...] = field(default=())
-    """Packages whose versions belong to the figures."""
+    """Packages whose versions are recorded with the figures."""
 
 
 def check(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
-    """One thing that must hold, for the figures' `checks`: ratios inside one run, so that any machine can say."""
+    """One entry of the figures' `checks`. Checks compare ratios inside one run, so they hold on any machine."""
     holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     bounds = {name: bound for name, bound in (("at_least", at_least), ("at_most", at_most)) if bound is not None}
     return {"what": what, "value": value, **bounds, "holds": holds}
 
 
 def broken(figures: Mapping[str, Any]) -> list[str]:
-    """What of it does not hold, a sentence each."""
+    """A sentence for each failed check."""
     return [_sentence(one) for one in figures.get("checks", ()) if not one["holds"]]
 
 

@@ -1,11 +1,11 @@
-"""A discrete-event model of the pipe: when each block of each session passes each stage, and what a node can take.
+"""A discrete-event model of the pipe: when each block of each session passes each stage, and a node's capacity.
 
-What it knows of the serving path: a stage works on one block at a time, in the order in which they come, one session's
-in order; a session opens in every stage before its first block; a client has a bounded number of blocks under way. The
-new sink goes down with the first block that comes when the last step has made it (at the end of its work, before a
-stage-time floor is waited for), and each step prefills it behind that block (it is assumed to have the memory); the
-block at which it takes effect waits for it in conditioning, and is the last that may bring it. Stages of one processor
-share it evenly, with one another and with what server and client do to pass a block on.
+The model's rules: A stage works on one block at a time, in the order of arrival. A session opens in every stage before
+its first block. A client has a bounded number of blocks in flight. The last step makes the new sink at the end of its
+work, before it waits for a stage-time floor. The next block that enters the pipe carries the sink, and each step
+prefills it after that block (enough memory is assumed). At the latest, the block at which the sink takes effect waits
+for it in conditioning and carries it. Stages on one processor share it evenly with one another and with the work of
+server and client to pass blocks on.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ EPSILON_S = 1e-12
 class StageWork:
     """One stage alone on its processor, in seconds.
 
-    blocks_s: work on block 0, 1, 2, ... of a session, the last for all further ones; open_s: work at a session's start;
-    prefill_s: work on the new sink; floor_s: the least time in which it answers a block.
+    blocks_s: work on block 0, 1, 2, ... of a session, the last value for all further blocks; open_s: work at the start
+    of a session; prefill_s: work on the new sink; floor_s: the least time of an answer to a block.
     """
 
     name: str
@@ -52,12 +52,12 @@ class StageWork:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages in order, and how they are linked. The last is the decoder, the one before it the last step.
+    """The stages in order, and their links. The last is the decoder, the one before it the last step.
 
-    capacity: how many stages a processor serves at full speed (the cores of a CPU; 1, if not named, of a GPU).
-    hop_s: from a request or a stage's answer to the next stage's begin, and to that of the next block in the same
-    stage; delivery_s: from the decoder's answer to its frames at the client. passing_s: work of server and client on
-    processor `host` for a block's whole way, a like part at each hop; it delays no block, but may slow a stage.
+    capacity: how many stages a processor serves at full speed (the cores of a CPU; 1 by default, for a GPU). hop_s:
+    from a request or a stage's answer to the start of the next stage, and of the next block in the same stage.
+    delivery_s: from the decoder's answer to the client's receipt. passing_s: work of server and client for one block on
+    processor `host`, the same part at each hop; it delays no block, but may slow a stage.
     """
 
     stages: tuple[StageWork, ...]
@@ -92,9 +92,9 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Client:
-    """One session: its start, its blocks, and how many of them it has under way at most.
+    """One session: its start, its blocks, and the most blocks in flight.
 
-    pace_s: time in which a block is spoken; 0 is speech at hand. Of a known avatar, nothing is worked out at the start.
+    pace_s: time in which a block is spoken; 0 for recorded speech. A known avatar needs no work at the start.
     """
 
     blocks: int
@@ -104,13 +104,13 @@ class Client:
     known: bool = True
 
     def spoken_s(self, block: int) -> float:
-        """When the samples before this block have been spoken."""
+        """When all samples before this block have been spoken."""
         return self.start_s + block * self.pace_s
 
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """Every client's blocks, and when each stage worked on which."""
+    """Every client's blocks, and the stages' intervals."""
 
     sessions: tuple[tuple[BlockTimes, ...], ...]
     intervals: tuple[Interval, ...]
@@ -123,7 +123,7 @@ def simulate(pipeline: Pipeline, clients: Sequence[Client]) -> SimulatedRun:
 
 @dataclass(eq=False)
 class _Work:
-    """What is left to do on a processor, and what happens when it is done."""
+    """Remaining work on a processor, and what happens at its end."""
 
     processor: str
     left_s: float
@@ -142,7 +142,7 @@ class _Job:
 
 
 class _Simulation:
-    """Time goes from event to event: either a timed one, or the end of some stage's work at its present speed."""
+    """Simulated time, which moves to the next event: a timed one, or the end of a stage's work at its present speed."""
 
     def __init__(self, pipeline: Pipeline, clients: Sequence[Client]) -> None:
         self._pipeline = pipeline
@@ -177,7 +177,7 @@ class _Simulation:
         heapq.heappush(self._events, (time_s, next(self._order), event))
 
     def _step(self) -> None:
-        """To the next event, whichever comes first."""
+        """Moves to the next event."""
         speeds = self._speeds()
         timed = self._events[0][0] if self._events else math.inf
         done = min((self._now + work.left_s / speed for work, speed in speeds), default=math.inf)
@@ -204,7 +204,7 @@ class _Simulation:
         self._send(session)
 
     def _send(self, session: int) -> None:
-        """The next block, if it is spoken and there is room for it; else its time comes."""
+        """Sends the next block if it is spoken and there is room for it; else waits for that."""
         client, sent_s = self._clients[session], self._sent_s[session]
         while (block := len(sent_s)) < client.blocks and block - len(self._received_s[session]) < client.window:
             if (spoken_s := client.spoken_s(block + 1)) > self._now + EPSILON_S:
@@ -237,7 +237,7 @@ class _Simulation:
         self._working.append(_Work(times.processor, work_s, partial(self._worked, job)))
 
     def _worked(self, job: _Job) -> None:
-        """The stage's own work is over: it may give the sink, or have to wait for it, or for its floor."""
+        """Ends the stage's own work: it may put the sink, or wait for the sink or for its floor."""
         takes = self._pipeline.takes_sink
         if job.block == 0 and job.stage == len(self._pipeline.stages) - 2:
             self._sinks.add(job.session)
@@ -267,7 +267,7 @@ class _Simulation:
         self._at_hop(partial(self._arrive, session, block, stage))
 
     def _pass(self, block: int) -> None:
-        """One of a block's hops, of which there is one more than stages, keeps the host busy beside the stages."""
+        """Adds the work of one hop to the host. A block has one hop more than stages."""
         if block != NO_BLOCK and self._pipeline.passing_s:
             share_s = self._pipeline.passing_s / (len(self._pipeline.stages) + 1)
             self._working.append(_Work(self._pipeline.host, share_s, _nothing))
@@ -275,13 +275,13 @@ class _Simulation:
     # ---- The new sink
 
     def _inline_s(self, session: int, block: int, stage: int) -> float:
-        """Work on the sink that has to be done with its own block."""
+        """Work on the sink that is left for its own block."""
         if block == NO_BLOCK or block != self._pipeline.takes_sink:
             return 0.0
         return 0.0 if (stage, session) in self._ahead else self._pipeline.stages[stage].prefill_s
 
     def _free_after(self, job: _Job) -> None:
-        """The stage takes the next block, once it has prefilled a sink that came before its own block."""
+        """Starts the next block, after the prefill of a sink that came with an earlier block."""
         free = partial(self._at_hop, partial(self._free, job.stage))
         stage = self._pipeline.stages[job.stage]
         came = self._carriers.get(job.session, math.inf) <= job.block < (self._pipeline.takes_sink or 0)
@@ -303,11 +303,11 @@ def _nothing() -> None:
     pass
 
 
-# ---- What a node can take
+# ---- Capacity of a node
 
 
 def sessions_without_stall(pipeline: Pipeline, most: int, blocks: int = 40) -> int:
-    """How many sessions, spoken in real time and begun evenly spread over a block, a node serves without any stall."""
+    """How many real-time sessions a node serves without a stall, if their starts are evenly spread over a block."""
     held = 0
     while held < most:
         held += 1
@@ -317,19 +317,19 @@ def sessions_without_stall(pipeline: Pipeline, most: int, blocks: int = 40) -> i
     return held
 
 
-# ---- What many nodes can take
+# ---- Capacity of many nodes
 
 
 def erlang_b(slots: int, load: float) -> float:
-    """Share of sessions refused by `slots` places under a load in erlangs (arrivals per mean session length)."""
+    """Share of sessions that `slots` slots refuse under a load in erlangs (arrivals per mean session length)."""
     refused = 1.0
-    for place in range(1, slots + 1):
-        refused = load * refused / (place + load * refused)
+    for slot in range(1, slots + 1):
+        refused = load * refused / (slot + load * refused)
     return refused
 
 
 def load_for(slots: int, refused: float) -> float:
-    """The load in erlangs at which so many places refuse that share of sessions."""
+    """The load in erlangs at which `slots` slots refuse that share of sessions."""
     low, high = 0.0, slots / (1 - refused) + 1.0
     for _ in range(100):
         middle = (low + high) / 2
@@ -338,10 +338,10 @@ def load_for(slots: int, refused: float) -> float:
 
 
 def refused_share(nodes: int, slots: int, load: float, sessions: int, seed: int, *, informed: bool) -> float:
-    """Share of `sessions` that find no place, each node with `slots`: Poisson arrivals, exponential lengths of mean 1.
+    """Share of `sessions` that are refused, with `slots` on each node: Poisson arrivals, exponential lengths of mean 1.
 
-    informed: each goes to the node with most free places; else to any node, as a balancer sends it that knows nothing,
-    and is refused if that one is full.
+    informed: a session goes to the node with the most free slots. Otherwise it goes to a random node, and is refused if
+    that node is full.
     """
     rng = random.Random(seed)
     free = [slots] * nodes

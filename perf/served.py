@@ -1,4 +1,4 @@
-"""One session at a time through a served pipe, seen from both ends: by its client, and by the stages' trace."""
+"""One session at a time through a served pipe, recorded by its client and by the stages' trace."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from perf.load import PATIENCE_S, Speaker, demo_blocks
 from perf.scenario import Target
 
 WINDOW = 8
-"""Blocks that the client library has under way at most, unless it is told otherwise."""
+"""The client library's default limit on blocks in flight."""
 SETTLED = 6
-"""Blocks after which caches are full and the sink is replaced."""
+"""Number of blocks after which caches are full and the sink is replaced."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One session: its blocks as the client saw them, and as the stages did.
+    """One session: its blocks as the client saw them, and the stages' intervals.
 
-    cpu_s: CPU time of server and client from the first block received to the last, so without the session's start.
+    cpu_s: CPU time of server and client from the first block received to the last, without the session's start.
     """
 
     blocks: list[BlockTimes]
@@ -33,9 +33,9 @@ class Observed:
 
 
 def observe(target: Target, blocks: int, *, window: int = WINDOW, prompt: str = DEMO_PROMPT) -> Observed:
-    """Speech at hand, sent as fast as it is taken, with at most `window` blocks under way.
+    """Sends recorded speech as fast as possible, with at most `window` blocks in flight.
 
-    Raises `InputError` for a server that somebody else started.
+    Raises `InputError` for a server that was started elsewhere.
     """
     if target.trace is None or target.pid is None:
         raise InputError("the stages' times are read from the server's trace; leave --url out.")
@@ -58,5 +58,5 @@ def observe(target: Target, blocks: int, *, window: int = WINDOW, prompt: str = 
 
 
 def _cpu_s(leader: int) -> float:
-    """Of the server's processes and of this one, which is the client."""
+    """CPU time of the server's processes and of this process, the client."""
     return sum(process.cpu_s for process in group(leader)) + own_cpu_s()

@@ -1,8 +1,8 @@
-"""The soak: sessions of random length, pace and ending come and go on a real server, and every frame is checked.
+"""The soak test: sessions of random length, pace and ending on a real server, with a check of every frame.
 
-`make soak MINUTES=60` prints a line a minute and a summary, and writes the report as JSON. Ctrl-C or SIGTERM ends it
-early, with the report of what was run. Exit code 1: a frame was wrong, a session ended as it should not, a slot was
-lost, a process stayed behind, or memory grows by more than the bound (by more than three standard errors).
+`make soak MINUTES=60` prints a line per minute and a summary, and writes the report as JSON. Ctrl-C or SIGTERM ends it
+early, with a report of the part that was run. Exit code 1: a frame was wrong, a session ended unexpectedly, a slot was
+lost, a process was left behind, or memory grew by more than the bound (by more than three standard errors).
 
 The expected frames come from the generator, on the same graphs. A pool of utterances (avatar, prompt, seed, speech) is
 generated before the run. The model is causal, so a session that says the first blocks of an utterance gets its first
@@ -43,9 +43,9 @@ from live_avatar_client.errors import AvatarError
 from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.status import server_status
 from perf.growth import MIB, Memory, Process, Slope, group, own_cpu_s
+from perf.soak_endings import CALL_S, ENDINGS
 from perf.soak_sessions import (
     AVATARS,
-    CALL_S,
     UTTERANCE_BLOCKS,
     Ending,
     Oracle,
@@ -58,23 +58,23 @@ from perf.soak_sessions import (
 )
 
 SESSIONS = 4
-KNOWN_AVATARS = AVATARS - 2  # fewer than there are
+KNOWN_AVATARS = AVATARS - 2  # fewer than are used
 IDLE_S = 10.0
 SAMPLE_S, PROGRESS_S, TICK_S = 10.0, 60.0, 1.0
 OUTAGE_S = 150.0
 RESTORE_S = 60.0
 DRAIN_S = 4.0
-# One ends by itself, two are told to reconnect, and one comes too late.
+# One ends by itself, two get the error to reconnect, and one is refused.
 DRAIN_ENDS = {outcome: {Outcome.EXPECTED: 1, Outcome.SHUT_DOWN: 3}.get(outcome, 0) for outcome in Outcome}
 WARM_UP = 1 / 3
-"""The part of the run in which stages are killed. Each kill costs Triton 2.51 memory that it never gives back, so that
-how memory grows is told from what comes after, in which every process is one and the same."""
+"""The part of the run in which stages are killed. Triton 2.51 leaks memory at each kill, so the growth of memory is
+measured after it, when no process is replaced."""
 MOST_CREDIT_S = 10.0
 MOST_SHOWN = 20
 
 
 class Counters:
-    """Counters that begin again at 0 when a stage's process is replaced, summed up over its processes."""
+    """Sums of counters that begin again at 0 when a stage's process is replaced."""
 
     def __init__(self) -> None:
         self.totals: defaultdict[str, float] = defaultdict(float)
@@ -95,7 +95,7 @@ def scrape(port: int) -> dict[str, float]:
 
 
 class Governor:
-    """Keeps the mean of the CPU time that server and clients take at so many cores: no session starts beyond."""
+    """Limits the mean CPU time of server and clients to `cores`: no session starts while it is higher."""
 
     def __init__(self, cores: float) -> None:
         self.used_s = 0.0
@@ -106,7 +106,7 @@ class Governor:
         self._go = threading.Event()
 
     def update(self, cpu_s: float, now_s: float) -> None:
-        """Takes note of the CPU time so far; less than before means that a process is gone."""
+        """Records the CPU time so far; less than before means that a process is gone."""
         used = 0.0 if self._last_cpu_s is None else max(cpu_s - self._last_cpu_s, 0.0)
         self.used_s += used
         self._credit_s = min(self._credit_s + self._cores * (now_s - self._last_s) - used, MOST_CREDIT_S)
@@ -149,8 +149,8 @@ class Soak:
         self._stop = Stop(self.begun_s + seconds)
 
     def run(self) -> bool:
-        """Returns whether it ran to its end; all its clients are gone afterwards."""
-        threads = [threading.Thread(target=self._visit, args=(n,), daemon=True) for n in range(SESSIONS + 1)]
+        """Returns whether it ran to its end. All its clients have ended then."""
+        threads = [threading.Thread(target=self._run_sessions, args=(n,), daemon=True) for n in range(SESSIONS + 1)]
         threads.append(threading.Thread(target=self._kill_stages, daemon=True))
         for thread in threads:
             thread.start()
@@ -167,14 +167,14 @@ class Soak:
             self.clients_stuck += sum(thread.is_alive() for thread in threads)
 
     def slots_lost(self) -> int:
-        """Once nobody is left: what is not free, by metrics or status, after the idle limit at the latest."""
+        """Slots in use after all clients have ended; waits at most a little longer than the idle limit."""
         deadline = time.monotonic() + IDLE_S + 10.0
         while (lost := self._slots_taken()) and time.monotonic() < deadline:
             time.sleep(0.5)
         return lost
 
     def _slots_taken(self) -> int:
-        """All of them if the server does not answer."""
+        """Number of slots in use; all of them if the server does not answer."""
         with suppress(OSError, AvatarError):
             free = scrape(self.server.options.metrics_port).get("live_avatar_sessions_free", 0.0)
             live = server_status(self.server.options.url).live_sessions
@@ -186,10 +186,12 @@ class Soak:
         rng = random.Random(self._seed)
         utterances = [rng.choice(self.context.utterances) for _ in range(3)]
         lengths = (UTTERANCE_BLOCKS, UTTERANCE_BLOCKS, 3)
-        threads = [
-            threading.Thread(target=_RealTime(self.context, rng, Ending.DRAINED, utterance, blocks).run, daemon=True)
+        sessions = [
+            _RealTime(self.context, rng, Ending.DRAINED, utterance, blocks)
             for utterance, blocks in zip(utterances, lengths, strict=True)
         ]
+        end = ENDINGS[Ending.DRAINED]
+        threads = [threading.Thread(target=session.run, args=(end,), daemon=True) for session in sessions]
         for thread in threads:
             thread.start()
         time.sleep(1.0)
@@ -204,17 +206,18 @@ class Soak:
         return {"live_before": live, "all_ended_by_themselves": by_themselves, "clients_saw": seen}
 
     def _come_late(self, rng: random.Random, utterance: Utterance) -> None:
-        """One more session, as soon as the server is not ready any more."""
+        """Starts one more session as soon as the server is no longer ready."""
         with suppress(AvatarError):
             while server_status(self.server.options.url).ready:
                 time.sleep(0.05)
-        SoakSession(self.context, rng, Ending.DRAINED, utterance, 1).run()
+        SoakSession(self.context, rng, Ending.DRAINED, utterance, 1).run(ENDINGS[Ending.DRAINED])
 
-    def _visit(self, number: int) -> None:
+    def _run_sessions(self, number: int) -> None:
         rng = random.Random(self._seed * 1000 + number)
         while not self._stop.come():
             if self.governor.wait(0.5):
-                SoakSession.random(self.context, rng).run()
+                session = SoakSession.random(self.context, rng)
+                session.run(ENDINGS[session.ending])
                 self._stop.event.wait(rng.expovariate(4.0))
 
     def _watch(self) -> None:
@@ -258,7 +261,7 @@ class Soak:
         with suppress(ProcessLookupError):
             os.kill(stage.pid, signal.SIGKILL)
         while time.monotonic() < begun_s + RESTORE_S:
-            time.sleep(0.5)  # the supervisor looks four times a second
+            time.sleep(0.5)  # the supervisor checks four times a second
             if self._is_back(stage):
                 self.restores_s.append(time.monotonic() - begun_s)
                 break
@@ -275,7 +278,7 @@ class Soak:
 
 @dataclass(frozen=True)
 class _RealTime(SoakSession):
-    """A session that lasts as long as it speaks."""
+    """A session that speaks in real time."""
 
     def speech(self) -> Iterator[Array]:
         for block in self.utterance.speech[: self.blocks]:
@@ -284,7 +287,7 @@ class _RealTime(SoakSession):
 
 
 def failures(report: Mapping[str, Any], bound: float) -> list[str]:
-    """What is wrong, a sentence each."""
+    """A sentence for each fault."""
     wrong = [f"{report[name]} {name.replace('_', ' ')}" for name in FAULTS if report[name]]
     for one in report["memory"]:
         if one["slope"] is not None and Slope(**one["slope"]).exceeds(bound):
@@ -326,7 +329,7 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def left_behind(leader: int) -> int:
-    """Processes of a server that has ended; init has a moment to collect those that are dead already."""
+    """Number of processes of a server that has ended; init has some time to collect the dead ones."""
     deadline = time.monotonic() + 5.0
     while (left := len(group(leader))) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -336,7 +339,7 @@ def left_behind(leader: int) -> int:
 def soak(
     options: ServerOptions, log: Callable[[str], None], context: SoakContext, minutes: float, seed: int, cores: float
 ) -> dict[str, Any]:
-    """Starts a server, of which every line goes to `log`, runs, and reports."""
+    """Starts a server, whose output goes to `log`, runs the soak, and returns the report."""
     with serving(options, log) as server:
         leader = server.process.pid
         run = Soak(server, context, minutes * 60, seed, cores)
@@ -382,7 +385,7 @@ def soak(
 
 
 def prepare(artifacts: Path, seed: int) -> tuple[Oracle, list[Utterance]]:
-    """The oracle and its pool, of which the progress is shown."""
+    """The oracle and its pool of utterances; prints how long that took."""
     generator = Generator(OnnxRuntime(load_artifacts(artifacts)))
     stream = generator.preset.stream
     if stream.lookahead_frames:
@@ -410,20 +413,20 @@ def prepare(artifacts: Path, seed: int) -> tuple[Oracle, list[Utterance]]:
     help="Folder made by `live-avatar export`.",
 )
 @click.option("--report", "path", type=click.Path(path_type=Path), help="Also write the report to this JSON file.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sessions' choices and the speech.")
-@click.option("--cores", type=float, default=1.3, show_default=True, help="CPU cores to keep busy in the mean.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sessions' choices and of the speech.")
+@click.option("--cores", type=float, default=1.3, show_default=True, help="Mean number of CPU cores to keep busy.")
 @click.option(
     "--bound",
     type=float,
     default=10.0,
     show_default=True,
-    help="Growth of a process, in MiB per hour, that is too much.",
+    help="Largest allowed growth of a process, in MiB per hour.",
 )
 @click.option("--log", type=click.File("w", lazy=False), default=os.devnull, help="File for the server's log.")
 def main(
     minutes: float, artifacts: Path, path: Path | None, seed: int, cores: float, bound: float, log: IO[str]
 ) -> None:
-    """Let sessions of every kind come and go, and check every frame and the server's memory."""
+    """Run sessions of every kind, and check every frame and the server's memory."""
     interrupts.install()
     options = ServerOptions(
         artifacts, max_sessions=SESSIONS, idle_seconds=IDLE_S, known_avatars=KNOWN_AVATARS

@@ -1,14 +1,14 @@
-"""How far streamed speech features are from those of the whole file, by window and look-ahead.
+"""The difference between streamed and whole-file speech features, by window and look-ahead.
 
-`python -m perf.speech_window`; prints a Markdown table, and writes it with --json as JSON.
+`python -m perf.speech_window` prints a Markdown table; --json also writes it as JSON.
 
-The speech encoder was trained on whole files, and here it hears a rolling window, normalised by the speech so
-far. For each length of that window, in blocks, and each look-ahead, the features of all video frames are compared
-with those of the whole file, normalised as a whole and read at the same frames: the relative RMS difference, and
-the mean cosine similarity of a frame's feature vectors, over all states of the encoder.
+The speech encoder was trained on whole files. In the stream it gets a rolling window, normalised by the speech so far.
+For each length of the window, in blocks, and each look-ahead, the features of all video frames are compared with those
+of the whole file, normalised as a whole: the relative RMS difference, and the mean cosine similarity of a frame's
+feature vectors, over all states of the encoder.
 
-The tiny preset's weights are random. So its figures describe the locality of the architecture, convolutions and
-attention over whatever it is given, and not how much context a trained encoder uses.
+The tiny preset's weights are random. So its figures describe the locality of the architecture (convolutions and
+attention), and not how much context a trained encoder uses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from live_avatar_client.media import read_speech
 
 @dataclass(frozen=True)
 class Distance:
-    """Of streamed from whole-file features."""
+    """Difference of streamed features from whole-file features."""
 
     window_blocks: int
     window_s: float
@@ -66,7 +66,7 @@ def whole_features(encoder: Graph, speech: Array) -> Array:
 
 
 def streamed_features(encoder: Graph, stream: StreamConfig, speech: Array) -> Array:
-    """The same, block by block as a session hears it."""
+    """The same, block by block as in a session."""
     window, made = SpeechWindow(stream), []
     for block in cut_blocks(speech, stream):
         hidden = encoder.run({"samples": window.push(block)})["hidden"]
@@ -90,7 +90,7 @@ def distance(streamed: Array, whole: Array, stream: StreamConfig) -> Distance:
 def measure(
     runtime: Runtime, speech: Array, windows_blocks: Sequence[int], lookaheads_ms: Sequence[int]
 ) -> list[Distance]:
-    """Every window with every look-ahead that fits into it."""
+    """Every window with every look-ahead that fits."""
     if speech.size < SAMPLES_PER_FRAME:
         raise InputError(f"the speech has {speech.size} samples; at least one frame, {SAMPLES_PER_FRAME}, is needed.")
     encoder = runtime.graph("speech_encoder")
@@ -107,7 +107,7 @@ def measure(
 
 
 def table(found: Sequence[Distance]) -> str:
-    """Markdown: a row per window; per look-ahead, relative RMS difference and cosine similarity."""
+    """Markdown: a row for each window; relative RMS difference and cosine similarity for each look-ahead."""
     lookaheads = list(dict.fromkeys(entry.lookahead_ms for entry in found))
     by_place = {(entry.window_blocks, entry.lookahead_ms): entry for entry in found}
     head = ["window", *(f"look-ahead {ms} ms" for ms in lookaheads)]
@@ -128,11 +128,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 
 @click.command()
-@click.option("--audio", type=click.Path(path_type=Path), default=SPEECH, help="Speech; the demo's if none is given.")
+@click.option("--audio", type=click.Path(path_type=Path), default=SPEECH, help="Speech file; the demo's by default.")
 @click.option(
     "--artifacts",
     type=click.Path(path_type=Path),
-    help="Folder to run on ONNX Runtime, instead of torch's tiny preset.",
+    help="Artifacts to run on ONNX Runtime; by default the tiny preset in torch.",
 )
 @click.option("--windows-blocks", callback=_numbers, default="1,2,4,8,16", show_default=True, help="Windows to try.")
 @click.option("--lookahead-ms", callback=_numbers, default="0,120,240", show_default=True, help="Look-aheads to try.")

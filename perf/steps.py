@@ -1,11 +1,10 @@
-"""How far other schedules lead from the released one of four steps, on the golden rollout (spec sections 8, 9, 19).
+"""The difference of other schedules from the released four steps, on the golden rollout (spec sections 8, 9, 19).
 
 `python -m perf.steps` prints a Markdown table and, as the last line, the report as JSON; --json also writes it.
 
-Every schedule denoises the same noise with the same audio, text and pictures, block after block through its own
-caches, the sink replaced at block 5. Its clean latents are compared with those of the released schedule. The golden
-weights are random: they answer how large the difference is beside what other numbers of steps make, not what it does
-to a picture.
+Every schedule denoises the same noise with the same audio, text and pictures, block by block with its own caches; the
+sink is replaced at block 5. Its clean latents are compared with those of the released schedule. The golden weights are
+random: they show the size of the difference between schedules, and not its effect on a picture.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ LAST_OF_FOUR = "after_step3"
 
 @dataclass(frozen=True)
 class Difference:
-    """Of clean latents, from the released schedule's: RMS relative to their RMS, and the largest, absolute."""
+    """Difference of clean latents from the released schedule's: relative RMS, and the largest absolute one."""
 
     relative_rms: float
     max_abs: float
@@ -62,7 +61,7 @@ class Finding:
 
 
 def golden_preset(folder: Path) -> Preset:
-    """The golden run's transformer and geometry; its other networks are not run, and are those of `TINY`."""
+    """The golden run's transformer and geometry; the other networks are `TINY`'s and are not run."""
     values = json.loads((folder / "config.json").read_text())
     states = SafetensorsWeights(folder / "dit_weights.safetensors").shapes()["casual_audio_encoder.weights"][1]
     own = {field.name for field in dataclasses.fields(DiTConfig)} - {"audio_states", "audio_inject_layers"}
@@ -121,7 +120,7 @@ def rollout(checkpoint: Checkpoint, inputs: Mapping[str, Array]) -> list[Array]:
 
 
 def schedules(stream: StreamConfig) -> dict[str, StreamConfig]:
-    """What is compared with the released four steps."""
+    """The schedules that are compared with the released four steps."""
     return {
         "3 steps, the idle one dropped": without_idle_step(stream),
         **{f"{steps} steps as released": dataclasses.replace(stream, steps=steps) for steps in (3, 2, 8)},
@@ -129,7 +128,7 @@ def schedules(stream: StreamConfig) -> dict[str, StreamConfig]:
 
 
 def measure(folder: Path) -> tuple[float, list[Finding]]:
-    """Largest error of the four steps to the golden latents, and what each other schedule makes."""
+    """Largest error of the four steps against the golden latents, and the difference of each other schedule."""
     preset, inputs = golden_preset(folder), load_file(folder / "rollout.safetensors")
 
     def latents(stream: StreamConfig) -> list[Array]:
@@ -151,7 +150,7 @@ def measure(folder: Path) -> tuple[float, list[Finding]]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The tensors are too small to be shared out among cores, and one thread adds up in one order."""
+    """One thread: the tensors are too small for several cores, and the order of sums stays the same."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -161,7 +160,7 @@ def one_thread() -> Iterator[None]:
 
 
 def table(found: Sequence[Finding]) -> str:
-    """Markdown: a row per schedule; relative RMS / largest absolute difference, of all blocks, the first, the last."""
+    """Markdown: a row per schedule; relative RMS / largest absolute difference of all blocks, the first, the last."""
     rows = [["schedule", "all blocks", "first block", "last block"], ["---"] * 4]
     for finding in found:
         shown = (finding.all_blocks, finding.blocks[0], finding.blocks[-1])
@@ -187,7 +186,7 @@ def report(folder: Path, error: float, found: Sequence[Finding]) -> dict[str, An
     "--golden",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=GOLDEN,
-    help="Folder of golden data; the checkout's if none is given.",
+    help="Folder of golden data; the checkout's by default.",
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the report to this file.")
 def main(golden: Path, json_path: Path | None) -> None:

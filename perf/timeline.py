@@ -1,7 +1,7 @@
-"""When each stage worked on which block: a picture of a trace, after Figure 8 of the paper.
+"""Draws a trace: when each stage worked on each block, after Figure 8 of the paper.
 
-`python -m perf.timeline TRACE_FOLDER --output docs/timeline.png`; the folder is what `live-avatar serve --trace`
-wrote. Draws the session that began last, which meets a warm server if another one ran before it.
+`python -m perf.timeline TRACE_FOLDER --output docs/timeline.png`; `live-avatar serve --trace` writes the folder. It
+draws the session that began last, which has a warm server if another session ran before it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from live_avatar.errors import InputError, LiveAvatarError
 from live_avatar.serving.trace import Interval, read_trace
 
-# Sizes in pixels of the picture; it is drawn SCALE times as large and then reduced, for smooth edges.
+# Sizes in pixels. The picture is drawn SCALE times as large and then reduced, for smooth edges.
 SCALE = 2
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1200, 136, 28, 58, 58
 ROW, BAR, RADIUS = 46, 32, 5
@@ -31,7 +31,7 @@ BLOCKS = ("#3b6fd4", "#0f857a", "#4a8428", "#a86a12", "#c4513a", "#7d4fc0")  # a
 
 @dataclass(frozen=True)
 class Timeline:
-    """One session's intervals, in seconds since its first; stages in the order in which they saw its first block."""
+    """One session's intervals, in seconds since its first; stages in the order in which they got its first block."""
 
     stages: tuple[str, ...]
     intervals: tuple[Interval, ...]
@@ -53,8 +53,8 @@ class Timeline:
 
 
 def sink_bubble(timeline: Timeline, update_block: int | None) -> tuple[float, float] | None:
-    """Begin and end of the time in which the first step has nothing to do, because block `update_block` (from 1) waits
-    for the new sink; None if the session is over before, or the sink is never replaced."""
+    """Start and end of the time in which the first step is idle because block `update_block` (from 1) waits for the new
+    sink; None if the session ends earlier or the sink is never replaced."""
     first_step = timeline.stages[1] if len(timeline.stages) > 1 else None
     worked = {i.block: i for i in timeline.intervals if i.stage == first_step}
     before, after = ((update_block or 0) - 2, (update_block or 0) - 1)
@@ -80,8 +80,8 @@ def last_session(intervals: Iterable[Interval]) -> Timeline:
 
 
 def draw(timeline: Timeline, bubble: tuple[float, float] | None = None) -> Image.Image:
-    """One row per stage, one bar per block with its number from 1; shaded are the time until the first frames, and
-    that of the sink's update if one is given."""
+    """Draws a row per stage and a bar per block with its number from 1. The time until the first frames is shaded, and
+    the time of the sink's update if it is given."""
     bottom = TOP + ROW * len(timeline.stages)
     canvas = _Canvas(bottom + BOTTOM, timeline.end_s)
     first_s = timeline.delivered_s[0]
@@ -110,7 +110,7 @@ def draw(timeline: Timeline, bubble: tuple[float, float] | None = None) -> Image
 
 
 class _Canvas:
-    """A drawing in the picture's own pixels."""
+    """A drawing with coordinates in pixels of the final picture."""
 
     def __init__(self, height: int, end_s: float) -> None:
         self._image = Image.new("RGB", (WIDTH * SCALE, height * SCALE), PAPER)
@@ -130,7 +130,7 @@ class _Canvas:
         self._draw.text((x * SCALE, y * SCALE), text, colour, ImageFont.load_default(size * SCALE), anchor)
 
     def bar(self, interval: Interval, middle: float) -> None:
-        """A block's bar; a number that has no room in it stands to its right."""
+        """Draws a block's bar; a number that does not fit is drawn to its right."""
         start, end = self.x(interval.start_s) + 0.5, self.x(interval.end_s) - 0.5
         colour, number = BLOCKS[interval.block % len(BLOCKS)], str(interval.block + 1)
         width = max(end - start, 2.0)
@@ -173,7 +173,7 @@ def _read(folder: Path) -> list[Interval]:
 
 
 def write(picture: Image.Image, output: Path) -> None:
-    """Raises `InputError` for a place that cannot be written."""
+    """Raises `InputError` for a path that cannot be written."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         picture.quantize(64).save(output, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""Artifacts of the same networks under another stream (schedule, sink), exported beside the given ones when needed."""
+"""Exports artifacts of the same networks with another stream (schedule, sink) beside the given ones, when needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from live_avatar.weights.checkpoint import open_checkpoint
 
 
 def variant(artifacts: Path, name: str, **stream: Any) -> Artifacts:
-    """The artifacts' preset with other fields of its `StreamConfig`; found in the folder beside it if they are there.
+    """Artifacts with other fields of the `StreamConfig`; reuses the folder beside the given one if it exists.
 
-    Raises `InputError` for artifacts whose weights are not those that the preset has by itself: they are not here to be
-    exported again.
+    Raises `InputError` for artifacts with other weights than the preset's own: those cannot be exported again.
     """
     made = load_artifacts(artifacts)
     own = {part: provenance(weights) for part, weights in open_checkpoint(made.preset).parts.items()}

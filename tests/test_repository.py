@@ -83,6 +83,28 @@ def test_every_package_has_its_place_in_the_order():
     assert {package_of(path) for path in python_files(CORE)} == set(PACKAGE_ORDER)
 
 
+def module_names(package: str) -> set[str]:
+    """The modules of a package of live_avatar, without `__init__` and `__main__`."""
+    return {path.stem for path in (CORE / package).glob("*.py") if not path.stem.startswith("__")}
+
+
+def test_the_table_of_packages_lists_every_module():
+    """In docs/layout.md; the modules of `serving` are listed in docs/architecture.md."""
+    layout = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*?) ?\|", layout, re.MULTILINE)
+    assert [name for name, _ in rows] == ["live_avatar", *PACKAGE_ORDER[1:]]
+    listed = {name: set(modules.split(", ")) - {""} for name, modules in rows if name != "serving"}
+    assert listed == {name: module_names("" if name == "live_avatar" else name) for name in listed}
+
+
+def test_the_table_of_serving_lists_every_module_once():
+    architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = architecture.partition("| module of `live_avatar/serving` |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    listed = [name for cell in cells for name in re.findall(r"`(\w+)\.py`", cell)]
+    assert sorted(listed) == sorted(module_names("serving"))
+
+
 def test_no_import_runs_upward():
     found = [
         f"{path.relative_to(ROOT)} imports {name}"

@@ -1,4 +1,4 @@
-"""The training of the paper: a drawn talking face as data, the tiny networks, and the two stages of the distillation.
+"""The paper's training at a small size: a drawn talking face as data, the tiny networks, two stages of distillation.
 
 Run from a checkout as `python -m training.run`; see training/README.md.
 """

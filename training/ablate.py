@@ -1,9 +1,9 @@
-"""The paper's ablations in small (Tables 3, 4 and 6): what each part of the method does for an avatar of a run.
+"""The paper's ablations at a small size (Tables 3, 4 and 6): the effect of each part of the method on a run's avatar.
 
 `python -m training.ablate --config training/configs/tiny.toml --run out/tiny` prints a Markdown table and, as the last
 line, the report as JSON. Every row generates the same test clips from the same noise, once at the start of a stream and
-once at the place that it has after a thousand seconds, with the rollouts that training uses, which equal the stream's
-own. What it measures is `evaluate.py`'s.
+once at its positions after a thousand seconds. It uses the rollouts of training, which equal those of the stream, and
+the measures of `evaluate.py`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from training.vae import channels_last
 from training.window import Place, Window
 
 LATE_S = 1000
-"""Time of a stream at which every clip is generated once more: its positions, not the errors gathered until then."""
+"""Time of a stream at which every clip is generated again: with its positions, but without accumulated errors."""
 UNDISTILLED_STEPS = 40
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: which network generates, and how. `preset` says steps and sink."""
+    """A row: the network that generates, and its settings. `preset` has the steps and the sink."""
 
     name: str
     network: str
@@ -70,7 +70,7 @@ CLEAN_TRAINED = "stage2, clean history"
 
 
 def variants(preset: Preset, clean_trained: bool) -> list[Variant]:
-    """All rows; the last two are of a generator trained without history corrupt, if there is one."""
+    """All rows; the last two need a generator that was trained without history corrupt."""
     shorter = dataclasses.replace(preset, stream=without_idle_step(preset.stream))
     many = preset.with_stream(steps=UNDISTILLED_STEPS)
     rows = [
@@ -91,7 +91,7 @@ def variants(preset: Preset, clean_trained: bool) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A test clip, what a network is conditioned on, and the decoder's state after the stream's warm-up."""
+    """A test clip, the conditions of a network, and the decoder's state after the stream's warm-up."""
 
     clip: Clip
     encoded: EncodedClip
@@ -99,7 +99,7 @@ class Prepared:
 
 
 class Studio:
-    """Generates clips with any variant; holds the networks of a run that all of them share."""
+    """Generates clips with any variant; all variants share the networks of a run."""
 
     def __init__(self, preset: Preset, weights: Path) -> None:
         networks = load_networks(open_checkpoint(preset, weights))
@@ -118,7 +118,7 @@ class Studio:
 
     @torch.inference_mode()
     def take(self, dit: CausalDiT, variant: Variant, prepared: Prepared, seed: int, first_block: int) -> GeneratedClip:
-        """The clip with generated frames; its first block stands at `first_block` of its stream."""
+        """The clip with generated frames; its first block is block `first_block` of its stream."""
         clip, stream = prepared.encoded, variant.preset.stream
         noise = [block_noise(seed, block, (1, *stream.latent_shape)) for block in range(len(clip.states))]
         roller, place = variant.roller(len(clip.states)), Place(first_block, stream.sink_distance)
@@ -126,12 +126,14 @@ class Studio:
             clip, place, torch.from_numpy(np.concatenate(noise, axis=2)), roller.steps - 1, replaces=True
         )
         made = roller.roll_out(dit, given, torch.Generator())
-        frames, *_ = self._decoder(made.latents, *prepared.decoder)  # at once: torch is slow with a few frames
+        frames, *_ = self._decoder(
+            made.latents, *prepared.decoder
+        )  # all at once, because torch is slow with a few frames
         return GeneratedClip(prepared.clip, frames.numpy())
 
 
 def figures(takes: Sequence[GeneratedClip]) -> dict[str, float]:
-    """Means over clips: correlations of the mouth with the truth, and distances of the looks to the picture.
+    """Means over clips: correlations of the mouth with the truth, and distances of the looks from the picture.
 
     looks: over the whole clip; last_looks: in its last second.
     """
@@ -148,7 +150,7 @@ def figures(takes: Sequence[GeneratedClip]) -> dict[str, float]:
 def measure(
     studio: Studio, networks: Mapping[str, CausalDiT], rows: Sequence[Variant], clips: Sequence[Prepared], seeds: int
 ) -> Iterator[dict[str, Any]]:
-    """By row: the figures at both places, each as mean, standard deviation and values over the seeds."""
+    """By row: the figures at both places, each with mean, standard deviation and values over the seeds."""
     for row in rows:
         late = LATE_S * FPS // row.preset.stream.block_frames
         found: dict[str, Any] = {"name": row.name, "network": row.network, "nfe": row.nfe}
@@ -176,12 +178,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", "path", type=FILE, required=True, help="The run's configuration.")
-@click.option("--run", "folder", type=FILE, required=True, help="The run's folder, made with --stage all.")
-@click.option("--clean-trained", type=FILE, help="A run of the same networks whose stage 2 had clean_history = true.")
-@click.option("--clips", "count", type=click.IntRange(2), default=8, show_default=True, help="Test clips.")
-@click.option("--blocks", type=click.IntRange(3), default=20, show_default=True, help="Blocks of each, of 0.48 s.")
+@click.option("--run", "folder", type=FILE, required=True, help="Folder of a run that was made with --stage all.")
+@click.option("--clean-trained", type=FILE, help="Run of the same networks whose stage 2 had clean_history = true.")
+@click.option("--clips", "count", type=click.IntRange(2), default=8, show_default=True, help="Number of test clips.")
+@click.option(
+    "--blocks", type=click.IntRange(3), default=20, show_default=True, help="Number of blocks (0.48 s) of each clip."
+)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds of the noise.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads to compute with.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.")
 @click.option("--report", type=FILE, help="Also write the report to this JSON file.")
 def main(
     path: Path,
@@ -193,7 +197,7 @@ def main(
     threads: int | None,
     report: Path | None,
 ) -> None:
-    """Measure what each part of the method does, on test voices and faces."""
+    """Measure the effect of each part of the method, on test voices and faces."""
     with reported():
         if threads is not None:
             torch.set_num_threads(threads)

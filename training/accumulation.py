@@ -1,7 +1,7 @@
 """Block-wise gradient accumulation (Algorithm 2): the gradient of a rollout with the memory of one block.
 
-A block's graph begins at its detached history and its noisy latents, so each can be made, used and freed on its own.
-Only what all blocks share, the scene, ties them: it is cut off, gradients gather at the cut, and flow back once.
+A block's graph begins at its detached history and its noisy latents, so each graph can be built, used and freed alone.
+All blocks share the scene. It is detached: gradients accumulate there and flow back into its graph once at the end.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from training.window import Scene
 
 
 class Cut:
-    """A scene without its graph; `flow_back` sends what has gathered at the cut into the graph."""
+    """A detached scene; `flow_back` sends its accumulated gradients into the graph."""
 
     def __init__(self, scene: Scene) -> None:
         self._ends: list[tuple[Tensor, Tensor]] = []
         self.scene = scene.mapped(self._end)
 
     def _end(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:  # frozen parts, where adapters are trained
+        if not tensor.requires_grad:  # frozen parts, if only adapters are trained
             return tensor
         leaf = tensor.detach().requires_grad_()
         self._ends.append((tensor, leaf))
@@ -34,7 +34,7 @@ class Cut:
 
 
 def backward_by_blocks(roller: Roller, unit: Unit, given: RolloutInput, made: Rollout, gradient: Tensor) -> None:
-    """Adds to the parameters' gradients what a loss of this gradient, [1, 16, F, h, w], would give them.
+    """Adds the parameters' gradients of a loss that has this gradient, [1, 16, F, h, w], at the latents.
 
     `made` is the rollout of `given` without graph; the passes of its exit step are run again, one by one.
     """

@@ -1,7 +1,7 @@
-"""Files of a run that are whole at any time: the checkpoint that a stage resumes from, and finished weights.
+"""Files of a run that are complete at any time: the checkpoint that a stage resumes from, and finished weights.
 
-A file is written beside its place and renamed into it, so that a full disk or a kill leaves the older one as it was. A
-checkpoint says what it was made of and is refused by a run of anything else.
+A file is written under a temporary name and renamed, so a full disk or a kill leaves the older file unchanged. A
+checkpoint records the identity of its run, and other runs refuse it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from training.distributed import load_network
 from training.errors import TrainingError
 
 FORMAT = 1
-OS_ERROR = re.compile(r"os error (\d+)")  # as safetensors' messages have it
+OS_ERROR = re.compile(r"os error (\d+)")  # as in safetensors' messages
 State = dict[str, Any]
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file in the same folder and puts it in the place of `path`, on the disk.
+    """Lets `write` fill a temporary file in the same folder, flushes it to the disk and renames it to `path`.
 
-    Raises `TrainingError` if there is no room or no permission; then `path` is as it was, and nothing else is left.
+    Raises `TrainingError` if there is no room or no permission; then `path` is unchanged and no other file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -42,7 +42,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException as error:  # Ctrl-C as well
+    except BaseException as error:  # also after Ctrl-C
         temporary.unlink(missing_ok=True)
         cause = _os_error(error)
         if cause is None:
@@ -65,12 +65,12 @@ def _put(place: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A report for people and programs. Errors as `write_whole`."""
+    """Writes a report as JSON. Errors as `write_whole`."""
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def _os_error(error: BaseException | None) -> int | None:
-    """The number of the failure of the file system behind an error, which torch and safetensors wrap in their own."""
+    """The errno behind an error of torch or safetensors, which wrap errors of the file system."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -82,21 +82,21 @@ def _os_error(error: BaseException | None) -> int | None:
 
 
 def save_checkpoint(path: Path, identity: Mapping[str, Any], state: State) -> None:
-    """Writes `state` (numbers, names, tensors) with what it was made of. Errors as `write_whole`."""
+    """Writes `state` (numbers, names, tensors) with the identity of its run. Errors as `write_whole`."""
     whole = {"format": FORMAT, "identity": dict(identity), **state}
     write_whole(path, lambda place: _save(whole, place))
 
 
 def _save(whole: State, place: Path) -> None:
-    """Through a file of Python's, because torch's own does not say why it could not write."""
+    """Saves through a Python file, because torch's own file does not report why a write failed."""
     with place.open("wb") as file:
         torch.save(whole, file)
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> State | None:
-    """The state last saved, or None if there is no file; no code in it is run.
+    """The last saved state, or None if there is no file; no code in it is run.
 
-    Raises `CheckpointError` for a damaged file, and for one whose identity differs, by the first key that does.
+    Raises `CheckpointError` for a damaged file, and for another identity, with the first key that differs.
     """
     if not path.exists():
         return None
@@ -122,7 +122,7 @@ def check_identity(origin: str, made_of: Mapping[str, Any], identity: Mapping[st
 
 
 def restore(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copies tensors into a module. Raises `CheckpointError` that names one that is missing, surplus or misshapen."""
+    """Copies tensors into a module. Raises `CheckpointError` that names a missing, surplus or misshapen tensor."""
     validate_tensors(_Tensors(origin, tensors), shapes_of(module))
     load_network(module, tensors)
 

@@ -1,4 +1,4 @@
-"""How the commands of `training` end: a mistake of the user with one sentence and exit code 2, Ctrl-C with 130."""
+"""Exit codes of the commands of `training`: 2 and one sentence after a user's mistake, 130 after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FILE = click.Path(path_type=Path)
 
 
 class UserError(click.ClickException):
-    """A sentence for the user."""
+    """The sentence of an error for the user."""
 
     exit_code = 2
 
 
 @contextmanager
 def reported(interrupted: str = "Interrupted.") -> Iterator[None]:
-    """Inside, an error of the project, of the file system, or Ctrl-C ends the command as the module says."""
+    """Ends the command with its exit code after an error of the project or the file system, or Ctrl-C."""
     interrupts.install()
     try:
         yield

@@ -1,7 +1,7 @@
-"""Every number of a training run, in frozen dataclasses read from a TOML file.
+"""The configuration of a training run: frozen dataclasses, read from a TOML file.
 
-The keys of the file are the fields here; one that is unknown or of another type is refused by its name. The defaults of
-learning rates are the paper's (section 4.2).
+The keys of the file are the fields here; the error for an unknown key or a wrong type names it. The default learning
+rates are the paper's (section 4.2).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _shares(config: Any, *keys: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How many clips are drawn for the transformer's stages, and how long they are."""
+    """Number and length of the clips for the transformer's stages."""
 
     train_clips: int = 1500
     validation_clips: int = 16
     blocks: int = 8
-    """Blocks of 12 frames (0.48 s) in each."""
+    """Blocks of 12 frames (0.48 s) in each clip."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "train_clips", "validation_clips", "blocks")
@@ -53,18 +53,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What every stage has. A step takes `batch` clips (or windows), one after another, and updates once."""
+    """Settings of every stage. A step takes `batch` clips (or windows), one after another, and updates once."""
 
     steps: int
     batch: int
     learning_rate: float
     warmup_steps: int = 50
-    """Steps over which the learning rate rises from 0; after that it falls to `final_rate` of itself as a cosine."""
+    """Steps in which the learning rate rises from 0; then it falls as a cosine to `final_rate` of its peak."""
     final_rate: float = 0.1
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema: float = 0.0
-    """Decay of the moving average of the weights that the next stage and the export take; 0 takes the weights."""
+    """Decay of the moving average of the weights, for the next stage and the export; 0 takes the weights."""
     checkpoint_every: int = 200
     log_every: int = 10
 
@@ -79,7 +79,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ReconstructionStage(StageConfig):
-    """What the VAE's two stages share."""
+    """Settings of both VAE stages."""
 
     frames: int = 13
     """1 + a multiple of 4 video frames."""
@@ -101,20 +101,20 @@ class VAEStage(ReconstructionStage):
     """Stage 0a: the video VAE, on reconstruction of rendered clips."""
 
     still_steps: int = 0
-    """Of the steps, those at the start that see single pictures instead of clips,"""
+    """Number of steps at the start that train on single pictures instead of clips."""
     still_batch: int = 8
-    """and so many at once, each of another face."""
+    """Number of pictures in such a step, each of another face."""
 
 
 @dataclass(frozen=True)
 class MouthStage(ReconstructionStage):
-    """Stage 0b: the video VAE goes on, mostly with mouths."""
+    """Stage 0b: further training of the video VAE, mostly on mouths."""
 
     mouth_batch: int = 2
-    """Whole clips, cut to the surroundings of the mouth, that a step sees beside its `batch` pieces of clips."""
+    """Whole clips, cut to the region of the mouth, in a step in addition to its `batch` pieces of clips."""
     square_weight: float = 0.0
-    """Weight of the mean square error beside the mean absolute one. It goes to the few pixels that are far off, which
-    is where a mouth is not yet followed."""
+    """Weight of the mean square error, added to the mean absolute error. It stresses the few pixels with large errors,
+    where the mouth is not yet followed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,20 +124,20 @@ class MouthStage(ReconstructionStage):
 
 @dataclass(frozen=True)
 class EncoderStage(StageConfig):
-    """Stage 0c: the speech and text encoders. No public ones have these sizes, so that they learn what the drawn face
-    needs: mouth shapes from speech, looks from a prompt."""
+    """Stage 0c: the speech and text encoders. There are no public ones of these sizes, so they are trained on the drawn
+    face: mouth shapes from speech, looks from a prompt."""
 
 
 @dataclass(frozen=True)
 class DiTStage(StageConfig):
-    """What the transformer's stages share."""
+    """Settings of the transformer's stages."""
 
     blocks: int = 7
-    """Consecutive blocks of a clip that a step sees."""
+    """Consecutive blocks of a clip in a step."""
     motion_weight: float = 0.5
-    """Share of the loss that goes where the clips move, by one map for all; 0 weighs all latent pixels alike."""
+    """Share of the loss on regions that move, by one map for all clips; 0 weighs all latent pixels equally."""
     far_share: float = 0.3
-    """Share of clips set at a random time of a stream of hours, so that no position is new at inference."""
+    """Share of clips at a random time of a stream of hours, so that no position is new at inference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,7 +150,7 @@ class TeacherStage(DiTStage):
     """Stage 0d: the bidirectional teacher."""
 
     audio_dropout: float = 0.1
-    """Share of clips that lose their speech, for guidance by it."""
+    """Share of clips without their speech, for guidance by speech."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,19 +178,19 @@ class DistillationStage(DiTStage):
     fake_steps: int = 5
     """Updates of the fake score for each update of the generator."""
     guidance: float = 1.0
-    """Scale of the real score's guidance by speech; 1 is none."""
+    """Scale of the real score's guidance by speech; 1 is no guidance."""
     history_noise: float = 0.0
     """Largest noise level mixed into the cached history's latents (section 4.2); 0 leaves the same-noise cache."""
     clean_history: bool = False
-    """The cached history is of clean latents, by one more pass per block (Table 6); False is history corrupt."""
+    """Whether the cached history is of clean latents, by one more pass per block (Table 6); else history corrupt."""
     replaces_sink: bool = True
-    """The sink is replaced by the generator's own first frame (AAS) in some of the windows; False for an ablation."""
+    """Whether the generator's own first frame replaces the sink (AAS) in some windows; False for an ablation."""
     rolls: bool = True
-    """The sink's position rolls along (rolling RoPE); False for an ablation."""
+    """Whether the sink's position moves with the blocks (rolling RoPE); False for an ablation."""
     accumulate: bool = True
-    """Block-wise gradient accumulation (Algorithm 2); False is the plain loop with the same gradient."""
+    """Whether to accumulate gradients by block (Algorithm 2); False is the plain loop with the same gradient."""
     lora: LoRAConfig | None = None
-    """Trains adapters of the generator; None trains all its weights."""
+    """Adapters of the generator that are trained; None trains all its weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +202,7 @@ class DistillationStage(DiTStage):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A whole run."""
+    """The configuration of a whole run."""
 
     vae: VAEStage
     mouths: MouthStage
@@ -235,7 +235,7 @@ class TrainingConfig:
 
 
 def load(path: Path) -> TrainingConfig:
-    """Reads a TOML file. Raises `ConfigError` that names the key of the first fault."""
+    """Reads a TOML file. Raises `ConfigError` with the key of the first fault."""
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Makes the demo's assets anew: `python -m training.demo_assets`.
+"""Makes the demo's assets again: `python -m training.demo_assets`.
 
-The portrait is a face that no network was trained on; the speech is synthesised by espeak-ng, in a voice that none
-heard. Nothing here is read at run time: the package ships the results.
+No network was trained on the face of the portrait or the voice of the speech, which espeak-ng synthesises. The package
+ships the results; this module is not used at run time.
 """
 
 import io
@@ -26,7 +26,7 @@ SPEECH_TEXT = "Hello. I am a live avatar. You speak, and I move my lips while th
 ESPEAK = ("espeak-ng", "-v", "en-us+Annie", "-s", "150", "--stdout", SPEECH_TEXT)
 SPEECH_RATE_HZ = 16_000
 SPEECH_PEAK = 10 ** (-3 / 20)  # -3 dBFS
-SILENCE = 0.01  # of the peak: quieter than this at either end is cut away
+SILENCE = 0.01  # share of the peak; quieter samples at both ends are cut
 MARGIN_S = 0.1
 FADE_S = 0.02
 

@@ -1,7 +1,7 @@
-"""Several processes train one network: clips of a batch are split among them, weights are sharded with FSDP2.
+"""Training with several processes: they split the clips of a batch, and FSDP2 shards the weights.
 
-Started by torchrun; a process on its own takes none of these ways. Random draws are of the clip and not of the process,
-so any number of them takes the same steps up to rounding.
+torchrun starts them; a single process needs nothing of this. Random draws depend on the clip and not on the process, so
+any number of processes takes the same steps up to rounding.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meets the other processes of torchrun, if this is one of several."""
+    """Joins the other processes of torchrun, if there are several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def leave() -> None:
-    """Parts from them."""
+    """Leaves the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -50,14 +50,14 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Where this process computes: its GPU, or the CPU if there is none."""
+    """This process's device: its GPU, or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def share(batch: int) -> range:
-    """Numbers of the batch's clips that this process takes. Raises `ConfigError` if they do not come out even."""
+    """Numbers of the batch's clips for this process. Raises `ConfigError` if the clips cannot be split evenly."""
     if batch % world():
         raise ConfigError(
             f"a batch of {batch} clips cannot be split evenly among {world()} processes; make batch a multiple of them."
@@ -75,22 +75,22 @@ def mean(figure: float) -> float:
 
 
 def barrier() -> None:
-    """Until all processes have come here: what the first one wrote before it is there for the others after it."""
+    """Waits for all processes, so that all see the files that the first one has written."""
     if world() > 1:
         dist.barrier()
 
 
 def any_rank(fact: bool) -> bool:
-    """Whether it is so in any of the processes; all of them must ask together."""
+    """Whether `fact` is true in any process; all processes must call it together."""
     return mean(float(fact)) > 0
 
 
 class Unit(nn.Module):
-    """A network that is whole while it works, and sharded otherwise if there are several processes.
+    """A network that is whole during a pass, and otherwise sharded if there are several processes.
 
-    The unit of sharding is the network: its parts are used out of order (`text_kv`, `prefill`), which the hooks of
-    FSDP on single layers do not see. So a process has room for one whole network in a pass, while gradients and
-    optimiser states are sharded all the time.
+    The whole network is one unit of sharding, because its parts are used out of order (`text_kv`, `prefill`), which
+    FSDP's hooks on single layers do not see. So a process needs memory for one whole network in a pass; gradients and
+    optimiser states are always sharded.
     """
 
     def __init__(self, network: CausalDiT) -> None:
@@ -98,24 +98,24 @@ class Unit(nn.Module):
         self.network = network
 
     def forward(self, work: Callable[[CausalDiT], T]) -> T:
-        """What `work` makes with the network; tensors or nests of tuples, lists and dicts of them."""
+        """The result of `work` with the network: tensors, or nested tuples, lists and dicts of tensors."""
         return work(self.network)
 
 
 def shard(network: CausalDiT) -> Unit:
-    """The network as a unit, on this process's device; optimisers must be made of its parameters afterwards."""
+    """The network as a unit, on this process's device; make optimisers from its parameters only after this."""
     unit = Unit(network.to(device()))
     if world() > 1:
         from torch.distributed.fsdp import fully_shard
 
-        # What a unit gives back may be a view; nothing here writes into one, which is what torch warns of.
+        # A unit may return a view. torch warns of writes into one, and nothing here writes into it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         fully_shard(unit)
     return unit
 
 
 def gathered(state: T) -> T:
-    """A state dict, or any nest of mappings and lists, with every sharded tensor whole on the CPU.
+    """A state dict, or nested mappings and lists, with every sharded tensor whole on the CPU.
 
     All processes must call it together.
     """
@@ -146,7 +146,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor sharded as another one is; as it is, if that is whole."""
+    """A whole tensor, sharded like another one; unchanged if that one is whole."""
     if world() == 1:
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -157,12 +157,12 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def load_network(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Whole tensors into a network, sharded or not."""
+    """Loads whole tensors into a network, sharded or not."""
     network.load_state_dict({name: shard_like(tensors[name], held) for name, held in network.state_dict().items()})
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """An optimiser's gathered state into one whose parameters may be sharded."""
+    """Loads a gathered state into an optimiser whose parameters may be sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     spread_state = {
         index: {name: _like_parameter(value, parameters[index]) for name, value in values.items()}

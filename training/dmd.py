@@ -1,7 +1,7 @@
-"""Distribution matching: where two scores disagree about a generated window, and the generator's loss from it.
+"""Distribution matching: the difference of two scores for a generated window, and the generator's loss from it.
 
-The real score is the frozen teacher, the fake score follows the generator's own distribution; both see the window as a
-whole (section 3.2).
+The real score is the frozen teacher; the fake score follows the generator's own distribution. Both see the whole window
+(section 3.2).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from training.flow import choice, mixed, moved, training_levels
 from training.window import Place, Window, unspoken
 
 EXTREME = 0.02
-"""Levels closer than this to 0 or 1 are not asked about: there the scores say nothing of a window, or nothing else."""
+"""Levels closer than this to 0 or 1 are not used: near 1 a score sees only noise, near 0 only the window itself."""
 
 
 def draw_score_level(stream: StreamConfig, draw: torch.Generator) -> float:
-    """The level at which two scores are compared, or the fake one is trained."""
+    """The noise level for a comparison of the scores, or for a step of the fake one."""
     return choice([level for level in training_levels(stream) if EXTREME <= level <= 1 - EXTREME], draw)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Both scores; `guidance` is the scale of the real one's guidance by speech, 1 for none."""
+    """Both scores; `guidance` is the scale of the real score's guidance by speech, 1 for none."""
 
     window: Window
     real: Unit
@@ -38,10 +38,10 @@ class Scores:
 
     @torch.no_grad()
     def gradient(self, clip: EncodedClip, place: Place, clean: Tensor, noise: Tensor, level: float) -> Tensor:
-        """Where the generator's latents should go down, [1, 16, F, h, w], of mean size about 1.
+        """The gradient for the generator's latents, [1, 16, F, h, w], of mean size about 1.
 
-        It is x0_fake - x0_real over the mean distance of the latents to x0_real, so that all levels weigh alike
-        (DMD2's normalisation, which self-forcing keeps).
+        It is x0_fake - x0_real over the mean distance of the latents from x0_real, so all levels have the same weight
+        (DMD2's normalisation, also used by self-forcing).
         """
         noisy = mixed(clean, noise, level)
 

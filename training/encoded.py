@@ -1,8 +1,8 @@
-"""Clips as the transformer sees them: rendered, and encoded once by the frozen VAE and encoders.
+"""Clips for the transformer: rendered, and encoded once by the frozen VAE and encoders.
 
-A data set is a folder of one safetensors file per clip, with a manifest of what it was made of; a half-made one is
-continued. What is stored equals the output of `pipeline.conditioning` for the same picture, prompt and speech; latents
-up to the rounding of the VAE's convolutions to bfloat16.
+A data set is a folder with one safetensors file per clip and a manifest with its identity; an incomplete one is
+completed. The stored tensors equal the output of `pipeline.conditioning` for the same picture, prompt and speech;
+latents up to the rounding of the VAE's convolutions to bfloat16.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ENCODERS = {
     "speech": "encoders/speech.safetensors",
     "text": "encoders/text.safetensors",
 }
-"""Where in a run's folder the weights of the frozen networks are."""
+"""Paths of the frozen networks' weights in a run's folder."""
 STORED = ("motion", "text", "states", "latents")
 
 
@@ -70,9 +70,9 @@ def pixels(frames: Array) -> Tensor:
 
 
 def speech_windows(speech: Array, preset: Preset) -> list[tuple[Array, Array]]:
-    """What the speech encoder sees of a stream, block by block: samples [1, n], and how features become frames.
+    """The speech encoder's input in a stream, block by block: samples [1, n], and a matrix from features to frames.
 
-    The second, [12, T], takes the window's T features to the block's frames: `speech.interpolate` as a matrix.
+    The matrix, [12, T], maps the window's T features to the block's frames, like `speech.interpolate`.
     """
     window = SpeechWindow(preset.stream)
     seen = []
@@ -96,7 +96,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def encode(self, clip: Clip, silence: Tensor) -> EncodedClip:
-        """A rendered clip -> what is stored of it; `silence` is that of its number of blocks."""
+        """A rendered clip -> its stored tensors; `silence` is for its number of blocks."""
         motion, latents = self._video(pixels(clip.picture[None]), pixels(clip.frames))
         ids, mask = self._tokenizer.encode(clip.prompt)
         text = self._text(torch.from_numpy(ids), torch.from_numpy(mask))
@@ -116,9 +116,9 @@ class ClipEncoder:
         return self.states(np.zeros(blocks * self._preset.stream.block_samples, dtype=np.int16))
 
     def _video(self, still: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of the still picture held for 73 frames, and those of a video that follows the decoder's warm-up.
+        """Latents of the still picture held for 73 frames, and of a video after the decoder's warm-up.
 
-        Both streams begin alike.
+        Both streams begin with the same frames.
         """
         warm_up = TEMPORAL_STRIDE * (self._preset.stream.decoder_warmup_latents - 1)
         first, state = self._vae.encode(still, None)
@@ -141,9 +141,9 @@ def split_folder(out: Path, split: Split) -> Path:
 
 
 def encode_split(config: TrainingConfig, out: Path, split: Split, count: int, quiet: bool = False) -> None:
-    """Makes the data set of a split, `count` clips of `config.data.blocks` blocks; goes on with one half made.
+    """Makes the data set of a split, `count` clips of `config.data.blocks` blocks, or completes it.
 
-    Raises `CheckpointError` if the clips that are there were made of something else.
+    Raises `CheckpointError` if the existing clips have another identity.
     """
     folder, blocks = split_folder(out, split), config.data.blocks
     _begin(folder, _made_of(config, out, split))
@@ -161,7 +161,7 @@ def _clip_path(folder: Path, index: int) -> Path:
 
 
 def _made_of(config: TrainingConfig, out: Path, split: Split) -> dict[str, Any]:
-    """What a data set's clips depend on; the first clip stands for how clips are drawn."""
+    """The identity of a data set's clips; the first clip represents how clips are drawn."""
     stream = config.system.stream
     first = make_clip(split, 0, 1, stream.height)
     drawn = sha256(first.frames.tobytes() + first.speech.tobytes() + first.prompt.encode()).hexdigest()
@@ -170,7 +170,7 @@ def _made_of(config: TrainingConfig, out: Path, split: Split) -> dict[str, Any]:
 
 
 def _begin(folder: Path, made_of: Mapping[str, Any]) -> None:
-    """Writes the manifest, or compares the one that is there."""
+    """Writes the manifest, or compares the existing one."""
     path = folder / MANIFEST
     if path.exists():
         again = f"remove {folder} to make that data set anew"
@@ -190,7 +190,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _write_clip(path: Path, clip: EncodedClip) -> None:
-    """In float16, which keeps numbers of size 1 to 5e-4. The silence and the reference stand elsewhere already."""
+    """Writes a clip in float16 (error 5e-4 at size 1), without silence and reference, which other files have."""
     stored = {name: getattr(clip, name).half().contiguous() for name in STORED}
     write_whole(path, lambda place: save_file(stored, place))
 
@@ -198,8 +198,8 @@ def _write_clip(path: Path, clip: EncodedClip) -> None:
 class EncodedClips:
     """A data set on the disk, read clip by clip.
 
-    Raises `TrainingError` if there is none or fewer than `count` clips, with the command that makes them, and
-    `CheckpointError` for a file that is damaged.
+    Raises `TrainingError` if it has fewer than `count` clips, with the command that makes them, and `CheckpointError`
+    for a damaged file.
     """
 
     def __init__(self, out: Path, split: Split, count: int) -> None:

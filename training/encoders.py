@@ -1,8 +1,8 @@
 """Stage 0c: the speech encoder learns mouth shapes from sound, and the text encoder looks from a prompt.
 
-No public encoders have the tiny preset's sizes, and the transformer's stages are too short to learn hearing from video
-alone. Each encoder gets a linear head for this stage, which is thrown away afterwards. Speech comes in the windows of
-the stream, so a frame hears nothing after its block.
+There are no public encoders of the tiny preset's sizes, and the transformer's stages are too short to train them on
+video alone. Each encoder gets a linear head for this stage, which is dropped afterwards. The speech is cut into the
+windows of the stream, so a frame gets no speech after its block.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UTTERANCE_BLOCKS = 8
 PROMPTS_PER_UTTERANCE = 4
 VALIDATION_UTTERANCES, VALIDATION_PROMPTS = 32, 256
 SHAPE_WEIGHT, VISEME_WEIGHT = 10.0, 0.1
-"""Of the mean square error of opening and width, and of the cross-entropy of visemes: their losses are then alike."""
+"""Weights of the mean square error of opening and width, and of the cross-entropy of visemes; they balance the two."""
 LOOKS: Mapping[str, tuple[str, ...]] = {
     "person": tuple(STYLES),
     "hair": tuple(HAIR),
@@ -45,11 +45,11 @@ LOOKS: Mapping[str, tuple[str, ...]] = {
     "glasses": tuple(dict.fromkeys(GLASSES)),
 }
 ALWAYS_TOLD = ("person", "background", "glasses")
-"""Looks that follow from every prompt; the others are in some only."""
+"""Looks that every prompt names; only some prompts name the others."""
 
 
 class MouthHead(nn.Module):
-    """Reads the mouth off the equal mix of the speech encoder's states, as the transformer's audio encoder begins."""
+    """Predicts the mouth from the mean of the speech encoder's states, like a new audio encoder of the transformer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class MouthHead(nn.Module):
 
 
 class LooksHead(nn.ModuleDict):
-    """Reads the looks off the mean of a prompt's features."""
+    """Predicts the looks from the mean of a prompt's features."""
 
     def __init__(self, width: int) -> None:
         super().__init__({look: nn.Linear(width, len(values)) for look, values in LOOKS.items()})
@@ -76,7 +76,7 @@ class LooksHead(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class Heard:
-    """What was predicted for the frames of some windows, and what is true.
+    """Predictions for the frames of some windows, and the truth.
 
     shape, true_shape [B, 12, 2]; viseme [B, 12, V] logits, true_viseme [B, 12].
     """
@@ -91,7 +91,7 @@ class Heard:
         return SHAPE_WEIGHT * F.mse_loss(self.shape, self.true_shape) + VISEME_WEIGHT * entropy
 
     def figures(self) -> dict[str, float]:
-        """Correlations of opening and width with the truth, and the share of visemes that are right."""
+        """Correlations of opening and width with the truth, and the share of correct visemes."""
         right = (self.viseme.argmax(-1) == self.true_viseme).float().mean()
         shapes = zip(("opening", "width"), self.shape.unbind(-1), self.true_shape.unbind(-1), strict=True)
         return {**{f"{name}_r": _correlation(made, true) for name, made, true in shapes}, "viseme_share": float(right)}
@@ -103,7 +103,7 @@ def _correlation(made: Tensor, true: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Window:
-    """What the encoder sees at a block (see `speech_windows`), and the true mouth [12, 2] and visemes [12] there."""
+    """The encoder's input at a block (see `speech_windows`), and the true mouth [12, 2] and visemes [12]."""
 
     seen: tuple[Array, Array]
     mouth: Array
@@ -164,7 +164,7 @@ class EncoderTraining:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """What unseen voices and faces give: see `Heard.figures`, and the share of looks that are right."""
+        """Figures for unseen voices and faces: see `Heard.figures`, and the share of correct looks."""
         heard = self._hear(_utterances(Split.VALIDATION, 0, VALIDATION_UTTERANCES))
         _, share = self._read(_people(Split.VALIDATION, 0, VALIDATION_PROMPTS))
         return {"speech_loss": heard.loss().item(), **heard.figures(), "looks_share": share}
@@ -191,10 +191,10 @@ class EncoderTraining:
         return [Window(*facts) for facts in zip(windows, mouths, visemes, strict=True)]
 
     def _read(self, people: Sequence[Identity]) -> tuple[Tensor, float]:
-        """Loss over all looks, and the share of those right that every prompt tells."""
+        """Loss over all looks, and the share of correct looks among those that every prompt names."""
         ids, masks = zip(*(self._tokenizer.encode(person.prompt) for person in people), strict=True)
         mask = torch.from_numpy(np.concatenate(masks))
-        longest = int(mask.sum(1).max())  # padding is masked: shorter rows cost less and change nothing
+        longest = int(mask.sum(1).max())  # padding is masked, so shorter rows give the same result in less time
         mask = mask[:, :longest]
         tokens = torch.from_numpy(np.concatenate(ids)[:, :longest])
         features = self._text(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -206,7 +206,7 @@ class EncoderTraining:
 
 
 def make_stage(config: TrainingConfig, out: Path) -> EncoderTraining:
-    """The stage of a run; it starts from nothing in `out`."""
+    """The stage of a run; it needs no files in `out`."""
     return EncoderTraining(config)
 
 

@@ -1,7 +1,7 @@
-"""What goes wrong in training, beside the core's errors. Part of the core's tree, so that one handler reports all."""
+"""The error of training. It belongs to the core's tree of errors, so that one handler reports all."""
 
 from live_avatar.errors import LiveAvatarError
 
 
 class TrainingError(LiveAvatarError):
-    """A run that cannot go on: a figure that is not finite, no room on the disk, or what it starts from is missing."""
+    """A run cannot go on: a figure is not finite, the disk is full, or a file that it needs is missing."""

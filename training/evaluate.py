@@ -1,7 +1,7 @@
-"""What a trained avatar shows on voices and faces it never saw: does the mouth follow the voice, does the face stay.
+"""Evaluates a trained avatar on new voices and faces: whether the mouth follows the voice, and the face stays the same.
 
-`python -m training.evaluate --artifacts artifacts/tiny` generates test clips on the exported graphs, which are those
-that are served.
+`python -m training.evaluate --artifacts artifacts/tiny` generates test clips with the exported graphs, which are also
+served.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from training.mouth import best_lag, correlation, looks_distance, measure_mouth
 
 LAGS = range(-6, 7)
 LONG_WINDOWS_S = ((0, 10), (100, 110), (1000, 1010))
-"""Parts of a long stream in which the looks are measured, as in the paper's Table 7."""
+"""Parts of a long stream for the measure of the looks, as in the paper's Table 7."""
 SHEET_ROWS, SHEET_FRAMES, SHEET_STEP = 4, 12, 3
 UTTERANCE_BLOCKS = 20
 
 Generate = Callable[[Clip, int], Array]
-"""A clip's picture, prompt and speech, and a seed, give frames uint8 [n, H, W, 3]."""
+"""From a clip's picture, prompt and speech, and a seed, to frames uint8 [n, H, W, 3]."""
 
 
 @dataclass(frozen=True)
 class GeneratedClip:
-    """A test clip, and what was generated from its picture, prompt and speech."""
+    """A test clip, and the frames generated from its picture, prompt and speech."""
 
     clip: Clip
     frames: Array
@@ -57,7 +57,7 @@ def png(picture: Array) -> bytes:
 
 
 def by(generator: Generator) -> Generate:
-    """Generation by a generator."""
+    """Generation with a `Generator`."""
 
     def generate(clip: Clip, seed: int) -> Array:
         blocks = generator.generate(png(clip.picture), clip.prompt, seed, clip.speech)
@@ -67,7 +67,7 @@ def by(generator: Generator) -> Generate:
 
 
 def spoken_clips(count: int, blocks: int, size: int) -> list[Clip]:
-    """So many clips of the test split, size x size pixels, in which somebody speaks."""
+    """`count` clips of the test split with speech, size x size pixels."""
     drawn = (make_clip(Split.TEST, seed, blocks, size) for seed in itertools.count())
     return list(itertools.islice((clip for clip in drawn if clip.mouth[:, 0].std() > 0), count))
 
@@ -75,8 +75,8 @@ def spoken_clips(count: int, blocks: int, size: int) -> list[Clip]:
 def lip_sync(takes: Sequence[GeneratedClip]) -> dict[str, Any]:
     """Correlation of the measured mouth opening with the true one: mean, standard deviation over clips, and each.
 
-    shuffled: of each clip's frames with the truth of the next one, whose speech they have not heard. chance: of the
-    truths of both. ruler: of what is measured in the rendered truth itself, the most that could be reached.
+    shuffled: of each clip's frames with the truth of the next clip, which has other speech. chance: of both truths.
+    ruler: of the measure on the true frames themselves, which is the best possible value.
     """
     measured = [_opening(take.frames, take.clip) for take in takes]
     rendered = [_opening(take.clip.frames, take.clip) for take in takes]
@@ -95,7 +95,7 @@ def lip_sync(takes: Sequence[GeneratedClip]) -> dict[str, Any]:
 
 
 def looks(takes: Sequence[GeneratedClip]) -> dict[str, Any]:
-    """Distance of the looks to the picture in levels of 255, generated and true."""
+    """Distance of the looks from the picture in levels of 255, generated and true."""
     return {
         "generated": spread([float(looks_distance(take.frames, take.clip.picture).mean()) for take in takes]),
         "truth": spread([float(looks_distance(take.clip.frames, take.clip.picture).mean()) for take in takes]),
@@ -105,7 +105,7 @@ def looks(takes: Sequence[GeneratedClip]) -> dict[str, Any]:
 def long_stream(
     generator: Generator, clip: Clip, seed: int, windows: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """Looks in parts of one stream of other people's endless speech: mean distance, and its spread over seconds."""
+    """Looks in parts of one long stream with speech of many voices: mean distance, and its spread over seconds."""
     ends = [[int(side * FPS) for side in window] for window in windows]
     kept: list[list[Array]] = [[] for _ in windows]
     at = 0
@@ -152,7 +152,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def contact_sheet(takes: Sequence[GeneratedClip]) -> Image.Image:
-    """Rows of truth and generated frames in turn, the same moments from the middle of each clip."""
+    """Rows of true and generated frames in turn, of the same times in the middle of each clip."""
     rows = [
         np.concatenate(list(_moments(frames)), axis=1) for take in takes for frames in (take.clip.frames, take.frames)
     ]
@@ -166,7 +166,7 @@ def _moments(frames: Array) -> Array:
 
 
 def evaluate(generator: Generator, count: int, blocks: int, streams: int) -> tuple[dict[str, Any], list[GeneratedClip]]:
-    """All figures of an avatar, and the takes that they are of."""
+    """All figures of an avatar, and their takes."""
     clips, generate = spoken_clips(count, blocks, generator.preset.stream.height), by(generator)
     takes = [
         GeneratedClip(clip, generate(clip, seed))
@@ -184,12 +184,16 @@ def evaluate(generator: Generator, count: int, blocks: int, streams: int) -> tup
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--artifacts", type=FILE, default=Path("artifacts/tiny"), show_default=True, help="An exported avatar.")
-@click.option("--clips", "count", type=click.IntRange(2), default=16, show_default=True, help="Test clips.")
-@click.option("--blocks", type=click.IntRange(2), default=20, show_default=True, help="Blocks of each, of 0.48 s.")
-@click.option("--streams", type=click.IntRange(0), default=3, show_default=True, help="Streams of 1010 s.")
+@click.option(
+    "--artifacts", type=FILE, default=Path("artifacts/tiny"), show_default=True, help="Folder of an exported avatar."
+)
+@click.option("--clips", "count", type=click.IntRange(2), default=16, show_default=True, help="Number of test clips.")
+@click.option(
+    "--blocks", type=click.IntRange(2), default=20, show_default=True, help="Number of blocks (0.48 s) of each clip."
+)
+@click.option("--streams", type=click.IntRange(0), default=3, show_default=True, help="Number of streams of 1010 s.")
 @click.option("--report", type=FILE, help="Write the figures to this JSON file.")
-@click.option("--sheet", type=FILE, help="Write a contact sheet of truth and video, a PNG.")
+@click.option("--sheet", type=FILE, help="Write a contact sheet of true and generated frames to this PNG file.")
 def main(artifacts: Path, count: int, blocks: int, streams: int, report: Path | None, sheet: Path | None) -> None:
     """Measure an exported avatar on voices and faces of the test split."""
     with reported():

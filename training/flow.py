@@ -1,4 +1,4 @@
-"""Flow matching as the released sampler has it: noise levels, noisy latents, velocities, and back (spec section 8).
+"""Flow matching as in the released sampler: noise levels, noisy latents and velocities (spec section 8).
 
 A level σ is the share of noise: x = (1 - σ) x0 + σ ε, and the velocity is ε - x0 at every level.
 """
@@ -22,20 +22,20 @@ def chance(share: float, draw: torch.Generator) -> bool:
 
 
 def choice(values: Sequence[float], draw: torch.Generator) -> float:
-    """One of the values, each as likely."""
+    """One of the values, with equal probabilities."""
     return values[int(torch.randint(len(values), (), generator=draw))]
 
 
 def training_levels(stream: StreamConfig) -> tuple[float, ...]:
-    """The levels to draw from in training, each as likely: the released schedule in as many steps as timesteps.
+    """The levels of training, with equal probabilities: the released schedule with one step per timestep.
 
-    Its shift puts three quarters of them above 0.5, where it is decided what a picture shows.
+    Its shift puts three quarters of them above 0.5, where the content of a picture is decided.
     """
     return make_schedule(dataclasses.replace(stream, steps=TRAIN_TIMESTEPS, sigmas=None)).sigmas[:-1]
 
 
 def timestep(level: float) -> float:
-    """What the network is told of a level, in the sampler's float32 product."""
+    """The timestep of a level, as the sampler's float32 product."""
     return float(np.float32(TRAIN_TIMESTEPS) * np.float32(level))
 
 

@@ -1,6 +1,6 @@
-"""A transformer to begin training with (spec section 2): fresh weights, or those that an earlier stage left.
+"""The transformer at the start of a stage (spec section 2): with new weights, or those of an earlier stage.
 
-Always float32, whatever type the preset serves in.
+It is always float32, whatever the preset's precision is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from live_avatar.model.dit import CausalDiT
 from training.checkpoints import load_weights
 from training.errors import TrainingError
 
-# What adds nothing at first (the original's `zero_init`): speech and pose come in as they are learnt, and the first
-# velocities are 0.
+# Layers that start at 0 (the original's `zero_init`): speech and pose have no effect at first, and the first velocities
+# are 0.
 SILENT = re.compile(
     r"head\.head\.|cond_encoder\.|audio_injector\.(injector\.\d+\.o|injector_adain_layers\.\d+\.linear)\."
 )
@@ -25,10 +25,10 @@ MASK_STD = 0.02
 
 
 def fresh(config: DiTConfig, draw: torch.Generator) -> CausalDiT:
-    """A network with drawn weights.
+    """A network with random weights.
 
-    Linears and convolutions are drawn as xavier's rule says. So are the embeddings of text and time: the original's
-    deviation of 0.02 is about that at its width, and would nearly mute them at a small one.
+    Linears and convolutions follow Xavier's rule. The embeddings of text and time do, too: the original's deviation of
+    0.02 is about the same at its width, but too small for a narrow network.
     """
     dit = _empty(config)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def fresh(config: DiTConfig, draw: torch.Generator) -> CausalDiT:
 
 
 def load(config: DiTConfig, out: Path, stage: str) -> CausalDiT:
-    """The network that a stage of the run in `out` left. Raises `TrainingError` if it did not, `CheckpointError`."""
+    """The network of a stage of the run in `out`. Raises `TrainingError` if it is missing, or `CheckpointError`."""
     path = out / stage / "dit.safetensors"
     if not path.is_file():
         raise TrainingError(f"{path} does not exist; train it with --stage {stage} and the same --config, --out.")

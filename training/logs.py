@@ -1,6 +1,6 @@
 """The record of a stage: a CSV of its figures over steps, and a picture of it.
 
-Rows hold no times, so that a resumed run leaves the same file as an uninterrupted one.
+Rows have no times, so a resumed run writes the same file as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Row = dict[str, str]
 
 
 class CSVLog:
-    """Rows of figures by step in a file that is appended to; a figure that comes later gets a column of its own."""
+    """Rows of figures by step, appended to a file; a figure that appears later gets a new column."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,14 +30,14 @@ class CSVLog:
             return list(csv.DictReader(file))
 
     def cut(self, step: int) -> None:
-        """Drops rows of later steps: of a run that was killed after its last checkpoint."""
+        """Drops rows of later steps, which a run wrote after its last checkpoint."""
         rows = self.rows()
         kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
         if len(kept) < len(rows):
             self._rewrite(kept)
 
     def append(self, step: int, figures: Figures) -> None:
-        """Adds a row. Raises `TrainingError` if the disk does not take it."""
+        """Adds a row. Raises `TrainingError` if it cannot be written."""
         row = {"step": str(step), **{name: f"{value:.6g}" for name, value in figures.items()}}
         rows = self.rows()
         if not rows or row.keys() - rows[0].keys():
@@ -69,7 +69,7 @@ def mean(rows: Sequence[Figures]) -> dict[str, float]:
 
 
 def plot(training: CSVLog, validation: CSVLog, path: Path) -> None:
-    """Draws every figure against the step, one panel each, as PNG; the validation's beside the training's."""
+    """Draws every figure against the step as PNG, one panel each, with the validation's figure in the same panel."""
     from matplotlib.figure import Figure
 
     logs = {"training": training.rows(), "validation": validation.rows()}

@@ -1,7 +1,7 @@
-"""The loop that every stage runs in: learning rates, logs, moving averages, checkpoints, and the ways a run ends.
+"""The training loop of every stage: learning rates, logs, moving averages, checkpoints, and interruption.
 
-A stage is its networks, its optimisers and one step; All that is random in a step comes from the step's number, so a
-run that was interrupted and goes on is exactly the uninterrupted one.
+A stage gives its networks, its optimisers and one step. Everything random in a step depends on the step's number, so a
+resumed run gives exactly the result of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ PLOT = "loss.png"
 
 
 class TrainingStage(Protocol):
-    """What is trained, and how."""
+    """A stage: its networks, optimisers and step."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """All that a checkpoint holds and the moving average follows, by name."""
+        """Modules by name, for the checkpoint and the moving average."""
         ...
 
     @property
     def optimizers(self) -> Mapping[str, Optimizer]:
-        """Optimisers by name. The loop sets their groups' rates; a group's `scale`, if it has one, multiplies it."""
+        """Optimisers by name. The loop sets each group's learning rate, multiplied by its optional `scale`."""
         ...
 
     def step(self, number: int) -> dict[str, float]:
-        """Iteration `number`, from 1: forwards, backwards, clipping, updates. Gives figures, `loss` among them.
+        """Iteration `number`, from 1: forward, backward, clipping, updates. Returns figures, with `loss`.
 
         Everything random in it comes from `generator(seed, stage, number)`.
         """
@@ -58,13 +58,13 @@ class TrainingStage(Protocol):
         ...
 
     def outputs(self) -> Mapping[str, nn.Module]:
-        """The networks that the stage is for, by name, to be taken once when training is over."""
+        """The trained networks by name; call it once, after training."""
         ...
 
 
 @dataclass
 class Progress:
-    """Where a run stands. `pending` are the figures since the last row of the log."""
+    """State of a run. `pending` are the figures since the last row of the log."""
 
     step: int = 0
     elapsed_s: float = 0.0
@@ -72,13 +72,13 @@ class Progress:
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """The random numbers of one thing, such as (seed, "vae", step): the same whenever and wherever it is done."""
+    """The random numbers for a key, such as (seed, "vae", step): the same in every run and process."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def learning_rate(settings: StageConfig, step: int) -> float:
-    """Rises from 0 over the warm-up, then falls to `final_rate` of itself as a cosine; `step` counts from 1."""
+    """Learning rate: a rise from 0 in the warm-up, then a cosine to `final_rate` of the peak; `step` counts from 1."""
     if step <= settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
     part = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -87,7 +87,7 @@ def learning_rate(settings: StageConfig, step: int) -> float:
 
 
 def clip_gradients(parameters: list[nn.Parameter], clip_norm: float) -> float:
-    """Scales the gradients down to a norm of `clip_norm` and gives the norm that they had."""
+    """Scales the gradients down to a norm of `clip_norm`; returns the norm before."""
     return float(nn.utils.clip_grad_norm_(parameters, clip_norm))
 
 
@@ -105,7 +105,7 @@ class EMA:
         self.values = {name: value.detach().clone() for name, value in self._parameters.items()} if decay else {}
 
     def update(self, step: int) -> None:
-        """Takes in the parameters after step `step`; the first steps weigh more, or the start would linger."""
+        """Adds the parameters after step `step`; the first steps have more weight, so that the start is forgotten."""
         if self._decay:
             decay = min(self._decay, (1 + step) / (10 + step))
             held = [distributed.to_local(value) for value in self.values.values()]
@@ -136,7 +136,7 @@ class EMA:
 
 @dataclass
 class StageRun:
-    """A stage on its way: what a checkpoint is made from, and put back into."""
+    """A running stage, which is saved to and restored from a checkpoint."""
 
     stage: TrainingStage
     settings: StageConfig
@@ -154,7 +154,7 @@ class StageRun:
         return self.folder / CHECKPOINT
 
     def resume(self) -> None:
-        """Takes up the last checkpoint, if there is one. Raises `CheckpointError` if it is not of this run."""
+        """Restores the last checkpoint, if there is one. Raises `CheckpointError` if it is of another run."""
         state = load_checkpoint(self.path, self.identity)
         if state is not None:
             self._take(state)
@@ -171,7 +171,7 @@ class StageRun:
         self.progress = Progress(state["step"], state["elapsed_s"], state["pending"])
 
     def save(self) -> None:
-        """Writes the checkpoint. All processes call it together, one writes, and it is there when any goes on."""
+        """Writes the checkpoint. All processes call it together; one writes, and the others wait for it."""
         state: State = {
             "step": self.progress.step,
             "elapsed_s": self.progress.elapsed_s,
@@ -186,7 +186,7 @@ class StageRun:
         distributed.barrier()
 
     def advance(self) -> Figures:
-        """One step, its figures into the log. Raises `TrainingError` for a figure that is not finite."""
+        """Does one step and logs its figures. Raises `TrainingError` for a figure that is not finite."""
         number = self.progress.step + 1
         rate = learning_rate(self.settings, number)
         for optimizer in self.stage.optimizers.values():
@@ -227,11 +227,11 @@ class StageRun:
 def train(
     stage: TrainingStage, settings: StageConfig, folder: Path, identity: Mapping[str, Any], quiet: bool = False
 ) -> Progress:
-    """Runs a stage from where it stands to its last step; then its modules hold the averaged weights.
+    """Runs a stage from its last checkpoint to its last step; then its modules hold the averaged weights.
 
-    `identity` is what the run is made of: a checkpoint in `folder` of anything else is refused. Raises
-    `KeyboardInterrupt` after Ctrl-C, SIGTERM or SIGHUP, when the current step is done and saved; `TrainingError` for
-    a figure that is not finite or a full disk, the last checkpoint being whole; `CheckpointError`.
+    A checkpoint in `folder` with another `identity` is refused with `CheckpointError`. Raises `KeyboardInterrupt` after
+    Ctrl-C, SIGTERM or SIGHUP, when the current step is done and saved, and `TrainingError` for a figure that is not
+    finite or a full disk; the last checkpoint stays complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = StageRun(stage, settings, folder, identity, EMA(stage.modules, settings.ema))

@@ -1,6 +1,6 @@
-"""Low-rank adapters in training: factors beside frozen linears, and both written in the official names (section 14).
+"""Low-rank adapters in training: factors of frozen linears, and files with the official names (section 14).
 
-y = W x + b + alpha / rank * B A x. `live_avatar.weights.lora` reads the files that are made here.
+y = W x + b + alpha / rank * B A x. `live_avatar.weights.lora` reads the files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FACTOR = re.compile(r"\.lora_[AB]\.weight$")
 
 
 class AdaptedLinear(Linear):
-    """A linear with an adapter; it has the linear's own parameters, frozen. At first it computes the same."""
+    """A linear with an adapter; the linear's own parameters are frozen. At first the result is the same."""
 
     def __init__(self, base: nn.Linear, settings: LoRAConfig, draw: torch.Generator) -> None:
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -42,7 +42,7 @@ class AdaptedLinear(Linear):
 
 
 def adapt(dit: CausalDiT, settings: LoRAConfig, draw: torch.Generator) -> None:
-    """Puts an adapter to every target linear of the network and freezes all else."""
+    """Adds an adapter to every target linear of the network and freezes all other parameters."""
     dit.requires_grad_(False)
     for name, linear in [(name, part) for name, part in dit.named_modules() if isinstance(part, Linear)]:
         if is_lora_target(name):
@@ -55,13 +55,13 @@ def _adapters(dit: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 
 def adapter_of(dit: nn.Module) -> dict[str, Tensor]:
-    """The factors of an adapted network under the official names; of none, nothing. All processes call it together."""
+    """The factors of an adapted network by official name; empty without adapters. All processes call it together."""
     state = gathered({name: tensor for name, tensor in dit.state_dict().items() if FACTOR.search(name)})
     return {f"{PREFIX}{name.removesuffix('.weight')}.default.weight": tensor for name, tensor in state.items()}
 
 
 def merged(dit: nn.Module) -> dict[str, Tensor]:
-    """The whole weights of a network with its adapters in them, under the official names; without any, as they are.
+    """The weights of a network by their official names, with its adapters merged.
 
     All processes call it together.
     """
@@ -73,7 +73,7 @@ def merged(dit: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(path: Path, dit: nn.Module) -> None:
-    """Writes the adapter of a network as `live_avatar.weights.lora.LoRA` reads it, alpha included."""
+    """Writes the adapter of a network, with alpha, in the format of `live_avatar.weights.lora.LoRA`."""
     part = next(part for _, part in _adapters(dit))
     alpha = part.scale * part.lora_A.out_features
     tensors = {name: tensor.contiguous() for name, tensor in adapter_of(dit).items()}

@@ -1,6 +1,6 @@
-"""What teacher and stage 1 share: a stage that lowers a flow-matching loss of single clips.
+"""Shared base of the teacher and stage 1: a stage that minimises a flow-matching loss of single clips.
 
-A batch is clips one after another, whose gradients add up.
+The clips of a batch are processed one after another, and their gradients are added.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from training.loop import clip_gradients, generator
 from training.window import Window, moved_to, part
 
 BETAS = (0.9, 0.99)
-"""Of Adam. Runs of some thousand steps want a shorter memory of squares than the usual 0.999."""
-MAP_CLIPS = 64  # from which the map of movement is taken
+"""Betas of Adam. Runs of some thousand steps need a shorter memory of squares than the usual 0.999."""
+MAP_CLIPS = 64  # clips for the map of movement
 
 
 class Clips(Protocol):
@@ -43,7 +43,7 @@ class Sample:
 
 
 class ClipLoss(Protocol):
-    """A loss of one sample, a scalar with a graph. All its draws come from `draw`; `spoken` False drops the speech."""
+    """The loss of one sample, a scalar with a graph. Its draws come from `draw`; `spoken` False drops the speech."""
 
     @property
     def window(self) -> Window: ...
@@ -52,21 +52,21 @@ class ClipLoss(Protocol):
 
 
 def draw_index(clips: Clips, draw: torch.Generator) -> int:
-    """The number of one of the clips."""
+    """The number of a random clip."""
     return int(torch.randint(len(clips), (), generator=draw))
 
 
 def draw_sample(clip: EncodedClip, blocks: int, draw: torch.Generator) -> Sample:
-    """A window of `blocks` blocks of the clip."""
+    """A random window of `blocks` blocks of the clip."""
     start = int(torch.randint(len(clip.states) - blocks + 1, (), generator=draw))
     return Sample(moved_to(part(clip, start, blocks), distributed.device()), start)
 
 
 def movement(clips: Clips, share: float) -> Tensor:
-    """Weights [1, 1, 1, h, w] of mean 1 for a loss over latents; `share` of them goes where the clips move.
+    """Weights [1, 1, 1, h, w] of mean 1 for a loss over latents; `share` of them is for regions that move.
 
-    A mouth is some 4 of a small picture's 144 latent pixels: a plain mean is nearly content with a good picture that
-    does not speak. One map serves all clips, so it moves no optimum; it only says what is learnt first.
+    A mouth covers about 4 of a small picture's 144 latent pixels, so a plain mean hardly counts it. The map is the
+    same for all clips, so it does not change the optimum, only the order of learning.
     """
     some = [clips[index].latents for index in range(min(MAP_CLIPS, len(clips)))]
     spread = torch.stack([latents.var(dim=2).mean(dim=1) for latents in some]).mean(dim=0)
@@ -74,13 +74,13 @@ def movement(clips: Clips, share: float) -> Tensor:
 
 
 def adam(parameters: Sequence[nn.Parameter], settings: StageConfig, scale: float = 1.0) -> AdamW:
-    """The optimiser of all stages; its rate is `scale` of the stage's."""
+    """The optimiser of all stages; its learning rate is the stage's times `scale`."""
     groups = [{"params": list(parameters), "scale": scale}]
     return AdamW(groups, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
 
 
 def update(optimizer: Optimizer, clip_norm: float) -> float:
-    """Clips the gradients that have gathered, moves the parameters and forgets them; the norm that they had."""
+    """Clips the accumulated gradients, updates the parameters, clears the gradients; returns their norm before."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = clip_gradients(parameters, clip_norm)
     optimizer.step()
@@ -117,7 +117,7 @@ class FlowMatching:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The loss on the validation clips, and what it rises by when they lose their speech."""
+        """The loss on the validation clips, and its rise without their speech."""
         heard, unheard = (self._validation_loss(spoken) for spoken in (True, False))
         return {"loss": heard, "speech_gain": unheard - heard}
 

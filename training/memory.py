@@ -1,13 +1,13 @@
-"""PeakBytes memory of a generator's update against the number of blocks: the plain loop and block-wise accumulation.
+"""Peak memory of a generator's update against the number of blocks: the plain loop and block-wise accumulation.
 
 `python -m training.memory --blocks 1 --blocks 2` prints a Markdown table and, as the last line, the report as JSON;
 --report also writes it.
 
-An update is a window's rollout and the backward pass of a given slope through it; the scores, which keep no graph, are
-no part of it. Networks have the preset's sizes and drawn weights. Every figure is of a process of its own:
-`live` is the most bytes of tensors that were alive at a time, beyond those before (weights and conditions); it counts
-every storage of torch once and is exact, but for what a kernel takes and gives back inside. `resident` is the growth
-of the process's memory in the same update, which a machine must have, allocator and all.
+An update is a window's rollout and the backward pass of a given gradient through it, without the scores, which keep no
+graph. The networks have the preset's sizes and random weights. Every figure is measured in a separate process.
+`live` is the peak of bytes of live tensors, without those before the update (weights and conditions); it counts every
+storage of torch once and is exact, except for temporary memory inside kernels. `resident` is the growth of the
+process's resident memory in the same update, with the allocator's overhead.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from training.window import Place, Window
 
 MIB = 2**20
 COUNTS = (1, 2, 4, 8, 16)
-EXIT_STEP = 1  # of the rollout; memory does not depend on it, time does
+EXIT_STEP = 1  # exit step of the rollout; it changes the time, not the memory
 SEED = 0
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every tensor made while it is open; `peak` is the most bytes that were alive at a time."""
+    """Tracks every new tensor while it is open; `peak` is the largest number of live bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,7 +85,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """Bytes of one update."""
+    """Memory of one update in bytes."""
 
     blocks: int
     accumulate: bool
@@ -94,7 +94,7 @@ class PeakBytes:
 
 
 def measure(preset: Preset, blocks: int, accumulate: bool) -> PeakBytes:
-    """One update in this process, first for `resident`, then once more for `live`."""
+    """Measures an update in this process, first for `resident`, then again for `live`."""
     update = _update(preset, blocks, accumulate)
     resident = _resident_growth(update)
     with LiveBytes() as live:
@@ -129,8 +129,8 @@ def _drawn_clip(preset: Preset, blocks: int, draw: torch.Generator) -> EncodedCl
 
 
 def _resident_growth(update: Callable[[], None]) -> int:
-    """How far the resident memory rises above where it stands now. Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    """Measures the rise of the resident memory above its present value. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmHWM")
     update()
     return _status_bytes("VmHWM") - before
@@ -142,7 +142,7 @@ def _status_bytes(name: str) -> int:
 
 
 def measure_all(preset: Preset, blocks: tuple[int, ...]) -> Iterator[PeakBytes]:
-    """Both ways for every number of blocks, each in a fresh process, one after another."""
+    """Both ways for every number of blocks, each in a new process, one after another."""
     spawn = multiprocessing.get_context("spawn")
     for count in blocks:
         for accumulate in (False, True):
@@ -151,7 +151,7 @@ def measure_all(preset: Preset, blocks: tuple[int, ...]) -> Iterator[PeakBytes]:
 
 
 def table(peaks: list[PeakBytes]) -> str:
-    """Markdown, a row for every number of blocks."""
+    """Markdown: a row for every number of blocks."""
     found = {(peak.blocks, peak.accumulate): peak for peak in peaks}
     lines = [
         "| blocks | live MiB, plain | live MiB, block by block | resident MiB, plain | resident MiB, block by block |",
@@ -165,13 +165,18 @@ def table(peaks: list[PeakBytes]) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--preset", "name", default=TINY.name, show_default=True, help="Whose networks.")
+@click.option("--preset", "name", default=TINY.name, show_default=True, help="Preset of the networks.")
 @click.option(
-    "--blocks", type=click.IntRange(1), multiple=True, default=COUNTS, show_default=True, help="Numbers of blocks."
+    "--blocks",
+    type=click.IntRange(1),
+    multiple=True,
+    default=COUNTS,
+    show_default=True,
+    help="Number of blocks; can be repeated.",
 )
 @click.option("--report", type=FILE, help="Also write the report to this JSON file.")
 def main(name: str, blocks: tuple[int, ...], report: Path | None) -> None:
-    """Measure what block-wise gradient accumulation saves."""
+    """Measure the memory that block-wise gradient accumulation saves."""
     with reported():
         peaks = list(measure_all(preset_of(name), blocks))
         made = {

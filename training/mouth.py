@@ -1,7 +1,7 @@
-"""Measures drawn faces in a video without knowing the truth: how the mouth moves, how far the looks have drifted.
+"""Measures drawn faces in a video without the truth: the movement of the mouth, and the drift of the looks.
 
-Made for the data set's own geometry (`training.data.features`): the mouth is near its known place, its inside is dark,
-and its lips are less green than the skin. The reference picture gives the skin's colour.
+It relies on the data set's geometry (`training.data.features`): the mouth is near its known place, its inside is dark,
+and its lips are less green than the skin. The reference picture gives the colour of the skin.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WIDTH_PER_UNIT, WIDTH_AT_0 = 0.067, -0.77
 """The same for the width: slope and intercept."""
 _AREA = (48.0, 65.3)
 _AREA_RADII = (16.0, 10.3)
-"""An ellipse that holds the mouth in all poses, and little but skin around it."""
+"""An ellipse that contains the mouth in all poses, and otherwise almost only skin."""
 _MIDDLE = 7
-"""Columns (1/96 of the side) whose dark height is averaged: the highest ones, wherever the head has moved."""
+"""Number of columns (1/96 of the side) in the mean of the dark height; the highest columns count."""
 _RED, _GREEN = 0, 1
 _LIP_FLOOR = 0.08
 
@@ -35,11 +35,11 @@ REGIONS: dict[str, tuple[Box, ...]] = {
     "skin": ((31, 53, 36, 58), (60, 53, 65, 58)),
     "clothes": ((24, 92, 34, 96), (62, 92, 72, 96)),
 }
-"""Places that show the same thing whatever the head and the mouth do; the top of a bald head is skin."""
+"""Regions that do not change with the pose of head and mouth; the top of a bald head is skin."""
 
 
 def measure_mouth(frames: Array, picture: Array) -> Array:
-    """Opening and width of the mouth, in the scale of `Clip.mouth`, where 0 opening is the picture's.
+    """Opening and width of the mouth in the scale of `Clip.mouth`; opening 0 is that of the picture.
 
     frames uint8 [n, H, W, 3]; picture uint8 [H, W, 3] of the same face, mouth closed -> float32 [n, 2].
     Raises `InputError` for frames and a picture of other or different shapes.
@@ -51,10 +51,7 @@ def measure_mouth(frames: Array, picture: Array) -> Array:
 
 
 def correlation(measured: Array, truth: Array, lag: int = 0) -> float:
-    """Pearson's correlation of two series [n] after taking `measured` as `lag` frames late; 0 if one is constant.
-
-    Constant is what varies by no more than rounding does.
-    """
+    """Pearson's correlation of two series [n], `measured` shifted by `lag`; 0 if one is constant up to rounding."""
     if measured.shape != truth.shape or measured.ndim != 1 or len(measured) < abs(lag) + 2:
         raise InputError(
             f"the series have shapes {list(measured.shape)} and {list(truth.shape)}; expected two of the same length, "
@@ -68,15 +65,15 @@ def correlation(measured: Array, truth: Array, lag: int = 0) -> float:
 
 
 def best_lag(measured: Array, truth: Array, lags: Iterable[int]) -> int:
-    """The lag of `lags`, in frames, at which `measured` follows `truth` best; positive: it is late."""
+    """The one of `lags`, in frames, with the best correlation; positive if `measured` is late."""
     return max(lags, key=lambda lag: correlation(measured, truth, lag))
 
 
 def looks_distance(frames: Array, picture: Array) -> Array:
-    """How far the looks are from the reference picture: frames uint8 [n, H, W, 3] -> float32 [n], in levels of 255.
+    """Distance of the looks from the reference picture: frames uint8 [n, H, W, 3] -> float32 [n], in levels of 255.
 
-    Mean over `REGIONS` of the Euclidean distance between the mean RGB colours there. Sway leaves about 1; another
-    identity has some tens.
+    It is the mean over `REGIONS` of the Euclidean distance between the mean RGB colours. Sway gives about 1, another
+    identity some tens.
     """
     _check(frames, picture)
     seen, expected = _region_colours(frames), _region_colours(picture[None])
@@ -93,7 +90,7 @@ def _check(frames: Array, picture: Array) -> None:
 
 
 def _mouth_area(pixels: Array, channel: int) -> tuple[Array, Array]:
-    """One channel around the mouth, float32 [n, h, w], and which of its pixels count, [h, w]."""
+    """One channel around the mouth, float32 [n, h, w], and a mask of the pixels that count, [h, w]."""
     side = pixels.shape[1]
     units = (np.arange(side) + 0.5) * UNITS / side
     x, y = (units - _AREA[0]) / _AREA_RADII[0], (units - _AREA[1]) / _AREA_RADII[1]
@@ -104,7 +101,7 @@ def _mouth_area(pixels: Array, channel: int) -> tuple[Array, Array]:
 
 
 def _darkness(frames: Array, picture: Array, channel: int) -> Array:
-    """0 where the mouth's area is as bright as the skin or brighter, 1 where it is as dark as the mouth's inside.
+    """Darkness of the mouth's area: 0 where it is at least as bright as the skin, 1 where it is as dark as its inside.
 
     [n, H, W, 3] -> [n, h, w]
     """
@@ -115,14 +112,14 @@ def _darkness(frames: Array, picture: Array, channel: int) -> Array:
 
 
 def _dark_height(frames: Array, picture: Array) -> Array:
-    """Height of the open mouth's inside in 1/96 of the side, [n]. Red, because in red lips are as bright as skin."""
+    """Height of the open mouth's inside in 1/96 of the side, [n]. It uses red, in which lips are as bright as skin."""
     per_unit = frames.shape[1] / UNITS
     heights = np.sort(_darkness(frames, picture, _RED).sum(1) / per_unit, axis=1)
     return heights[:, -round(_MIDDLE * per_unit) :].mean(1)
 
 
 def _lip_width(frames: Array, picture: Array) -> Array:
-    """Width of lips and inside in 1/96 of the side, [n]: the number of columns that share the darkness evenly."""
+    """Width of lips and inside in 1/96 of the side, [n]: the effective number of dark columns."""
     columns = np.maximum(0, _darkness(frames, picture, _GREEN) - _LIP_FLOOR).sum(1)  # [n, w]
     shade = np.median(np.sort(columns, axis=1)[:, : columns.shape[1] // 4], axis=1, keepdims=True)
     columns = np.maximum(0, columns - shade)

@@ -1,7 +1,7 @@
-"""Self-forcing: the generator makes a window as a stream does, from its own past (section 3.2, Algorithm 1).
+"""Self-forcing: the generator makes a window like a stream, from its own past (section 3.2, Algorithm 1).
 
-History corrupt: the cache of a step holds what that step's own noisy passes wrote. So the steps up to a random exit
-step are enough for a window, and no pass over clean latents is made.
+History corrupt: the cache of a step has the keys and values of that step's own noisy passes. So a window needs only
+the steps up to a random exit step, and no pass over clean latents.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from training.window import Place, Window
 
 @dataclass(frozen=True)
 class Rules:
-    """What differs from the released rollout; its steps and when the sink is replaced are the stream's.
+    """Differences from the released rollout. Steps and replacement of the sink follow the stream's configuration.
 
-    clean_history: every step sees the keys and values of the clean past, from one more pass at timestep 0 (NFE of
-    steps + 1). history_noise: largest level of noise mixed into the latents that the cache is written from
-    (section 4.2). It takes one more pass per step, because a pass whose own latents were noisier than its timestep
-    says would predict from them too.
+    clean_history: every step gets the keys and values of the clean past, from one more pass at timestep 0 (NFE of
+    steps + 1). history_noise: largest level of noise that is mixed into the latents for the cache (section 4.2). It
+    needs one more pass per step; otherwise the prediction would also come from latents noisier than the timestep.
     """
 
     clean_history: bool = False
@@ -36,9 +35,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class RolloutInput:
-    """What a rollout is made from: noise [1, 16, F, h, w] of the window; `replaces`: whether the sink is replaced.
+    """Inputs of a rollout: noise [1, 16, F, h, w] of the window; `replaces`: whether the sink is replaced.
 
-    exit_step counts from 0; its prediction of the clean latents is the result. The last step's is what a stream shows.
+    exit_step counts from 0; its prediction of the clean latents is the result. A stream shows that of the last step.
     """
 
     clip: EncodedClip
@@ -50,10 +49,10 @@ class RolloutInput:
 
 @dataclass
 class Rollout:
-    """A window as it was generated, block by block.
+    """A generated window, block by block.
 
-    inputs: noisy latents that the exit step took. written: keys and values that later blocks saw there, without
-    graph. clean: its predictions. late: the latent that replaced the reference, or None.
+    inputs: noisy latents at the exit step. written: keys and values at the exit step for later blocks, without graph.
+    clean: predictions of the exit step. late: the latent that replaced the reference, or None.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -72,7 +71,7 @@ Pass = Callable[[Tensor, float, Sequence[KV]], tuple[Tensor, KV]]
 
 
 class Roller:
-    """Rollouts of windows under given rules; holds no state of one."""
+    """Rollouts of windows under the given rules, without state."""
 
     def __init__(self, window: Window, rules: Rules | None = None) -> None:
         self.window = window
@@ -96,7 +95,7 @@ class Roller:
         return made
 
     def predicted(self, latent: Tensor, velocity: Tensor, exit_step: int) -> Tensor:
-        """The clean latents that the exit step's velocity says."""
+        """The clean latents from the exit step's velocity."""
         return moved(latent, velocity, self.levels[exit_step], 0.0)
 
     def _make(
@@ -108,7 +107,7 @@ class Roller:
         given: RolloutInput,
         draw: torch.Generator,
     ) -> None:
-        """One block: to its exit step without gradient, and one pass there."""
+        """Generates one block: up to its exit step without gradient, and one pass there."""
         exit_step, levels = given.exit_step, self.levels
         for step in range(exit_step):
             with torch.no_grad():
@@ -129,7 +128,7 @@ class Roller:
     def _remember(
         self, cache: list[KV], run: Pass, latent: Tensor, level: float, written: KV, draw: torch.Generator
     ) -> None:
-        """Puts a block into the cache of its step: as its pass wrote it, or from noisier latents."""
+        """Writes a block into the cache of its step: from its own pass, or from noisier latents."""
         if self.rules.clean_history:
             return
         if self.rules.history_noise:
@@ -139,13 +138,13 @@ class Roller:
         cache.append([(key.detach(), value.detach()) for key, value in written])
 
     def _remember_clean(self, caches: list[list[KV]], run: Pass, clean: Tensor) -> None:
-        """Puts a block's clean latents into every step's cache, by one more pass."""
+        """Writes a block's clean latents into every step's cache, with one more pass."""
         _, written = run(clean, 0.0, caches[0])
         for cache in caches:
             cache.append(written)
 
     def _finished(self, run: Pass, latent: Tensor, velocity: Tensor, exit_step: int) -> Tensor:
-        """The first block, denoised to the end: the sink is replaced by clean latents whatever the exit step."""
+        """The first block after all steps: clean latents replace the sink at every exit step."""
         for step in range(exit_step + 1, self.steps):
             latent = moved(latent, velocity, self.levels[step - 1], self.levels[step])
             velocity, _ = run(latent, self.levels[step], [])

@@ -1,8 +1,7 @@
-"""A training run from the command line: one stage, or all of them to weights that the export takes.
+"""A training run from the command line: one stage, or all stages up to weights for the export.
 
-`python -m training.run --config training/configs/tiny.toml --stage all --out out/tiny`. A stage leaves its networks and
-a record in a folder of its own; the same command goes on with one that was interrupted and passes over one that is
-done.
+`python -m training.run --config training/configs/tiny.toml --stage all --out out/tiny`. Each stage writes its networks
+and a record into its own folder. The same command resumes an interrupted stage and skips finished ones.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from training.lora import merged, save_adapter
 
 RECORD = "record.json"
 WEIGHTS = "weights"
-"""Folder of a run with the four networks, as `live-avatar export --checkpoint` takes it."""
+"""Folder of a run with the four networks, for `live-avatar export --checkpoint`."""
 ADAPTER = "lora.safetensors"
 DATA = (f"{FOLDER}/train/{MANIFEST}", f"{FOLDER}/validation/{MANIFEST}")
 ALL = "all"
@@ -45,12 +44,12 @@ ROOT = Path(__file__).parents[1]
 
 Facts = dict[str, Any]
 Work = Callable[[Facts], Facts]
-"""Does a stage whose identity is given; gives the facts of its record."""
+"""Runs a stage with the given identity; returns the facts of its record."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage as a step of the run: the files it starts from, and those it leaves, relative to the run's folder."""
+    """One stage of the run: its input files and its output files, relative to the run's folder."""
 
     needs: tuple[str, ...]
     gives: tuple[str, ...]
@@ -65,7 +64,7 @@ STEPS: Mapping[str, Step] = {
     stage1.NAME: Step((*DATA, "teacher/dit.safetensors"), ("stage1/dit.safetensors",)),
     stage2.NAME: Step((*DATA, "teacher/dit.safetensors", "stage1/dit.safetensors"), ("stage2/dit.safetensors",)),
 }
-"""In the order in which they run."""
+"""All stages in their order."""
 PRODUCTS = {**ENCODERS, "dit": "stage2/dit.safetensors"}
 MAKERS: Mapping[str, Callable[[TrainingConfig, Path], TrainingStage]] = {
     vae.STAGE: lambda config, out: vae.make_stage(config),
@@ -76,12 +75,12 @@ MAKERS: Mapping[str, Callable[[TrainingConfig, Path], TrainingStage]] = {
     stage2.NAME: stage2.make_stage,
 }
 ALONE = (vae.STAGE, vae.MOUTHS, "encoders", FOLDER)
-"""Stages that a process does on its own: their networks are small at every scale."""
+"""Stages with a single process, because their networks are small at every scale."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run's configuration, where it stands and where it goes."""
+    """A run: its configuration and its folder."""
 
     path: Path
     config: TrainingConfig
@@ -91,7 +90,7 @@ class TrainingRun:
         return f"python -m training.run --config {self.path} --stage {stage} --out {self.out}"
 
     def do(self, name: str) -> Facts:
-        """A stage, unless it is done; its record. Raises `TrainingError` and `CheckpointError`."""
+        """Runs a stage, unless it is done; returns its record. Raises `TrainingError` and `CheckpointError`."""
         self._require(name)
         identity = self._identity(name)
         record = self._record(name, identity)
@@ -100,7 +99,7 @@ class TrainingRun:
         return record or self._train(name, identity)
 
     def finish(self, records: Mapping[str, Facts]) -> Path:
-        """Puts the networks side by side and checks that they are a checkpoint; writes the record of the whole run."""
+        """Collects the networks, checks that they are a checkpoint, and writes the record of the whole run."""
         for part, file in PRODUCTS.items():
             write_whole(self.out / WEIGHTS / f"{part}.safetensors", partial(_copy, self.out / file))
         open_checkpoint(self.config.system, self.out / WEIGHTS)
@@ -127,7 +126,7 @@ class TrainingRun:
                 )
 
     def _identity(self, name: str) -> Facts:
-        """All that decides what a stage makes."""
+        """Everything that the results of a stage depend on."""
         settings, data = dataclasses.asdict(getattr(self.config, name)), dataclasses.asdict(self.config.data)
         counts = {"train_clips", "validation_clips"}
         own = {key: value for key, value in settings.items() if key not in counts}
@@ -141,7 +140,7 @@ class TrainingRun:
         }
 
     def _record(self, name: str, identity: Facts) -> Facts | None:
-        """The record that a stage has left. Raises `CheckpointError` if it was made from anything else."""
+        """The record of a finished stage. Raises `CheckpointError` if it has another identity."""
         path = self.out / name / RECORD
         if not path.is_file() or not all((self.out / file).is_file() for file in STEPS[name].gives):
             return None
@@ -168,7 +167,7 @@ class TrainingRun:
         return self._write(name, identity, facts)
 
     def _encode(self, identity: Facts, spent_s: float) -> Facts:
-        """Makes the clips that are missing; their number is no part of the identity, so that a data set can grow."""
+        """Makes the missing clips. Their number does not belong to the identity, so a data set can grow."""
         data, began = self.config.data, time.monotonic()
         try:
             for split, count in ((Split.TRAIN, data.train_clips), (Split.VALIDATION, data.validation_clips)):
@@ -183,7 +182,7 @@ class TrainingRun:
         record = {"stage": name, **facts, "threads": torch.get_num_threads(), "commit": commit(), "identity": identity}
         if distributed.is_main():
             write_json(self.out / name / RECORD, record)
-        distributed.barrier()  # the next stage reads the record and what stands beside it
+        distributed.barrier()  # the next stage reads the record and the files beside it
         return record
 
 
@@ -200,7 +199,7 @@ def _numbers(row: Mapping[str, str]) -> dict[str, float]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a `+` if files have changed since; None if it is no checkout."""
+    """The commit of this checkout, with `+` if there are changes since; None outside a checkout."""
     git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
         head, status = git(["git", "rev-parse", "HEAD"]), git(["git", "status", "--porcelain", "-uno"])
@@ -211,11 +210,11 @@ def commit() -> str | None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", "path", type=FILE, required=True, help="TOML file, such as training/configs/tiny.toml.")
-@click.option("--stage", type=click.Choice([*STEPS, ALL]), required=True, help="Which stage, or all in this order.")
-@click.option("--out", type=FILE, required=True, help="The run's folder; a run that is in it goes on.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads to compute with; without it torch's choice.")
+@click.option("--stage", type=click.Choice([*STEPS, ALL]), required=True, help="One stage, or all in this order.")
+@click.option("--out", type=FILE, required=True, help="The run's folder; a run in it is resumed.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads; by default torch's choice.")
 def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
-    """Train the networks of a preset: the paper's two stages, and what they need."""
+    """Train the networks of a preset: the paper's two stages, and the stages before them."""
     with reported("Interrupted; the same command goes on from there."):
         run = TrainingRun(path, load(path), out)
         if threads is not None:

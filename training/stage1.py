@@ -1,8 +1,8 @@
 """Stage 1: diffusion forcing, which makes the teacher causal (section 3.2).
 
-Every block has a noise level of its own. Full attention inside a block, a causal mask between blocks, a window of L
-blocks and the sink are all had by running the blocks in order, each with the keys and values that those before it
-wrote at their levels; gradients flow through them.
+Every block has its own noise level. The blocks run in order, each with the keys and values of the blocks before it at
+their levels. This gives full attention inside a block, a causal mask between blocks, a window of L blocks and the sink;
+gradients flow through the keys and values.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from training.window import Place, Scene, Window, draw_place, unspoken
 
 NAME = "stage1"
 EVEN_SHARE = 0.5
-"""Share of windows whose blocks all have one level. It is what a stream's steps look like, whose history is of their
-own level; the others are diffusion forcing proper."""
+"""Share of windows whose blocks all have one level, like a stream's steps, whose history has their own level. The other
+windows are diffusion forcing proper."""
 SCHEDULE_SHARE = 0.5
-"""Share of windows whose levels are among those of the released schedule, which is all that stage 2 starts from."""
+"""Share of windows whose levels are those of the released schedule, the only levels in stage 2."""
 REPLACED_SHARE = 0.5
-"""Share of windows whose sink is replaced by the window's own first latent frame, as a stream does it (AAS)."""
+"""Share of windows whose own first latent frame replaces the sink, as in a stream (AAS)."""
 
 
 def draw_levels(stream: StreamConfig, blocks: int, draw: torch.Generator) -> list[float]:

@@ -1,7 +1,7 @@
 """Stage 2: self-forcing distribution matching distillation (section 3.2, Algorithms 1 and 2).
 
-The generator begins as stage 1's network, both scores as the teacher. A step is `fake_steps` updates of the fake
-score, each on windows that are generated afresh, and one of the generator on the last of them.
+The generator starts with stage 1's network, both scores with the teacher. A step is `fake_steps` updates of the fake
+score, each on newly generated windows, and one update of the generator on the last of these windows.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from training.window import Window, draw_place, unspoken
 
 NAME = "stage2"
 Key = tuple[int, str, int, int, int]
-"""Seed, stage, step, update of the fake score, and number in the batch: what a window's draws depend on."""
+"""Seed, stage, step, update of the fake score, and number in the batch; a window's random draws depend on these."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A generated window, and all that it was made from; `draw` gives the draws that follow."""
+    """A generated window with its inputs; `draw` gives the following random draws."""
 
     key: Key
     given: RolloutInput
@@ -52,7 +52,7 @@ class Made:
 
 
 class Distillation:
-    """The stage; its product is `modules["dit"]`, the generator."""
+    """The stage; its result is `modules["dit"]`, the generator."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Distillation:
         clips: Clips,
         validation: Clips,
     ) -> None:
-        """`networks`: the generator, with adapters or all to be trained, the real score and the fake score."""
+        """`networks`: the generator, trained as a whole or by adapters, the real score and the fake score."""
         dit, real, fake = networks
         self._key = (seed, NAME)
         self._settings = settings
@@ -96,9 +96,9 @@ class Distillation:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """How far validation clips, generated in all steps, are from the truth, and how much farther without speech.
+        """Distance of validation clips, generated with all steps, from the truth, and its rise without speech.
 
-        The truth moves in ways that no speech tells, so the first is not 0 at best.
+        The best distance is not 0, because the speech does not determine all movements of the truth.
         """
         heard, unheard = (self._distance(spoken) for spoken in (True, False))
         return {"loss": heard, "speech_gain": unheard - heard}
@@ -124,7 +124,7 @@ class Distillation:
         return RolloutInput(sample.clip, place, window.noise(draw), exit_step, replaces)
 
     def _update_fake(self, windows: Sequence[Made]) -> tuple[float, float]:
-        """One step of the fake score on generated windows; its loss and the norm of its gradient."""
+        """Updates the fake score on generated windows; returns its loss and the norm of its gradient."""
         total = 0.0
         for made in windows:
             loss = self._fake_loss(made) / len(windows)
@@ -142,7 +142,7 @@ class Distillation:
         )
 
     def _descend(self, made: Made, count: int) -> float:
-        """Adds one window's part of `count` to the generator's gradients; its loss."""
+        """Adds the gradients of one of `count` windows to the generator's; returns its loss."""
         window, given, clean = self._roller.window, made.given, made.rollout.latents
         level, noise = draw_score_level(window.stream, made.draw), window.noise(made.draw)
         gradient = self._scores.gradient(given.clip, given.place, clean, noise, level)
@@ -177,7 +177,7 @@ def make_stage(config: TrainingConfig, out: Path) -> Distillation:
 
 
 def make_roller(system: Preset, settings: DistillationStage) -> Roller:
-    """The rollouts that the settings ask for."""
+    """The rollouts with the settings of the stage."""
     preset = system if settings.replaces_sink else system.with_stream(sink_update_block=None)
     window = Window(preset, settings.blocks, distributed.device(), settings.rolls)
     return Roller(window, Rules(settings.clean_history, settings.history_noise))

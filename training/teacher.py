@@ -1,7 +1,6 @@
 """Stage 0d: the bidirectional teacher, trained by flow matching on whole clips (section 3.2).
 
-All latent frames of a clip have one noise level and see one another, and the sink stands at its distance from the
-first.
+All latent frames of a clip have one noise level and attend to one another. The sink keeps its distance from the first.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def score_loss(
     level: float,
     weight: Tensor,
 ) -> Tensor:
-    """Flow matching of whole windows: what trains the teacher on clips, and the fake score on generated ones."""
+    """Flow matching of whole windows, for the teacher on clips and the fake score on generated windows."""
     velocity = window.whole(dit, scene, place, mixed(clean, noise, level), level)
     return velocity_loss(velocity, clean, noise, weight)
 

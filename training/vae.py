@@ -1,14 +1,14 @@
-"""Stages 0a and 0b: the video VAE learns to reconstruct rendered clips, as the stream that it will run in.
+"""Stages 0a and 0b: the video VAE learns to reconstruct rendered clips, as streams.
 
-The first steps are of stills, each of another face: the frames of one clip are nearly one picture, from which colours
-and faces are learnt too slowly. Then come clips. A clip begins with one frame, the still picture or any of the video's,
-and goes on in pieces of a block with the state of the one before. So the network sees the start of a stream and its
-continuation. When it is trained its latents are brought to mean 0 and deviation 1 per channel inside two 1x1x1
-convolutions, because the constants of the format are those of another VAE.
+The first steps use stills of many faces, because the frames of one clip are too similar to learn colours and faces
+quickly. Then the steps use clips. A clip begins with one frame, the still picture or any other, and continues in pieces
+of a block with the state of the piece before. So the network is trained on the start of a stream and on its
+continuation. After training, two 1x1x1 convolutions are changed so that each channel of the latents has mean 0 and
+deviation 1, because the constants of the format are those of another VAE.
 
-What stills cannot teach is to keep the four frames of one latent apart, and nearly all that differs in them is the
-mouth: a sixth of the picture. So the second stage goes on with whole clips of that part alone, and as many pieces of
-whole pictures as keep the rest in mind.
+Stills do not teach the VAE to tell the four frames of one latent apart. These differ almost only in the mouth, a sixth
+of the picture. So the second stage uses whole clips of the mouth's region, and pieces of whole pictures to keep the
+rest.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from training.loop import clip_gradients, generator
 STAGE = "vae"
 MOUTHS = "mouths"
 VAE_FILE = f"{STAGE}/vae.safetensors"
-"""What the first stage leaves in a run's folder."""
+"""File of the first stage in a run's folder."""
 CLIP_BLOCKS = 3
-"""Length of the clips that frames are taken from: the head's sway grows in the first second."""
+"""Length of the clips for frames; the head's sway grows in the first second."""
 STILL_SHARE = 0.5
-"""Share of the clips that begin with the still picture, as every stream does when it is served."""
+"""Share of clips that begin with the still picture, like every served stream."""
 VALIDATION_CLIPS = 8
 HEAD_SCALE = 0.3
-"""Of the weights that make the first pictures: grey ones are a better start than noise."""
+"""Factor of the weights of the first pictures, because grey pictures are a better start than noise."""
 OPEN_SHARE = 0.6
 """Share of the stills whose mouth is open."""
 STATISTICS_CLIPS = 64
-"""Training clips over which the latents' means and deviations are taken."""
+"""Number of training clips for the means and deviations of the latents."""
 
 
 @torch.no_grad()
 def fresh_vae(config: VAEConfig, draw: torch.Generator) -> VAE:
-    """A VAE that begins as one of pictures: no convolution looks back in time, and every residual branch is silent.
+    """A VAE that starts as a VAE of pictures: no convolution uses earlier frames, and every residual branch gives 0.
 
-    Convolutions keep the size of what they get (deviation 1 / sqrt(fan in), of the newest frame). In as many steps
-    this reaches 2 to 3 dB more than torch's own initialisation.
+    Convolutions keep the size of their input (deviation 1 / sqrt(fan in), for the newest frame). In the same number of
+    steps this reaches 2 to 3 dB more than torch's own initialisation.
     """
     vae = VAE(config)
     for module in vae.modules():
@@ -95,7 +95,7 @@ def _pass_on(conv: nn.Conv3d) -> None:
 
 
 def channels_last(vae: VAE) -> VAE:
-    """The same weights in the memory format in which torch's convolutions on a CPU are fastest."""
+    """The same weights in the fastest memory format for torch's convolutions on a CPU."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -105,13 +105,13 @@ def channels_last(vae: VAE) -> VAE:
 
 
 def mouth_region(size: int) -> tuple[slice, slice]:
-    """Rows and columns of a picture in which the mouth is, open or closed."""
+    """Rows and columns of a picture that contain the mouth, open or closed."""
     left, top, right, bottom = (round(edge * size / UNITS) for edge in MOUTH_BOX)
     return slice(top, bottom), slice(left, right)
 
 
 def mouth_surroundings(size: int) -> tuple[slice, slice]:
-    """Rows and columns of the latents' cells that have a part of the mouth, in pixels."""
+    """Rows and columns, in pixels, of the latents' cells that overlap the mouth."""
     rows, columns = (
         slice(span.start // SPATIAL_STRIDE * SPATIAL_STRIDE, -(-span.stop // SPATIAL_STRIDE) * SPATIAL_STRIDE)
         for span in mouth_region(size)
@@ -158,7 +158,7 @@ class Streams:
 
 
 def reconstruct(vae: VAE, video: Tensor, streams: Streams, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[1, 3, T, H, W] -> frames of the same shape, and latents; the streams move on. Noise joins the latents."""
+    """[1, 3, T, H, W] -> frames of the same shape, and latents; advances the streams. Noise is added to the latents."""
     first = 1 if streams.encoder is None else 0
     sizes = [size for size in (first, video.shape[2] - first) if size]
     latents, frames = [], []
@@ -173,10 +173,10 @@ def reconstruct(vae: VAE, video: Tensor, streams: Streams, noise: Tensor | None 
 
 
 def fold(vae: VAE, mean: Tensor, deviation: Tensor) -> None:
-    """Takes an affine per channel out of the latents and into `conv1` and `conv2`; reconstructions stay as they are.
+    """Moves an affine map per channel from the latents into `conv1` and `conv2`; reconstructions do not change.
 
-    mean, deviation: [16], of the latents that `encode` gives; afterwards they are 0 and 1. With m and s the constants
-    of the format, conv1's output y becomes m + (y - m - s mean) / deviation, and conv2 takes that back first.
+    mean, deviation: [16], of the latents from `encode`; afterwards they are 0 and 1. With the format's constants m and
+    s, conv1's output y becomes m + (y - m - s mean) / deviation, and conv2 first inverts this.
     """
     offset, spread = vae.mean.flatten(), vae.std.flatten()
     kept = vae.config.z_dim
@@ -195,7 +195,7 @@ def psnr(made: Tensor, true: Tensor) -> float:
 
 
 class VAETraining:
-    """What both stages do: see `training.loop.Stage`."""
+    """Shared base of both stages; see `training.loop.Stage`."""
 
     def __init__(self, config: TrainingConfig, name: str, settings: ReconstructionStage, vae: VAE) -> None:
         self._settings = settings
@@ -209,9 +209,9 @@ class VAETraining:
         }
 
     def step(self, number: int) -> dict[str, float]:
-        """Stills of many faces at once, or clips one after another; an update for all.
+        """Stills of many faces at once, or clips one after another, and one update for all.
 
-        `loss` is what is descended, `error` the plain L1.
+        `loss` is the minimised loss, `error` the plain L1.
         """
         draw = generator(*self._key, number)
         self.optimizers["vae"].zero_grad()
@@ -234,7 +234,7 @@ class VAETraining:
 
     @torch.no_grad()
     def outputs(self) -> Mapping[str, nn.Module]:
-        """The VAE with normalised latents. To be taken once, when training is over."""
+        """The VAE with normalised latents; call it once, after training."""
         clips = (make_clip(Split.TRAIN, seed, CLIP_BLOCKS, self._stream.height) for seed in range(STATISTICS_CLIPS))
         latents = torch.cat([reconstruct(self._vae, self._served(clip), Streams())[1] for clip in clips], dim=2)
         fold(self._vae, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
@@ -242,7 +242,7 @@ class VAETraining:
 
     @property
     def _warm_up(self) -> int:
-        """Frames of the still picture that the decoder has seen before a stream's first."""
+        """Number of frames of the still picture in the decoder's warm-up."""
         return 1 + TEMPORAL_STRIDE * (self._stream.decoder_warmup_latents - 1)
 
     def _pixel_weights(self) -> Tensor:
@@ -252,12 +252,12 @@ class VAETraining:
         return weights / weights.mean()
 
     def _served(self, clip: Clip) -> Tensor:
-        """The clip as a stream has it: after the still picture, which the decoder warms up on."""
+        """The clip as in a stream, after the still picture of the decoder's warm-up."""
         still = np.repeat(clip.picture[None], self._warm_up, axis=0)
         return pixels(np.concatenate([still, clip.frames]))
 
     def _streamed(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """The clip through the VAE, and the clip itself."""
+        """The clip's reconstruction, and the clip itself."""
         video = self._served(clip)
         made, _ = reconstruct(self._vae, video, Streams())
         return made[:, :, self._warm_up :].clamp(-1, 1), video[:, :, self._warm_up :]
@@ -271,7 +271,7 @@ class VAETraining:
         raise NotImplementedError
 
     def _learn_piece(self, draw: torch.Generator, shares: int) -> dict[str, float]:
-        """Adds the gradient of a piece of a clip, one of `shares`."""
+        """Adds the gradient of a piece of a clip, with weight 1 / `shares`."""
         video = draw_video(self._draw_clip(draw), self._settings.frames, draw)
         return self._learn_video(video, self._weights, shares)
 
@@ -287,7 +287,7 @@ class VAETraining:
         return {"loss": loss.item(), "error": error.mean().item()}
 
     def _penalty(self, error: Tensor) -> Tensor:
-        """Of absolute errors."""
+        """The loss of absolute errors."""
         return error
 
 
@@ -308,7 +308,7 @@ class PictureTraining(VAETraining):
         side = self._stream.height
         video = pixels(np.stack([draw_still(draw, side) for _ in range(self._still_batch)]))
         stills = video.transpose(0, 2)  # [batch, 3, 1, H, W]
-        with sdpa_kernel(SDPBackend.MATH):  # the one that vmap knows how to batch
+        with sdpa_kernel(SDPBackend.MATH):  # the version that vmap can batch
             made, latents = torch.vmap(self._first)(stills)
         return self._descend(made, stills, latents, self._weights, 1)
 
@@ -334,7 +334,7 @@ class MouthTraining(VAETraining):
         return figures + [self._learn_mouth(draw, pieces + mouths) for _ in range(mouths)]
 
     def _learn_mouth(self, draw: torch.Generator, shares: int) -> dict[str, float]:
-        """Adds the gradient of what is around the mouth in a whole clip, one of `shares`."""
+        """Adds the gradient of the mouth's region in a whole clip, with weight 1 / `shares`."""
         clip = self._draw_clip(draw)
         rows, columns = mouth_surroundings(self._stream.height)
         video = pixels(np.concatenate([clip.picture[None], clip.frames]))[..., rows, columns]
@@ -347,7 +347,7 @@ def make_stage(config: TrainingConfig) -> PictureTraining:
 
 
 def make_mouth_stage(config: TrainingConfig, out: Path) -> MouthTraining:
-    """The second, on the VAE that the first left in the run's folder `out`. Raises `CheckpointError`."""
+    """The second stage, on the first stage's VAE in the run's folder `out`. Raises `CheckpointError`."""
     vae = VAE(config.system.vae)
     load_weights(out / VAE_FILE, vae, trainable=True)
     return MouthTraining(config, channels_last(vae))

@@ -1,7 +1,7 @@
-"""Passes of the transformer over a window of a stream: whole, as the teacher sees it, or block by block.
+"""Passes of the transformer over a window of a stream: over the whole window, for the teacher, or block by block.
 
-`Window` joins the core's network with positions, sink and history; gradients flow through all of it. A `Scene` holds
-what a network makes of a clip's conditions once for all blocks and noise levels.
+`Window` joins the core's network with positions, sink and history; gradients flow through all of it. A `Scene` has the
+results of a network for a clip's conditions, which all blocks and noise levels share.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from training.encoded import EncodedClip
 from training.flow import chance, timestep
 
 FAR_HOURS = 10
-"""How late in a stream a window may stand. Its motion tokens stay at the start of the stream (quirk Q8), so what they
-look like from a block is new at every scale of time, up to the period of the slowest rotation: 36 minutes for TINY."""
+"""Latest time of a window in a stream. The motion tokens stay at the start of the stream (quirk Q8), so their distance
+from a block grows, up to the period of the slowest rotation: 36 minutes for TINY."""
 CPU = torch.device("cpu")
-LEAST_DISTANCE = 4  # of the sink from the block, in latent frames; the largest is where the prefill has it (section 4)
+LEAST_DISTANCE = 4  # of the sink from the block, in latent frames; the prefill uses the largest (section 4)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a window stands in its stream: the number of its first block, and the distance that the sink keeps."""
+    """Position of a window in its stream: the number of its first block, and the distance of the sink."""
 
     first_block: int
     distance: int
 
 
 def draw_place(first_block: int, far_share: float, stream: StreamConfig, draw: torch.Generator) -> Place:
-    """A place at `first_block`, or in `far_share` of the draws as likely at any scale of time up to `FAR_HOURS`."""
+    """A place at `first_block`, or in `far_share` of the draws at a log-uniform time up to `FAR_HOURS`."""
     distance = int(torch.randint(LEAST_DISTANCE, rope.REFERENCE_POSITION + 1, (), generator=draw))
     if chance(far_share, draw):
         last = math.log(FAR_HOURS * 3600 * FPS / stream.block_frames)
@@ -57,9 +57,9 @@ def part(clip: EncodedClip, start: int, blocks: int) -> EncodedClip:
 
 
 def unspoken(clip: EncodedClip) -> EncodedClip:
-    """The clip without its speech, for guidance: features of 0, as the original has it, which no sound gives.
+    """The clip without its speech, for guidance: features of 0, as in the original, which no sound gives.
 
-    Features of silence would not do: they mean a closed mouth.
+    Features of silence are not used, because they mean a closed mouth.
     """
     return dataclasses.replace(clip, states=torch.zeros_like(clip.states))
 
@@ -77,7 +77,7 @@ def moved_to(clip: EncodedClip, device: torch.device) -> EncodedClip:
 
 
 class Scene(NamedTuple):
-    """What a network makes of a clip's conditions.
+    """A network's results for a clip's conditions.
 
     text, sink: keys and values of every layer; late_sink: of the sink after its replacement, empty for none.
     local [F, n + 1, C], global_tokens [F, C]: audio tokens of all F latent frames of the window.
@@ -90,7 +90,7 @@ class Scene(NamedTuple):
     global_tokens: Tensor
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Scene:
-        """The scene with every tensor changed."""
+        """The scene with `change` applied to every tensor."""
 
         def pairs(kv: KV) -> KV:
             return [(change(key), change(value)) for key, value in kv]
@@ -106,7 +106,7 @@ class Scene(NamedTuple):
 class Window:
     """Windows of `blocks` blocks of a preset's streams.
 
-    `rolls` False leaves the sink where the prefill has it, for the ablation of the rolling RoPE.
+    `rolls` False keeps the sink at its position in the prefill, for the ablation of the rolling RoPE.
     """
 
     def __init__(self, preset: Preset, blocks: int, device: torch.device = CPU, rolls: bool = True) -> None:
@@ -121,9 +121,9 @@ class Window:
 
     @property
     def late_index(self) -> int | None:
-        """First block of a window that sees a replaced sink, counted from 0; None if there is none.
+        """First block of a window with a replaced sink, counted from 0; None if there is none.
 
-        Windows at any place count from their own start, as if the stream began there.
+        Every window counts from its own start, as if the stream began there.
         """
         update = self.stream.sink_update_block
         return update - 1 if update is not None and update <= self.blocks else None
@@ -162,8 +162,8 @@ class Window:
     ) -> tuple[Tensor, KV]:
         """Velocity [1, 16, F, h, w] of the window's block `index`, and its rotated keys and values.
 
-        past: what the blocks before it in the window gave, each at the level that it had; the stream's window limits
-        how many are seen.
+        past: keys and values of the blocks before it in the window, each at its own level; the stream's window limits
+        how many are used.
         """
         size = self.stream.frames_per_block
         first = (place.first_block + index) * size
@@ -203,7 +203,7 @@ class Window:
         return scene.late_sink if late else scene.sink
 
     def _history(self, scene: Scene, past: Sequence[KV]) -> KV:
-        """Keys and values of the last blocks in every layer; of no token if there are none."""
+        """Keys and values of the last blocks in every layer; without tokens if there are none."""
         seen = past[-self.stream.past_blocks :]
         if not seen:
             return [(key[:, :, :0], value[:, :, :0]) for key, value in scene.sink]

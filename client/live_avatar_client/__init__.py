@@ -1,6 +1,6 @@
 """Streams speech to a Live Avatar service and receives the video frames of a person who speaks it.
 
-The names load on first use: a server that needs `live_avatar_client.protocol` alone loads neither gRPC
+The names are imported on first use, so a server that needs only `live_avatar_client.protocol` imports neither gRPC
 nor numpy. Reading and writing media files is in `live_avatar_client.media` (the extra `media`), a fake
 server for tests in `live_avatar_client.testing`.
 """

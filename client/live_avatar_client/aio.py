@@ -81,33 +81,33 @@ class AsyncAvatarSession(BaseSession):
     async def send(self, pcm: object, *, wait: bool = True) -> None:
         """Send a chunk of speech of any size: mono, 16 kHz, int16, or float32 in [-1, 1] (clipped beyond).
 
-        Waits while the session's limits are reached; raises SendTimeout when that takes too long. Without
-        `wait` it takes the chunk only if it can go out now, and raises SessionBusy otherwise.
+        Waits while the session's limits are reached; raises SendTimeout when that takes too long. With
+        `wait=False` it raises SessionBusy, and takes nothing, if the chunk cannot be sent now.
         """
         await self._run(self._core.send(pcm, wait=wait))
 
     async def interrupt(self) -> None:
-        """Stop the avatar's speech: drop what was not sent, and mark the frames of what was as stale.
+        """Stop the avatar's speech: drop the speech that was not sent, and mark the frames of sent speech as stale.
 
-        The next chunk begins a new speech; frame numbers go on. A `send` that waits returns.
+        The next chunk begins a new speech; frame numbers go on. A waiting `send` returns.
         """
         with self._update() as core:
             core.interrupt()
 
     async def end(self) -> None:
-        """Say that no more speech comes; the iterators then end after its last frame."""
+        """Declare the speech complete; the iterators end after its last frame."""
         with self._update() as core:
             core.end()
 
     async def keep_alive(self) -> None:
-        """Tell the server now that more speech comes; the session does so by itself every `keep_alive_s`."""
+        """Send a keep-alive now; the session sends one by itself after `keep_alive_s` without a request."""
         with self._update() as core:
             core.keep_alive()
 
     async def stream(self, chunks: AsyncIterable[object] | Iterable[object]) -> AsyncIterator[Block]:
         """Send chunks from a task of its own, end the speech after them, and yield the blocks.
 
-        An error that `chunks` raises is raised here.
+        Errors of `chunks` are raised here.
         """
         require_chunks(chunks, (AsyncIterable, Iterable))
         self._start(_feed(weakref.ref(self), self._changed, self._core, chunks), "feeder")
@@ -115,7 +115,7 @@ class AsyncAvatarSession(BaseSession):
             yield block
 
     async def close(self) -> None:
-        """Give up what is under way and free the session; leaving the `async with` statement does it."""
+        """Cancel all unanswered requests and free the session; leaving the `async with` statement does it."""
         if not self._tasks or not self._is_of_this_process():
             return
         self._dropped.detach()
@@ -143,7 +143,7 @@ class AsyncAvatarSession(BaseSession):
             raise self._connect_error(error) from error
 
     async def _cause_of(self, error: grpc.RpcError, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> grpc.RpcError:
-        """Ask again why the stream broke: grpc's asyncio API forgets it when a write was under way."""
+        """Ask again why the stream broke: grpc's asyncio API loses the reason when a write was pending."""
         if status_of(error)[0] is grpc.StatusCode.INTERNAL:
             try:
                 await stub.ModelInfer(wire.EMPTY_REQUEST, timeout=CLOSE_GRACE_S, metadata=self._metadata)
@@ -153,7 +153,7 @@ class AsyncAvatarSession(BaseSession):
         return error
 
     async def _run(self, steps: Steps[_T]) -> _T:
-        """Go through the steps of an operation of the core, waiting in between."""
+        """Run an operation of the core; wait between its steps."""
         with self._update():
             while True:
                 try:
@@ -211,7 +211,7 @@ async def _feed(
     failure: Exception | None = None
     try:
         async for chunk in _each(chunks):
-            # The reader of the blocks sets the pace, so there is no time limit.
+            # No time limit: the reader of the blocks sets the pace.
             if not await _run_while_held(held, changed, core.send(chunk, timeout_s=math.inf)):
                 return
         if session := held():

@@ -1,6 +1,6 @@
-"""What the sync and the asyncio session share: their options, their channel, and how messages reach the core.
+"""Shared base of the blocking and the asyncio session: options, channel, and the exchange of messages with the core.
 
-None of this waits; the transports do.
+Nothing here waits; the transports do.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ LONGEST_WAIT_S: Final = 3600.0
 """Longest single wait: locks and event loops take no infinite timeout, so longer waits are repeated."""
 
 CLOSE_GRACE_S: Final = 1.0
-"""How long a closing session waits for the server to take note of the end before it cancels the stream."""
+"""How long a closing session waits for the server's answer to END before it cancels the stream."""
 
 
 class BaseSession(ABC):
@@ -97,24 +97,24 @@ class BaseSession(ABC):
         Args:
             url: `host:port` of the server's gRPC port, with or without `grpc://` in front; `grpcs://` is TLS.
             image: the reference image: the bytes of a PNG, JPEG or WebP file, or its path.
-            prompt: describes the scene and the manner of the person, at most 2,000 characters.
+            prompt: describes the scene and how the person behaves, at most 2,000 characters.
             seed: the same seed, image, prompt and speech give the same video.
             frame_format: "raw" gives RGB pixels (`Block.frames`), "jpeg" encoded frames (`Block.jpegs`),
                 which need far less bandwidth.
-            jpeg_quality: from 1 to 95; more is better, and larger.
+            jpeg_quality: from 1 to 95; a higher quality needs more bytes.
             label: a line of at most 64 characters that the server writes on every frame, such as "AI-generated".
-            idle: while nothing is said, send silence at playback pace, so that the avatar keeps moving. Speech
-                in real time must then come in chunks of less than 0.24 s.
-            api_key: the server's API key, if it asks for one.
-            tls: the certificates of a TLS connection; `grpcs://` alone takes the public authorities.
-            max_in_flight_blocks: how many blocks (0.48 s each) may be sent but unanswered.
-            max_unread_blocks: how many blocks may be answered but unread; `send` waits beyond. The default
-                holds 30 s of video, at 720 x 400 pixels up to 664 MB in raw format.
-            connect_timeout_s: how long entering the session may take.
-            send_timeout_s: how long `send` waits while not one block can be sent.
-            answer_timeout_s: how long the server may leave a block without an answer.
-            keep_alive_s: after how long without a request the server is told that the session lives. The server
-                ends those that it hears nothing from, after 30 s unless told otherwise.
+            idle: send silence at playback pace while there is no speech, so that the avatar keeps moving. Real-time
+                speech must then come in chunks of less than 0.24 s.
+            api_key: the server's API key, if it requires one.
+            tls: the certificates of a TLS connection; without it `grpcs://` trusts the public authorities.
+            max_in_flight_blocks: the most blocks (0.48 s each) that are sent and not answered.
+            max_unread_blocks: the most blocks that are answered and not read; then `send` waits. The default
+                holds 30 s of video, which is 664 MB of raw frames of 720 x 400 pixels.
+            connect_timeout_s: the longest time that entering the session may take.
+            send_timeout_s: how long `send` waits while no block can be sent.
+            answer_timeout_s: the longest time that the server may take to answer a request.
+            keep_alive_s: after this time without a request the session sends a keep-alive. The server drops sessions
+                that send nothing for its idle limit (default 30 s).
         """
         parse_url(url)
         self.url = url
@@ -145,16 +145,16 @@ class BaseSession(ABC):
 
     @property
     def provenance(self) -> Mapping[str, Any] | None:
-        """What makes the video: model, version, seed, hashes; None until the first frames are there."""
+        """Model, version, seed and hashes of the inputs; None until the first frames arrive."""
         return self._core.provenance
 
     @abstractmethod
     def _set_up(self) -> None:
-        """Make the transport's lock and queue, which need no connection."""
+        """Create the transport's lock and queue, before there is a connection."""
 
     @abstractmethod
     def _write(self, message: wire.Message | None) -> None:
-        """Queue a message for the server; None is the last."""
+        """Queue a message for the server; None closes the queue."""
 
     @abstractmethod
     def _notify(self) -> None:
@@ -162,7 +162,7 @@ class BaseSession(ABC):
 
     @contextlib.contextmanager
     def _update(self) -> Iterator[SessionCore]:
-        """Lend the core for a change, then send what the change allows to send."""
+        """Lock the core for a change, then send the requests that have become possible."""
         if not self._is_of_this_process():
             raise SessionClosed(
                 f"the session belongs to process {self._process}, and this is process {os.getpid()}, forked from it; "
@@ -176,7 +176,7 @@ class BaseSession(ABC):
                 self._notify()
 
     def _flush(self) -> bool:
-        """Send every request that may go now; return whether there was one."""
+        """Send every request that may be sent now; return whether there was one."""
         sent = False
         while request := self._core.next_request():
             self._write(wire.encode_request(request))
@@ -184,7 +184,7 @@ class BaseSession(ABC):
                 self._write(None)
             sent = True
         if sent:
-            self._notify()  # who waits for an answer knows no deadline until there is a request
+            self._notify()  # a waiting reader has no deadline until there is a request
         return sent
 
     def _receive(self, message: wire.Message) -> None:
@@ -254,7 +254,7 @@ def warn_of_plain_key(url: str, api_key: str | None, tls: TLS | None) -> None:
 
 
 def open_channel(url: str, tls: TLS | None = None) -> grpc.Channel:
-    """Return a channel for blocking calls; it connects at the first. Raises InvalidInput."""
+    """Return a channel for blocking calls; it connects at the first call. Raises InvalidInput."""
     return cast(grpc.Channel, _open(grpc, url, tls))
 
 
@@ -264,19 +264,19 @@ def open_async_channel(url: str, tls: TLS | None = None) -> grpc.aio.Channel:
 
 
 def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...] | None:
-    """Return the metadata of every call to a server with this key; raise InvalidInput when it cannot be one."""
+    """Return the metadata that carries this key; raise InvalidInput when it is no valid key."""
     if api_key is None:
         return None
     if not isinstance(api_key, str):
         raise InvalidInput(f"api_key is a {type(api_key).__name__}; pass a str")
     if not re.fullmatch(r"[!-~]+", api_key):
-        # Without the key itself: messages go into logs.
+        # The message does not contain the key, because messages go into logs.
         raise InvalidInput("api_key is empty, or has characters beyond visible ASCII; pass the server's key")
     return ((API_KEY_HEADER, api_key),)
 
 
 def tls_of(url: str, tls: TLS | None) -> TLS | None:
-    """Return the certificates of a connection to `url`; None when it is plain text."""
+    """Return the certificates for a connection to `url`; None for plain text."""
     return TLS() if tls is None and url.startswith("grpcs://") else tls
 
 
@@ -286,7 +286,7 @@ def wants_key(error: grpc.RpcError) -> bool:
 
 
 def connect_error(url: str, error: grpc.RpcError, timeout_s: float, tls: TLS | None) -> AvatarError:
-    """Return what the failure of the first call to a server means to a user."""
+    """Return the exception for a failure of the first call to a server."""
     code, details = status_of(error)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ServerIncompatible(
@@ -297,9 +297,9 @@ def connect_error(url: str, error: grpc.RpcError, timeout_s: float, tls: TLS | N
 
 
 def _open(api: ModuleType, url: str, tls: TLS | None) -> object:
-    """Open a channel of grpc or grpc.aio."""
+    """Return a channel of grpc or grpc.aio."""
     address, tls = parse_url(url), tls_of(url, tls)
-    # To this machine, no proxy of the environment is used.
+    # The environment's proxy is not used for this machine.
     options: tuple[tuple[str, object], ...] = (
         *CHANNEL_OPTIONS,
         ("grpc.enable_http_proxy", int(not is_loopback(url))),
@@ -325,7 +325,7 @@ def _connect_remedy(details: str, *, is_tls: bool) -> str:
 
 
 def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
-    """Return the status of a failed call and its words, printable."""
+    """Return the status and the message of a failed call, the message printable."""
     call = cast(grpc.Call, error)
     return call.code(), printable(call.details() or call.code().name)
 

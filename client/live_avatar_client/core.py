@@ -1,8 +1,8 @@
 """The state machine of one session: decides what to send and when, and trims the frames that arrive.
 
 It does no I/O. The transports (`sync`, `aio`) pass answers in and send what `next_request` returns. An operation
-that may wait is a generator (`Steps`): it yields a deadline, and the transport waits until then or until the
-session changes.
+that may wait is a generator (`Steps`): it yields a deadline, and the transport waits until the deadline or until
+the session changes.
 """
 
 import math
@@ -46,14 +46,14 @@ from .text import MAX_TEXT_CHARS, printable
 
 _T = TypeVar("_T")
 Steps: TypeAlias = Generator[float, None, _T]
-"""An operation that yields the monotonic time at which to resume; a change of the session resumes it earlier."""
+"""An operation that yields a deadline in monotonic time; it resumes then, or earlier when the session changes."""
 
 _TOKEN_BYTES: Final = 16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a session may run ahead, how long it waits, and how long it may be quiet."""
+    """Limits of a session: blocks ahead, waiting times, and time without a request."""
 
     max_in_flight_blocks: int
     max_unread_blocks: int
@@ -81,7 +81,7 @@ class _InFlight:
 class SessionCore:
     """The state of one session. Not thread-safe: the transport serialises the calls.
 
-    With `idle`, silence is sent at playback pace while nothing is said.
+    With `idle` it sends silence at playback pace while there is no speech.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SessionCore:
         idle: bool = False,
     ) -> None:
         self.provenance: dict[str, Any] | None = None
-        """What makes the video, once the server has said it."""
+        """Provenance of the video, once the server has sent it."""
         self._opening = opening
         self._limits = limits
         self._clock = clock
@@ -113,8 +113,8 @@ class SessionCore:
         self._blocks_sent = 0
         self._blocks_received = 0
         self._blocks_made = 0
-        self._speech_frames = 0  # up to the last one that shows speech that was sent
-        self._stale_frames = 0  # up to the last one that an interrupt made stale
+        self._speech_frames = 0  # number of frames up to the last one with speech that was sent
+        self._stale_frames = 0  # number of frames up to the last stale one
         self._total_frames: int | None = None
         self._lookahead_frames: int | None = None
         self._frame_size: tuple[int, ...] | None = None
@@ -122,10 +122,10 @@ class SessionCore:
         self._answered_at_s = -math.inf
         self._error: BaseException | None = None
 
-    # What the user asks for
+    # Operations of the user
 
     def open(self) -> None:
-        """Allow the operations below; once only."""
+        """Open the session; allowed once."""
         if self._opened:
             raise SessionClosed("the session was opened before; make a new one for each speech")
         self._opened = True
@@ -133,10 +133,10 @@ class SessionCore:
             self._playback.restart(self._clock())
 
     def send(self, pcm: object, timeout_s: float | None = None, *, wait: bool = True) -> Steps[None]:
-        """Take a chunk of speech and wait until its whole blocks are on their way, or have been interrupted.
+        """Take a chunk of speech and wait until its whole blocks are sent or dropped by an interrupt.
 
-        Gives up when for `timeout_s` (default: the session's limit) not one block could be sent. Without
-        `wait`, a chunk whose blocks cannot all go now is not taken: SessionBusy.
+        Raises SendTimeout when no block could be sent for `timeout_s` (default: the session's limit). With
+        `wait=False`, raises SessionBusy and takes nothing if not all blocks can be sent now.
         """
         self._require_speaking()
         chunk = as_samples(pcm)
@@ -155,7 +155,7 @@ class SessionCore:
                 raise self._send_timeout(patience_s)
 
     def interrupt(self) -> None:
-        """Drop the speech that was not sent, and take the frames of what was for stale."""
+        """Drop the speech that was not sent, and mark the frames of sent speech as stale."""
         self._require_speaking()
         self._interrupts += 1
         self._outbox.clear()
@@ -166,14 +166,14 @@ class SessionCore:
             self._playback.interrupted(self._clock())
 
     def keep_alive(self) -> None:
-        """Have a request without samples sent, so that the server does not take a pause for an end."""
+        """Make a request without samples due, so that the server does not drop the session in a pause."""
         self._require_speaking()
         self._keep_alive_at_s = -math.inf
 
     def end(self) -> None:
-        """Take note that no more speech comes; a second call changes nothing.
+        """Mark the speech as complete; a second call changes nothing.
 
-        The video ends with the last speech: idle silence behind it is left out, as far as it is not read.
+        The video ends with the last speech. Frames of later idle silence are dropped if they were not read.
         """
         if self._total_frames is not None:
             return
@@ -202,7 +202,7 @@ class SessionCore:
         return self._unread.popleft()
 
     def keep_time(self) -> Steps[None]:
-        """Wait for each time at which there is something to send although nobody asks; until the end is sent."""
+        """Wait for the times of idle silence and keep-alives, until END is sent."""
         while not self._end_sent:
             yield min(self._silence_at_s(), self._keep_alive_at_s)
 
@@ -217,7 +217,7 @@ class SessionCore:
         if self._playback and len(chunk):
             self._playback.speech_given(self._clock())
 
-    # What goes to the server
+    # Requests
 
     def next_request(self) -> Request | None:
         """Return the next request that may be sent now, and count it as sent."""
@@ -227,7 +227,7 @@ class SessionCore:
             # The server frees the sequence at END, even if it had refused it.
             return self._request(end=self._reason_of(self._error)) if self._started else None
         if not self._started:
-            # Without waiting for speech: the server gets the picture ready while the first block is spoken.
+            # START does not wait for speech: the server prepares the picture while the first block is spoken.
             return self._request() if self._opened else None
         needed = self._blocks_needed()
         if needed is not None and self._blocks_sent >= needed:
@@ -238,7 +238,7 @@ class SessionCore:
         return self._request() if self._clock() >= self._keep_alive_at_s else None
 
     def _next_audio(self, needed: int | None) -> SpeechBlock | None:
-        """Return the block of audio that may be sent now: speech, else the silence that there is need of."""
+        """Return the block of audio that may be sent now: speech, else silence if it is due."""
         if not self._may_send_block():
             return None
         if self._outbox:
@@ -251,7 +251,7 @@ class SessionCore:
         return rest[0] if rest else silent_block(self._clock())
 
     def _silence_at_s(self) -> float:
-        """Return when an idle avatar is to get silence, or the rest of its speech; infinity while it may not."""
+        """Return when silence (or the rest of the speech) is due for an idle avatar; infinity if it is not."""
         is_busy = self._outbox or self._total_frames is not None or not self._may_send_block()
         return math.inf if self._playback is None or is_busy else self._playback.silence_at_s()
 
@@ -276,7 +276,7 @@ class SessionCore:
             self._playback.block_sent(now_s)
 
     def _blocks_needed(self) -> int | None:
-        """Blocks to send until all frames have come, once the end and the look-ahead are known."""
+        """Return how many blocks all frames need; None until the end and the look-ahead are known."""
         if self._total_frames == 0:
             return 0
         if self._total_frames is None or self._lookahead_frames is None:
@@ -296,14 +296,14 @@ class SessionCore:
         return self._blocks_sent - self._blocks_received
 
     def _reason_of(self, error: BaseException) -> EndReason:
-        """Tell an application that has enough, or fails by itself, from a session that went wrong."""
+        """Return ABANDONED if the application closed the session or raised an error, else FAILED."""
         is_ours = isinstance(error, AvatarError) and not isinstance(error, SessionClosed)
         return EndReason.FAILED if is_ours else EndReason.ABANDONED
 
-    # What comes from the server
+    # Answers
 
     def receive(self, response: Response) -> None:
-        """Take an answer. Answers come in the order of the requests."""
+        """Process an answer. Answers come in the order of the requests."""
         if self.has_failed or self.is_complete:
             return
         if not self._in_flight:
@@ -328,7 +328,7 @@ class SessionCore:
         self._forget_sent()
 
     def receive_error(self, text: str) -> None:
-        """Take an error that the server reported."""
+        """Process an error that the server reported."""
         code, message = parse_error(text[:MAX_TEXT_CHARS])
         message = printable(message)
         if self._blocks_received == 0 and code not in (ErrorCode.FAILED, None):
@@ -337,7 +337,7 @@ class SessionCore:
             self.fail(SessionFailed(f"the server ended the session: {explain_error(message)}", code))
 
     def receive_close(self, reason: str) -> None:
-        """Take note that nothing more comes from the server."""
+        """Process the end of the stream."""
         speech = "" if self._total_frames is None else f" of {self._total_frames}"
         frames = f"{max(self._next_frame, 0)}{speech} frames"
         self.fail(ConnectionLost(f"the stream ended after {frames}: {reason}; open a new session"))
@@ -394,21 +394,21 @@ class SessionCore:
         return sent[start : start + (stop - first) * SAMPLES_PER_FRAME]
 
     def _forget_sent(self) -> None:
-        """Let go of the audio whose frames have all come."""
+        """Forget the audio whose frames have all arrived."""
         oldest_needed = self._next_frame // FRAMES_PER_BLOCK
         while self._sent and (oldest := next(iter(self._sent))) < oldest_needed:
             del self._sent[oldest]
 
-    # What state the session is in
+    # State
 
     @property
     def has_failed(self) -> bool:
-        """Whether nothing that the server says matters any more."""
+        """Whether the session has ended with an error."""
         return self._error is not None
 
     @property
     def is_complete(self) -> bool:
-        """Whether every frame of the speech has come and the server has been told the end."""
+        """Whether every frame of the speech has arrived and END was sent."""
         return self._end_sent and self._total_frames is not None and max(self._next_frame, 0) >= self._total_frames
 
     def _require_open(self) -> None:
@@ -462,7 +462,7 @@ class SessionCore:
 
 
 def _speech_stop(number: int, block: SpeechBlock) -> int:
-    """Return the number of the first frame behind the speech of the block that is sent as `number`."""
+    """Return the number of the first frame after the speech of block `number`."""
     return number * FRAMES_PER_BLOCK + math.ceil(block.speech_samples / SAMPLES_PER_FRAME)
 
 
@@ -472,7 +472,7 @@ def _size_name(size: tuple[int, ...]) -> str:
 
 
 def _first_frames(block: Block, count: int) -> Block:
-    """Return the block without the frames behind its first `count`."""
+    """Return the block with its first `count` frames."""
     if count >= len(block):
         return block
     audio = block.audio[: count * SAMPLES_PER_FRAME]

@@ -26,7 +26,7 @@ class SpeechBlock:
     started_at_s: float
     complete_at_s: float
     speech_samples: int = BLOCK_SAMPLES
-    """How many of the samples are speech; the rest is silence behind it."""
+    """How many of the samples are speech; the rest is padding."""
 
 
 def silent_block(now_s: float) -> SpeechBlock:
@@ -49,7 +49,7 @@ class BlockCutter:
         return (len(self._rest) + len(chunk)) // BLOCK_SAMPLES
 
     def add(self, chunk: Samples, now_s: float) -> list[SpeechBlock]:
-        """Take a chunk, which may be changed afterwards, and return the blocks it completes."""
+        """Copy a chunk and return the blocks it completes."""
         if not len(chunk):
             return []
         started_at_s = self._rest_started_at_s if len(self._rest) else now_s
@@ -75,12 +75,12 @@ class BlockCutter:
         return [SpeechBlock(padded, self._rest_started_at_s, self._rest_complete_at_s, speech)]
 
     def drop_rest(self) -> None:
-        """Forget the samples that make no whole block yet."""
+        """Drop the samples of an incomplete block."""
         self._rest = NO_SAMPLES
 
 
 def as_samples(pcm: object) -> Samples:
-    """Return `pcm` as int16: int16 as it is, float32 scaled from [-1, 1], with values beyond clipped."""
+    """Return `pcm` as int16: int16 unchanged, float32 scaled from [-1, 1] and clipped."""
     if not isinstance(pcm, np.ndarray):
         raise InvalidInput(
             f"pcm is a {type(pcm).__name__}; pass a numpy array, for raw bytes np.frombuffer(pcm, '<i2')"

@@ -14,11 +14,11 @@ class AvatarWarning(UserWarning):
 
 
 class InvalidInput(AvatarError, ValueError):
-    """An argument, a chunk of audio or an image that no server would accept."""
+    """An argument, a chunk of audio or an image is invalid."""
 
 
 class MediaError(AvatarError):
-    """A media file that cannot be read or written."""
+    """A media file cannot be read or written."""
 
 
 class ConnectFailed(AvatarError):
@@ -30,7 +30,7 @@ class ConnectionLost(AvatarError):
 
 
 class ServerIncompatible(AvatarError):
-    """The server answers, but not as `live_avatar_client.protocol` says."""
+    """The server's answers do not follow `live_avatar_client.protocol`."""
 
 
 class ServerError(AvatarError):
@@ -42,7 +42,7 @@ class ServerError(AvatarError):
 
 
 class SessionRefused(ServerError):
-    """The server did not open the session: it is full, or the image or prompt does not suit it."""
+    """The server did not open the session: it is full, or the image or prompt is not accepted."""
 
 
 class SessionFailed(ServerError):
@@ -50,16 +50,16 @@ class SessionFailed(ServerError):
 
 
 class SessionClosed(AvatarError):
-    """The session is not open, or has been told that no more speech comes."""
+    """The session is not open, or its speech was ended."""
 
 
 class SessionBusy(AvatarError):
-    """A chunk cannot be sent now, and `send` was asked not to wait; nothing of it was taken."""
+    """A chunk cannot be sent now and `send` must not wait; nothing of it was taken."""
 
 
 class SendTimeout(AvatarError, TimeoutError):
-    """No block could be sent in time, because answers are missing or nobody reads them."""
+    """No block could be sent in time, because answers are missing or not read."""
 
 
 class AnswerTimeout(AvatarError, TimeoutError):
-    """The server left a block without an answer for too long."""
+    """The server did not answer a request in time."""

@@ -1,4 +1,4 @@
-"""Files of a user: inputs that are there, and outputs that appear whole or not at all."""
+"""Files of a user: checks of inputs, and outputs that appear complete or not at all."""
 
 import contextlib
 import errno
@@ -32,10 +32,10 @@ def require_file(path: str | os.PathLike[str], kind: str, wanted: str) -> None:
 
 
 class OutputFile:
-    """A file that is written as `partial`, beside its place, and comes there by `publish`.
+    """A file that is written as `partial` in the target's folder; `publish` moves it to the target.
 
-    What is there before is replaced only then, by a file of the same mode and owner. A link stays one: what it leads to
-    is replaced. A file that cannot be replaced, such as a mount point, is overwritten.
+    Only `publish` replaces an existing file, and keeps its mode and owner. A symbolic link is kept, and its target is
+    replaced. A file that cannot be replaced, such as a mount point, is overwritten in place.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
@@ -46,7 +46,7 @@ class OutputFile:
 
     @contextlib.contextmanager
     def explained(self, faults: Faults = OSError) -> Iterator[None]:
-        """Raise what the file system, or a library, reports as MediaError."""
+        """Raise errors of the file system or a library as MediaError."""
         try:
             yield
         except faults as error:
@@ -57,15 +57,15 @@ class OutputFile:
             ) from error
 
     def create(self) -> None:
-        """Make `partial`, empty; raise MediaError unless it can take its place."""
+        """Create an empty `partial`; raise MediaError unless it can replace the target."""
         with self.explained():
             is_there = self._is_there()
             self.partial.touch(exist_ok=False)
             if is_there:
-                self.partial.chmod(0o600)  # until it is published: what is there may be private
+                self.partial.chmod(0o600)  # the existing file may be private; `publish` copies its mode
 
     def _is_there(self) -> bool:
-        """Return whether a file is there; raise OSError if it is one that nothing may replace."""
+        """Return whether the target exists; raise OSError if it must not be replaced."""
         try:
             mode = self.target.stat().st_mode
         except FileNotFoundError:
@@ -79,14 +79,14 @@ class OutputFile:
         return True
 
     def check(self) -> None:
-        """Raise MediaError unless it could be made now."""
+        """Raise MediaError unless the file could be created now."""
         try:
             self.create()
         finally:
             self.discard()
 
     def publish(self) -> None:
-        """Put what was written into its place."""
+        """Move the partial file to the target."""
         with self.explained():
             try:
                 if self.target.exists():
@@ -98,8 +98,8 @@ class OutputFile:
                 _overwrite(self.target, self.partial)
 
     def discard(self) -> None:
-        """Remove what was written, unless it is in its place."""
-        with contextlib.suppress(OSError):  # it may never have been there
+        """Remove the partial file, unless it was published."""
+        with contextlib.suppress(OSError):  # it may never have been created
             self.partial.unlink()
 
 
@@ -126,7 +126,7 @@ def _overwrite(target: Path, source: Path) -> None:
 
 
 class FileWriter(ABC):
-    """Fills an OutputFile in a `with` statement: published when that ends normally, gone after an exception."""
+    """Fills an OutputFile in a `with` statement: published at its normal end, removed after an exception."""
 
     def __init__(self, file: OutputFile) -> None:
         self._file = file
@@ -152,7 +152,7 @@ class FileWriter(ABC):
 
     @abstractmethod
     def _open(self) -> None:
-        """Begin the contents; the partial file is there."""
+        """Begin the contents; the partial file exists."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -160,4 +160,4 @@ class FileWriter(ABC):
 
     @abstractmethod
     def _abandon(self) -> None:
-        """Close what `_open` opened, in whatever state it is; never raises."""
+        """Close what `_open` opened, in any state; never raises."""

@@ -1,7 +1,7 @@
-"""Gets the bytes of a reference image and refuses what no server would accept.
+"""Reads the bytes of a reference image and checks its size and type.
 
-Looks at the file's size and its first bytes only. It decodes nothing, so it does not know the image's
-width and height: the server checks those (`protocol.MAX_IMAGE_PIXELS`).
+It looks only at the size and the first bytes and decodes nothing. The server checks width and height
+(`protocol.MAX_IMAGE_PIXELS`).
 """
 
 import os
@@ -17,7 +17,7 @@ def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
     file = Path(path)
     require_file(file, "image", "a PNG, JPEG or WebP file")
     try:
-        # One byte beyond the limit tells a file that is too large without reading all of it.
+        # One byte more than the limit shows that a file is too large, without reading all of it.
         with file.open("rb") as stream:
             data = stream.read(MAX_IMAGE_BYTES + 1)
     except OSError as error:

@@ -40,7 +40,7 @@ _VIDEO_OPTIONS: Final = {"crf": "18", "preset": "veryfast"}
 _BT709: Final = 1
 """The number of BT.709 among colour primaries and transfer characteristics (ISO/IEC 23091-2)."""
 _AUDIO_BIT_RATE: Final = 96_000
-# Without the second flag MP4 keeps the entries alone that FFmpeg knows a place for.
+# Without the second flag MP4 keeps only the entries that FFmpeg has a place for.
 _CONTAINER_OPTIONS: Final = {"movflags": "+faststart+use_metadata_tags"}
 _FAULTS: Final = (av.FFmpegError, OSError)
 
@@ -96,8 +96,8 @@ class _SpeechReader:
         """Return all samples: the mix of all channels, or one channel."""
         self.packets = self.damaged_packets = self._measured = 0
         self._energies = [0.0]
-        # FFmpeg gets the open file: it would take a name with a colon for a protocol. The whitelist keeps a file that
-        # lists other files from opening them. Texts inside the file may have any encoding.
+        # FFmpeg gets the open file, because it reads a name with a colon as a protocol. The whitelist keeps a playlist
+        # from opening other files. Tags may have any encoding.
         with (
             self._path.open("rb") as file,
             av.open(file, "r", options=_INPUT_OPTIONS, metadata_errors="replace") as container,
@@ -138,7 +138,7 @@ class _SpeechReader:
             raise fault
 
     def _resampled(self, frames: Iterator[av.AudioFrame], channel: int | None) -> Iterator[Samples]:
-        # Files that were joined from several change their form on the way, and a resampler takes one form only.
+        # The format can change inside a concatenated file, and a resampler accepts only one format.
         for (_, _, rate_hz), group in itertools.groupby(frames, _form):
             if not _MIN_RATE_HZ <= rate_hz <= _MAX_RATE_HZ:
                 raise MediaError(
@@ -181,10 +181,10 @@ def _form(frame: av.AudioFrame) -> tuple[str, str, int]:
 
 
 def provenance_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Return the entries of a video file that say what made it, from `AvatarSession.provenance`.
+    """Return a video file's metadata from `AvatarSession.provenance`.
 
-    `comment` says it in a sentence, `description` has the provenance as it came, and `AIGC` is the implicit
-    label of GB 45438-2025: AI-generated (1), by which generator, and a number of this video.
+    `comment` is a sentence, `description` is the unchanged provenance, and `AIGC` is the implicit label of
+    GB 45438-2025: AI-generated (1), the generator, and a number of this video.
     """
     generator = " ".join(printable(str(provenance[key])) for key in ("generator", "version") if key in provenance)
     label = {
@@ -202,15 +202,15 @@ def provenance_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
 class Mp4Writer(FileWriter):
     """Writes an MP4 file of H.264 video and AAC speech, piece by piece, in a `with` statement.
 
-    The file appears under its name when the statement is left normally; after an exception there is none.
-    Speech beyond the last frame is left out. A frame of odd width or height gets its last column or row
-    doubled, as H.264 needs even sizes. Colours are coded as BT.709, and the file says so.
+    The file appears under its name at the normal end of the statement; after an exception there is no file.
+    Speech after the last frame is dropped. H.264 needs even sizes, so the last column or row of a frame of
+    odd width or height is doubled. Colours are coded and tagged as BT.709.
 
     Args:
-        path: where the file goes; one that is there is replaced.
+        path: path of the file; an existing file is replaced.
         width, height: the size of the frames.
         fps: frames per second.
-        speech: what the frames speak, from their start: as `AvatarSession.send` takes it.
+        speech: the speech from the first frame on, in the forms that `AvatarSession.send` takes.
         metadata: entries such as title and comment, or those of `provenance_metadata`.
     """
 
@@ -285,7 +285,7 @@ class Mp4Writer(FileWriter):
         self._samples_written += len(chunk)
 
     def _abandon(self) -> None:
-        with contextlib.suppress(*_FAULTS):  # what is abandoned may be incomplete
+        with contextlib.suppress(*_FAULTS):  # the abandoned file may be incomplete
             self._container.close()
 
     def _finish(self) -> None:

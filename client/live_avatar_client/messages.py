@@ -16,7 +16,7 @@ Pixels: TypeAlias = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Opening:
-    """What the first request of a session carries besides its audio."""
+    """Contents of the first request of a session, in addition to its audio."""
 
     image: bytes
     prompt: str
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """One answer of the ensemble, as it came."""
+    """One unchanged answer of the ensemble."""
 
     frames: Pixels
     jpegs: tuple[bytes, ...]
@@ -56,17 +56,17 @@ class Block:
     first_frame: int
     """The number of the block's first frame; frame 0 shows the first 640 samples that were sent."""
     frames: Pixels
-    """RGB, [n, height, width, 3], read-only (copy it to draw on it); zero rows when JPEG was asked for."""
+    """RGB, [n, height, width, 3], read-only (copy before changing it); zero rows if JPEG was requested."""
     jpegs: tuple[bytes, ...]
-    """n encoded frames; empty unless JPEG was asked for."""
+    """n encoded frames; empty unless JPEG was requested."""
     audio: Samples
-    """What the frames speak, int16 [n * 640] at 16 kHz, with the silence around the speech."""
+    """Audio of the frames, int16 [n * 640] at 16 kHz, with the silence around the speech."""
     stale: bool
-    """Whether the frames show speech that was sent before an `interrupt()`: a player leaves them out."""
+    """Whether the frames show speech from before an `interrupt()`; a player should skip them."""
     audio_started_at_s: float
     """When the first sample of the block's speech was given to `send`."""
     audio_complete_at_s: float
-    """When the last one was."""
+    """When the last sample of the block's speech was given to `send`."""
     sent_at_s: float
     """When that speech was sent to the server."""
     received_at_s: float
@@ -78,7 +78,7 @@ class Block:
 
     @property
     def timestamps_s(self) -> tuple[float, ...]:
-        """When each frame is to be shown, in seconds from frame 0."""
+        """Time of each frame, in seconds from frame 0."""
         return tuple((self.first_frame + i) / FPS for i in range(len(self)))
 
     def timed_frames(self) -> Iterator[tuple[float, Pixels]]:

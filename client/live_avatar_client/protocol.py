@@ -1,7 +1,7 @@
 """The contract between a client and the `live_avatar` ensemble: names, types, sizes and error codes.
 
-Imported by the client and by the server's models and config tests, so it needs the standard library
-alone: it knows neither numpy nor gRPC nor Triton, and holds no state.
+The client, the server's models and the tests of the configurations import it. It uses only the standard
+library and has no state.
 """
 
 import re
@@ -40,7 +40,7 @@ SEED_PARAMETER: Final = "seed"
 FRAME_FORMAT_PARAMETER: Final = "frame_format"
 JPEG_QUALITY_PARAMETER: Final = "jpeg_quality"
 LABEL_PARAMETER: Final = "label"
-# of every request: a secret that proves that its sender opened the session
+# of every request: a secret that only the client that opened the session knows
 TOKEN_PARAMETER: Final = "token"
 # and of the request with END
 END_REASON_PARAMETER: Final = "end_reason"
@@ -60,7 +60,7 @@ class EndReason(StrEnum):
     """Why a client ends its session."""
 
     COMPLETED = "completed"
-    """Every frame of the speech is asked for."""
+    """Every frame of the speech was requested."""
     ABANDONED = "abandoned"
     """The application closed the session before the last frame."""
     FAILED = "failed"
@@ -88,20 +88,19 @@ AUDIO: Final = TensorSpec("AUDIO", "INT16", (-1,))
 REFERENCE_IMAGE: Final = TensorSpec("REFERENCE_IMAGE", "UINT8", (-1,), optional=True)
 PROMPT: Final = TensorSpec("PROMPT", "BYTES", (1,), optional=True)
 FRAMES: Final = TensorSpec("FRAMES", "UINT8", (-1, -1, -1, 3))
-# No output is of type BYTES: a client that asks for classes of one (the output parameter `classification`) would end
-# Triton 2.51 with a division by zero.
+# No output is of type BYTES: the output parameter `classification` on one crashes Triton 2.51 with a division by zero.
 JPEG_FRAMES: Final = TensorSpec("JPEG_FRAMES", "UINT8", (-1,))
 """JPEG files, one after another."""
 JPEG_SIZES: Final = TensorSpec("JPEG_SIZES", "INT64", (-1,))
-"""Bytes of each of them."""
+"""Size of each JPEG file in bytes."""
 FIRST_FRAME: Final = TensorSpec("FIRST_FRAME", "INT64", (1,))
 PROVENANCE: Final = TensorSpec("PROVENANCE", "UINT8", (-1,))
-"""In the answer to START a JSON object in UTF-8 that says what makes the video; empty else."""
+"""A JSON object in UTF-8 with the provenance of the video, in the answer to START; empty in other answers."""
 
 INPUTS: Final = (AUDIO, REFERENCE_IMAGE, PROMPT)
 OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME, PROVENANCE, JPEG_SIZES)
 
-# The model STATUS_MODEL, which says how the server is; it belongs to no session.
+# The model STATUS_MODEL returns the server's status; its requests belong to no session.
 STATUS_QUERY: Final = TensorSpec("QUERY", "BYTES", (1,))
 """Ignored; send b"status"."""
 STATUS: Final = TensorSpec("STATUS", "UINT8", (-1,))
@@ -112,9 +111,9 @@ class ErrorCode(StrEnum):
     """The machine-readable start of a server's error message."""
 
     UNAVAILABLE = "UNAVAILABLE"
-    """Every session of the server is taken, or it is shutting down: try again later, or elsewhere."""
+    """All sessions of the server are taken, or it is shutting down: try again later or elsewhere."""
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
-    """A tensor or parameter of the request is wrong: trying again will not help."""
+    """A tensor or parameter of the request is wrong: a retry does not help."""
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     """The request does not fit the session's state: it is unknown, has ended or has failed."""
     FAILED = "FAILED"
@@ -128,14 +127,14 @@ _TRITON_PREFIX = re.compile(r"^(?:in ensemble '[^']*',\s*)?(?:\[request id: [^\]
 
 
 def format_error(code: ErrorCode, message: str) -> str:
-    """Return the text a server sends: `[CODE] message`."""
+    """Return the text that a server sends: `[CODE] message`."""
     return f"[{code.value}] {message}"
 
 
 def parse_error(text: str) -> tuple[ErrorCode | None, str]:
-    """Return the code and the message of an error, without what Triton puts in front of it.
+    """Return the code and the message of an error, without Triton's prefix.
 
-    A text without a code, from Triton itself for example, has None for its code.
+    The code is None for a text without one, for example Triton's own.
     """
     if coded := _CODED.search(text):
         return ErrorCode(coded[1]), coded[2].strip()

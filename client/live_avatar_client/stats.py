@@ -1,4 +1,4 @@
-"""Measures a stream from the blocks that came out of it."""
+"""Measures a stream from its received blocks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from .messages import Block
 
 @dataclass(frozen=True)
 class StreamStats:
-    """How fast a stream was."""
+    """Speed and latency of a stream."""
 
     frames: int
     duration_s: float
     """From the first block sent to the last block received."""
     fps: float
-    """Frames per second of that time. Speech sent in real time cannot give more than about 25."""
+    """Frames per second in that time; at most about 25 for speech sent in real time."""
     ttff_s: float
-    """Time to first frame: from the first sample given to `send` to the first block received. The sum of:"""
+    """Time to first frame: from the first sample given to `send` to the first block received. It is the sum of:"""
     ttff_block_wait_s: float
-    """the time until the first block of audio was whole,"""
+    """the time until the first block of audio was complete,"""
     ttff_client_wait_s: float
     """the time until it was sent,"""
     ttff_server_s: float
-    """and the time until its frames came: network, queue, model and look-ahead."""
+    """and the time until its frames arrived: network, queue, model and look-ahead."""
     latency_p50_s: float
     """Audio to frame: from a block's last sample sent to its frames received."""
     latency_p95_s: float
@@ -34,7 +34,7 @@ class StreamStats:
 
     @classmethod
     def from_blocks(cls, blocks: Iterable[Block]) -> Self:
-        """Measure all blocks of one session, in order; they are not kept, so a generator will do."""
+        """Measure all blocks of one session, in order; `blocks` may be a generator."""
         times = [(len(b), b.audio_started_at_s, b.audio_complete_at_s, b.sent_at_s, b.received_at_s) for b in blocks]
         if not times:
             raise InvalidInput("there are 0 blocks to measure; pass the blocks of a session with speech")

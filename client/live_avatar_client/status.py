@@ -1,6 +1,6 @@
-"""Asks a server how it is: alive, ready, what it serves, how much of it is free, and whether the key is the right one.
+"""Reads a server's status: liveness, readiness, model, free sessions, and whether it accepts the API key.
 
-`live-avatar doctor` shows what it returns; a load balancer may use it to choose a server.
+`live-avatar doctor` prints it; a load balancer may use it to choose a server.
 """
 
 import statistics
@@ -34,27 +34,27 @@ _QUERY: Final = np.array([b"status"], np.object_)
 
 
 class KeyState(StrEnum):
-    """What the server says to the API key."""
+    """The server's verdict on the API key."""
 
     NOT_NEEDED = "not needed"
     """The server serves anyone."""
     ACCEPTED = "accepted"
     MISSING = "missing"
-    """The server wants a key and was given none."""
+    """The server requires a key and got none."""
     REFUSED = "refused"
-    """The server wants another key."""
+    """The server requires another key."""
 
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """How a server is. What the model `status` would say is None if it cannot be asked, for want of a key say."""
+    """Status of a server. The fields of the model `status` are None if it cannot be called, as without a key."""
 
     url: str
     live: bool
     ready: bool
-    """Whether it takes new sessions, as far as it knows; false while it drains or a stage is down."""
+    """Whether it reports that it takes new sessions; false while it drains or a stage is down."""
     round_trip_s: float
-    """Median of a few calls, without the time to connect."""
+    """Median of a few calls, not counting the connection."""
     tls: bool
     key: KeyState
     version: str | None = None
@@ -68,7 +68,7 @@ class ServerStatus:
 
     @property
     def free_sessions(self) -> int | None:
-        """How many sessions could be opened now."""
+        """Number of sessions that can be opened now."""
         if self.max_sessions is None or self.live_sessions is None:
             return None
         return 0 if self.draining else max(self.max_sessions - self.live_sessions, 0)
@@ -81,11 +81,11 @@ def server_status(
 
     Args:
         url: `host:port` of the server's gRPC port, with or without `grpc://` or `grpcs://` in front.
-        api_key: the server's API key, if it wants one.
-        tls: the certificates of a TLS connection; `grpcs://` alone takes the public authorities.
-        timeout_s: how long the server may take for each answer; there are at most nine.
+        api_key: the server's API key, if it requires one.
+        tls: the certificates of a TLS connection; without it `grpcs://` trusts the public authorities.
+        timeout_s: the longest time for each of at most nine answers.
 
-    Raises ConnectFailed if no server answers, ServerIncompatible if one does that is no Live Avatar server, and
+    Raises ConnectFailed if no server answers, ServerIncompatible if the server is not a Live Avatar server, and
     InvalidInput for a bad address or certificate file.
     """
     with base.open_channel(url, tls) as channel:
@@ -113,8 +113,8 @@ def _round_trip_s(stub: service_pb2_grpc.GRPCInferenceServiceStub, timeout_s: fl
 def _ask(
     stub: service_pb2_grpc.GRPCInferenceServiceStub, url: str, api_key: str | None, timeout_s: float
 ) -> tuple[KeyState, dict[str, Any]]:
-    """Return what the server says to the key and what the model `status` says."""
-    # Without the key first: a server that wants none takes any.
+    """Return the server's verdict on the key, and the fields of the model `status`."""
+    # First without the key: a server that requires no key accepts any.
     served = _served(stub, url, None, timeout_s)
     if served is not None:
         return KeyState.NOT_NEEDED, served
@@ -127,7 +127,7 @@ def _ask(
 def _served(
     stub: service_pb2_grpc.GRPCInferenceServiceStub, url: str, api_key: str | None, timeout_s: float
 ) -> dict[str, Any] | None:
-    """Return the fields of the model `status`, none if it cannot answer now; None if the server wants another key."""
+    """Return the fields of the model `status`, {} if it cannot answer now, None if the server requires another key."""
     request = service_pb2.ModelInferRequest(model_name=STATUS_MODEL)
     wire.put_tensor(request.inputs, request.raw_input_contents, STATUS_QUERY, _QUERY)
     try:

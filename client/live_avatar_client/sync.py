@@ -1,4 +1,4 @@
-"""The session for programs with threads, over grpc's blocking API."""
+"""The blocking session, for programs with threads, over grpc's blocking API."""
 
 import math
 import os
@@ -72,34 +72,34 @@ class AvatarSession(BaseSession):
     def send(self, pcm: object, *, wait: bool = True) -> None:
         """Send a chunk of speech of any size: mono, 16 kHz, int16, or float32 in [-1, 1] (clipped beyond).
 
-        Waits while the session's limits are reached; raises SendTimeout when that takes too long. Without
-        `wait` it takes the chunk only if it can go out now, and raises SessionBusy otherwise.
+        Waits while the session's limits are reached; raises SendTimeout when that takes too long. With
+        `wait=False` it raises SessionBusy, and takes nothing, if the chunk cannot be sent now.
         """
         self._run(self._core.send(pcm, wait=wait))
 
     def interrupt(self) -> None:
-        """Stop the avatar's speech: drop what was not sent, and mark the frames of what was as stale.
+        """Stop the avatar's speech: drop the speech that was not sent, and mark the frames of sent speech as stale.
 
-        The next chunk begins a new speech; frame numbers go on. A `send` that waits returns.
+        The next chunk begins a new speech; frame numbers go on. A waiting `send` returns.
         """
         with self._update() as core:
             core.interrupt()
 
     def end(self) -> None:
-        """Say that no more speech comes; the iterators then end after its last frame."""
+        """Declare the speech complete; the iterators end after its last frame."""
         with self._update() as core:
             core.end()
 
     def keep_alive(self) -> None:
-        """Tell the server now that more speech comes; the session does so by itself every `keep_alive_s`."""
+        """Send a keep-alive now; the session sends one by itself after `keep_alive_s` without a request."""
         with self._update() as core:
             core.keep_alive()
 
     def stream(self, chunks: Iterable[object]) -> Iterator[Block]:
         """Send chunks from a thread of its own, end the speech after them, and yield the blocks.
 
-        An error that `chunks` raises is raised here. The thread cannot be stopped while it waits for a
-        chunk: one that still waits when the session closes ends with the next chunk.
+        Errors of `chunks` are raised here. The thread cannot be stopped while it waits for a
+        chunk: after the session has closed it ends with the next chunk.
         """
         require_chunks(chunks, Iterable)
         session: Held = weakref.ref(self)
@@ -108,7 +108,7 @@ class AvatarSession(BaseSession):
         yield from self
 
     def close(self) -> None:
-        """Give up what is under way and free the session; leaving the `with` statement does it."""
+        """Cancel all unanswered requests and free the session; leaving the `with` statement does it."""
         if self._reader is None or self._timer is None or not self._is_of_this_process():
             return
         self._dropped.detach()
@@ -134,7 +134,7 @@ class AvatarSession(BaseSession):
             raise self._connect_error(error) from error
 
     def _run(self, steps: Steps[_T]) -> _T:
-        """Go through the steps of an operation of the core, waiting in between."""
+        """Run an operation of the core; wait between its steps."""
         with self._update():
             while True:
                 try:
@@ -178,7 +178,7 @@ def _feed(held: Held, changed: threading.Condition, core: SessionCore, chunks: I
     failure: BaseException | None = None
     try:
         for chunk in chunks:
-            # The reader of the blocks sets the pace, so there is no time limit.
+            # No time limit: the reader of the blocks sets the pace.
             if not _run_while_held(held, changed, core.send(chunk, timeout_s=math.inf)):
                 return
         if session := held():

@@ -1,6 +1,6 @@
-"""A Live Avatar server for tests: real gRPC on a free local port, with frames that follow a formula.
+"""A Live Avatar server for tests: real gRPC on a free local port, with frames from a formula.
 
-Checks the requests as the real server does and refuses with the same codes.
+It checks requests like the real server and refuses them with the same codes.
 """
 
 import io
@@ -50,7 +50,7 @@ from .wire import Message, get_tensor, put_tensor
 _MAX_STREAMS: Final = 16
 
 SAMPLE_PROVENANCE: Final = {"generator": "fake avatar server", "version": "0", "seed": 0}
-"""What the server says about the video of a session with seed 0."""
+"""The provenance of a session with seed 0."""
 
 SAMPLE_IMAGE: Final = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a494441"
@@ -60,7 +60,7 @@ SAMPLE_IMAGE: Final = bytes.fromhex(
 
 
 def sample_speech(samples: int) -> Samples:
-    """Return noise that gets louder, always the same, so that no two frames of it sound alike."""
+    """Return noise that gets louder, so that no two frames sound alike; always the same for one length."""
     noise = np.random.default_rng(samples).uniform(-1, 1, samples)
     speech: Samples = (noise * np.linspace(0, 32767, samples)).astype(np.int16)
     return speech
@@ -68,7 +68,7 @@ def sample_speech(samples: int) -> Samples:
 
 @dataclass
 class ReceivedSession:
-    """What the server received of one sequence."""
+    """Everything that the server received for one sequence."""
 
     image: bytes
     prompt: str
@@ -85,14 +85,14 @@ class ReceivedSession:
 
     @property
     def speech(self) -> Samples:
-        """All samples of its blocks, the padding included."""
+        """All samples of its blocks, including the padding."""
         return np.concatenate([np.zeros(0, np.int16), *self.blocks])
 
 
 def synthetic_frame(number: int, seed: int, speech: Samples, height: int, width: int) -> Pixels:
     """Return frame `number`: red is the number, green the seed, blue the loudness of its 640 samples.
 
-    Each is taken modulo 256. Frames before the speech and beyond it are silent.
+    Each is taken modulo 256. Frames before and after the speech are silent.
     """
     start = number * SAMPLES_PER_FRAME
     heard = speech[max(start, 0) : max(start + SAMPLES_PER_FRAME, 0)].astype(np.int32)
@@ -107,13 +107,13 @@ class FakeAvatarServer:
     Args:
         height, width: the size of its frames.
         lookahead_frames: how many frames the video lags behind the speech.
-        delay_s: how long it works on a block.
+        delay_s: its working time for a block.
         refuse: refuse every session as UNAVAILABLE with this message.
         fail_at_block: end each session with FAILED at this block, counted from 0.
         vanish_at_block: cut the connection at this block.
-        model_name: the name under which it offers its model.
-        api_key: what a client must know to stream.
-        credentials: makes it speak TLS only.
+        model_name: the name of its model.
+        api_key: the key that clients must send.
+        credentials: certificates; with them it speaks only TLS.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class FakeAvatarServer:
         self.sessions: list[ReceivedSession] = []
         """Every session that was accepted, in order."""
         self.ended_ids: set[int] = set()
-        """The sequence ids that were ended, those of refused sessions too."""
+        """The sequence ids that were ended, including refused sessions."""
         self.streams = 0
         """How many streams are open."""
         self._stopping = threading.Event()
@@ -170,7 +170,7 @@ class FakeAvatarServer:
         return self._server.add_secure_port(address, self.credentials)
 
     def stop(self) -> None:
-        """Cut every connection and close the port, as a server does that is killed."""
+        """Cut every connection and close the port, like a server that is killed."""
         self._stopping.set()
         self._server.stop(grace=None).wait()
         self._workers.shutdown()
@@ -348,7 +348,7 @@ def _as_uint8(content: bytes) -> NDArray[np.uint8]:
 
 
 def _jpeg(frame: Pixels, quality: int) -> bytes:
-    from PIL import Image  # an extra: only JPEG sessions need it
+    from PIL import Image  # an optional dependency: only JPEG sessions need it
 
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(frame)).save(file, "JPEG", quality=quality)

@@ -1,4 +1,4 @@
-"""How a session knows its server, and shows who it is itself: TLS and mutual TLS."""
+"""Certificates of a session's connection: TLS and mutual TLS."""
 
 import os
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ class TLS:
     """The certificates of a connection, as paths of PEM files."""
 
     root_certificates: File | None = None
-    """The authorities that may have signed the server's certificate; None: the public ones that gRPC brings."""
+    """Authorities that are trusted to sign the server's certificate; None trusts gRPC's public ones."""
     certificate: File | None = None
-    """The client's own certificate, with those that lead to its authority, for a server that asks for one."""
+    """The client's certificate with its chain, for a server that requires one."""
     private_key: File | None = None
     """The key of `certificate`."""
     server_name: str | None = None
-    """The name in the server's certificate, where it is not the host of the address."""
+    """The name in the server's certificate, if it differs from the host in the address."""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Read the files; raise InvalidInput when one cannot be read or is no PEM file."""
+        """Read the files; raise InvalidInput when one cannot be read or is not a PEM file."""
         if (self.certificate is None) != (self.private_key is None):
             given, missing = ("certificate", "private_key")[:: 1 if self.certificate is not None else -1]
             raise InvalidInput(f"TLS has a {given} but no {missing}; pass both, or neither")

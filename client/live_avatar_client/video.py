@@ -1,6 +1,6 @@
-"""The files that a video of known speech goes into: MP4, and on demand the raw frames.
+"""Writes the video of a known speech to an MP4 file and, if asked, its raw frames to a `.npy` file.
 
-Both files appear when the `with` statement is left normally, and neither does after an exception.
+Both files appear at the normal end of the `with` statement, and neither after an exception.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class NpyWriter(FileWriter):
             np.lib.format.write_array_header_1_0(self._stream, header)  # type: ignore[no-untyped-call]
 
     def _abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is abandoned may be incomplete
+        with contextlib.suppress(OSError):  # the abandoned file may be incomplete
             self._stream.close()
 
     def _finish(self) -> None:
@@ -64,9 +64,8 @@ class NpyWriter(FileWriter):
 class SpeechVideo:
     """The video of a speech, int16 [samples] at 16 kHz: MP4 at `path`, raw frames at `frames_path` if given.
 
-    Entering it finds out whether both can be written. The frames' size is learnt from the first that is written.
-    `metadata` goes into the MP4; a function that returns it is called then too, so that it can tell what a
-    server said with its first answer.
+    Entering it checks that both files can be written. The first frame sets the frame size. `metadata` goes into
+    the MP4; if it is a function, it is called with the first frame, when the server's first answer is known.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class SpeechVideo:
         if self._frames_path is not None:
             shape = (self.expected_frames, height, width, 3)
             self._writers.append(self._open.enter_context(NpyWriter(self._frames_path, shape)))
-        # Left first, since finishing it can fail: then there are no frames either.
+        # The MP4 is finished first: if that fails, there is no frames file either.
         metadata = self._metadata() if callable(self._metadata) else self._metadata
         video = Mp4Writer(self._path, width, height, speech=self._speech, metadata=metadata)
         self._writers.append(self._open.enter_context(video))

@@ -34,14 +34,14 @@ from .protocol import (
 from .text import printable
 
 Message: TypeAlias = Any
-"""A protobuf message: `tritonclient` ships no types for them."""
+"""A protobuf message; `tritonclient` has no type annotations for them."""
 
 _SAME_VERSION: Final = "use a client and a server of the same version"
 
 READY_REQUEST: Final[Message] = service_pb2.ModelReadyRequest(name=MODEL_NAME)
 METADATA_REQUEST: Final[Message] = service_pb2.ModelMetadataRequest(name=MODEL_NAME)
 EMPTY_REQUEST: Final[Message] = service_pb2.ModelInferRequest(model_name=STATUS_MODEL)
-"""Answered with an error, which tells whether the server is there and knows the API key."""
+"""Its answer is an error, which shows whether the server is there and accepts the API key."""
 
 
 def encode_request(request: Request) -> Message:
@@ -73,14 +73,14 @@ def _put_opening(message: Message, opening: Opening) -> None:
 
 
 def decode_response(message: Message) -> Response:
-    """Return the frames of a ModelInferResponse; raise ServerIncompatible when it is another model's."""
+    """Return the frames of a ModelInferResponse; raise ServerIncompatible when it has other tensors."""
     frames, jpegs, first_frame, text, sizes = (_output(message, spec) for spec in OUTPUTS)
     provenance = decode_json(PROVENANCE, text) if len(text) else None
     return Response(frames, _cut(jpegs.tobytes(), sizes), int(first_frame[0]), provenance)
 
 
 def _cut(files: bytes, sizes: NDArray[np.int64]) -> tuple[bytes, ...]:
-    """Return the files that stand one after another."""
+    """Return the concatenated files one by one."""
     if len(sizes) > FRAMES_PER_BLOCK:
         raise ServerIncompatible(
             f"the server's JPEG_SIZES has {len(sizes)} sizes, expected at most {FRAMES_PER_BLOCK}; {_SAME_VERSION}"
@@ -122,7 +122,7 @@ def check_ready(url: str, message: Message) -> None:
 
 
 def check_metadata(url: str, message: Message) -> None:
-    """Raise ServerIncompatible unless the ensemble takes and gives the protocol's tensors."""
+    """Raise ServerIncompatible unless the ensemble has the protocol's inputs and outputs."""
     for kind, specs, tensors in (("input", INPUTS, message.inputs), ("output", OUTPUTS, message.outputs)):
         datatypes = {tensor.name: tensor.datatype for tensor in tensors}
         for spec in specs:

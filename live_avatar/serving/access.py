@@ -1,7 +1,7 @@
-"""Who may do what at the server's ports: TLS, keys, and what is closed, as options of Triton.
+"""Access to the server's ports, as options of Triton: TLS, keys, and closed endpoints.
 
-gRPC carries the stream and has TLS. Triton's HTTP has none, so it carries health and metadata only. Loading and
-unloading models is the supervisor's alone, under a secret that it draws at its start.
+The stream uses gRPC, which has TLS. Triton's HTTP has no TLS, so it serves only health and metadata. Only the
+supervisor may load and unload models, with a random secret of each start.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from typing import Final
 
 from live_avatar.errors import ServerError
 
-# Names of the keys: the header is the name in HTTP, and `triton-grpc-protocol-` and the name in gRPC.
+# Names of the keys. The HTTP header is the name; the gRPC header is `triton-grpc-protocol-` and the name.
 API_KEY: Final = "api-key"
 ADMIN_KEY: Final = "admin-key"
 SUPERVISOR_KEY: Final = "supervisor-key"
 
 INFERENCE: Final = "inference"
 MODEL_CONTROL: Final = "model-repository"
-# What an operator may look at and change in a running server, and no caller needs.
+# Endpoints for operators; callers do not need them.
 OPERATION: Final = ("shared-memory", "trace", "logging", "statistics", "model-config")
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 256
-# Triton separates with `,` and `:`, and a header has neither spaces nor other letters.
+# Triton uses `,` and `:` as separators, and a header has neither spaces nor letters beyond ASCII.
 FORBIDDEN_IN_KEYS: Final = re.compile(r"[^!-~]|[,:]")
 
 
 @dataclass(frozen=True)
 class Access:
-    """Files with the keys and certificates; without them there is no key and no TLS.
+    """Files with the keys and certificates; None means no key or no TLS.
 
-    `api_key_file` is for callers, `admin_key_file` for operators. `tls_certificate` (the server's own, with those
-    between it and its root) and `tls_key` go together; with `tls_client_ca` a client needs a certificate that this
-    authority has signed.
+    `api_key_file` is for callers, `admin_key_file` for operators. `tls_certificate` (the server's certificate with
+    its chain) needs `tls_key`; with `tls_client_ca` each client needs a certificate that this authority has signed.
     """
 
     api_key_file: Path | None = None
@@ -49,7 +48,7 @@ class Access:
 def access_flags(access: Access, address: str, secret: str) -> list[str]:
     """Triton's options for a server that listens on `address` and whose supervisor knows `secret`.
 
-    They hold the keys. Raises `ServerError` for a key or certificate that cannot be used.
+    They contain the keys. Raises `ServerError` for a key or certificate that cannot be used.
     """
     api_key = None if access.api_key_file is None else read_key(access.api_key_file)
     admin_key = None if access.admin_key_file is None else read_key(access.admin_key_file)
@@ -72,7 +71,7 @@ def access_flags(access: Access, address: str, secret: str) -> list[str]:
 
 
 def access_warnings(access: Access, address: str) -> list[str]:
-    """A sentence for each thing that is open to everybody who can reach `address`, but for callers on this machine."""
+    """A sentence for each endpoint that is open to every other machine that can reach `address`."""
     if is_loopback(address):
         return []
     warnings = []
@@ -90,7 +89,7 @@ def access_warnings(access: Access, address: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches `address`. A name other than localhost counts as reachable for others."""
+    """Whether only this machine can reach `address`. Of names, only localhost counts as local."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -98,7 +97,7 @@ def is_loopback(address: str) -> bool:
 
 
 def read_key(path: Path) -> str:
-    """The key in a file. Raises `ServerError`, which does not say the key, if it cannot be read or used."""
+    """The key in a file. Raises `ServerError`, without the key in its message, if it cannot be read or used."""
     text = _read(path, "key").decode("utf-8", errors="replace")
     if fault := _fault(text.removesuffix("\n").removesuffix("\r")):
         raise ServerError(
@@ -110,7 +109,7 @@ def read_key(path: Path) -> str:
 
 
 def _fault(key: str) -> str | None:
-    """What is wrong with a key, in words that do not give it away."""
+    """The fault of a key, without the key itself; None if there is none."""
     if "\n" in key:
         return f"has {key.count(chr(10)) + 1} lines"
     if found := FORBIDDEN_IN_KEYS.search(key):

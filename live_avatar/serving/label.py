@@ -1,7 +1,7 @@
 """A visible label on video frames, such as "AI-generated": white text on a dark box in the lower right corner.
 
-The size is what GB 45438-2025 asks of a video's label: text at least 5 % as tall as the frame's short side, at its edge
-or corner, and clearly legible.
+The size follows GB 45438-2025: the text is at least 5 % as tall as the frame's short side, at an edge or in a corner,
+and clearly legible.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from live_avatar.arrays import Array
 from live_avatar.errors import ConfigError, InputError
 
 MAX_CHARACTERS = 64
-LEAST_SHARE = 0.05  # of the frame's short side, by GB 45438-2025
-LEAST_PIXELS = 7  # below this, capital letters run together
-BOX_OPACITY = 0.63  # white text keeps a contrast above 4.5 to 1 over a white frame
-GREATEST_EM = 3  # of a capital letter's height; a font that needs more has no capital letters
-UNASSIGNED = "\U0010ffff"  # no font has a glyph for it: what is drawn stands for missing glyphs
+LEAST_SHARE = 0.05  # share of the frame's short side, by GB 45438-2025
+LEAST_PIXELS = 7  # smaller capital letters are not legible
+BOX_OPACITY = 0.63  # keeps the contrast of white text above 4.5 to 1 on a white frame
+GREATEST_EM = 3  # in heights of a capital letter; a font that needs more has no capital letters
+UNASSIGNED = "\U0010ffff"  # no font has a glyph for it, so it shows the font's sign for missing glyphs
 
 Font = ImageFont.FreeTypeFont
 
 
 class Label:
-    """A label for frames of one size, drawn once when it is made and then blended into every frame."""
+    """A label for frames of one size. It is drawn once and blended into every frame."""
 
     def __init__(self, text: str, height: int, width: int, font: Path | None = None) -> None:
         """`text` in the lower right corner of frames of `height` x `width` pixels.
 
-        `font` is a TrueType or OpenType file; without one it is Pillow's own, which has the letters of ASCII alone.
+        `font` is a TrueType or OpenType file; the default is Pillow's font, which has only ASCII letters.
         Raises `InputError` for a text that is blank, longer than 64 characters, too large for the frame, or has
-        characters that cannot be drawn; `ConfigError` for a font that cannot be used.
+        characters without a glyph; `ConfigError` for a font that cannot be used.
         """
         text = unicodedata.normalize("NFC", text)
         _check_characters(text)
@@ -45,7 +45,7 @@ class Label:
         coverage = _box(_ink(letters, text), least, text, height, width)[:, :, None]
         bottom, right = height - _padding(least), width - _padding(least)
         self._box = np.s_[:, bottom - coverage.shape[0] : bottom, right - coverage.shape[1] : right]
-        # Box over frame, text over box: what is left of the frame's pixel, and the white that is added, in 1/255.
+        # Text over box over frame: the remaining share of the frame's pixel, and the added white, in 1/255.
         self._left = np.rint((255 - coverage) * (1 - BOX_OPACITY)).astype(np.uint16)
         self._added = coverage.astype(np.uint16) * 255
 
@@ -126,7 +126,7 @@ def _ink(font: Font, text: str) -> Array:
 
 
 def _letter_height(ink: Array) -> int:
-    """Rows from the first to the last with a pixel that is more ink than not."""
+    """Rows from the first to the last that have a pixel of more than half coverage."""
     rows = np.flatnonzero(ink.max(axis=1) >= 128)
     return int(np.ptp(rows)) + 1 if rows.size else 0
 
@@ -137,7 +137,7 @@ def _padding(least: int) -> int:
 
 
 def _box(ink: Array, least: int, text: str, height: int, width: int) -> Array:
-    """Coverage of the whole box, the text in its middle."""
+    """Coverage of the whole box, with the text in its middle."""
     tall = _letter_height(ink)
     if tall < least:
         raise InputError(f"the label {text!r} is {tall} px tall and needs {least} px; begin it with a capital letter.")

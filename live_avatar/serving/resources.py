@@ -1,4 +1,4 @@
-"""What stages share out among sessions: the work done for known avatars, and memory."""
+"""Resources that sessions of a stage share: results for known avatars, and memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class KnownAvatars(Generic[T]):
-    """What a stage has made of the latest avatars; sessions share it, so no one may write into it."""
+    """A stage's results for the latest avatars. Sessions share them, so they must not be changed."""
 
     def __init__(self, capacity: int, meter: Meter) -> None:
         self._made: LRU[T] = LRU(capacity)
         self._meter = meter
         meter.declare(AVATAR_HITS)
         meter.declare(AVATAR_MISSES)
-        meter.set(AVATARS, 0)  # after a process that died, too
+        meter.set(AVATARS, 0)  # also after a restart of the process
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._made
@@ -44,11 +44,11 @@ class SessionRoom:
         self._needed = needed
 
     def holds(self, sessions: int) -> bool:
-        """Whether there is room for that many more."""
+        """Whether there is room for `sessions` more sessions."""
         return self._runtime.free_bytes() >= sessions * self._needed
 
     def require(self) -> None:
-        """Raises `CapacityError` if there is none."""
+        """Raises `CapacityError` if there is no room for one more session."""
         free = self._runtime.free_bytes()
         if free < self._needed:
             raise CapacityError(

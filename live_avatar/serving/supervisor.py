@@ -1,8 +1,8 @@
-"""Watches over a running Triton: brings stages back whose process died, and ends the sessions in order.
+"""Supervises a running Triton: loads stages again whose process died, and drains the server.
 
-A dead stage leaves Triton up and "ready", and answers nothing for ever (tried on 2.51), so its model is unloaded and
-loaded again, which makes readiness false meanwhile. To drain, a model is loaded that cannot be: that turns readiness
-false at once, over HTTP and gRPC, and live sessions do not notice.
+When a stage's process dies, Triton stays up and "ready" but never answers (tried on 2.51). So the supervisor unloads
+the model and loads it again; readiness is false meanwhile. To drain, it loads a model that cannot be loaded: readiness
+becomes false at once, over HTTP and gRPC, and live sessions are not affected.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ DRAIN_MARKER: Final = "draining"
 """Name of a model that cannot be loaded; loading it makes Triton not ready."""
 WATCH_S = 0.25
 RETRY_S = 5.0
-STOP_LIMIT_S = 2.0  # a model that loads for minutes is not waited for
+STOP_LIMIT_S = 2.0  # shorter than the load of a large model, which may take minutes
 DRAIN_POLL_S = 0.1
 CLOSING_S = 2.0
-"""How long live sessions are left to fetch their error: a speaking one sends a block every 0.48 s."""
+"""Time in which live sessions can get their error; a speaking session sends a block every 0.48 s."""
 LAST_ANSWER_S = 0.3
-"""How long the last frames may take from the last stage to the client."""
+"""Time for the last frames to get from the last stage to the client."""
 PROCESSES = Path("/proc")
 STUB = "triton_python_backend_stub"
 ALIVE = frozenset("RSDTtIP")  # states of a process that is not a zombie
-# A proxy of the environment is for other machines.
+# The environment's proxy is only for other machines.
 WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -50,11 +50,11 @@ class Admin:
         self._secret = secret
 
     def ready(self) -> bool:
-        """Whether Triton says that every model is ready."""
+        """Whether Triton reports every model as ready."""
         return self._ask(urllib.request.Request(f"{self._url}/v2/health/ready"), limit_s=1.0)
 
     def load(self, model: str, limit_s: float = 10.0) -> bool:
-        """Loads a model, again if it was unloaded; whether it is up."""
+        """Loads a model, also one that was unloaded; returns whether it is loaded."""
         return self._control(model, "load", limit_s)
 
     def unload(self, model: str) -> None:
@@ -78,7 +78,7 @@ class Admin:
 
 
 class Supervisor:
-    """Watches the stages `models` of the Triton with process id `process` in a thread, while the `with` lasts."""
+    """Watches the stages `models` of the Triton with process id `process`, in a thread, inside a `with` statement."""
 
     def __init__(
         self,
@@ -109,9 +109,9 @@ class Supervisor:
         self._thread.join(STOP_LIMIT_S)
 
     def drain(self, seconds: float) -> bool:
-        """Takes no new sessions, lets the live ones end by themselves for so long, then ends them with an error.
+        """Refuses new sessions, waits `seconds` for the live ones, then ends the rest with an error.
 
-        Returns whether all ended by themselves.
+        Returns whether all sessions ended by themselves.
         """
         self._control.set_phase(Phase.DRAINING)
         self._admin.load(DRAIN_MARKER)
@@ -123,7 +123,7 @@ class Supervisor:
         return ended
 
     def _wait_empty(self, seconds: float) -> bool:
-        """Whether all sessions have ended, at the latest after so long, or when Triton has."""
+        """Waits until all sessions or Triton have ended, at most `seconds`; returns whether no session is live."""
         deadline = time.monotonic() + seconds
         while self._is_running() and self._control.live_sessions and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
@@ -134,19 +134,19 @@ class Supervisor:
             try:
                 for model in sorted(self._models - living_stages(self._process)):
                     self._reload(model)
-            except Exception:  # whatever it was, the next stage that dies must be noticed
+            except Exception:  # watching must go on after any error
                 log.exception("could not look after the stages")
 
     def _reload(self, model: str) -> None:
-        """Loads a model again whose process is gone. Its sessions are lost, which the other stages are told while the
-        ensemble is not there: so all sessions before that, and none after it, are dropped."""
+        """Loads a model again whose process is gone. The other stages drop all sessions, because their state in this
+        stage is lost. They are told while the ensemble is unloaded, so no newer session is dropped."""
         if self._is_over():
             return
         log.warning("the process of %s is gone; loading it again", model)
         self._admin.unload(model)
         if self._is_over():
             return
-        if model != STATUS_MODEL:  # which has no part of any session
+        if model != STATUS_MODEL:  # `status` has no sessions
             self._control.advance_reload_epoch()
         if not self._admin.load(model, self._load_limit_s) and not self._is_over():
             log.error("%s could not be loaded again; trying once more in %g s", model, RETRY_S)
@@ -157,17 +157,17 @@ class Supervisor:
 
 
 def living_stages(triton: int) -> set[str]:
-    """Names of the models whose python process is alive under the Triton with that process id."""
+    """Names of the models whose python process is a living child of the process `triton`."""
     found = set()
     for folder in PROCESSES.iterdir():
         if folder.name.isdecimal():
-            with suppress(OSError):  # it ended while we looked
+            with suppress(OSError):  # it has ended meanwhile
                 found |= _stage(folder, triton)
     return found
 
 
 def _stage(process: Path, triton: int) -> set[str]:
-    """{model} if a process is a stage of that Triton."""
+    """{model} if a process is a living stage of that Triton, else an empty set."""
     state, parent = process.joinpath("stat").read_bytes().decode(errors="replace").rpartition(")")[2].split()[:2]
     if int(parent) != triton or state not in ALIVE:
         return set()
@@ -176,5 +176,5 @@ def _stage(process: Path, triton: int) -> set[str]:
 
 
 def model_of(command: Sequence[str]) -> str | None:
-    """The model that a process serves, from its command line: STUB MODEL/VERSION/model.py ..."""
+    """The model of a stage's process, from its command line STUB MODEL/VERSION/model.py ...; else None."""
     return Path(command[1]).parents[1].name if command[0].endswith(STUB) and len(command) > 1 else None

@@ -1,1 +1,1 @@
-"""What can be measured: one module per scenario, each with its `SCENARIO`."""
+"""The scenarios: one module each, with its `SCENARIO`."""

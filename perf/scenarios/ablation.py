@@ -1,9 +1,9 @@
-"""The paper's Table 3 on this system, side by side: what the pipe gains, and what it would cost to do without.
+"""The paper's Table 3 on this system: the gain of the pipe, and the cost of doing without it.
 
-Measured twice. With real compute all stages share this machine's cores, so the pipe can gain little. With a floor under
-every stage's time each stage behaves as if it had a processor of its own, which shows what the serving path makes of
-one: the times are set, what comes of them is measured. Stages that share a processor take turns by a lock (Triton's own
-rate limiter, which is for that, lost requests of sequences on 2.51).
+It is measured twice. With real compute all stages share this machine's cores, so the pipe gains little. With a floor
+under every stage's time each stage behaves as if it had its own processor; the stage times are set, and the result of
+the serving path is measured. Stages that share a processor take turns with a lock (Triton's own rate limiter lost
+requests of sequences on 2.51).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FEW_ALONE, MANY_ALONE = "4 evaluations, one process", f"{MANY_STEPS} evaluations
 
 @dataclass(frozen=True)
 class Setup:
-    """One served row: its profile, blocks under way, and the stages that share a processor."""
+    """One served row: its profile, blocks in flight, and the stages that share a processor."""
 
     name: str
     about: str
@@ -92,7 +92,7 @@ def _observed(context: Context, setup: Setup, artifacts: Path, floor_s: float) -
 
 
 def row(name: str, about: str, blocks: Sequence[BlockTimes]) -> Figures:
-    """FPS with and without the first block; TTFF with speech at hand, so without the wait for the block boundary."""
+    """FPS with and without the first block; TTFF with recorded speech, so without the wait for the block boundary."""
     seen = throughput(blocks)
     ttff_s = blocks[0].received_s - blocks[0].sent_s
     return {"name": name, "about": about, "fps": seen.fps, "steady_fps": seen.steady_fps, "ttff_s": ttff_s}
@@ -103,7 +103,7 @@ def with_ratio(found: Figures, tpp: Figures) -> Figures:
 
 
 def in_one_process(context: Context) -> Iterator[Figures]:
-    """Algorithm 3 on the same graphs: 80 stages would be 80 processes, and the paper has no pipe for them either."""
+    """Algorithm 3 on the same graphs. A pipe of 80 stages would need 80 processes, and the paper has none either."""
     many = variant(context.artifacts, f"{MANY_STEPS}-steps", steps=MANY_STEPS, sigmas=None).folder
     few = row(FEW_ALONE, "one network after another", generated(context.artifacts, _blocks(context)))
     blocks = generated(many, 2 if context.quick else MANY_STEPS_BLOCKS)
@@ -112,7 +112,7 @@ def in_one_process(context: Context) -> Iterator[Figures]:
 
 
 def generated(artifacts: Path, blocks: int) -> list[BlockTimes]:
-    """The avatar's encoding and prefill, which the generator does before its first block, are no part of it."""
+    """It does not include the avatar's encoding and prefill, which the generator does before its first block."""
     generator = Generator(OnnxRuntime(load_artifacts(artifacts)))
     speech = iter(demo_blocks(blocks + 1))
     made = generator.stream(PORTRAIT.read_bytes(), DEMO_PROMPT, 0, speech)
@@ -124,7 +124,7 @@ def generated(artifacts: Path, blocks: int) -> list[BlockTimes]:
 
 
 def _checks(floor: Mapping[str, Figures], alone: Mapping[str, Figures]) -> Iterator[Figures]:
-    """What the pipe is for: one block costs a stage's time, and not all of them."""
+    """Checks the pipe's purpose: a block costs the time of one stage, not of all."""
     stages = len(STEPS) + 2
     yield check("TPP by one block at a time", 1 / floor[ONE_BLOCK]["by_tpp"], at_least=0.9 * stages)
     yield check("TPP by steps that take turns", 1 / floor[ONE_PROCESSOR]["by_tpp"], at_least=0.9 * len(STEPS))

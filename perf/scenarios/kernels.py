@@ -1,8 +1,8 @@
-"""What the networks take in torch on this machine's GPU, in every way of running them, and what pipe that would make.
+"""Time of the networks in torch on this machine's GPU, run in several ways, and the pipe that these times would give.
 
-On a GPU it measures the released model's shape in bfloat16, without its weights; on a CPU the artifacts' preset, which
-shows that all of it runs. The service itself runs TensorRT's engines there: this says which part of a device's
-ceiling good kernels reach, and what the engines have to beat.
+On a GPU it measures the released model's shape in bfloat16, without its weights; on a CPU the artifacts' preset, as a
+functional test. The service uses TensorRT's engines on GPUs. These figures show how close good kernels come to the
+device's peak, as a reference for the engines.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ STEP, PREFILL = "dit_step_1", "dit_prefill"
 TRANSFORMER = (STEP, PREFILL)
 PROFILES = {"cuda": ("h800x5", "h800x4"), "cpu": ("cpu",)}
 SIZES = {"cuda": (8192, 2**32), "cpu": (1024, 2**28)}
-"""Sides of the square products, and bytes copied, that give the ceilings."""
+"""Sides of the square products, and bytes copied, for the device's peak rates."""
 TILE_HALO = 4
-"""Latents that a half of the picture takes from the other half."""
+"""Margin, in latents, that a half of the picture takes from the other half."""
 MOST_DIFFERENCE, MOST_FP8_DIFFERENCE = 0.02, 0.2
-"""Relative RMS from eager torch's result, for sums in another order and in 16 bits, and for FP8."""
+"""Largest relative RMS difference from eager torch: for sums in another order in 16 bits, and for FP8."""
 
 Way = Callable[[nn.Module, Sequence[Tensor]], Work]
 PLAIN: Mapping[str, Way] = {"eager": eager}
@@ -64,7 +64,7 @@ OF_DECODER: Mapping[str, Way] = {"channels last": channels_last}
 
 @dataclass
 class Bench:
-    """One preset's networks on one device, and what the device can do."""
+    """One preset's networks on one device, and the device's peak rates."""
 
     preset: Preset
     on: torch.device
@@ -94,7 +94,7 @@ class Bench:
         return {way: timed(lambda make=make: make(module, inputs), self.on, self.runs) for way, make in ways.items()}  # type: ignore[misc]
 
     def figures(self, name: str, found: Mapping[str, Timed], expected: Timed, fp8: bool = False) -> Figures:
-        """Of each way: seconds, the share of the bound, and how far its result is from eager torch's."""
+        """For each way: seconds, the share of the bound, and the difference from eager torch's result."""
         roof = self.ceilings if fp8 else replace(self.ceilings, operators={})
         bound_s = roof.bound_s(self.costs[name])
         return {
@@ -143,7 +143,7 @@ def measure(context: Context) -> Figures:
 
 
 def _components(bench: Bench) -> dict[str, Figures]:
-    """Every way of every component. FP8 comes last, since it replaces the transformer's weights."""
+    """Every way of every component. FP8 comes last, because it replaces the transformer's weights."""
     found = {name: bench.component(name, bench.ways) for name in (*CONDITIONING, *TRANSFORMER)}
     found[DECODER] = bench.component(DECODER, {**bench.ways, **OF_DECODER})
     figures = {name: bench.figures(name, ways, ways["eager"]) for name, ways in found.items()}
@@ -159,7 +159,7 @@ def fastest(ways: Figures) -> float:
 
 
 def _attention(bench: Bench) -> Figures:
-    """The self-attention of one layer, over history, block and sink, by kernel."""
+    """Time of one layer's self-attention over history, block and sink, by kernel."""
     dit, stream = bench.preset.dit, bench.preset.stream
     agreed = contracts(bench.preset)[STEP]
     widths = {spec.name: agreed.shape(spec, Extent.MAX)[-2] for spec in agreed.inputs if spec.name.endswith("_k.0")}
@@ -178,9 +178,9 @@ def _attention(bench: Bench) -> Figures:
 
 
 def _half(bench: Bench) -> Figures:
-    """The decoder on half of the picture's width, with a margin: what each of two GPUs would take that share it.
+    """Time of the decoder on half of the picture's width with a margin, as for two GPUs that share it.
 
-    Time only: how wide a margin hides the seam depends on the weights, which have their channels last by now.
+    The margin that hides the seam depends on the weights and is not measured. The weights are channels-last here.
     """
     preset, stream = bench.preset, bench.preset.stream
     width = min(stream.latent_width, -(-stream.latent_width // 2) + TILE_HALO)
@@ -196,7 +196,7 @@ def _half(bench: Bench) -> Figures:
 
 
 def _checks(components: Mapping[str, Figures]) -> list[Figures]:
-    """Every way that ran gave eager torch's result."""
+    """Checks that every way that ran gave eager torch's result."""
     return [
         check(
             f"difference of {name}, {way}",

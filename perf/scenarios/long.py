@@ -1,6 +1,6 @@
-"""10,000 seconds of video in one session: the speed, the latency and the memory of every process, early and late.
+"""10,000 seconds of video in one session: speed, latency and memory of every process, early and late.
 
-Ctrl-C or SIGTERM ends it early, with the figures of what was run (`finished` is false).
+Ctrl-C or SIGTERM ends it early, with the figures of the part that was run (`finished` is false).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from perf.scenario import Context, Figures, Scenario, check
 
 VIDEO_S, QUICK_VIDEO_S = 10_000.0, 30.0
 SAMPLE_BLOCKS, QUICK_SAMPLE_BLOCKS = 20, 2
-"""Memory is sampled every so many blocks: by what was made, not by the clock, so that a pause does not matter."""
+"""Number of blocks between samples of memory. It counts blocks, not time, so a pause does not matter."""
 WINDOW_BLOCKS = 200
 PATIENCE_S = 3600.0
 MOST_GROWTH_MIB = 10.0
-"""Of one process in an hour of video, beyond three standard errors, after the warm-up."""
+"""Largest growth of a process per hour of video, beyond three standard errors, after the warm-up."""
 WARM_UP = 0.2
 DEMO_BLOCKS = 12
 LEAST_BLOCKS = 30
@@ -36,7 +36,7 @@ LEAST_BLOCKS = 30
 
 @dataclass
 class Seen:
-    """What came, block by block, and the memory beside it; times in seconds, memory by seconds of video."""
+    """The received blocks, and samples of memory by seconds of video; times in seconds."""
 
     memory: Memory
     pid: int
@@ -70,7 +70,7 @@ def measure(context: Context) -> Figures:
 
 
 def speech(blocks: int) -> Iterator[Array]:
-    """The demo's speech, over and over; made as it is taken."""
+    """The demo's speech, repeated; made lazily."""
     spoken = demo_blocks(DEMO_BLOCKS)
     for block in range(blocks):
         yield spoken[block % DEMO_BLOCKS]
@@ -100,7 +100,7 @@ def _figures(context: Context, seen: Seen, blocks: int, wall_s: float) -> Figure
 
 
 def window_figures(blocks: Sequence[BlockTimes]) -> Figures:
-    """Of neighbouring blocks: medians, which a pause in between does not move."""
+    """Medians over neighbouring blocks, so a pause does not matter."""
     received = np.array([b.received_s for b in blocks])
     return {"fps": FRAMES_PER_BLOCK / float(np.median(np.diff(received))), "latency": latency(blocks, skipped=0)}
 

@@ -1,8 +1,7 @@
-"""The serving path by itself: stages held to a floor, so that neither networks nor cores limit the pipe.
+"""The serving path alone: stages have a floor on their time, so neither networks nor cores limit the pipe.
 
-Measures how near the pipe comes to its slowest stage, and what passing a block from stage to stage costs, with small
-frames and with large ones. The floor (`ServerOptions.stage_floor_s`) is for this alone: FPS here says nothing of the
-networks.
+It measures how close the pipe comes to the rate of its slowest stage, and the cost of passing a block from stage to
+stage, with small and large frames. FPS is set by the floor (`ServerOptions.stage_floor_s`), not by the networks.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from perf.scenario import Context, Figures, Scenario, check
 FLOOR_S = 0.3
 BLOCKS, QUICK_BLOCKS = 60, 8
 LARGE = (400, 720)
-"""Height and width of the frames at which the paper measures."""
+"""Height and width of the paper's frames."""
 ALONE_BLOCKS, LARGE_BLOCKS = 12, 4
 PATIENCE_S = 600.0
 LEAST_EFFICIENCY = 0.95
@@ -70,7 +69,7 @@ def _floored(context: Context, blocks: int) -> Figures:
 
 
 def _one_at_a_time(context: Context, blocks: int) -> Figures:
-    """One block in the pipe at a time, so that every wait is for the passing and none for a stage."""
+    """One block in the pipe at a time, so no block waits for a stage."""
     with context.server(idle_seconds=PATIENCE_S) as target, tempfile.TemporaryDirectory() as scratch:
         speaker = Speaker(target, Path(scratch))
         with watched(target.metrics_url) as since:

@@ -1,4 +1,4 @@
-"""Speech arriving at its own pace: what a viewer of one conversation gets."""
+"""One session with speech in real time: latency and playback for its viewer."""
 
 from __future__ import annotations
 

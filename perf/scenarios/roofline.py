@@ -1,7 +1,7 @@
-"""How near each stage comes to what this machine can do, and what the released model could do on given GPUs.
+"""The speed of each stage as a share of this machine's peak, and bounds of the released model on given GPUs.
 
-Of this machine both ceilings are measured, on one thread, as the CPU's runtime runs a graph. Of GPUs they are given
-by their maker, and no kernel reaches them: what follows is a bound, and no prediction.
+This machine's peak rates are measured on one thread, as the CPU's runtime uses one. The rates of GPUs are the maker's;
+no kernel reaches them, so the results for GPUs are bounds and not predictions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS, QUICK_RUNS = 15, 3
 MATMUL_SIZES = (512, 1024, 2048)
 COPY_BYTES = 2**28
 PAPER_FPS = 45.0
-"""On five H800, by the abstract of arXiv 2512.04677, v4 (at 720x400; the preset has 704x384)."""
+"""FPS on five H800 from the abstract of arXiv 2512.04677, v4 (at 720x400; the preset has 704x384)."""
 
 DATA_SHEET = "NVIDIA's data sheet of the {} SXM, dense; not measured"
 BF16, FP8 = 989e12, 1979e12
@@ -71,7 +71,7 @@ def stage_cost(costs: Mapping[str, Cost], parts: tuple[str, ...]) -> Cost:
 
 
 def reached(machine: Ceilings, cost: Cost, seconds: float) -> Figures:
-    """What a stage takes, beside its bound."""
+    """Time of a stage and its bound."""
     return _counted(cost) | {
         "measured_s": seconds,
         "bound_s": machine.bound_s(cost),
@@ -82,7 +82,7 @@ def reached(machine: Ceilings, cost: Cost, seconds: float) -> Figures:
 
 
 def of_gpus(preset: Preset) -> Figures:
-    """Bounds of a preset's stages on the given GPUs, one stage on each but conditioning, which is with the decoder."""
+    """Bounds of a preset's stages on the given GPUs: one stage on each, and conditioning with the decoder."""
     costs = preset_costs(preset)
     stages = {name: stage_cost(costs, parts) for name, parts in stage_components(preset).items()}
     return {
@@ -123,8 +123,7 @@ def _counted(cost: Cost) -> Figures:
 
 
 def this_machine(runs: int) -> Ceilings:
-    """The fastest of a few sizes of float32 products, of two libraries, and a copy (read and written) that no cache
-    holds."""
+    """Fastest float32 product of several sizes in two libraries; a copy (read and written) larger than the caches."""
     with one_thread():
         products = [(size, product(size)) for size in MATMUL_SIZES for product in (_torch_product, _onnx_product)]
         flops_per_s = max(2 * size**3 / _fastest(product, runs) for size, product in products)
@@ -183,7 +182,7 @@ def graph_seconds(artifacts: Artifacts, runs: int) -> dict[str, float]:
 
 
 def picture(machine: Ceilings, stages: Mapping[str, Figures], path: Path) -> None:
-    """The roof, and each stage under it."""
+    """A plot of the roofline with each stage."""
     plot = axes("Stages of the tiny avatar under this machine's roof", "operations per byte", "GFLOP/s", height=3.8)
     intensities = np.geomspace(1, 2000, 100)
     roof = np.minimum(machine.flops_per_s, intensities * machine.bytes_per_s) / 1e9

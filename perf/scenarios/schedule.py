@@ -1,8 +1,8 @@
-"""What a pipe will do, from stage times: checked against this machine, then asked for GPUs and for many nodes.
+"""Predicts a pipe's speed from stage times: first checked on this machine, then used for GPUs and for many nodes.
 
-The model is given what one block at a time shows (each stage's work, the hops between them) and must say what the same
-server does with eight blocks under way, with two sessions, and with a floor under every stage's time. For GPUs, times
-are given: the paper's own, and the bounds of the scenario `roofline`.
+The model gets times of one block at a time (each stage's work, and the hops between stages). It must predict the same
+server with eight blocks in flight, with two sessions, and with a floor under every stage's time. For GPUs the stage
+times are the paper's, and the bounds of the scenario `roofline`.
 """
 
 from __future__ import annotations
@@ -44,42 +44,41 @@ SLOTS = (1, 2, 4)
 REFUSED = 0.01
 SIMULATED_SESSIONS, QUICK_SIMULATED_SESSIONS = 100_000, 50_000
 CHECKED_NODES = 4
-"""Of more, refusals come in longer bursts than so many sessions can average."""
+"""With more nodes, refusals come in bursts that are too long for this number of sessions to average."""
 
 ROUTES = {"informed": "to a free node", "uninformed": "to any node"}
 
 PAPER_FPS, PAPER_TTFF_S, PAPER_STEPS, PAPER_BLOCK_FRAMES = 45.0, 1.21, 4, 12
 
 
-# ---- The model against a real run
+# ---- The model and a real run
 
 
 @dataclass(frozen=True)
 class Case:
-    """One real run, and how the model is asked for it."""
+    """One real run, and the model's parameters for it."""
 
     name: str
     floor_s: float
     window: int
     sessions: int = 1
     runs: int = 1
-    """Of which the median counts."""
+    """The median of the runs counts."""
     checked: tuple[str, ...] = ("fps", "ttff_s")
-    """What must come out within the tolerance."""
+    """Figures that must be within the tolerance."""
 
 
 CASES = (
     Case("floor, one block at a time", FLOOR_S, 1),
     Case("floor, one session", FLOOR_S, WINDOW),
     Case("floor, two sessions", FLOOR_S, WINDOW, sessions=2),
-    # Triton and the client take the first block's cores as well, which the model does not know of.
+    # Triton and the client also use the cores during the first block, which the model does not include.
     Case("real compute, one session", 0.0, WINDOW, runs=3, checked=("fps",)),
 )
 
 
 def calibrated(alone: Sequence[Observed], cores: float) -> Pipeline:
-    """The pipe as one block at a time shows it, in runs of as many blocks: no stage waits for another, and none shares
-    a core."""
+    """The pipe from runs with one block at a time, in which no stage waits for another or shares a core."""
     works: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for interval in sorted((i for run in alone for i in run.intervals), key=lambda i: (i.block, i.start_s)):
         works[interval.stage][interval.block].append(interval.end_s - interval.start_s)
@@ -90,18 +89,18 @@ def calibrated(alone: Sequence[Observed], cores: float) -> Pipeline:
 
 
 def _passing_s(alone: Sequence[Observed]) -> float:
-    """CPU time of a block that is no stage's work: Triton's, the client's, and that of the stages between blocks."""
+    """CPU time per block outside the stages' work: of Triton, the client, and the stages between blocks."""
     beside_s = sum(run.cpu_s - _busy_s(run) for run in alone)
     return max(0.0, beside_s / sum(len(run.blocks) - 1 for run in alone))
 
 
 def _busy_s(run: Observed) -> float:
-    """The stages' work on all blocks but the first."""
+    """Busy time of the stages on all blocks but the first."""
     return sum(interval.end_s - interval.start_s for interval in run.intervals if interval.block > 0)
 
 
 def _times(found: Mapping[int, Sequence[float]]) -> tuple[float, ...]:
-    """The first blocks have less history, and one brings the new sink; the rest are alike."""
+    """Times by block: the first blocks have less history, and one brings the new sink; the others are alike."""
     first = [median(found[block]) for block in range(SETTLED)]
     return (*first, median(seconds for block, times in found.items() if block >= SETTLED for seconds in times))
 
@@ -129,7 +128,7 @@ def _measured(target: Target, case: Case, blocks: int) -> Figures:
 
 
 def _seen(sessions: Sequence[Sequence[BlockTimes]]) -> Figures:
-    """FPS of all sessions together; TTFF of the first that came, with speech at hand."""
+    """FPS of all sessions together; TTFF of the first session, with recorded speech."""
     return {
         "fps": throughput([block for session in sessions for block in session]).fps,
         "ttff_s": min(session[0].received_s - session[0].sent_s for session in sessions),
@@ -149,7 +148,7 @@ def against_a_real_run(context: Context) -> Figures:
             if not floor_s:
                 alone.append(observe(target, blocks, window=1))
             real |= {case.name: measured(target, case, blocks) for case in cases}
-            if not floor_s:  # once more, as a machine's speed drifts
+            if not floor_s:  # measured again, because a machine's speed drifts
                 alone.append(observe(target, blocks, window=1))
     pipeline = calibrated(alone, float(os.cpu_count() or 1))
     rows = {case.name: compared(predicted(pipeline, case, blocks), real[case.name]) for case in CASES}
@@ -172,12 +171,12 @@ def described(pipeline: Pipeline) -> Figures:
     }
 
 
-# ---- GPUs, with given times
+# ---- GPUs, with stage times from elsewhere
 
 
 @dataclass(frozen=True)
 class StageDurations:
-    """Stage times that nobody measured here, and where they are from."""
+    """Stage times that were not measured here, and their source."""
 
     name: str
     source: str
@@ -187,13 +186,13 @@ class StageDurations:
     decoder_s: float
 
     def slower(self, share: float) -> StageDurations:
-        """Kernels that reach that share of these bounds."""
+        """Stage times of kernels that reach that share of the bounds."""
         names = ("conditioning_s", "step_s", "prefill_s", "decoder_s")
         times = {name: getattr(self, name) / share for name in names}
         return replace(self, name=f"{self.name}, {share:.0%} of it", **times)
 
     def pipeline(self, profile: str) -> Pipeline:
-        """The profile's pipe, each stage on the processor where its file puts it."""
+        """The profile's pipe, with each stage on the processor of its configuration."""
         works = {"conditioning": (self.conditioning_s,), "vae_decoder": (self.decoder_s,)}
         places = placement(profile)
         return Pipeline(
@@ -218,7 +217,7 @@ PAPER = StageDurations(
 
 
 def bounds(document: Mapping[str, Any]) -> Iterable[StageDurations]:
-    """What the scenario `roofline` says of GPUs, and half that speed, which good kernels reach."""
+    """Bounds of the scenario `roofline` for GPUs, and half that speed, which good kernels reach."""
     for gpu, found in document["figures"]["s2v_14b"]["gpus"].items():
         stage = found["bound_s"]
         bound = StageDurations(
@@ -234,9 +233,9 @@ def bounds(document: Mapping[str, Any]) -> Iterable[StageDurations]:
 
 
 def asked(given: StageDurations, profile: str) -> Figures:
-    """Speech at hand for FPS; spoken speech for TTFF and sessions, of a known avatar.
+    """Recorded speech for FPS; real-time speech for TTFF and sessions, with a known avatar.
 
-    `latest_block_s` is how far the latest block is behind a player that began with the first one.
+    `latest_block_s` is the largest delay of a block behind a player that began with the first one.
     """
     pipeline = given.pipeline(profile)
     fast = simulate(pipeline, [Client(60)]).sessions[0]
@@ -267,9 +266,9 @@ def on_gpus() -> Figures:
 
 
 def on_nodes(sessions: int, seed: int) -> Figures:
-    """How many sessions may talk at once on average, for 1 in 100 to be refused; and that share in a simulation.
+    """The mean number of live sessions at which 1 in 100 is refused, and the refused share in a simulation.
 
-    A session lives on one node, so its FPS and TTFF do not depend on their number.
+    A session runs on one node, so its FPS and TTFF do not depend on the number of nodes.
     """
     return {
         f"{slots} per node": {str(nodes): _group(nodes, slots, sessions, seed) for nodes in NODES} for slots in SLOTS

@@ -1,4 +1,4 @@
-"""1, 2, 4, ... sessions at once, each in real time, until one stalls; and the memory that each takes."""
+"""1, 2, 4, ... real-time sessions at once, until one stalls; and the memory of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTS, QUICK_COUNTS = (1, 2, 3, 4, 5, 6, 8), (1, 2)
 BLOCKS, QUICK_BLOCKS = 60, 6
 SAMPLE_S = 0.5
 ROOM = 16
-"""Sessions that the server admits: more than this machine's cores keep up with."""
+"""Sessions that the server admits; more than this machine's cores can serve in real time."""
 
 
 def measure(context: Context) -> Figures:
@@ -55,7 +55,7 @@ def measure(context: Context) -> Figures:
 
 
 def seen(runs: list[AnalyzerRun]) -> Figures:
-    """What the viewers of all sessions saw; latencies of all their blocks together."""
+    """Playback of all sessions, and latencies of all their blocks together."""
     sessions = [run.blocks for run in runs]
     players: list[Playback] = [playback(blocks) for blocks in sessions]
     together: Latency = latency([block for blocks in sessions for block in blocks[1:]], skipped=0)
@@ -70,14 +70,14 @@ def seen(runs: list[AnalyzerRun]) -> Figures:
 
 @contextmanager
 def _server(context: Context) -> Iterator[Target]:
-    """With room for more sessions than the profile's, unless it is somebody else's."""
+    """A server that admits more sessions than the profile, unless it was started elsewhere."""
     with context.server(**({} if context.url else {"max_sessions": ROOM})) as target:
         yield target
 
 
 @dataclass
 class PeakMemory:
-    """The most memory seen, in MiB; None where the processes cannot be seen."""
+    """The largest memory in MiB; None if the processes are not visible."""
 
     mib: float | None = None
     over: threading.Event = field(default_factory=threading.Event)
@@ -90,7 +90,7 @@ class PeakMemory:
 
 @contextmanager
 def peak_memory(target: Target) -> Iterator[PeakMemory]:
-    """The most private memory of all the server's processes together, seen in the `with`."""
+    """The largest private memory of all the server's processes together, inside the `with`."""
     peak = PeakMemory()
     thread = threading.Thread(target=peak.watch, args=(lambda: server_mib(target),), daemon=True)
     thread.start()
@@ -99,7 +99,7 @@ def peak_memory(target: Target) -> Iterator[PeakMemory]:
     finally:
         peak.over.set()
         thread.join()
-        time.sleep(SAMPLE_S)  # for the ends of the sessions
+        time.sleep(SAMPLE_S)  # until the sessions have ended
 
 
 def server_mib(target: Target) -> float | None:

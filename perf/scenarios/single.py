@@ -1,4 +1,4 @@
-"""One session, as fast as it goes: through Triton with two clients, and Algorithm 3 in one process beside it."""
+"""One session at full speed: through Triton with two clients, and with Algorithm 3 in one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from perf.scenario import Context, Figures, Scenario, check
 
 BLOCKS, QUICK_BLOCKS = 50, 8
 STEADY = 5
-"""Blocks after which the sink is settled and the pipe is full."""
+"""Number of blocks after which the sink is replaced and the pipe is full."""
 
 
 def measure(context: Context) -> Figures:
@@ -56,7 +56,7 @@ def measure(context: Context) -> Figures:
 
 
 def generate_fps(artifacts: Path, blocks: int) -> float:
-    """FPS of `live-avatar generate` without its file: Algorithm 3 on the same graphs, the avatar known here too."""
+    """FPS of `live-avatar generate` without writing its file: Algorithm 3 on the same graphs, with a known avatar."""
     generator = Generator(OnnxRuntime(load_artifacts(artifacts)))
 
     def generated(count: int) -> int:

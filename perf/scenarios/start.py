@@ -1,4 +1,4 @@
-"""The start of a session: avatars that the server has never seen, and one that it knows."""
+"""The start of a session with new avatars and with a known one."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def measure(context: Context) -> Figures:
 
 
 def _spoken(speaker: Speaker, prompt: str) -> FirstFrame:
-    """START when the client connects, speech in chunks of 20 ms: the avatar is made ready while one speaks."""
+    """START when the client connects, speech in chunks of 20 ms: the avatar is prepared during the speech."""
     blocks = speaker.spoken(1, prompt=prompt)
     return first_frame(blocks[0], speaker.intervals(blocks))
 
 
 def _at_hand(speaker: Speaker, prompt: str) -> FirstFrame:
-    """START together with the first block: the whole of the work lies between request and answer."""
+    """START with the first block: all work lies between request and answer."""
     run = speaker.analyzed(1, rate=1.0, prompt=prompt)
     return first_frame(run.blocks[0], speaker.intervals(run.blocks))
 
 
 def _summary(found: Sequence[FirstFrame]) -> Figures:
-    """Means of the parts, so that they add up; of TTFF also the median and the longest."""
+    """Means of the parts, which add up; for TTFF also the median and the largest."""
     parts = ("ttff_s", "block_wait_s", "denoising_s", "decoding_s", "rest_s")
     means = {part: fmean(getattr(one, part) for one in found) for part in parts}
     times_s = [one.ttff_s for one in found]

@@ -1,7 +1,6 @@
 """The paper's Figure 8 from a real trace: warm-up, steady state, and the bubble of Algorithm 4's sink update.
 
-Every stage is slowed down to a floor, so that the stages do not share the cores and the order can be seen: the times
-are set, the order is not.
+A floor slows down every stage, so that the stages do not compete for the cores: the times are set, the order is not.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ FLOOR_S = 0.25
 UPDATE_BLOCK = 2
 BLOCKS, QUICK_BLOCKS = 12, 6
 WAITING = "waiting"
-"""Row of the trace that says why stages have nothing to do."""
+"""Row of the trace that shows why stages are idle."""
 
 
 def measure(context: Context) -> Figures:
@@ -38,8 +37,8 @@ def measure(context: Context) -> Figures:
 
 
 def figures_of(timeline: Timeline, bubble: tuple[float, float] | None) -> Figures:
-    """Warm-up, pace, and the bubble, beside what the floor makes of them: block 2 waits for block 1 to pass the steps
-    that it would have followed one stage behind."""
+    """Warm-up, pace and bubble, with the values that follow from the floor: block 2, normally one stage behind block 1,
+    waits until block 1 has passed all steps."""
     steps = len(timeline.stages) - 2
     bubble_s = 0.0 if bubble is None else bubble[1] - bubble[0]
     period_s = timeline.period_s or 0.0

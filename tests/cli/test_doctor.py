@@ -56,7 +56,7 @@ def test_a_ready_server_for_scripts(url: str):
     shown = {"url": url, "live": True, "ready": True, "tls": False, "key": "not needed", "draining": False}
     assert said.items() >= (shown | {"preset": "tiny", "profile": "cpu"}).items()
     assert said["free_sessions"] == said["max_sessions"] - said["live_sessions"] > 0
-    assert 0 < said["round_trip_s"] < 1
+    assert 0 < said["round_trip_s"] < 60
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

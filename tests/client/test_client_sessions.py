@@ -69,7 +69,7 @@ every_way = pytest.mark.parametrize("play", [play_sync, play_sync_in_one_thread,
 both_ways = pytest.mark.parametrize("play", [play_sync, play_async])
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 3.0) -> bool:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline_s:
         time.sleep(0.005)
@@ -216,19 +216,19 @@ def test_a_server_that_is_killed() -> None:
 
 @every_way
 def test_a_silent_server(play: Play) -> None:
-    with FakeAvatarServer(delay_s=30) as server:
+    with FakeAvatarServer(delay_s=600) as server:
         started_s = time.monotonic()
         with pytest.raises(AnswerTimeout, match=r"nothing for 0.2 s, with \d+ blocks sent; check the server"):
             play(server.url, [sample_speech(100_000)], answer_timeout_s=0.2)
-        assert time.monotonic() - started_s < 2.5
+        assert time.monotonic() - started_s < 60
 
 
 @both_ways
 def test_nobody_listens(play: Play) -> None:
     started_s = time.monotonic()
-    with pytest.raises(ConnectFailed, match=r"no server answered at grpc://127.0.0.1:9 within 5 s: .*port"):
-        play("grpc://127.0.0.1:9", [], connect_timeout_s=5)
-    assert time.monotonic() - started_s < 5
+    with pytest.raises(ConnectFailed, match=r"no server answered at grpc://127.0.0.1:9 within 600 s: .*port"):
+        play("grpc://127.0.0.1:9", [], connect_timeout_s=600)
+    assert time.monotonic() - started_s < 60
 
 
 @both_ways
@@ -296,11 +296,11 @@ def test_an_interrupt_ends_the_session_of_a_slow_server() -> None:
             session.send(sample_speech(20_000))
             raise KeyboardInterrupt
 
-    with FakeAvatarServer(delay_s=20) as server:
+    with FakeAvatarServer(delay_s=600) as server:
         started_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             interrupted(server.url)
-        assert time.monotonic() - started_s < 2
+        assert time.monotonic() - started_s < 60
 
 
 def test_cancelling_a_task_ends_its_session() -> None:
@@ -311,7 +311,8 @@ def test_cancelling_a_task_ends_its_session() -> None:
 
     async def cancel(url: str) -> set[asyncio.Task[Any]]:
         task = asyncio.create_task(play(url))
-        await asyncio.sleep(0.1)
+        while not (server.sessions and server.sessions[0].blocks):
+            await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -355,6 +356,8 @@ def test_a_slow_reader_holds_the_sender_back(play: Play) -> None:
         async with AsyncAvatarSession(url, **options) as session:
             blocks = session.stream(chunks())
             await anext(blocks)
+            while given < 5:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             return given, len([block async for block in blocks])
 
@@ -362,6 +365,7 @@ def test_a_slow_reader_holds_the_sender_back(play: Play) -> None:
         with AvatarSession(url, **options) as session:
             blocks = session.stream(chunks())
             next(blocks)
+            assert wait_for(lambda: given >= 5)
             time.sleep(0.1)
             return given, len(list(blocks))
 
@@ -377,11 +381,11 @@ def test_send_timeout() -> None:
             await session.send(sample_speech(BLOCK_SAMPLES * 3))
 
     with FakeAvatarServer() as server:
-        with (
-            AvatarSession(server.url, image=SAMPLE_IMAGE, max_unread_blocks=2, send_timeout_s=0.1) as session,
-            pytest.raises(SendTimeout, match="and 2 of at most 2 are answered but unread"),
-        ):
-            session.send(sample_speech(BLOCK_SAMPLES * 3))
+        with AvatarSession(server.url, image=SAMPLE_IMAGE, max_unread_blocks=2, send_timeout_s=0.1) as session:
+            session.send(sample_speech(BLOCK_SAMPLES * 2))
+            assert wait_for(lambda: len(session._core._unread) == 2)
+            with pytest.raises(SendTimeout, match="and 2 of at most 2 are answered but unread"):
+                session.send(sample_speech(BLOCK_SAMPLES))
         with pytest.raises(SendTimeout, match="do not send it again"):
             asyncio.run(send(server.url))
 
@@ -406,7 +410,7 @@ def test_stats() -> None:
     stats = StreamStats.from_blocks(iter(blocks))
     assert stats.frames == 60
     assert stats.fps == pytest.approx(60 / stats.duration_s)
-    assert 0.1 < stats.duration_s < 2
+    assert 0.1 < stats.duration_s < 60
     parts_s = stats.ttff_block_wait_s + stats.ttff_client_wait_s + stats.ttff_server_s
     assert stats.ttff_s == pytest.approx(parts_s)
     assert stats.ttff_server_s > 0.02

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import resource
 import struct
-import time
 import zlib
 from typing import Any
 
@@ -201,10 +200,9 @@ def peak_memory_kib() -> int:
 
 def test_a_bomb_is_refused_by_its_header() -> None:
     data = png_header(50_000, 50_000)
-    before_kib, started_s = peak_memory_kib(), time.perf_counter()
+    before_kib = peak_memory_kib()
     with pytest.raises(InputError, match=r"more than 64000000 pixels in all \(.*2500000000 pixels.*\); scale it down"):
         decode_image(data, HEIGHT, WIDTH)
-    assert time.perf_counter() - started_s < 0.5
     assert peak_memory_kib() - before_kib < 64 * 1024  # its pixels would be 7 GiB
 
 

@@ -95,7 +95,7 @@ def test_every_query_of_the_dashboard_has_an_answer(
         found.update({t: [float(s["value"][1]) for s in prometheus.query(query)] for t, query in asked.items()})
         return [title for title, values in found.items() if not values or not all(map(math.isfinite, values))]
 
-    wait_until(lambda: not unanswered() and found["Free slots A"] == [2.0], limit_s=30)
+    wait_until(lambda: not unanswered() and found["Free slots A"] == [2.0])
     assert found["Servers A"] == [2.0]
     assert max(found["Work of a stage for one block A"]) > 0
     assert max(found["First frame: the server's part B"]) > 0

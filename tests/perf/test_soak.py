@@ -18,7 +18,8 @@ from live_avatar.arrays import Array
 from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
 from perf.growth import MIB, Series, Slope, fit, group, private_mib, slope_after
 from perf.soak import FAULTS, Counters, Governor, failures
-from perf.soak_sessions import ENDINGS, WEIGHTS, Ending, FrameOptions, Oracle, Outcome, Results, Utterance, pictures
+from perf.soak_endings import ENDINGS
+from perf.soak_sessions import WEIGHTS, Ending, FrameOptions, Oracle, Outcome, Results, Utterance, pictures
 
 RNG = np.random.default_rng(7)
 BLOCKS = 4

@@ -17,6 +17,7 @@ from live_avatar.arrays import Array
 
 BLOCK, NOTHING = np.zeros(7680, dtype=np.int16), np.zeros(0, dtype=np.int16)
 DATATYPES = {"int16": "INT16", "uint8": "UINT8", "object": "BYTES", "float32": "FP32", "int32": "INT32"}
+ANSWER_S = 60.0
 _ids = itertools.count(1000)
 
 
@@ -66,7 +67,7 @@ class RawSession:
 
     def answer(self) -> Any:
         """The next answer, or the words of the error."""
-        result, error = self._answers.get(timeout=30)
+        result, error = self._answers.get(timeout=ANSWER_S)
         return str(error) if error else result
 
     def vanish(self) -> None:

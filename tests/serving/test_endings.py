@@ -54,8 +54,8 @@ from tests.serving.support import (
 )
 
 SESSIONS = 2
-IDLE_S = 3.0
-DRAIN_S = 3.0
+IDLE_S = 5.0
+DRAIN_S = 10.0
 FAULTY_MODEL = Path(__file__).parent / "faults" / "model.py"
 TOKEN = "only the owner knows it"
 # A client that speaks for ever, in a process of its own.
@@ -73,7 +73,7 @@ Ending = Callable[..., AbstractContextManager[None]]
 
 @pytest.fixture(scope="module")
 def faulty(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server of two sessions, with an idle limit of 3 s, whose stages fail when asked to."""
+    """A server of two sessions, with a short idle limit, whose stages fail when asked to."""
     repository = tmp_path_factory.mktemp("faulty") / "models"
     shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
     for stage in (*STAGES, "rolling_sink"):
@@ -97,7 +97,7 @@ def ending(faulty: TritonServer, picture: bytes, speech: Array, expected: Array)
         """Sessions end inside the `with`, so many for each reason, and leave nothing behind."""
         before = scrape(faulty)
         yield
-        wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S + 10)
+        wait_until(lambda: held(faulty) == 0)
         after = scrape(faulty)
         assert changes(before, after, metrics.SESSIONS_ENDED) == reasons
         assert after[series(metrics.SESSIONS_LIVE)] == 0
@@ -120,12 +120,12 @@ def ended(server: TritonServer, reason: str) -> float:
 def is_ready(options: ServerOptions) -> tuple[bool, bool]:
     """What the server says over HTTP and over gRPC."""
     try:
-        with WITHOUT_PROXY.open(f"http://{options.host}:{options.http_port}/v2/health/ready", timeout=5.0) as answer:
+        with WITHOUT_PROXY.open(f"http://{options.host}:{options.http_port}/v2/health/ready", timeout=30.0) as answer:
             http = answer.status == 200
     except OSError:
         http = False
     with triton.InferenceServerClient(options.url) as client:
-        return http, client.is_server_ready(client_timeout=5.0)
+        return http, client.is_server_ready(client_timeout=30.0)
 
 
 def speak_on(session: AvatarSession) -> None:
@@ -157,10 +157,11 @@ def test_a_session_may_have_the_id_of_one_that_has_ended(
 ) -> None:
     """Nothing of the first is left to be met by the second, whose blocks come faster than the pipe takes them."""
     other = noise_speech(0.48, seed=21)
+    others = generated(oracle, picture, "another", 4, other)  # before the session, which must not be silent for long
     with ending(ended=2), raw_session(url) as raw:
         first = raw.ask(other, picture, b"another", start=True, seed=4)
-        assert np.array_equal(frames_in(first), frames_until(generated(oracle, picture, "another", 4, other), 1))
-        raw.ask(NOTHING, end=True)
+        assert np.array_equal(frames_in(first), frames_until(others, 1))
+        assert len(frames_in(raw.ask(NOTHING, end=True))) == 0
         raw.send(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3)
         for block in range(1, 7):
             raw.send(speech_of(speech, block, block + 1))
@@ -196,7 +197,7 @@ def test_a_killed_client(
             client.kill()
         assert client.returncode == -signal.SIGKILL
         silent = ended(faulty, "silent")
-        wait_until(lambda: ended(faulty, "silent") == silent + 1, limit_s=IDLE_S + 10)
+        wait_until(lambda: ended(faulty, "silent") == silent + 1)
 
 
 # 4. The client says nothing
@@ -205,18 +206,18 @@ def test_a_killed_client(
 def test_a_silent_session_is_dropped_and_one_that_is_kept_alive_is_not(
     faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
 ) -> None:
+    """The one that is kept alive was the first to speak, so it has said nothing for longer than the other."""
     with (
         ending(silent=1, completed=1),
         AvatarSession(url, image=picture, prompt="hello", seed=3, keep_alive_s=KEEP_ALIVE_S) as kept,
-        AvatarSession(url, image=picture, keep_alive_s=60.0) as silent,
+        AvatarSession(url, image=picture, keep_alive_s=600.0) as silent,
     ):
-        spoken(silent, BLOCK)
         first = spoken(kept, speech_of(speech, 0, 1))
-        quiet_since_s, dropped = time.monotonic(), ended(faulty, "silent")
-        wait_until(lambda: ended(faulty, "silent") == dropped + 1, limit_s=IDLE_S + 10)
-        assert scrape(faulty)[series(metrics.SESSIONS_LIVE)] == 1
-        wait_until(lambda: held(faulty, ["rolling_sink"]) <= 1, limit_s=IDLE_S + 10)  # its sink, that nobody took
-        time.sleep(max(0.0, quiet_since_s + IDLE_S + 1.0 - time.monotonic()))
+        spoken(silent, BLOCK)
+        dropped = ended(faulty, "silent")
+        wait_until(lambda: ended(faulty, "silent") == dropped + 1)
+        wait_until(lambda: scrape(faulty)[series(metrics.SESSIONS_LIVE)] == 1)
+        wait_until(lambda: held(faulty, ["rolling_sink"]) <= 1)  # its sink, that nobody took
         with pytest.raises(SessionFailed, match=r"no longer knows this session.*silent for longer.*open a new session"):
             spoken(silent, BLOCK)
         kept.send(speech_of(speech, 1, 2))
@@ -313,26 +314,26 @@ def process_of(server: TritonServer, stage: str) -> int:
 def test_a_killed_stage_comes_back_without_a_restart(
     faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, stage: str
 ) -> None:
-    wait_until(lambda: is_ready(faulty.options) == (True, True) and held(faulty) == 0, limit_s=30)
+    wait_until(lambda: is_ready(faulty.options) == (True, True) and held(faulty) == 0)
     server, process = faulty.process.pid, process_of(faulty, stage)
     with (
-        AvatarSession(url, image=picture, keep_alive_s=KEEP_ALIVE_S, answer_timeout_s=20.0) as quiet,
-        AvatarSession(url, image=picture, keep_alive_s=KEEP_ALIVE_S, answer_timeout_s=20.0) as speaking,
+        AvatarSession(url, image=picture, keep_alive_s=KEEP_ALIVE_S, answer_timeout_s=60.0) as quiet,
+        AvatarSession(url, image=picture, keep_alive_s=KEEP_ALIVE_S, answer_timeout_s=60.0) as speaking,
     ):
         spoken(quiet, BLOCK)
         speaking.send(speech_of(speech, 0, 6))
         next(iter(speaking))
         os.kill(process, signal.SIGKILL)  # with blocks of one under way
-        wait_until(lambda: is_ready(faulty.options) == (False, False), limit_s=10)
+        wait_until(lambda: is_ready(faulty.options) == (False, False))
         for session in (quiet, speaking):
             with pytest.raises(SessionFailed, match=r"(open|start) a new session"):
                 speak_on(session)
-    wait_until(lambda: is_ready(faulty.options) == (True, True), limit_s=30)
+    wait_until(lambda: is_ready(faulty.options) == (True, True))
     assert faulty.process.pid == server
     assert faulty.is_running()
     assert process_of(faulty, stage) != process
     assert scrape(faulty)[series(metrics.STARTS, stage)] == 2
-    wait_until(lambda: held(faulty) == 0, limit_s=IDLE_S + 10)
+    wait_until(lambda: held(faulty) == 0)
     assert scrape(faulty)[series(metrics.SESSIONS_FREE)] == SESSIONS
     assert_every_slot_serves(faulty, picture, speech, expected)
 
@@ -376,7 +377,7 @@ def test_sigterm_waits_for_the_last_frames_and_no_longer(
 ) -> None:
     """The pipe is full when the only session says END."""
     with (
-        served(tmp_path / "temporary", artifacts, "--drain-seconds", 60) as (running, options),
+        served(tmp_path / "temporary", artifacts, "--drain-seconds", 600) as (running, options),
         AvatarSession(options.url, image=picture, prompt="hello", seed=3) as session,
         ThreadPoolExecutor(1) as waiting,
     ):
@@ -385,7 +386,7 @@ def test_sigterm_waits_for_the_last_frames_and_no_longer(
         first = next(iter(session))
         result = waiting.submit(running.end, signal.SIGTERM)
         assert np.array_equal(frames_of([first, *session]), expected)
-        assert result.result(timeout=30)[0] == 0
+        assert result.result()[0] == 0
         assert running.left() == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -42,15 +41,17 @@ from tests.serving.support import (
 
 SESSIONS = 2
 REFUSAL = f"all {SESSIONS} sessions of this server are taken; try again later or elsewhere."
-AT_ONCE_S = 5.0
-"""Far below the idle limit of 30 s, after which a session that waits in silence would have its turn."""
+IDLE_S = 300.0
+"""Far above the limit on an answer in these tests, so no session has its turn because another one was silent."""
 RUDE_CLIENTS = 40
 
 
 @pytest.fixture(scope="module")
 def small(artifacts: Artifacts) -> Iterator[TritonServer]:
     """A server of two sessions that remembers one avatar."""
-    options = ServerOptions(artifacts.folder, max_sessions=SESSIONS, known_avatars=1).on_free_ports()
+    options = ServerOptions(
+        artifacts.folder, max_sessions=SESSIONS, known_avatars=1, idle_seconds=IDLE_S
+    ).on_free_ports()
     with serving(options) as running:
         yield running
 
@@ -81,10 +82,8 @@ def test_the_session_too_many_is_refused_at_once_and_disturbs_nobody(
     ):
         first = spoken(second, speech_of(speech, 0, 1))
         assert scrape(small)[series(metrics.SESSIONS_FREE)] == 0
-        started_s = time.monotonic()
         with AvatarSession(small_url, image=picture) as refused, pytest.raises(SessionRefused) as raised:
             spoken(refused, BLOCK)
-        assert time.monotonic() - started_s < AT_ONCE_S
         assert raised.value.code is ErrorCode.UNAVAILABLE
         assert REFUSAL in str(raised.value)
         second.send(speech_of(speech, 1, 2))
@@ -105,9 +104,7 @@ def test_clients_that_do_not_end_after_a_refusal_shut_nobody_out(
         with bystander(small_url, picture, speech, expected):
             for _ in range(RUDE_CLIENTS):
                 with raw_session(small_url) as rude:
-                    started_s = time.monotonic()
                     assert f"[UNAVAILABLE] {REFUSAL}" in rude.ask(NOTHING, picture, start=True)
-                    assert time.monotonic() - started_s < AT_ONCE_S
                     rude.vanish()
         with AvatarSession(small_url, image=picture, prompt="hello", seed=3) as good:
             assert np.array_equal(frames_of(list(good.stream([speech_of(speech, 0, 2)]))), frames_until(expected, 2))

@@ -1,1 +1,1 @@
-"""The data set: drawn faces whose mouths follow synthetic speech. Endless, seeded, free of licences."""
+"""The data set: drawn faces whose mouths follow synthetic speech. It is endless and seeded, and needs no licence."""

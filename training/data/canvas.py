@@ -26,7 +26,7 @@ Box: TypeAlias = tuple[int, int, int, int]
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
-    """The colour `share` of the way from the first to the second."""
+    """The mix of two colours; `share` is that of the second."""
     red, green, blue = (round(a + share * (b - a)) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
@@ -69,7 +69,7 @@ class Canvas:
             self._draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
     def glow(self, points: Iterable[Point] | Array, blur: float, colour: Colour, opacity: float) -> None:
-        """A polygon with a soft edge, on what is drawn already and nowhere else."""
+        """A polygon with a soft edge, only over pixels that are already drawn."""
         mask = Image.new("L", self._image.size)
         ImageDraw.Draw(mask).polygon(self._at(points), fill=round(255 * opacity))
         mask = mask.filter(ImageFilter.GaussianBlur(blur * self._scale))
@@ -79,7 +79,7 @@ class Canvas:
         self._draw = ImageDraw.Draw(self._image)
 
     def layer(self) -> Image.Image:
-        """The drawing, `STORED` samples a pixel, smooth enough to be sampled once a pixel."""
+        """The drawing with `STORED` samples per pixel side, smoothed for sampling once per pixel."""
         stored = self._image.convert("RGBa").reduce(self._factor)
         return stored.filter(ImageFilter.BoxBlur(0.5)).convert("RGBA")
 

@@ -1,4 +1,4 @@
-"""Clips of a talking face: pure functions of split, seed, length and size. What the networks learn from.
+"""Clips of a talking face, the training data: pure functions of split, seed, length and size.
 
 Blinks and the head's sway come from the seed alone, so no sound predicts them.
 """
@@ -24,10 +24,10 @@ SWAY = (1.6, 0.9, 2.2)
 """Largest movement of the head to the side and up (1/96 of the picture's side), and its turn (degrees)."""
 SWAY_HZ = (0.08, 0.35)
 SWAY_START_S = 1.0
-"""Time in which the sway grows from nothing, so that a clip continues the picture."""
+"""Time in which the sway grows from 0, so that a clip continues the picture."""
 BLINK_EVERY_S = 3.0
 BLINK = (0.5, 1.0, 1.0, 0.5, 0.25)
-"""How far the lids are shut in the frames of a blink."""
+"""How far the eyelids are shut in the frames of a blink."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def make_clip(split: Split, seed: int, blocks: int, size: int = 96) -> Clip:
 
 
 def render(face: Face, mouth: Array, random: np.random.Generator) -> Iterator[Array]:
-    """One frame uint8 [H, W, 3] for each of the mouth shapes [n, 2], with blinks and sway of their own."""
+    """One frame uint8 [H, W, 3] for each of the mouth shapes [n, 2], with random blinks and sway."""
     sway = _sway(len(mouth), random)
     lids = _lids(len(mouth), random)
     for (opening, width), lid, (x, y, angle) in zip(mouth.tolist(), lids.tolist(), sway.tolist(), strict=True):

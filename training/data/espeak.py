@@ -1,8 +1,8 @@
 """Speech and the times of its phonemes, from espeak-ng by ctypes; library and data come with `espeakng_loader`.
 
-espeak-ng keeps synthesis state from one text to the next (phases, noise, pitch flutter), in static variables that no
-call resets. So that the same request is the same sound in every process and order, each gets a freshly loaded copy of
-the library, about 2 ms.
+espeak-ng keeps synthesis state between texts (phases, noise, pitch flutter), in static variables that no call resets.
+So each request loads a new copy of the library, in about 2 ms. The same request then gives the same sound in every
+process and order.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _RATE, _PITCH = 1, 3
 _BY_CHARACTER, _UTF8 = 1, 1
 _NO_EVENT, _PHONEME = 0, 7
 _OK = 0
-_NOISE_SEED = 1  # of breath and hiss; else the clock is
-_HZ_STEP = 50  # rates that are multiples share a period with 16 kHz that is short
+_NOISE_SEED = 1  # seed of breath and hiss; otherwise it is the clock
+_HZ_STEP = 50  # multiples of this rate have a short common period with 16 kHz
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Spoken:
 class Voice:
     """A speaker. name: language and variant, such as "en-us+f2".
 
-    tract: length of the vocal tract against the voice's own; 1.1 lowers pitch and formants by a tenth. The tempo stays.
+    tract: factor of the vocal tract's length; 1.1 lowers pitch and formants by a tenth and keeps the tempo.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _check(text: str, voice: Voice) -> None:
 
 @contextmanager
 def _fresh_library() -> Iterator[ctypes.CDLL]:
-    """A copy of the library in its first state; unloading it is what resets its static variables."""
+    """A copy of the library in its first state; unloading it resets the static variables."""
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
         yield library
@@ -124,7 +124,7 @@ def _initialise(library: ctypes.CDLL) -> int:
 
 
 def _choose(library: ctypes.CDLL, voice: Voice) -> None:
-    """Sets the voice. A variant that does not exist would be ignored by espeak-ng, so that its file is looked for."""
+    """Sets the voice. It checks for the variant's file, because espeak-ng ignores unknown variants."""
     variant = voice.name.partition("+")[2]
     missing = variant and not (Path(espeakng_loader.get_data_path()) / "voices" / "!v" / variant).is_file()
     if missing or library.espeak_SetVoiceByName(voice.name.encode()) != _OK:
@@ -180,7 +180,7 @@ def _synthesise(library: ctypes.CDLL, text: str) -> tuple[Array, list[tuple[str,
 
 
 def _phonemes(starts: list[tuple[str, int]], count: int, source_hz: int) -> tuple[Phoneme, ...]:
-    """Each phoneme lasts until the next begins; those without duration, and marks of a language such as "(en)", go."""
+    """Each phoneme lasts until the next begins. Phonemes of no duration and marks such as "(en)" are dropped."""
     heard = [(name, start) for name, start in starts if not name.startswith("(")]
     ends = [start for _, start in heard[1:]] + [count]
     return tuple(

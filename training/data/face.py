@@ -1,6 +1,6 @@
 """Draws a face: an identity and a pose give pixels.
 
-What does not move within a clip is drawn once; a frame then costs a mouth and the placing of the head.
+Parts that do not move in a clip are drawn once; a frame then needs only a mouth and the placing of the head.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from training.data.features import Features
 from training.data.identity import Identity
 
 PIVOT = (48.0, 84.0)
-"""About which the head turns: the neck."""
+"""The neck, about which the head turns."""
 LIDS = 5
-"""Positions of the eyelids that are drawn, open and shut included."""
+"""Number of drawn positions of the eyelids, with open and shut."""
 JAW_TOP, JAW_STRETCH = 58, 0.15
-"""The face below this height is longer by this share at opening 1."""
+"""At opening 1 the face below this height is longer by this share."""
 MOUTH_BOX: Box = (30, 54, 66, 78)
 EYES_BOX: Box = (18, 32, 78, 58)
 
 
 @dataclass(frozen=True)
 class Pose:
-    """What moves. opening and width of the mouth, 0..1; lid: 0 open, 1 shut; x and y in 1/96 of the picture's side;
-    angle in degrees."""
+    """The moving parts. opening and width of the mouth, 0..1; lid: 0 open, 1 shut; x and y in 1/96 of the picture's
+    side; angle in degrees."""
 
     opening: float = 0.0
     width: float = 0.5
@@ -87,7 +87,7 @@ class Face:
         head.paste(lower, (0, top))
 
     def _placed(self, layer: Image.Image, pose: Pose) -> Image.Image:
-        """The layer moved and turned about the neck, one sample a pixel."""
+        """The layer moved and turned about the neck, with one sample per pixel."""
         scale = self._size / UNITS
         cos, sin = math.cos(math.radians(pose.angle)), math.sin(math.radians(pose.angle))
         px, py = PIVOT[0] * scale, PIVOT[1] * scale

@@ -48,11 +48,11 @@ _HAIRLINES: dict[str, Callable[[Array], Array]] = {
 """Height of the hair's edge on the forehead, from the left temple at -1 to the right one at 1, by style."""
 
 _HAIR_BOTTOMS = {"bob": 72, "fringe": 84, "long": 96}
-"""How far hair hangs down behind the neck."""
+"""Length of the hair behind the neck."""
 
 
 class Features:
-    """The looks of one identity as colours and lengths, and how to draw them."""
+    """The looks of one identity as colours and lengths, with the drawing of each part."""
 
     def __init__(self, identity: Identity) -> None:
         looks = identity.looks
@@ -79,7 +79,7 @@ class Features:
         canvas.glow(ellipse((48, 72), 16, 11), 2.5, self._shadow, 0.9)
 
     def draw_back_hair(self, canvas: Canvas) -> None:
-        """What hangs or stands behind head and neck."""
+        """Hair and other parts behind head and neck."""
         bottom = _HAIR_BOTTOMS.get(self._style)
         if bottom is not None:
             ends = [(79, bottom - 6), (73, bottom), (23, bottom), (17, bottom - 6)]
@@ -205,6 +205,6 @@ def _between(x: Array, upper: Array, lower: Array) -> Array:
 
 
 def _spiky(outer: Array) -> Array:
-    """An outline with its upper points drawn out by turns."""
+    """An outline with spikes: groups of its upper points are moved outwards."""
     grown = np.where(np.arange(len(outer)) % 6 < 3, 0.0, 0.16)[:, None]
     return outer + grown * (outer - HEAD) * (outer[:, 1:] < HEAD[1] - 10)

@@ -1,4 +1,4 @@
-"""Who is in the picture: looks, drawn at random, and a prompt that names them.
+"""Identities: random looks, and a prompt that names them.
 
 A combination of looks belongs to one split, by a checksum of their names.
 """
@@ -66,7 +66,7 @@ STYLES = MappingProxyType(
     }
 )
 GLASSES = ("no", "no", "no", "round", "square")
-"""As often as they stand here."""
+"""Each as often as it is listed here."""
 
 PROMPTS = (
     "a {hair} {person}, {background} background",
@@ -77,7 +77,7 @@ PROMPTS = (
 )
 
 SHARES = {Split.TRAIN: range(8), Split.VALIDATION: range(8, 9), Split.TEST: range(9, 10)}
-"""Tenths of all combinations."""
+"""Tenths of all combinations, by split."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The sound side of a clip: someone reads sentences, with pauses, noise and a microphone, and the mouth that says it.
+"""The sound of a clip and its mouth shapes: a voice reads sentences, with pauses, noise and a microphone.
 
 Everything is a pure function of split, seed and length.
 """
@@ -19,9 +19,9 @@ from training.data.voices import draw_voice
 
 BLOCK_SAMPLES = TINY.stream.block_samples
 SILENT_SHARE, NOISE_SHARE = 0.03, 0.04
-"""Shares of utterances in which nobody speaks."""
+"""Shares of utterances without speech."""
 LATE_SHARE = 0.5
-"""Share of utterances that begin with a pause; the others begin in mid-sentence."""
+"""Share of utterances that begin with a pause; the others begin inside a sentence."""
 FULL_SCALE = 32768.0
 
 
@@ -47,7 +47,7 @@ class Line:
 
 
 def make_utterance(split: Split, seed: int, blocks: int) -> Utterance:
-    """Utterance `seed` of a split, `blocks` * 0.48 s long; the same for the same arguments, on every machine alike."""
+    """Utterance `seed` of a split, `blocks` * 0.48 s long; the same on every machine for the same arguments."""
     random = generator(split, seed, Part.SPEECH)
     samples = blocks * BLOCK_SAMPLES
     kind = random.random()
@@ -72,7 +72,7 @@ def _lines(split: Split, random: np.random.Generator, samples: int) -> list[Line
 
 
 def _said(text: str, voice: Voice, random: np.random.Generator) -> tuple[Array, tuple[Phoneme, ...]]:
-    """One sentence, some louder than others."""
+    """One sentence, at a random loudness."""
     spoken = speak(text, voice)
     return spoken.speech / FULL_SCALE * random.uniform(0.6, 1.4), spoken.phonemes
 
@@ -96,7 +96,7 @@ def _phonemes(lines: list[Line]) -> list[Phoneme]:
 
 
 def _recorded(clean: Array, random: np.random.Generator) -> Array:
-    """The sound through a microphone of some tilt and level, with noise of some colour; peak below full scale."""
+    """The sound through a microphone of random tilt and level, with noise of random colour; peak below full scale."""
     speech = _tilted(clean, random.uniform(-0.3, 0.3))
     noise = _tilted(random.standard_normal(len(clean)), random.uniform(-1.0, 0.0))
     noise_level = 10 ** (random.uniform(-50, -18) / 20)
@@ -106,7 +106,7 @@ def _recorded(clean: Array, random: np.random.Generator) -> Array:
 
 
 def _unit(sound: Array) -> Array:
-    """The sound at RMS 1; silence stays silent."""
+    """The sound scaled to RMS 1; silence is unchanged."""
     rms = np.sqrt(np.square(sound).mean())
     return sound / rms if rms else sound
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Split(Enum):
-    """Which part a sample belongs to. No two parts share a voice, a word list, a sentence pattern or an identity."""
+    """The part of a sample. No two parts share a voice, a word list, a sentence pattern or an identity."""
 
     TRAIN = 0
     VALIDATION = 1
@@ -16,7 +16,7 @@ class Split(Enum):
 
 
 class Part(Enum):
-    """What a random stream is for: each part of a sample has its own, so that a change of one leaves the others."""
+    """The purpose of a random stream. Each part of a sample has its own, so a change of one part keeps the others."""
 
     SPEECH = 0
     IDENTITY = 1

@@ -1,6 +1,6 @@
 """Sentences to read aloud, from patterns and word lists. Each split has its own patterns and words.
 
-Shared are only numbers' words and the small words of the patterns themselves ("the", "and").
+They share only the words of numbers and the small words of the patterns ("the", "and").
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """From phonemes and their loudness to the shape of a mouth in each video frame.
 
-The shape of frame i is a weighted mean over 130 ms of sound, up to `AHEAD_S` after the frame's end. One thing is
-earlier than its phoneme: lips and tongue close for an unvoiced stop while nothing sounds, and the phoneme begins with
-the burst; so the shape of such a stop begins `CLOSURE_S` before it. No frame depends on a phoneme that starts more
-than `AHEAD_S + CLOSURE_S` = 40 ms after the frame's end.
+The shape of frame i is a weighted mean over 130 ms of sound, up to `AHEAD_S` after the frame's end. For an unvoiced
+stop, lips and tongue close in silence, and the phoneme begins with the burst. So the shape of such a stop begins
+`CLOSURE_S` before its phoneme. No frame depends on a phoneme that starts more than `AHEAD_S + CLOSURE_S` = 40 ms after
+the frame's end.
 """
 # ruff: noqa: RUF001 - the letters of the IPA are meant
 
@@ -68,7 +68,7 @@ _SHAPES = np.array([(viseme.opening, viseme.width) for viseme in TABLE])  # [vis
 def visemes_of(ipa: str) -> tuple[int, ...]:
     """Indices into `TABLE` of the letters of one phoneme: two for a diphthong or an affricate; rest for a pause.
 
-    Marks of stress, length and the like change nothing.
+    Marks such as stress and length have no effect.
     """
     return tuple(_INDEX[letter] for letter in ipa if letter in _INDEX) or (0,)
 
@@ -89,7 +89,7 @@ def mouth_track(visemes: Array, speech: Array) -> tuple[Array, Array]:
     """Mouth shapes and visemes of the video frames.
 
     visemes [hops]; speech [hops * 160], the clean sound on any scale -> mouth float32 [hops / 4, 2], opening and width
-    in 0..1, and the viseme that a frame shows most, int64 [hops / 4]. The opening is 0 in frames without phonemes.
+    in 0..1, and the main viseme of each frame, int64 [hops / 4]. The opening is 0 in frames without phonemes.
     """
     weights = _per_frame(np.eye(len(TABLE))[np.pad(visemes, _AROUND)])  # [frames, visemes]
     mouth = weights @ _SHAPES
@@ -107,6 +107,6 @@ def _loudness_gain(visemes: Array, speech: Array) -> Array:
 
 
 def _per_frame(track: Array) -> Array:
-    """Weighted means of a track that reaches `_AROUND` hops beyond the frames, [n, k] -> [frames, k]."""
+    """Weighted means of a track with `_AROUND` hops before and after the frames, [n, k] -> [frames, k]."""
     windows = sliding_window_view(track, len(_KERNEL), axis=0)[::HOPS_PER_FRAME]  # [frames, k, kernel]
     return windows @ _KERNEL

@@ -1,7 +1,6 @@
 """The speakers: espeak-ng's languages and variants, each variant in one split.
 
-Variants that are each other's copies but for a few numbers stand in the same split; whispering, echoing and robot
-variants are left out.
+Variants that differ only in a few numbers are in the same split. Whispering, echoing and robot variants are not used.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ LANGUAGES = {
 
 
 def draw_voice(split: Split, generator: np.random.Generator) -> Voice:
-    """A speaker of the split with a tempo, pitch and vocal tract of their own."""
+    """A random speaker of the split, with a random tempo, pitch and vocal tract."""
     language = generator.choice(LANGUAGES[split])
     variant = generator.choice(VARIANTS[split])
     return Voice(
