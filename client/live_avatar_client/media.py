@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import struct
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,8 @@ def read_speech(path: str | os.PathLike[str]) -> Samples:
         raise MediaError(f"{reader.name} has 0 samples; pass a file with sound")
     if reader.damaged_packets:
         _warn(f"{reader.name} is damaged; {reader.damaged_packets} of its {reader.packets} packets are left out")
+    if reader.is_followed():
+        _warn(f"{reader.name} has another WAV file behind its end, which is not read; join them with FFmpeg")
     if not speech.any():
         _warn(f"{reader.name} is digitally silent in {reader.stream}; the mouth will not move")
     return speech
@@ -118,18 +121,25 @@ class _SpeechReader:
         mix_power = float(np.mean(np.square(mix.astype(np.float32) / 32768)))
         return mix_power < _LEAST_MIX_POWER * max(self._energies) / self._measured
 
+    def is_followed(self) -> bool:
+        """Return whether another WAV file was glued to this one: FFmpeg reads the first alone."""
+        with self._path.open("rb") as file:
+            kind, size, form = struct.unpack("<4sI4s", file.read(12).ljust(12))
+            file.seek(8 + size + size % 2)
+            return (kind, form) == (b"RIFF", b"WAVE") and file.read(4) == b"RIFF"
+
     @property
     def loudest_channel(self) -> int:
         """The number of the channel with the most energy, from 0."""
         return int(np.argmax(self._energies))
 
     def _decoded(self, container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-        fault: av.InvalidDataError | None = None
+        fault: av.FFmpegError | None = None
         for packet in container.demux(stream):
             self.packets += packet.size > 0
             try:
                 frames = packet.decode()
-            except av.InvalidDataError as error:
+            except av.FFmpegError as error:  # of many kinds: decoders have error codes of their own
                 self.damaged_packets += 1
                 fault = error
             else:

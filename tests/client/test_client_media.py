@@ -93,6 +93,32 @@ def test_answers_that_were_glued_together(tmp_path: Path) -> None:
         assert abs(len(read_speech(path)) - 2 * length) < 4_000
 
 
+def test_wav_files_that_were_glued_together(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    write_wav(path, sample_speech(5_000))
+    one = path.read_bytes()
+    path.write_bytes(one + one)
+    with pytest.warns(AvatarWarning, match=r"a.wav' has another WAV file behind its end, which is not read; join"):
+        assert len(read_speech(path)) == 5_000
+    path.write_bytes(one + b"RIFFRAFF, or any other bytes"[4:])
+    assert len(read_quietly(path)) == 5_000
+
+
+def test_decoders_with_error_codes_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.ac3"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ac3", rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(96_000, 48_000)[np.newaxis] / np.float32(32_768), "fltp", "mono")
+        frame.sample_rate = 48_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes(2_000) + whole[middle + 2_000 :])
+    with pytest.warns(AvatarWarning, match=r"a.ac3' is damaged; \d of its \d\d packets are left out"):
+        assert 20_000 < len(read_speech(path)) <= 32_000
+
+
 def test_packets_that_are_all_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.flac"
     with av.open(str(path), "w") as container:
