@@ -142,7 +142,7 @@ def _held_preset(folder: Path) -> str | None:
     """Name of the preset whose artifacts, of any version, are in `folder`."""
     try:
         return str(json.loads((folder / MANIFEST).read_text())["preset"]["name"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

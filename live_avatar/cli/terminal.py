@@ -16,11 +16,15 @@ from live_avatar_client.text import printable
 MAX_LINE_CHARS = 20_000
 
 
+def shown(text: str) -> str:
+    """The lines of a text, with a backslash escape for each character that a terminal would obey."""
+    return "\n".join(printable(line, MAX_LINE_CHARS) for line in text.split("\n"))
+
+
 def say(text: str, err: bool = False) -> None:
-    """Prints lines, with a backslash escape for each character that the terminal cannot show or would obey."""
-    lines = "\n".join(printable(line, MAX_LINE_CHARS) for line in text.split("\n"))
+    """Prints lines as `shown`, with a backslash escape for each character that the terminal's encoding lacks too."""
     encoding = (sys.stderr if err else sys.stdout).encoding
-    click.echo(lines.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    click.echo(shown(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 @contextmanager
