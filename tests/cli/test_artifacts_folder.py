@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,37 @@ def test_export_does_not_replace_what_is_no_artifacts_folder(tmp_path: Path) -> 
     result = invoke("export", "--output", tmp_path / "a", "--checkpoint", tmp_path / "none")
     assert_refused(result, "checkpoint", "none does not exist; give the folder that holds the weights.")
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+
+
+@pytest.mark.parametrize("name", ["my tmp", "врем", "a'b", "a$b", "a&b", "a;b", "a(b"])
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_temporary_folders_that_stages_cannot_start_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    result = invoke(command, "--artifacts", tmp_path)
+    assert_refused(result, f"{str(tmp_path / name)!r}, where Triton cannot start its stages; set TMPDIR to a path of")
+
+
+@pytest.mark.parametrize("option", ["--artifacts", "--label-font", "--trace"])
+def test_paths_that_stages_cannot_read(tmp_path: Path, option: str) -> None:
+    place = tmp_path / "мой дом"
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    for path in (place, tmp_path / "link"):
+        options = {"--artifacts": tmp_path, option: path}
+        result = invoke("serve", *itertools.chain(*options.items()))
+        assert_refused(result, f"{option} is at {str(place)!r}, which the stages cannot read; move it to a path of")
+
+
+def test_a_generated_video_beside_names_of_any_letters(
+    artifacts: Artifacts, inputs: Path, image: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "мой дом"
+    shutil.copytree(artifacts.folder, place)
+    files = ("--audio", inputs / "short.wav", "--image", image, "--output", place / "видео.mp4")
+    result = invoke("generate", "--artifacts", place, *files)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"Wrote {place / 'видео.mp4'} (1 frames).\n"
