@@ -61,6 +61,10 @@ def binary_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
 
 
+def deep_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
 def no_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
@@ -89,7 +93,8 @@ FAULTS: dict[Callable[[Path], object], str] = {
     half_a_manifest: "is not a manifest (",
     binary_manifest: "is not a manifest (",
     list_as_manifest: "is not a manifest (",
-    other_version: "was made by version 0.0.9 (format 2); this is version",
+    deep_manifest: "is not a manifest (it is nested too deeply)",
+    other_version: "was made by version 0.0.9 (format 3); this is version",
     other_format: "(format 99); this is version",
     unknown_field: "does not describe a preset of this version (",
     impossible_size: "does not describe a preset of this version (dim 128 is not a multiple of 3 heads",
@@ -115,7 +120,7 @@ def test_a_damaged_graph(copy: Path, inputs: Path, image: Path, tmp_path: Path) 
     graph = copy / "dit_step_2.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
     words = ("--audio", inputs / "short.wav", "--image", image, "--output", tmp_path / "a.mp4", "--artifacts", copy)
-    assert_refused(invoke("generate", *words), f"{graph} cannot be loaded (", "; export it again.")
+    assert_refused(invoke("generate", *words), f"{graph} has digest ", "; export the artifacts again.")
 
 
 def test_another_preset_than_asked_for(artifacts: Artifacts, inputs: Path, image: Path, tmp_path: Path) -> None:
