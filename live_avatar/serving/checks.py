@@ -54,6 +54,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
     return GatewaySettings(
         triton=triton_target(scratch),
         triton_metrics=metrics_socket(scratch),
+        shared_memory=f"{scratch.name}-frames",
         address=options.address,
         grpc_port=options.grpc_port,
         http_port=options.http_port,

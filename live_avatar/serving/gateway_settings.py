@@ -40,10 +40,12 @@ class GatewaySettings:
     """Where the gateway listens, where Triton is, and what it may do. Ports are TCP ports on `address`.
 
     triton: a gRPC target. triton_metrics: Triton's Unix socket for metrics.
+    shared_memory: name of the region in /dev/shm for frames.
     """
 
     triton: str
     triton_metrics: Path
+    shared_memory: str
     address: str
     grpc_port: int
     http_port: int
