@@ -105,6 +105,7 @@ class Session:
         self._stream: PipeStream | None = None
         self._record: SessionRecord | None = None
         self._end_sent = False
+        self._end_asked: EndCause | None = None
         self._unanswered = 0
         self._all_answered = asyncio.Event()
         self._used_s = self._began_s = time.monotonic()
@@ -114,6 +115,8 @@ class Session:
     async def put(self, request: CallerRequest) -> None:
         """Takes a request; waits while too many of the session's are queued."""
         self._note_unanswered()
+        if request.end:
+            self._end_asked = _requested_cause(request)
         await self._requests.put(request)
 
     def refuse(self, request: CallerRequest, error: Exception) -> None:
@@ -164,12 +167,12 @@ class Session:
             self._finish(cause, self.failure)
 
     def drop(self, cause: EndCause, detail: str = "") -> None:
-        """Ends the session without a word: its caller is gone, or silent."""
+        """Ends the session without a word: its caller is gone, or silent. A caller that has sent END may go at once."""
         for task in self._tasks:
             task.cancel()
         self._all_answered.set()
         self.is_over = True
-        self._finish(cause, detail)
+        self._finish(self._end_asked or cause if cause is EndCause.DISCONNECTED else cause, detail)
 
     def _note_unanswered(self) -> None:
         self._used_s = time.monotonic()
@@ -301,7 +304,10 @@ class Session:
                 error = response_error(answer)
                 if error is None:
                     return answer
-                self.fail(self._told(error))
+                told = self._told(error)
+                if expected.request.start and told.code is ErrorCode.UNAVAILABLE:
+                    self._context.meter.add(metrics.SESSIONS_REFUSED, reason=RefusalReason.MEMORY)
+                self.fail(told)
             elif isinstance(answer, Closed) and self.failure is None:
                 self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
             text = self.failure

@@ -51,9 +51,13 @@ class ServerOptions:
 
     def on_free_ports(self) -> ServerOptions:
         """The same options with ports that are free now, for tests and demos on this machine."""
-        health_port = None if self.health_port is None else _free_port()
-        ports = {"grpc_port": _free_port(), "http_port": _free_port(), "metrics_port": _free_port()}
-        return replace(self, health_port=health_port, **ports)
+        return replace(
+            self,
+            grpc_port=_free_port(),
+            http_port=_free_port(),
+            metrics_port=_free_port(),
+            health_port=None if self.health_port is None else _free_port(),
+        )
 
     @property
     def host(self) -> str:
