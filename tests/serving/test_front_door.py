@@ -395,9 +395,9 @@ def test_the_gateway_comes_back_and_its_callers_are_told(artifacts: Artifacts, p
         with AvatarSession(server.options.url, image=picture) as session:
             spoken(session, speech[:7680])
             os.kill(server.gateway.process_id, signal.SIGKILL)
+            session.send(np.tile(speech[:7680], 4))
             with pytest.raises(AvatarError, match="open a new session"):
-                for _ in range(10):
-                    spoken(session, speech[:7680])
+                list(session)
         wait_until(lambda: server.gateway.is_running() and server.gateway.is_ready)
         with AvatarSession(server.options.url, image=picture) as session:
             assert len(spoken(session, speech[:7680]).frames) == 12
