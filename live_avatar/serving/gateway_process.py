@@ -19,6 +19,8 @@ from live_avatar.serving.gateway_settings import GatewaySettings
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 5.0
 LAST_LINES: Final = 12
+LAST_WORDS_S: Final = 2.0
+"""How long the last lines of a gateway that has ended may take."""
 PRIVATE: Final = 0o077
 
 
@@ -33,10 +35,10 @@ class GatewayProcess:
         self._folder = folder
         self._echo = echo
         self._process: subprocess.Popen[bytes] | None = None
-        self._readers: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._state: dict[str, Any] = {}
         self._lines: deque[bytes] = deque(maxlen=LAST_LINES)
+        self._readers: list[threading.Thread] = []
 
     def start(self) -> None:
         """Returns when its ports are open. Raises `ServerError` if they cannot be, or it ends."""
@@ -108,7 +110,7 @@ class GatewayProcess:
             process.kill()
             process.wait()
         for reader in self._readers:
-            reader.join(STOP_LIMIT_S)
+            reader.join(LAST_WORDS_S)
 
     def _write(self, line: str) -> None:
         process = self._process
@@ -120,8 +122,8 @@ class GatewayProcess:
 
     def _read_reports(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
+        with process.stdout as reports:
+            for line in reports:
                 self._note(process, json.loads(line))
         self._note(process, {"ended": True, "ready": False, "live": 0})
 
@@ -133,8 +135,8 @@ class GatewayProcess:
 
     def _read_log(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
-        with process.stderr:
-            for line in process.stderr:
+        with process.stderr as log:
+            for line in log:
                 self._lines.append(line.rstrip())
                 self._echo(line)
 

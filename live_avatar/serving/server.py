@@ -164,6 +164,11 @@ class TritonServer:
         wrong += dict.fromkeys(failure for failure in failures if not FAILED_MODEL.match(failure))
         return "\n".join(wrong) or "\n".join(said.splitlines()[-lines:])
 
+    @property
+    def process_ids(self) -> tuple[int, int]:
+        """Triton's and the gateway's, each the leader of a process group."""
+        return self.process.pid, self.gateway.process_id
+
     def is_running(self) -> bool:
         return self.process.poll() is None
 
