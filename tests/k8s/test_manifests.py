@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from live_avatar.config import S2V_14B
-from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
 from live_avatar.gateway.pictures import AT_ONCE
 from live_avatar.gateway.sandbox import MIB, Limits
+from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
     APPLIED,
