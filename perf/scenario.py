@@ -57,7 +57,7 @@ class Context:
             yield Target(self.url, f"http://{self.url.rpartition(':')[0]}:{METRICS_PORT}/metrics")
             return
         with tempfile.TemporaryDirectory(prefix="live-avatar-trace-") as trace:
-            wanted = {"artifacts": self.artifacts, "trace": Path(trace), **options}
+            wanted = {"artifacts": self.artifacts, "trace": Path(trace), "share_avatars": True, **options}
             with serving(ServerOptions(**wanted).on_free_ports()) as server:
                 chosen = server.options
                 metrics_url = f"http://{chosen.host}:{chosen.metrics_port}/metrics"

@@ -23,8 +23,10 @@ from live_avatar.cli.options import (
     artifacts_option,
     connection_arguments,
     connection_options,
+    listening_address,
     speech_options,
 )
+from live_avatar.cli.terminal import say, shown, warnings_said
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
@@ -43,7 +45,8 @@ class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         interrupts.install()
         try:
-            super().main(*args, **{**kwargs, "standalone_mode": False})
+            with warnings_said():
+                super().main(*args, **{**kwargs, "standalone_mode": False})
         except (LiveAvatarError, AvatarError) as error:
             _fail(str(error))
         except click.exceptions.NoArgsIsHelpError as error:
@@ -58,13 +61,13 @@ class _Commands(click.Group):
             place = error.filename or "standard output"
             _fail(f"{place}: {error.strerror}; use a writable path with free space.")
         except (KeyboardInterrupt, click.Abort):
-            click.echo("Interrupted.", err=True)
+            say("Interrupted.", err=True)
             sys.exit(INTERRUPTED)
         sys.exit(0)
 
 
 def _fail(sentence: str) -> NoReturn:
-    click.echo(f"Error: {sentence}", err=True)
+    say(f"Error: {sentence}", err=True)
     sys.exit(USER_ERROR)
 
 
@@ -98,6 +101,7 @@ def generate(
     Without it the same networks run in torch.
     """
     from live_avatar.cli.demo import frame_bar
+    from live_avatar.inputs.image import crop_warning
     from live_avatar.pipeline.generator import Generator
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
@@ -111,11 +115,14 @@ def generate(
         raise click.UsageError(f"--artifacts already fixes {', '.join(given)}; leave that out")
     speech, picture = read_speech(audio), read_image_bytes(image)
     with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        for block in Generator(_runtime(artifacts, model)).generate(picture, prompt, seed, speech):
+        generator = Generator(_runtime(artifacts, model))
+        if warning := crop_warning(picture, generator.preset.stream.height, generator.preset.stream.width):
+            click.echo(f"Warning: {warning}", err=True)
+        for block in generator.generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
             interrupts.check()
-    click.echo(f"Wrote {output} ({video.expected_frames} frames).")
+    say(f"Wrote {output} ({video.expected_frames} frames).")
 
 
 def _runtime(artifacts: Path | None, model: dict[str, Any]) -> Runtime:
@@ -180,14 +187,16 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
         on_host = fitting_on_host(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=calibration is not None)
         require_tensorrt()
         artifacts = export_with_progress(checkpoint, output, calibration)
-        build_engines(output, EngineOptions(weights_on_host=on_host), click.echo)
-    click.echo(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
+        build_engines(output, EngineOptions(weights_on_host=on_host), say)
+    say(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 
 
 @main.command()
 @artifacts_option(required=True)
 @click.option("--profile", default="cpu", show_default=True, help="Hardware profile: assigns models to devices.")
-@click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--address", callback=listening_address, default="127.0.0.1", show_default=True, help="Address to listen on."
+)
 @click.option("--grpc-port", type=Integer(1, 65535), default=8001, show_default=True, help="Port of the stream.")
 @click.option(
     "--http-port",
@@ -219,6 +228,12 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     default=3600.0,
     show_default=True,
     help="How long the avatar of a caller is remembered after its last use.",
+)
+@click.option(
+    "--share-avatars",
+    is_flag=True,
+    help="Without API keys: remember avatars for all callers together, not for each connection. A caller can then tell "
+    "by time whether somebody else has used a picture and prompt.",
 )
 @click.option("--sessions-per-key", type=Integer(min=1), help="Maximum concurrent sessions of one API key.")
 @click.option("--starts-per-minute", type=Integer(min=1), help="Sessions that one API key may start within a minute.")
@@ -269,6 +284,7 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve artifacts with Triton until Ctrl-C; SIGTERM lets live sessions finish first."""
+    from live_avatar.cli.places import require_places
     from live_avatar.serving.access import Access, access_warnings
     from live_avatar.serving.foreground import run_until_signal
     from live_avatar.serving.log_relay import LogRelay
@@ -278,26 +294,27 @@ def serve(
 
     access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
     chosen = ServerOptions(artifacts, model_repository=model_repository or MODEL_REPOSITORY, access=access, **options)
+    require_places(artifacts=artifacts, label_font=chosen.label_font, trace=chosen.trace)
     ready = False
     relay = LogRelay(sys.stderr)
 
     def echo(line: str) -> None:
         if chosen.verbose or (ready and is_for_operators(line)):
-            relay.write(line)
+            relay.write(shown(line))
 
     logging.basicConfig(level=logging.INFO, handlers=[relay.handler()], format="%(message)s")
     try:
         with serving(chosen, echo) as server:
             ready = True
             for warning in access_warnings(access, chosen.address):
-                click.echo(f"Warning: {warning}", err=True)
-            click.echo(f"Serving {artifacts} with profile {chosen.profile} on {chosen.url} (press Ctrl-C to stop).")
-            run_until_signal(server, drain_seconds, click.echo)
+                say(f"Warning: {warning}", err=True)
+            say(f"Serving {artifacts} with profile {chosen.profile} on {chosen.url} (press Ctrl-C to stop).")
+            run_until_signal(server, drain_seconds, say)
     except KeyboardInterrupt:
         pass
     finally:
         relay.close(LOG_FLUSH_S)
-    click.echo("Stopped.")
+    say("Stopped.")
 
 
 @main.command()
@@ -335,8 +352,8 @@ def stream(
     )
     with session_video(session, output, speech, frames_output) as video, frame_bar("video", video) as bar:
         stats = stream_to_file(session, speech, pace == "realtime", video, bar.update)
-    click.echo(f"Wrote {output} ({stats.frames} frames).")
-    click.echo(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")
+    say(f"Wrote {output} ({stats.frames} frames).")
+    say(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")
 
 
 @main.command()
@@ -353,7 +370,7 @@ def doctor(url: str, for_scripts: bool, **connection: Path | None) -> None:
     from live_avatar_client.status import server_status
 
     status = server_status(url, **connection_arguments(**connection))
-    click.echo(as_json(status) if for_scripts else "\n".join(as_lines(status)))
+    say(as_json(status) if for_scripts else "\n".join(as_lines(status)))
     sys.exit(exit_code(status))
 
 

@@ -7,6 +7,7 @@ own caches. So the time that a start takes tells a caller nothing about the avat
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections import OrderedDict
@@ -14,10 +15,25 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from live_avatar.arrays import Array
-from live_avatar.pipeline.avatar import avatar_key
 from live_avatar.serving.gateway_settings import Limits
 
 KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class AvatarSource:
+    """A picture and prompt, with the SHA-256 of each in hex."""
+
+    picture: bytes
+    prompt: str
+    picture_sha256: str
+    prompt_sha256: str
+
+    @classmethod
+    async def of(cls, picture: bytes, prompt: str) -> AvatarSource:
+        """Hashes a picture, which may have tens of megabytes, in a thread."""
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(picture).hexdigest())
+        return cls(picture, prompt, digest, hashlib.sha256(prompt.encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -47,19 +63,19 @@ class Avatars:
         self._make = make
         self._limits = limits
         self._clock = clock
-        self._entries: OrderedDict[tuple[str, bytes], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str, str], _Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    async def get(self, owner: str, picture: bytes, prompt: str) -> tuple[Avatar, bool]:
+    async def get(self, owner: str, source: AvatarSource) -> tuple[Avatar, bool]:
         """The avatar, and whether it was remembered for `owner`. Raises what `make` raises, and remembers no error."""
         self.forget_old()
-        name = (owner, avatar_key(picture, prompt))
+        name = (owner, source.picture_sha256, source.prompt_sha256)
         entry = self._entries.get(name)
         known = entry is not None
         if entry is None:
-            entry = _Entry(asyncio.create_task(self._encode(picture, prompt)), self._clock())
+            entry = _Entry(asyncio.create_task(self._encode(source)), self._clock())
             self._entries[name] = entry
         try:
             # Shielded: another session may wait for the same avatar.
@@ -81,6 +97,6 @@ class Avatars:
         for name in [name for name, entry in self._entries.items() if entry.avatar.done() and entry.used_s < limit_s]:
             del self._entries[name]
 
-    async def _encode(self, picture: bytes, prompt: str) -> Avatar:
-        motion, text = await self._make(picture, prompt)
+    async def _encode(self, source: AvatarSource) -> Avatar:
+        motion, text = await self._make(source.picture, source.prompt)
         return Avatar(secrets.token_bytes(KEY_BYTES), motion, text)

@@ -7,6 +7,7 @@ cancelled. A stream ends with an END that is answered.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final, cast
 
 import grpc
@@ -15,10 +16,13 @@ from tritonclient.grpc import service_pb2
 
 from live_avatar.arrays import Array
 from live_avatar.errors import InputError, ServerError
+from live_avatar.gateway.frames import REGION, FramePool
 from live_avatar.gateway.requests import Message
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.tensors import AVATAR_ENCODER, PIXELS, SINK_MOTION, SINK_TEXT
 from live_avatar_client.protocol import MODEL_NAME, PROMPT, ErrorCode, parse_error
+
+log = logging.getLogger(__name__)
 
 EOF: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]
 SERVICE: Final = "/inference.GRPCInferenceService/"
@@ -38,13 +42,13 @@ class PipeStream:
 
     def __init__(self, call: Any) -> None:
         self.answers: asyncio.Queue[bytes | Closed] = asyncio.Queue()
-        self._requests: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._requests: asyncio.Queue[Message | None] = asyncio.Queue()
         self._call = call
         self._writer = asyncio.create_task(self._write())
         self._reader = asyncio.create_task(self._read())
 
-    def send(self, request: bytes) -> None:
-        """Sends a serialized `ModelInferRequest`; their number is bounded by who calls."""
+    def send(self, request: Message) -> None:
+        """Sends a `ModelInferRequest`; their number is bounded by who calls."""
         self._requests.put_nowait(request)
 
     def finish(self) -> None:
@@ -82,7 +86,9 @@ class Pipe:
         self._channel = cast(
             Any, grpc.aio.insecure_channel(target, options=options)
         )  # its stubs ask for every argument
-        self._stream = self._channel.stream_stream(SERVICE + "ModelStreamInfer")
+        self._stream = self._channel.stream_stream(
+            SERVICE + "ModelStreamInfer", request_serializer=service_pb2.ModelInferRequest.SerializeToString
+        )
         self._infer = self._channel.unary_unary(
             SERVICE + "ModelInfer",
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
@@ -93,6 +99,38 @@ class Pipe:
             request_serializer=service_pb2.ModelStatisticsRequest.SerializeToString,
             response_deserializer=service_pb2.ModelStatisticsResponse.FromString,
         )
+        self._register, self._unregister = (
+            self._channel.unary_unary(
+                f"{SERVICE}SystemSharedMemory{name}",
+                request_serializer=kind.SerializeToString,
+                response_deserializer=answer.FromString,
+            )
+            for name, kind, answer in (
+                (
+                    "Register",
+                    service_pb2.SystemSharedMemoryRegisterRequest,
+                    service_pb2.SystemSharedMemoryRegisterResponse,
+                ),
+                (
+                    "Unregister",
+                    service_pb2.SystemSharedMemoryUnregisterRequest,
+                    service_pb2.SystemSharedMemoryUnregisterResponse,
+                ),
+            )
+        )
+
+    async def register(self, frames: FramePool) -> None:
+        """Makes Triton know the region of the frames; without it they come through the socket."""
+        request = frames.registration()
+        if request is None:
+            return
+        forget = service_pb2.SystemSharedMemoryUnregisterRequest(name=REGION)  # of a gateway before this one
+        try:
+            await self._unregister(forget, timeout=ASK_LIMIT_S)
+            await self._register(request, timeout=ASK_LIMIT_S)
+            frames.is_registered = True
+        except grpc.RpcError as error:
+            log.warning("frames come from Triton without shared memory: %s", _details(error))
 
     def open(self) -> PipeStream:
         return PipeStream(self._stream())

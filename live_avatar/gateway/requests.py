@@ -90,8 +90,8 @@ def sequence_of(message: Message) -> int:
 
 def triton_request(
     request: CallerRequest, sequence: int, tensors: Iterable[tuple[str, str, Array]] = (), with_options: bool = False
-) -> bytes:
-    """The request for Triton, serialized. tensors: name, datatype and values that go with START."""
+) -> Message:
+    """The request for Triton. tensors: name, datatype and values that go with START."""
     message = service_pb2.ModelInferRequest(model_name=protocol.MODEL_NAME, id=request.request_id)
     message.parameters[SEQUENCE_ID].int64_param = sequence
     message.parameters[SEQUENCE_START].bool_param = request.start
@@ -104,10 +104,10 @@ def triton_request(
         _add_tensor(message, name, datatype, values.shape, values.tobytes())
     for name in request.outputs:
         message.outputs.add(name=name)
-    return bytes(message.SerializeToString())
+    return message
 
 
-def end_request(sequence: int) -> bytes:
+def end_request(sequence: int) -> Message:
     """A request that ends a sequence and asks for nothing."""
     return triton_request(CallerRequest("", 0, False, True, b""), sequence)
 

@@ -16,6 +16,7 @@ from live_avatar.errors import ServerError
 from live_avatar.gateway.admission import Admission, Phase
 from live_avatar.gateway.audit import AuditLog
 from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.http import http_routes, metrics_routes
 from live_avatar.gateway.keys import KeyRing
 from live_avatar.gateway.metrics import GatewayMeter
@@ -80,7 +81,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         await server.start()
         report({"listening": True})
         async for command in commands:
-            _obey(context, command)
+            await _obey(context, command)
     finally:
         for task in background:
             task.cancel()
@@ -90,6 +91,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         for runner in runners:
             await runner.cleanup()
         await context.pipe.close()
+        context.frames.close()
 
 
 def session_context(settings: GatewaySettings) -> SessionContext:
@@ -113,6 +115,12 @@ def session_context(settings: GatewaySettings) -> SessionContext:
         audit=AuditLog(settings.log_format == "json", settings.log_hashes),
         served=settings.served,
         limits=settings.limits,
+        frames=FramePool(
+            settings.shared_memory,
+            settings.limits.lone_blocks + settings.limits.max_sessions,
+            settings.height,
+            settings.width,
+        ),
     )
     context.report()
     return context
@@ -124,8 +132,10 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _obey(context: SessionContext, command: dict[str, Any]) -> None:
+async def _obey(context: SessionContext, command: dict[str, Any]) -> None:
     if "pipe_ready" in command:
+        if command["pipe_ready"] and not context.frames.is_registered:
+            await context.pipe.register(context.frames)
         context.admission.is_pipe_ready = bool(command["pipe_ready"])
     if "phase" in command:
         context.admission.phase = Phase(command["phase"])

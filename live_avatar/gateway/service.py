@@ -233,8 +233,9 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         if name is None:
             await self._abort_key(call, protocol.API_KEY_HEADER)
         assert name is not None
-        # Without keys everybody has the same name, so avatars are remembered per connection.
-        return Caller(name, peer if name == ANONYMOUS else f"key {name}", peer)
+        # Without keys everybody has the same name, so avatars are remembered per connection, unless they are shared.
+        by_name = name != ANONYMOUS or self._context.limits.share_avatars
+        return Caller(name, f"key {name}" if by_name else peer, peer)
 
     async def _expect_admin(self, call: _Call) -> None:
         if self._keys.admin is None:

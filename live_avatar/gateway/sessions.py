@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
+import grpc
 import numpy as np
 
 from live_avatar.arrays import Array
 from live_avatar.errors import CapacityError, InputError, LiveAvatarError, ShutdownError
 from live_avatar.gateway.admission import Admission
 from live_avatar.gateway.audit import AuditLog, SessionRecord
-from live_avatar.gateway.avatars import Avatar, Avatars
+from live_avatar.gateway.avatars import Avatar, Avatars, AvatarSource
+from live_avatar.gateway.frames import FramePool, Place, ask_for_place
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pipe import Closed, Pipe, PipeStream
-from live_avatar.gateway.requests import CallerRequest, end_request, error_response, response_error, triton_request
+from live_avatar.gateway.requests import (
+    CallerRequest,
+    Message,
+    end_request,
+    error_response,
+    response_error,
+    triton_request,
+)
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import PipeError, describe
@@ -32,7 +40,7 @@ from live_avatar.serving.provenance import provenance
 from live_avatar.serving.served import Served
 from live_avatar.serving.tensors import AVATAR_KEY, NO_BLOCK, PROVENANCE_IN, SINK_MOTION, SINK_TEXT, text_tensor
 from live_avatar_client import protocol
-from live_avatar_client.protocol import EndReason, ErrorCode, explain_error, format_error, parse_error
+from live_avatar_client.protocol import EndReason, ErrorCode, FrameFormat, explain_error, format_error, parse_error
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ class SessionContext:
     audit: AuditLog
     served: Served
     limits: Limits
+    frames: FramePool
     live: set[Session] = field(default_factory=set)
     closing: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -83,6 +92,7 @@ class _Expected:
 
     request: CallerRequest
     text: str | None = None
+    place: Place | None = None
 
 
 class Session:
@@ -104,12 +114,14 @@ class Session:
         self._expected: asyncio.Queue[_Expected] = asyncio.Queue()
         self._stream: PipeStream | None = None
         self._record: SessionRecord | None = None
+        self._is_raw = False
+        self._places: set[Place] = set()
         self._end_sent = False
         self._unanswered = 0
         self._all_answered = asyncio.Event()
         self._used_s = self._began_s = time.monotonic()
         self._writing_since_s: float | None = None
-        self._tasks = [asyncio.create_task(self._forward()), asyncio.create_task(self._return())]
+        self._tasks = [asyncio.create_task(self._guarded(work)) for work in (self._forward(), self._return())]
 
     async def put(self, request: CallerRequest) -> None:
         """Takes a request; waits while too many of the session's are queued."""
@@ -176,6 +188,17 @@ class Session:
         self._unanswered += 1
         self._all_answered.clear()
 
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """An error that nobody expected ends this session alone."""
+        try:
+            await work
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass  # the caller has gone; its stream ends the session
+        except Exception as error:
+            log.exception("session %d has failed in the gateway", self.sequence)
+            self.fail(error)
+            self._all_answered.set()
+
     # Requests
 
     async def _forward(self) -> None:
@@ -189,10 +212,10 @@ class Session:
         request = start
         while not request.end:
             request = await self._requests.get()
-            self._expected.put_nowait(_Expected(request, await self._send(request)))
+            self._expected.put_nowait(await self._send(request))
 
-    async def _send(self, request: CallerRequest) -> str | None:
-        """Sends a request to Triton, at its turn; the error instead, if it cannot go there."""
+    async def _send(self, request: CallerRequest) -> _Expected:
+        """Sends a request to Triton, at its turn, and says what answer is due: an error, if it cannot go there."""
         if self.failure is None:
             try:
                 self._check(request)
@@ -200,14 +223,23 @@ class Session:
                     await self._context.window.enter(self.sequence)
             except ShutdownError as error:
                 self.fail(error, EndCause.SHUTDOWN)
-                return self.failure
+                return _Expected(request, self.failure)
             except InputError as error:
-                return self._text(error)
-        if self.failure is not None or self._stream is None:
-            return self._has_failed()
-        self._stream.send(triton_request(request, self.sequence))
+                return _Expected(request, self._text(error))
+        if self.failure is not None:
+            return _Expected(request, self._has_failed())
+        return self._pass_on(request, triton_request(request, self.sequence))
+
+    def _pass_on(self, request: CallerRequest, message: Message) -> _Expected:
+        """Sends a request to Triton."""
+        assert self._stream is not None
+        place = self._context.frames.take() if request.is_block and self._is_raw else None
+        if place is not None:
+            self._places.add(place)
+            ask_for_place(message, place)
+        self._stream.send(message)
         self._note_end(request)
-        return None
+        return _Expected(request, place=place)
 
     def _check(self, request: CallerRequest) -> None:
         if request.is_block or not request.end:  # an end alone is served to the last
@@ -233,8 +265,8 @@ class Session:
         chosen = context.options.read(start.parameters)
         context.admission.open(caller.name)
         try:
-            picture, prompt = start.picture, start.prompt or ""
-            avatar, known = await context.avatars.get(caller.owner, picture, prompt)
+            source = await AvatarSource.of(start.picture, start.prompt or "")
+            avatar, known = await context.avatars.get(caller.owner, source)
             context.admission.check_phase()  # the avatar may have taken long
         except BaseException:
             context.admission.close(caller.name)
@@ -247,8 +279,8 @@ class Session:
             chosen.seed,
             chosen.frame_format.value,
             "known" if known else "new",
-            hashlib.sha256(picture).hexdigest(),
-            hashlib.sha256(prompt.encode()).hexdigest(),
+            source.picture_sha256,
+            source.prompt_sha256,
         )
         context.window.join(self.sequence)
         context.live.add(self)
@@ -259,10 +291,13 @@ class Session:
         context.audit.started(self._record)
         if start.is_block:
             await context.window.enter(self.sequence)
-        tensors = _opening_tensors(avatar, provenance(context.served, picture, prompt, chosen.seed))
-        self._stream.send(triton_request(start, self.sequence, tensors, with_options=True))
-        self._expected.put_nowait(_Expected(start))
-        self._note_end(start)
+        tensors = _opening_tensors(
+            avatar, provenance(context.served, source.picture_sha256, source.prompt_sha256, chosen.seed)
+        )
+        self._is_raw = chosen.frame_format is FrameFormat.RAW
+        self._expected.put_nowait(
+            self._pass_on(start, triton_request(start, self.sequence, tensors, with_options=True))
+        )
 
     def _refuse_start(self, start: CallerRequest, error: Exception) -> None:
         text = self._text(error)
@@ -300,12 +335,20 @@ class Session:
             if isinstance(answer, bytes):
                 error = response_error(answer)
                 if error is None:
-                    return answer
+                    return self._with_frames(answer, expected.place)
                 self.fail(self._told(error))
             elif isinstance(answer, Closed) and self.failure is None:
                 self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
             text = self.failure
         return error_response(expected.request.request_id, text or "")
+
+    def _with_frames(self, answer: bytes, place: Place | None) -> bytes:
+        if place is None:
+            return answer
+        whole = self._context.frames.answer(answer, place)
+        self._places.discard(place)
+        self._context.frames.give_back(place)
+        return whole
 
     def _note_answered(self, expected: _Expected) -> None:
         request = expected.request
@@ -358,6 +401,8 @@ class Session:
                     self._stream.send(end_request(self.sequence))
                     self._stream.finish()
                 await asyncio.wait_for(self._stream.wait_closed(), CLOSE_LIMIT_S)
+            for place in self._places:  # Triton writes no more into them
+                context.frames.give_back(place)
         except TimeoutError:
             log.error("session %d did not end in the pipe within %g s", self.sequence, CLOSE_LIMIT_S)
         finally:

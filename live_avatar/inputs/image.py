@@ -42,6 +42,7 @@ JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 SIZE_STEP = 64  # pixels; sides of a video are multiples
 SCALES = 100
+LEAST_SHOWN = 2 / 3  # of a picture, without a warning
 LEAST_SCALE = 0.1  # for a picture within the budget
 
 
@@ -71,6 +72,18 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """Height and width of a picture as it is seen, turned as its EXIF tag says. Raises as `decode_image` does."""
     picture = _picture(data)
     return picture.height, picture.width
+
+
+def crop_warning(data: bytes, height: int, width: int) -> str | None:
+    """A sentence if a video of that size shows less than `LEAST_SHOWN` of a picture. Raises as `decode_image` does."""
+    rows, columns = picture_size(data)
+    shown = min(rows * width, columns * height) / max(rows * width, columns * height)
+    if shown >= LEAST_SHOWN:
+        return None
+    return (
+        f"the picture is {columns}x{rows}, and the video of {width}x{height} shows only the {shown:.0%} in its middle; "
+        "crop the picture around the head, or choose a video of its shape."
+    )
 
 
 def check_bytes(data: bytes) -> None:

@@ -45,6 +45,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
         lone_blocks=stages + 2,
         known_avatars=known_avatars,
         known_avatar_s=options.known_avatar_seconds,
+        share_avatars=options.share_avatars,
         sessions_per_key=options.sessions_per_key,
         starts_per_minute=options.starts_per_minute,
         session_s=options.longest_session_seconds,
@@ -53,6 +54,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
     return GatewaySettings(
         triton=triton_target(scratch),
         triton_metrics=metrics_socket(scratch),
+        shared_memory=f"{scratch.name}-frames",
         address=options.address,
         grpc_port=options.grpc_port,
         http_port=options.http_port,

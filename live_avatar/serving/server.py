@@ -108,6 +108,7 @@ class TritonServer:
         supervisor: Supervisor,
         admin: Admin,
         gateway: GatewayProcess,
+        shared_memory: str,
     ) -> None:
         self.options = options
         self.process = process
@@ -115,6 +116,7 @@ class TritonServer:
         self.gateway = gateway
         self._log = log
         self._admin = admin
+        self._shared_memory = shared_memory
 
     def wait_ready(self, limit_s: float = START_LIMIT_S) -> None:
         """Returns when every model is ready.
@@ -130,6 +132,7 @@ class TritonServer:
                 raise ServerError(
                     f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}"
                 )
+            make_private(self._shared_memory)
             if self._admin.ready():
                 return
             alive = living_stages(self.process.pid)
@@ -241,8 +244,9 @@ def _triton(options: ServerOptions, files: _Files, log: ServerLog, gateway: Gate
         START_LIMIT_S,
         lambda: process.poll() is None,
         files.write,
+        lambda: make_private(files.scratch.name),
     )
-    server = TritonServer(options, process, log, supervisor, admin, gateway)
+    server = TritonServer(options, process, log, supervisor, admin, gateway, files.scratch.name)
     try:
         server.wait_ready()
         with supervisor:
@@ -256,6 +260,13 @@ def _triton(options: ServerOptions, files: _Files, log: ServerLog, gateway: Gate
         process.stdout.close()
         for region in SHARED_MEMORY.glob(f"{files.scratch.name}*"):  # a server ended early leaves it behind
             region.unlink(missing_ok=True)
+
+
+def make_private(prefix: str) -> None:
+    """Takes the stages' shared memory from other users: Triton makes it readable for all, whatever the umask."""
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        with suppress(OSError):  # it is gone, or not ours
+            region.chmod(0o600)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ ANY_ADDRESSES: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 class ServerOptions:
     """The options of a server; None keeps the value of the profile.
 
-    known_avatar_seconds: how long a caller's avatar is remembered after its last use. sessions_per_key and
+    known_avatar_seconds: how long a caller's avatar is remembered after its last use. share_avatars: callers
+    without keys reuse one another's avatars. sessions_per_key and
     starts_per_minute: limits of each caller. longest_session_seconds: after it a session ends. log_format: plain or
     json. log_hashes: whether the log has the hashes of picture and prompt. trace: a folder for the busy intervals of
     the stages. For measurements: stage_floor_s is the least time that a stage takes for a block; turns are stages of
@@ -38,6 +39,7 @@ class ServerOptions:
     known_avatars: int | None = None
     label_font: Path | None = None
     known_avatar_seconds: float = 3600.0
+    share_avatars: bool = False
     sessions_per_key: int | None = None
     starts_per_minute: int | None = None
     longest_session_seconds: float | None = None
@@ -51,7 +53,11 @@ class ServerOptions:
 
     def on_free_ports(self) -> ServerOptions:
         """The same options with ports that are free now, for tests and demos on this machine."""
-        return replace(self, grpc_port=_free_port(), http_port=_free_port(), metrics_port=_free_port())
+        health_port = None if self.health_port is None else _free_port()
+        grpc_port, http_port, metrics_port = _free_port(), _free_port(), _free_port()
+        return replace(
+            self, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, health_port=health_port
+        )
 
     @property
     def host(self) -> str:

@@ -73,7 +73,8 @@ class Admin:
 class Supervisor:
     """Watches the stages `models` of the Triton with process id `process`, and the gateway, while the `with` lasts.
 
-    repair: makes again what the stages need on disk, if somebody has removed it.
+    repair: makes again what the stages need on disk, if somebody has removed it. protect: closes what they share to
+    other users; stages make it when they start.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Supervisor:
         load_limit_s: float,
         is_running: Callable[[], bool],
         repair: Callable[[], None] = lambda: None,
+        protect: Callable[[], None] = lambda: None,
     ) -> None:
         self._process = process
         self._models = frozenset(models)
@@ -95,6 +97,7 @@ class Supervisor:
         self._load_limit_s = load_limit_s
         self._is_running = is_running
         self._repair = repair
+        self._protect = protect
         self._phase = "serving"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -136,6 +139,7 @@ class Supervisor:
             try:
                 if not self._gateway.is_running():
                     self._restart_gateway()
+                self._protect()
                 for model in sorted(self._models - living_stages(self._process)):
                     self._reload(model)
             except Exception:  # whatever it was, the next stage that dies must be noticed

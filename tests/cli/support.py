@@ -86,6 +86,11 @@ class Running:
             time.sleep(0.05)
         return self.wait()
 
+    def end_unread(self, number: signal.Signals) -> int:
+        """Sends a signal, and returns the exit code; nobody reads what is said."""
+        self._process.send_signal(number)
+        return self._process.wait(PATIENCE_S)
+
     def wait(self) -> tuple[int, str]:
         _, said = self._process.communicate(timeout=PATIENCE_S)
         return self._process.returncode, said

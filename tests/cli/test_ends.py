@@ -136,7 +136,7 @@ def test_export(tmp_path: Path, started: list[Running]) -> None:
     output = tmp_path / "out"
     running = Running(tmp_path / "temporary", "export", "--output", output / "tiny")
     started.append(running)
-    running.await_file(output, ".tiny-*/tiny/*.onnx")
+    running.await_file(output, ".export-*/new/*.onnx")
     assert ended(running, signal.SIGTERM, signal.SIGINT) == INTERRUPTED
     assert list(output.iterdir()) == []
     assert running.left() == []
@@ -174,5 +174,5 @@ def test_a_model_that_does_not_load(tmp_path: Path, artifacts: Artifacts) -> Non
     result = run("serve", "--artifacts", copy, *ports(copy))
     assert result.returncode == 2
     assert "failed to load 'dit_step_2'" in result.stderr
-    assert "export it again" in result.stderr
+    assert "export the artifacts again" in result.stderr
     assert "Traceback" not in result.stderr

@@ -10,7 +10,7 @@ import pytest
 from live_avatar.arrays import Array
 from live_avatar.errors import CapacityError, InputError, ShutdownError
 from live_avatar.gateway.admission import Admission, Phase
-from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.avatars import Avatar, Avatars, AvatarSource
 from live_avatar.serving.gateway_settings import Limits
 
 
@@ -98,16 +98,20 @@ class Encoder:
         return np.zeros(1, np.float32), np.zeros(2, np.float32)
 
 
+async def get(avatars: Avatars, owner: str, picture: bytes, prompt: str) -> tuple[Avatar, bool]:
+    return await avatars.get(owner, await AvatarSource.of(picture, prompt))
+
+
 def test_an_avatar_is_remembered_for_its_owner_alone():
     async def main() -> None:
         encoder = Encoder()
         avatars = Avatars(encoder, limits(), lambda: now_s[0])
-        first, known = await avatars.get("a", b"picture", "prompt")
+        first, known = await get(avatars, "a", b"picture", "prompt")
         assert (known, len(first.key)) == (False, 32)
-        again, known = await avatars.get("a", b"picture", "prompt")
+        again, known = await get(avatars, "a", b"picture", "prompt")
         assert (known, again.key) == (True, first.key)
         for owner, picture, prompt in (("b", b"picture", "prompt"), ("a", b"other", "prompt"), ("a", b"picture", "x")):
-            other, known = await avatars.get(owner, picture, prompt)
+            other, known = await get(avatars, owner, picture, prompt)
             assert not known
             assert other.key != first.key, "another's caches in the steps would tell the time"
         assert len(encoder.calls) == 4
@@ -119,7 +123,7 @@ def test_two_sessions_that_want_one_avatar_at_once_encode_it_once():
     async def main() -> None:
         encoder = Encoder()
         avatars = Avatars(encoder, limits())
-        made = await asyncio.gather(*(avatars.get("a", b"picture", "prompt") for _ in range(3)))
+        made = await asyncio.gather(*(get(avatars, "a", b"picture", "prompt") for _ in range(3)))
         assert len(encoder.calls) == 1
         assert len({avatar.key for avatar, _ in made}) == 1
 
@@ -132,7 +136,7 @@ def test_an_error_is_not_remembered():
         avatars = Avatars(encoder, limits())
         for _ in range(2):
             with pytest.raises(InputError):
-                await avatars.get("a", b"bad", "prompt")
+                await get(avatars, "a", b"bad", "prompt")
         assert len(encoder.calls) == 2
         assert len(avatars) == 0
 
@@ -144,10 +148,10 @@ def test_avatars_are_forgotten_by_number_and_by_time():
         encoder = Encoder()
         avatars = Avatars(encoder, limits(known_avatars=2, known_avatar_s=10.0), lambda: now_s[0])
         for picture in (b"1", b"2", b"1", b"3"):
-            await avatars.get("a", picture, "")
+            await get(avatars, "a", picture, "")
         assert len(avatars) == 2
-        assert (await avatars.get("a", b"1", ""))[1]
-        assert not (await avatars.get("a", b"2", ""))[1]
+        assert (await get(avatars, "a", b"1", ""))[1]
+        assert not (await get(avatars, "a", b"2", ""))[1]
         now_s[0] += 11.0
         avatars.forget_old()
         assert len(avatars) == 0

@@ -58,13 +58,12 @@ def test_values_may_be_typed_instead_of_raw():
 def test_triton_gets_a_new_message_with_the_gateways_own_sequence():
     made = message(token="secret", seed=3, label="AI")
     made.outputs.add(name="FRAMES")
-    sent = service_pb2.ModelInferRequest.FromString(triton_request(read_request(made), 2**40))
+    sent = triton_request(read_request(made), 2**40)
     assert sent.parameters["sequence_id"].int64_param == 2**40
     assert set(sent.parameters) == {"sequence_id", "sequence_start", "sequence_end"}
     assert (sent.id, [output.name for output in sent.outputs]) == ("17", ["FRAMES"])
     tensors = [("AVATAR", "UINT8", np.arange(32, dtype=np.uint8))]
-    opened = triton_request(read_request(made), 2**40, tensors, with_options=True)
-    sent = service_pb2.ModelInferRequest.FromString(opened)
+    sent = triton_request(read_request(made), 2**40, tensors, with_options=True)
     assert (sent.parameters["seed"].int64_param, sent.parameters["label"].string_param) == (3, "AI")
     assert "token" not in sent.parameters
     assert [tensor.name for tensor in sent.inputs] == ["AUDIO", "AVATAR"]

@@ -21,6 +21,7 @@ from live_avatar.inputs.image import (
     MAX_BYTES,
     MAX_SCANS,
     area_size,
+    crop_warning,
     decode_image,
     decode_pixels,
     normalise,
@@ -289,6 +290,17 @@ def test_the_size_of_a_picture_is_that_of_its_upright_view() -> None:
     assert picture_size(encoded(bands(300, 100, RED), "JPEG", exif=exif)) == (300, 100)
     with pytest.raises(InputError, match=r"is not a PNG, JPEG or WebP; convert it"):
         picture_size(b"hello, I am a picture")
+
+
+def test_a_picture_of_another_shape_is_warned_of() -> None:
+    """A standing person, whose head is in the upper quarter, would have none in a square video."""
+    assert crop_warning(encoded(bands(720, 1280, RED)), 96, 96) == (
+        "the picture is 720x1280, and the video of 96x96 shows only the 56% in its middle; crop the picture around the "
+        "head, or choose a video of its shape."
+    )
+    assert crop_warning(encoded(bands(1280, 720, RED)), 704, 384) is not None
+    assert crop_warning(encoded(bands(300, 400, RED)), 96, 96) is None
+    assert crop_warning(encoded(bands(720, 1280, RED)), 704, 384) is None
 
 
 @pytest.mark.parametrize(

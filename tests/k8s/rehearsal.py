@@ -156,7 +156,7 @@ class Prometheus:
     def is_ready(self) -> bool:
         """It listens before it answers."""
         try:
-            with WITHOUT_PROXY.open(f"{self._url}/-/ready", timeout=10.0):
+            with WITHOUT_PROXY.open(f"{self._url}/-/ready", timeout=60.0):
                 return True
         except OSError:
             return False
@@ -174,5 +174,5 @@ class Prometheus:
 
     def _ask(self, what: str, **parameters: str) -> Any:
         url = f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
-        with WITHOUT_PROXY.open(url, timeout=10.0) as answer:
+        with WITHOUT_PROXY.open(url, timeout=60.0) as answer:
             return json.load(answer)["data"]

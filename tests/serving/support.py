@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
 
 STAGES = ("conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder")
 KEEP_ALIVE_S = 0.3  # for servers with an idle limit of seconds, on a machine that is busy
+METRICS_S = 60.0
 Numbers = dict[str, float]
 """Value by series, as `series` names it."""
 
@@ -43,10 +46,18 @@ def scrape(server: TritonServer) -> Numbers:
 
 
 def metrics_page(server: TritonServer) -> str:
+    """The server's /metrics. Triton opens this port last, which may be a moment after the server is ready."""
     url = f"http://{server.options.host}:{server.options.metrics_port}/metrics"
-    with WITHOUT_PROXY.open(url, timeout=10.0) as answer:
-        page: str = answer.read().decode()
-    return page
+    deadline_s = time.monotonic() + METRICS_S
+    while True:
+        try:
+            with WITHOUT_PROXY.open(url, timeout=METRICS_S) as answer:
+                page: str = answer.read().decode()
+            return page
+        except URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError) or time.monotonic() > deadline_s:
+                raise
+        time.sleep(0.05)
 
 
 def series(metric: Metric, label: str = "") -> str:

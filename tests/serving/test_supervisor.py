@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from live_avatar.serving.control import Control, Phase
-from live_avatar.serving.supervisor import Admin, Supervisor, living_stages, model_of
+from live_avatar.serving.control import Control
+from live_avatar.serving.supervisor import Admin, living_stages, model_of
 
 TRITON = 77
 
@@ -45,9 +45,9 @@ def test_a_stage_is_known_by_its_parent_state_and_command(
 
 
 def test_other_commands_are_no_models() -> None:
-    assert model_of(["/b/triton_python_backend_stub", "/m/status/1/model.py"]) == "status"
+    assert model_of(["/b/triton_python_backend_stub", "/m/avatar_encoder/1/model.py"]) == "avatar_encoder"
     assert model_of(["/b/triton_python_backend_stub"]) is None
-    assert model_of(["python3", "/m/status/1/model.py"]) is None
+    assert model_of(["python3", "/m/avatar_encoder/1/model.py"]) is None
     assert model_of([""]) is None
 
 
@@ -82,31 +82,11 @@ def test_triton_is_ready_if_it_says_so(words: bytes, ready: bool) -> None:
         assert admin.ready() == ready
 
 
-def test_a_drain_ends_when_the_sessions_have_or_triton_has(tmp_path: Path) -> None:
+def test_control_counts_reloads_for_everyone_who_has_the_folder(tmp_path: Path) -> None:
     control = Control(tmp_path)
-    with answering(b"HTTP/1.1 400 no such model\r\n\r\n") as admin:
-        assert Supervisor(TRITON, [], admin, control, 1.0, lambda: True).drain(5.0)
-    assert control.phase is Phase.DRAINING
-    control.set_live_sessions("conditioning", 1)
-    with answering(b"HTTP/1.1 400 no such model\r\n\r\n") as admin:
-        assert not Supervisor(TRITON, [], admin, control, 1.0, lambda: False).drain(60.0)
-    assert control.phase is Phase.CLOSING
-
-
-def test_control_speaks_of_the_first_stage_and_the_last(tmp_path: Path) -> None:
-    control = Control(tmp_path)
-    assert (control.phase, control.live_sessions, control.reload_epoch) == (Phase.SERVING, 0, 0)
-    control.set_live_sessions("conditioning", 0)
-    control.set_live_sessions("vae_decoder", 2)
+    assert control.reload_epoch == 0
     control.advance_reload_epoch()
-    seen = Control(tmp_path)
-    assert (seen.live_sessions, seen.live_in("conditioning"), seen.live_in("vae_decoder"), seen.reload_epoch) == (
-        2,
-        0,
-        2,
-        1,
-    )
+    assert Control(tmp_path).reload_epoch == 1
     alone = Control(None)
-    alone.set_phase(Phase.DRAINING)
     alone.advance_reload_epoch()
-    assert (alone.phase, alone.live_sessions, alone.reload_epoch) == (Phase.SERVING, 0, 0)
+    assert alone.reload_epoch == 0
