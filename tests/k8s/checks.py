@@ -285,7 +285,7 @@ def triton_exit_s() -> int:
 
 
 def probe_faults(objects: Sequence[Object]) -> Iterator[str]:
-    """Ready says whether sessions may come, live whether to start again; a probe asks a port that callers do not reach."""
+    """Ready says whether sessions may come, live whether to start again; a probe's port is no port of callers."""
     container = server_of(objects)
     for name, what in (("startupProbe", "ready"), ("readinessProbe", "ready"), ("livenessProbe", "live")):
         probe = container[name]
