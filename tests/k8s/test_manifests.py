@@ -14,6 +14,8 @@ from live_avatar.config import S2V_14B
 from live_avatar.gateway.pictures import AT_ONCE
 from live_avatar.gateway.sandbox import MIB, Limits
 from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
+from live_avatar.serving.repository import MODEL_REPOSITORY, chain
+from live_avatar_client.protocol import FRAMES_PER_BLOCK
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
     APPLIED,
@@ -211,14 +213,22 @@ def tensor_bytes() -> dict[str, int]:
     }
 
 
+def frames_bytes() -> int:
+    """The gateway's region: blocks of frames of `lone_blocks` and a session (`serving.checks`, `gateway.frames`)."""
+    stages = len(chain(MODEL_REPOSITORY, "h800x5"))
+    stream = S2V_14B.stream
+    return (stages + 2 + 1) * FRAMES_PER_BLOCK * stream.height * stream.width * 3
+
+
 def test_shared_memory_has_room_for_the_largest_requests_and_some_dead_stages(objects_of):
     sizes = tensor_bytes()
     regions = [SHM_GROWTH * size + 2**20 for size in sizes.values()]  # a region starts with 1 MiB
     assert 116 * 2**20 < sum(sizes.values()) < 117 * 2**20  # what the comment says
+    assert frames_bytes() == pytest.approx(9 * 9.3 * 2**20, rel=0.01)
     for folder in WITH_SERVER:
         [volume] = [v for v in pod_of(the(objects_of(folder), "Deployment"))["volumes"] if v["name"] == "shared-memory"]
         limit = quantity(volume["emptyDir"]["sizeLimit"])
-        assert limit >= sum(regions) + 5 * max(regions), folder
+        assert limit >= frames_bytes() + sum(regions) + 5 * max(regions), folder
         assert limit < quantity(server_of(objects_of(folder))["resources"]["limits"]["memory"]), folder
 
 
