@@ -27,6 +27,10 @@ from live_avatar_client import protocol
 from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
 
 SERVER_NAME: Final = "live-avatar"
+SERVICE: Final = "/inference.GRPCInferenceService/"
+HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"
+"""A `HealthCheckResponse`, serialized."""
 ADMIN_KEY_HEADER: Final = "triton-grpc-protocol-admin-key"
 SMALL_BYTES: Final = 64 * 1024
 """Size of a message that carries no picture."""
@@ -87,20 +91,20 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         self._idle_s = idle_s
         self._streams: dict[CallerStream, asyncio.Task[Any]] = {}
         self._handlers: dict[str, Handler] = {
-            "ServerLive": self._server_live,
-            "ServerReady": self._server_ready,
-            "ServerMetadata": self._server_metadata,
-            "ModelReady": self._model_ready,
-            "ModelMetadata": self._model_metadata,
-            "ModelConfig": self._model_config,
-            "ModelStatistics": self._model_statistics,
-            "ModelInfer": self._model_infer,
-            "ModelStreamInfer": self._model_stream_infer,
+            HEALTH_CHECK: self._health_check,
+            SERVICE + "ServerLive": self._server_live,
+            SERVICE + "ServerReady": self._server_ready,
+            SERVICE + "ServerMetadata": self._server_metadata,
+            SERVICE + "ModelReady": self._model_ready,
+            SERVICE + "ModelMetadata": self._model_metadata,
+            SERVICE + "ModelConfig": self._model_config,
+            SERVICE + "ModelStatistics": self._model_statistics,
+            SERVICE + "ModelInfer": self._model_infer,
+            SERVICE + "ModelStreamInfer": self._model_stream_infer,
         }
 
     def service(self, details: Any) -> Any:
-        prefix, _, name = details.method.rpartition("/")
-        handler = self._handlers.get(name) if prefix == "/inference.GRPCInferenceService" else None
+        handler = self._handlers.get(details.method)
         if handler is None:
             return None
 
@@ -125,6 +129,11 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             self._context.report()
 
     # Calls that need no key: a load balancer asks them.
+
+    async def _health_check(self, call: _Call) -> None:
+        """gRPC's own health protocol; the name of a service in the request counts for nothing."""
+        await call.read(service_pb2.ServerReadyRequest)
+        await call.context.write(SERVING if self._context.admission.is_ready else NOT_SERVING)
 
     async def _server_live(self, call: _Call) -> None:
         await call.read(service_pb2.ServerLiveRequest)

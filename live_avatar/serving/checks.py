@@ -75,7 +75,8 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
 
 
 def _absolute(path: Path | None) -> Path | None:
-    return path and path.resolve()
+    """Links stay: a mounted Secret of Kubernetes changes by another target of its links."""
+    return path and path.absolute()
 
 
 def check(options: ServerOptions) -> None:
