@@ -257,8 +257,8 @@ class StageModel:
         artifacts = load_artifacts(self._settings.artifacts)
         if self._settings.manifest not in (None, artifacts.manifest_sha256):
             raise ArtifactError(
-                f"{artifacts.folder} is not what this server was started with: its manifest is {artifacts.manifest_sha256[:12]} "
-                f"instead of {self._settings.manifest[:12]}; put the old artifacts back, or start the server again."
+                f"{artifacts.folder} is not what this server was started with: its manifest is "
+                f"{artifacts.manifest_sha256[:12]} instead of {self._settings.manifest[:12]}; put the old artifacts back, or start the server again."
             )
         return artifacts
 
