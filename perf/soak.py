@@ -242,7 +242,8 @@ class Soak:
             f"{minutes:5.1f} min: {results.outcomes.total()} sessions, "
             f"{results.frames} frames, {results.wrong_frames} wrong, "
             f"{results.count(Outcome.UNEXPECTED)} unexpected; {len(self.kills)} stages killed; "
-            f"MiB: Triton {mib('triton'):.1f}, gateway {mib('gateway'):.1f}, vae_decoder {mib('vae_decoder'):.1f}, /dev/shm {mib('/dev/shm'):.1f}; "
+            f"MiB: Triton {mib('triton'):.1f}, gateway {mib('gateway'):.1f}, vae_decoder {mib('vae_decoder'):.1f}, "
+            f"/dev/shm {mib('/dev/shm'):.1f}; "
             f"{self.governor.used_s / max(now_s - self.begun_s, 1.0):.2f} cores"
         )
 

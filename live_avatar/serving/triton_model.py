@@ -256,9 +256,10 @@ class StageModel:
         """
         artifacts = load_artifacts(self._settings.artifacts)
         if self._settings.manifest not in (None, artifacts.manifest_sha256):
+            found, expected = artifacts.manifest_sha256[:12], self._settings.manifest[:12]
             raise ArtifactError(
-                f"{artifacts.folder} is not what this server was started with: its manifest is "
-                f"{artifacts.manifest_sha256[:12]} instead of {self._settings.manifest[:12]}; put the old artifacts back, or start the server again."
+                f"{artifacts.folder} is not what this server was started with: its manifest is {found} instead of "
+                f"{expected}; put the old artifacts back, or start the server again."
             )
         return artifacts
 
