@@ -42,6 +42,7 @@ class GatewayProcess:
 
     def start(self) -> None:
         """Returns when its ports are open. Raises `ServerError` if they cannot be, or it ends."""
+        self.stop()  # what is left of one that has died
         with self._changed:
             self._state = {}
         # -P: nothing is imported from the working directory.
