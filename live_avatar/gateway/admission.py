@@ -27,6 +27,7 @@ class Admission:
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = Phase.SERVING
         self.is_pipe_ready = False
+        """Whether all stages are there, also while the server drains."""
         self._limits = limits
         self._clock = clock
         self._live: Counter[str] = Counter()

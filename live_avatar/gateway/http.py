@@ -26,7 +26,7 @@ def http_routes(admission: Admission, served: Served) -> list[web.RouteDef]:
         return web.json_response(facts)
 
     async def ready(request: web.Request) -> web.Response:
-        return web.Response(status=200 if admission.is_ready else 503)
+        return web.Response(status=200 if admission.is_pipe_ready else 503)
 
     return [
         *health_routes(lambda: admission.is_ready),

@@ -151,7 +151,7 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
     async def _model_ready(self, call: _Call) -> None:
         request = await call.read(service_pb2.ModelReadyRequest)
-        is_ready = request.name in (MODEL_NAME, STATUS_MODEL) and self._context.admission.is_ready
+        is_ready = request.name in (MODEL_NAME, STATUS_MODEL) and self._context.admission.is_pipe_ready
         await call.write(service_pb2.ModelReadyResponse(ready=is_ready))
 
     async def _model_metadata(self, call: _Call) -> None:

@@ -98,15 +98,13 @@ class _Expected:
 class Session:
     """A session of one caller's stream, from the request with START on.
 
-    `failure` is the error for further requests, once the session cannot go on. `is_over` becomes true when the caller
-    needs it no more: after END, or when START was refused.
+    `failure` is the error for further requests, once the session cannot go on.
     """
 
     def __init__(self, id_: int, caller: Caller, context: SessionContext, write: Write) -> None:
         self.id = id_
         self.sequence = next(_sequence_ids)
         self.failure: str | None = None
-        self.is_over = False
         self._caller = caller
         self._context = context
         self._write = write
@@ -118,11 +116,23 @@ class Session:
         self._places: set[Place] = set()
         self._end_sent = False
         self._end_asked: EndCause | None = None
+        self._is_refused = False
+        self._has_ended = False
         self._unanswered = 0
         self._all_answered = asyncio.Event()
         self._used_s = self._began_s = time.monotonic()
         self._writing_since_s: float | None = None
         self._tasks = [asyncio.create_task(self._guarded(work)) for work in (self._forward(), self._return())]
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether END has come, after which the session takes no request."""
+        return self._end_asked is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the caller needs it no more: END or a START that was refused is answered, and all else."""
+        return self._has_ended and self._unanswered == 0
 
     async def put(self, request: CallerRequest) -> None:
         """Takes a request; waits while too many of the session's are queued."""
@@ -186,11 +196,15 @@ class Session:
 
     def drop(self, cause: EndCause, detail: str = "") -> None:
         """Ends the session without a word: its caller is gone, or silent. A caller that has sent END may go at once."""
+        self.stop()
+        self._has_ended, self._unanswered = True, 0
+        self._all_answered.set()
+        self._finish(self._end_asked or cause if cause is EndCause.DISCONNECTED else cause, detail)
+
+    def stop(self) -> None:
+        """Takes no more requests and gives no more answers."""
         for task in self._tasks:
             task.cancel()
-        self._all_answered.set()
-        self.is_over = True
-        self._finish(self._end_asked or cause if cause is EndCause.DISCONNECTED else cause, detail)
 
     def _note_unanswered(self) -> None:
         self._used_s = time.monotonic()
@@ -217,7 +231,6 @@ class Session:
             await self._open(start)
         except Exception as error:  # whatever it was, the caller is told, and nobody else is harmed
             self._refuse_start(start, error)
-            return
         request = start
         while not request.end:
             request = await self._requests.get()
@@ -319,10 +332,9 @@ class Session:
         self.failure = format_error(
             ErrorCode.FAILED_PRECONDITION, f"session {self.id} is not open: its start was refused; start a new session."
         )
-        self.is_over = True
+        self._is_refused = True
         self._expected.put_nowait(_Expected(start, text))
-        while not self._requests.empty():
-            self._expected.put_nowait(_Expected(self._requests.get_nowait(), self.failure))
+        self._finish(EndCause.FAILED, text)
 
     # Answers
 
@@ -370,8 +382,8 @@ class Session:
             if self._record is not None:
                 self._record.blocks += 1
         if request.end:
-            self.is_over = True
             self._finish(_requested_cause(request))
+        self._has_ended |= request.end or (request.start and self._is_refused)
         self._unanswered -= 1
         if self._unanswered == 0:
             self._all_answered.set()
@@ -387,6 +399,8 @@ class Session:
         return format_error(failure.code, str(failure))
 
     def _has_failed(self) -> str:
+        if self._is_refused and self.failure is not None:
+            return self.failure
         _, reason = parse_error(self.failure or "")
         return format_error(
             ErrorCode.FAILED_PRECONDITION, f"session {self.id} has failed ({reason}); end it and start a new one."

@@ -66,8 +66,12 @@ class CallerStream:
             await self._refuse(message, error)
             return
         session = self._sessions.get(request.session)
+        if session is not None and (session.is_ending or (request.start and session.failure is not None)):
+            await session.wait_answered()  # no answer of the next session with this id comes before
+            self._forget(request.session)
+            session = None
         if request.start:
-            if session is not None and session.failure is None:
+            if session is not None:
                 session.refuse(
                     request,
                     InputError(
@@ -104,7 +108,12 @@ class CallerStream:
 
     def _forget_ended(self) -> None:
         for id_ in [id_ for id_, session in self._sessions.items() if session.is_over]:
-            del self._sessions[id_]
+            self._forget(id_)
+
+    def _forget(self, id_: int) -> None:
+        session = self._sessions.pop(id_, None)
+        if session is not None:
+            session.stop()
 
     def _remember(self, id_: int, sentence: str) -> None:
         self._ended[id_] = sentence

@@ -44,12 +44,13 @@ class PipeWindow:
         self._members[session] = _Member(self._clock())
 
     def leave(self, session: Hashable) -> None:
-        """The session has ended: its places are free."""
+        """The session has ended: its places are free, and nothing of it waits any longer."""
         member = self._members.pop(session, None)
         self._inside.pop(session, None)
         if member is not None:
             for waiter in member.waiting:
-                waiter.cancel()
+                if not waiter.done():
+                    waiter.set_result(None)
         self._admit()
 
     async def enter(self, session: Hashable) -> None:
