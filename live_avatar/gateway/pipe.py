@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import grpc
@@ -44,6 +45,7 @@ class PipeStream:
         self.answers: asyncio.Queue[bytes | Closed] = asyncio.Queue()
         self._requests: asyncio.Queue[Message | None] = asyncio.Queue()
         self._call = call
+        self._over = asyncio.Event()
         self._writer = asyncio.create_task(self._write())
         self._reader = asyncio.create_task(self._read())
 
@@ -56,8 +58,16 @@ class PipeStream:
         self._requests.put_nowait(None)
 
     async def wait_closed(self) -> None:
-        """Returns when Triton has answered everything and closed the stream."""
-        await asyncio.wait([self._reader])
+        """Returns when Triton has answered everything and closed the stream, or when it was abandoned."""
+        await self._over.wait()
+
+    def abandon(self) -> None:
+        """Nobody waits for the stream any more: a stage has died, and Triton may never answer what it had."""
+        self._over.set()
+
+    def on_closed(self, act: Callable[[], None]) -> None:
+        """Calls `act` when Triton has closed the stream, if it ever does."""
+        self._reader.add_done_callback(lambda _: act())
 
     async def _write(self) -> None:
         try:
@@ -74,6 +84,7 @@ class PipeStream:
                 self.answers.put_nowait(response)
         except grpc.RpcError as error:
             reason = f"Triton is gone ({error.details()})" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+        self._over.set()
         self.answers.put_nowait(Closed(reason))
         self._requests.put_nowait(None)
 

@@ -141,8 +141,8 @@ async def _obey(context: SessionContext, command: dict[str, Any]) -> None:
         context.admission.phase = Phase(command["phase"])
     if "lost" in command:
         text = f"stage {command['lost']} of the server has stopped and is being started again; start a new session."
-        for session in list(context.live):
-            session.fail(PipeError(ErrorCode.FAILED, text))
+        for session in [*context.live, *context.closing.values()]:
+            session.lose(PipeError(ErrorCode.FAILED, text))
     context.report()
 
 

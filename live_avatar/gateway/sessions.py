@@ -77,7 +77,7 @@ class SessionContext:
     limits: Limits
     frames: FramePool
     live: set[Session] = field(default_factory=set)
-    closing: set[asyncio.Task[None]] = field(default_factory=set)
+    closing: dict[asyncio.Task[None], Session] = field(default_factory=dict)
 
     def report(self) -> None:
         """Sets the gauges."""
@@ -117,6 +117,7 @@ class Session:
         self._is_raw = False
         self._places: set[Place] = set()
         self._end_sent = False
+        self._end_asked: EndCause | None = None
         self._unanswered = 0
         self._all_answered = asyncio.Event()
         self._used_s = self._began_s = time.monotonic()
@@ -126,6 +127,8 @@ class Session:
     async def put(self, request: CallerRequest) -> None:
         """Takes a request; waits while too many of the session's are queued."""
         self._note_unanswered()
+        if request.end:
+            self._end_asked = _requested_cause(request)
         await self._requests.put(request)
 
     def refuse(self, request: CallerRequest, error: Exception) -> None:
@@ -175,13 +178,19 @@ class Session:
                 self._stream.answers.put_nowait(Closed(self.failure))
             self._finish(cause, self.failure)
 
+    def lose(self, error: Exception) -> None:
+        """Ends the session with an error because a stage has lost it; the other stages forget it by themselves."""
+        self.fail(error)
+        if self._stream is not None:
+            self._stream.abandon()
+
     def drop(self, cause: EndCause, detail: str = "") -> None:
-        """Ends the session without a word: its caller is gone, or silent."""
+        """Ends the session without a word: its caller is gone, or silent. A caller that has sent END may go at once."""
         for task in self._tasks:
             task.cancel()
         self._all_answered.set()
         self.is_over = True
-        self._finish(cause, detail)
+        self._finish(self._end_asked or cause if cause is EndCause.DISCONNECTED else cause, detail)
 
     def _note_unanswered(self) -> None:
         self._used_s = time.monotonic()
@@ -336,7 +345,10 @@ class Session:
                 error = response_error(answer)
                 if error is None:
                     return self._with_frames(answer, expected.place)
-                self.fail(self._told(error))
+                told = self._told(error)
+                if expected.request.start and told.code is ErrorCode.UNAVAILABLE:
+                    self._context.meter.add(metrics.SESSIONS_REFUSED, reason=RefusalReason.MEMORY)
+                self.fail(told)
             elif isinstance(answer, Closed) and self.failure is None:
                 self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
             text = self.failure
@@ -390,8 +402,8 @@ class Session:
         self._context.meter.add(metrics.SESSIONS_ENDED, reason=cause)
         self._context.audit.ended(self._record, cause, detail)
         task = asyncio.create_task(self._close_pipe())
-        self._context.closing.add(task)
-        task.add_done_callback(self._context.closing.discard)
+        self._context.closing[task] = self
+        task.add_done_callback(self._context.closing.pop)
 
     async def _close_pipe(self) -> None:
         context = self._context
@@ -400,15 +412,18 @@ class Session:
                 if not self._end_sent:
                     self._stream.send(end_request(self.sequence))
                     self._stream.finish()
+                self._stream.on_closed(self._give_places_back)  # until then Triton may write into them
                 await asyncio.wait_for(self._stream.wait_closed(), CLOSE_LIMIT_S)
-            for place in self._places:  # Triton writes no more into them
-                context.frames.give_back(place)
         except TimeoutError:
             log.error("session %d did not end in the pipe within %g s", self.sequence, CLOSE_LIMIT_S)
         finally:
             context.window.leave(self.sequence)
             context.admission.close(self._caller.name)
             context.report()
+
+    def _give_places_back(self) -> None:
+        while self._places:
+            self._context.frames.give_back(self._places.pop())
 
 
 def _opening_tensors(avatar: Avatar, video_provenance: str) -> list[tuple[str, str, Array]]:

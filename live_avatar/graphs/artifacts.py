@@ -47,6 +47,11 @@ class Artifacts:
         return hashlib.sha256(files.encode()).hexdigest()[:12]
 
     @property
+    def manifest_sha256(self) -> str:
+        """Hash of the whole manifest: preset, contracts and the digests of all files."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @property
     def tokenizer(self) -> Path | None:
         """The tokenizer's file; none where the preset needs none."""
         return self.folder / TOKENIZER if TOKENIZER in self.manifest["files"] else None

@@ -19,6 +19,8 @@ from live_avatar.serving.gateway_settings import GatewaySettings
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 5.0
 LAST_LINES: Final = 12
+LAST_WORDS_S: Final = 2.0
+"""How long the last lines of a gateway that has ended may take."""
 PRIVATE: Final = 0o077
 
 
@@ -36,6 +38,7 @@ class GatewayProcess:
         self._changed = threading.Condition()
         self._state: dict[str, Any] = {}
         self._lines: deque[bytes] = deque(maxlen=LAST_LINES)
+        self._readers: list[threading.Thread] = []
 
     def start(self) -> None:
         """Returns when its ports are open. Raises `ServerError` if they cannot be, or it ends."""
@@ -51,8 +54,12 @@ class GatewayProcess:
             umask=PRIVATE,
             start_new_session=True,  # Ctrl-C comes to us, and we end it in order
         )
-        for name, read in (("reports", self._read_reports), ("log", self._read_log)):
-            threading.Thread(target=read, args=(process,), name=f"gateway-{name}", daemon=True).start()
+        self._readers = [
+            threading.Thread(target=read, args=(process,), name=f"gateway-{name}", daemon=True)
+            for name, read in (("reports", self._read_reports), ("log", self._read_log))
+        ]
+        for reader in self._readers:
+            reader.start()
         self._write(self._settings.to_json())
         with self._changed:
             self._changed.wait_for(lambda: {"listening", "error", "ended"} & self._state.keys(), START_LIMIT_S)
@@ -102,6 +109,8 @@ class GatewayProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        for reader in self._readers:
+            reader.join(LAST_WORDS_S)
 
     def _write(self, line: str) -> None:
         process = self._process
@@ -113,8 +122,9 @@ class GatewayProcess:
 
     def _read_reports(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            self._note(process, json.loads(line))
+        with process.stdout as reports:
+            for line in reports:
+                self._note(process, json.loads(line))
         self._note(process, {"ended": True, "ready": False, "live": 0})
 
     def _note(self, process: subprocess.Popen[bytes], report: dict[str, Any]) -> None:
@@ -125,9 +135,10 @@ class GatewayProcess:
 
     def _read_log(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
-        for line in process.stderr:
-            self._lines.append(line.rstrip())
-            self._echo(line)
+        with process.stderr as log:
+            for line in log:
+                self._lines.append(line.rstrip())
+                self._echo(line)
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float, poll_s: float = 0.05) -> bool:

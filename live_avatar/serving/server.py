@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from live_avatar.errors import ServerError
+from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.serving import LOG_MARK
 from live_avatar.serving.access import check_access
 from live_avatar.serving.checks import check, gateway_settings, model_source
@@ -162,6 +163,11 @@ class TritonServer:
         wrong = [f"failed to load {', '.join(sorted(names))}: {cause}" for cause, names in models.items()]
         wrong += dict.fromkeys(failure for failure in failures if not FAILED_MODEL.match(failure))
         return "\n".join(wrong) or "\n".join(said.splitlines()[-lines:])
+
+    @property
+    def process_ids(self) -> tuple[int, int]:
+        """Triton's and the gateway's, each the leader of a process group."""
+        return self.process.pid, self.gateway.process_id
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -378,7 +384,7 @@ def _environment(options: ServerOptions, control: Path) -> dict[str, str]:
     _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
     settings = StageSettings(
         artifacts=options.artifacts.resolve(),
-        profile=options.profile,
+        manifest=load_artifacts(options.artifacts).manifest_sha256,
         control=control,
         label_font=options.label_font and options.label_font.resolve(),
         trace=options.trace and options.trace.resolve(),

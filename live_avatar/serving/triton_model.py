@@ -21,7 +21,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from live_avatar.arrays import Array
-from live_avatar.errors import InputError, SessionError
+from live_avatar.errors import ArtifactError, InputError, SessionError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import require_sessions, session_memory
 from live_avatar.runtime import Runtime
@@ -250,8 +250,18 @@ class StageModel:
 
     @cached_property
     def artifacts(self) -> Artifacts:
-        """The artifacts that `live-avatar serve` names in the environment."""
-        return load_artifacts(self._settings.artifacts)
+        """The artifacts that `live-avatar serve` names in the environment.
+
+        Raises `ArtifactError` if they were exchanged since the server was started.
+        """
+        artifacts = load_artifacts(self._settings.artifacts)
+        if self._settings.manifest not in (None, artifacts.manifest_sha256):
+            found, expected = artifacts.manifest_sha256[:12], self._settings.manifest[:12]
+            raise ArtifactError(
+                f"{artifacts.folder} is not what this server was started with: its manifest is {found} instead of "
+                f"{expected}; put the old artifacts back, or start the server again."
+            )
+        return artifacts
 
     @cached_property
     def runtime(self) -> Runtime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar_client.errors import AvatarError
+from tests.cli.support import wait_until
 from tests.serving.support import frames_of, received
 
 LIMIT_S = 60.0
@@ -55,6 +57,23 @@ def kill(server: TritonServer, stage: str) -> None:
             continue
         if int(parent) == server.process.pid and any(word.endswith(f"/{stage}/1/model.py") for word in words):
             os.kill(int(command.parent.name), signal.SIGKILL)
+
+
+def test_a_stage_does_not_come_back_with_other_artifacts(
+    folder: Path, picture: bytes, speech: Array, expected: Array
+) -> None:
+    """They are whole in themselves, but not what the server, its provenance and its other stages are."""
+    lines: list[str] = []
+    with serving(ServerOptions(folder).on_free_ports(), lines.append) as server:
+        manifest = folder / "manifest.json"
+        before = manifest.read_bytes()
+        changed = json.loads(before)
+        changed["preset"]["stream"]["lookahead_ms"] = 200
+        put(manifest, json.dumps(changed).encode())
+        kill(server, "dit_step_2")
+        wait_until(lambda: "is not what this server was started with: its manifest is" in "\n".join(lines))
+        put(manifest, before)
+        assert np.array_equal(frames_when_it_is_back(server, picture, speech), expected)
 
 
 def test_a_server_does_not_start_with_them(folder: Path) -> None:

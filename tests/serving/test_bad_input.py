@@ -65,7 +65,7 @@ def test_first_request_without_an_image(raw: RawSession) -> None:
 
 def test_prompt_of_100_000_characters(raw: RawSession, picture: bytes) -> None:
     error = raw.ask(image=picture, prompt=b"x" * 100_000, start=True)
-    assert "the prompt has 100000 characters, more than 2000; shorten it." in error
+    assert "PROMPT has 100000 characters; at most 2000 are taken." in error
 
 
 def test_prompt_that_is_not_utf8(raw: RawSession, picture: bytes) -> None:
@@ -122,7 +122,9 @@ def test_a_picture_in_the_middle(raw: RawSession, picture: bytes) -> None:
 
 def test_an_id_that_was_never_started(url: str) -> None:
     with raw_session(url) as raw:
-        assert "must specify the START flag on the first request of the sequence" in raw.ask(BLOCK)
+        error = raw.ask(BLOCK)
+    assert f"[FAILED_PRECONDITION] session {raw.session} is not open on this stream: it was never started" in error
+    assert "send START with the first request of a session, and all its requests on one stream." in error
 
 
 def test_the_session_too_many_is_refused_at_once_and_has_its_turn_later(url: str, picture: bytes) -> None:

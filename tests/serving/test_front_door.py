@@ -394,11 +394,12 @@ def test_the_gateway_comes_back_and_its_callers_are_told(artifacts: Artifacts, p
     with serving(ServerOptions(artifacts.folder, health_port=1).on_free_ports()) as server:
         with AvatarSession(server.options.url, image=picture) as session:
             spoken(session, speech[:7680])
-            os.kill(server.gateway.process_id, signal.SIGKILL)
+            killed = server.gateway.process_id
+            os.kill(killed, signal.SIGKILL)
             session.send(np.tile(speech[:7680], 4))
             with pytest.raises(AvatarError, match="open a new session"):
                 list(session)
-        wait_until(lambda: server.gateway.is_running() and server.gateway.is_ready)
+        wait_until(lambda: server.gateway.process_id != killed and server.gateway.is_ready)
         with AvatarSession(server.options.url, image=picture) as session:
             assert len(spoken(session, speech[:7680]).frames) == 12
         wait_until(lambda: scrape(server)[series(metrics.SESSIONS_LIVE)] == 0)

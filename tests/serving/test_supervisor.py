@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from live_avatar.serving.control import Control
-from live_avatar.serving.supervisor import Admin, living_stages, model_of
+from live_avatar.serving.gateway_process import GatewayProcess
+from live_avatar.serving.gateway_settings import triton_target
+from live_avatar.serving.supervisor import Admin, Supervisor, living_stages, model_of
 
 TRITON = 77
 
@@ -51,42 +54,85 @@ def test_other_commands_are_no_models() -> None:
     assert model_of([""]) is None
 
 
-@contextmanager
-def answering(words: bytes) -> Iterator[Admin]:
-    """A server that says the same to everybody."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+class Answers(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that says whether it is ready, or fails."""
 
-        def answer() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(words)
+    def __init__(self, ready: bool | None) -> None:
+        self._ready = ready
 
-        thread = threading.Thread(target=answer)
-        thread.start()
-        yield Admin(f"http://127.0.0.1:{server.getsockname()[1]}", "secret")
-        thread.join()
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - its name in the service
+        if self._ready is None:
+            context.abort(grpc.StatusCode.INTERNAL, "broken")
+        return service_pb2.ServerReadyResponse(ready=self._ready)
 
 
-@pytest.mark.parametrize(
-    ("words", "ready"),
-    [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", True),
-        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", False),
-        (b"no HTTP at all\r\n", False),
-        (b"", False),
-    ],
-)
-def test_triton_is_ready_if_it_says_so(words: bytes, ready: bool) -> None:
-    with answering(words) as admin:
+@pytest.mark.parametrize(("answer", "ready"), [(True, True), (False, False), (None, False)])
+def test_triton_is_ready_if_it_says_so(tmp_path: Path, answer: bool | None, ready: bool) -> None:
+    """Over the Unix socket whose name Triton makes of its address and its port."""
+    target = triton_target(tmp_path)
+    server = grpc.server(ThreadPoolExecutor(1))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Answers(answer), server)
+    server.add_insecure_port(target)
+    server.start()
+    admin = Admin(target)
+    try:
         assert admin.ready() == ready
+    finally:
+        admin.close()
+        server.stop(None)
 
 
-def test_control_counts_reloads_for_everyone_who_has_the_folder(tmp_path: Path) -> None:
+def test_a_triton_that_is_not_there_is_not_ready(tmp_path: Path) -> None:
+    admin = Admin(triton_target(tmp_path))
+    assert not admin.ready()
+    admin.close()
+
+
+class Gateway(GatewayProcess):
+    """Keeps the commands, and has as many live sessions as the test says."""
+
+    def __init__(self, live: int) -> None:
+        self.live = live
+        self.commands: list[dict[str, object]] = []
+
+    @property
+    def live_sessions(self) -> int:
+        return self.live
+
+    def command(self, **command: object) -> None:
+        self.commands.append(command)
+
+
+def supervisor_of(gateway: Gateway, folder: Path, is_running: bool = True) -> Supervisor:
+    admin = Admin(triton_target(folder))
+    return Supervisor(TRITON, [], admin, Control(folder), gateway, 1.0, lambda: is_running)
+
+
+def test_a_drain_ends_when_the_sessions_have(tmp_path: Path) -> None:
+    gateway = Gateway(0)
+    assert supervisor_of(gateway, tmp_path).drain(5.0)
+    assert gateway.commands == [{"phase": "draining"}]
+
+
+def test_a_drain_ends_the_sessions_that_stay(tmp_path: Path) -> None:
+    gateway = Gateway(1)
+    assert not supervisor_of(gateway, tmp_path).drain(0.1)
+    assert gateway.commands == [{"phase": "draining"}, {"phase": "closing"}]
+
+
+def test_a_drain_ends_with_triton(tmp_path: Path) -> None:
+    gateway = Gateway(1)
+    began_s = time.monotonic()
+    supervisor_of(gateway, tmp_path, is_running=False).drain(60.0)
+    assert time.monotonic() - began_s < 30.0
+
+
+def test_the_epoch_is_seen_by_all_who_have_the_folder(tmp_path: Path) -> None:
     control = Control(tmp_path)
     assert control.reload_epoch == 0
-    control.advance_reload_epoch()
-    assert Control(tmp_path).reload_epoch == 1
+    for epoch in (1, 2):
+        control.advance_reload_epoch()
+        assert (control.reload_epoch, Control(tmp_path).reload_epoch) == (epoch, epoch)
     alone = Control(None)
     alone.advance_reload_epoch()
     assert alone.reload_epoch == 0
