@@ -98,12 +98,13 @@ def test_the_table_of_packages_lists_every_module():
     assert listed == {name: module_names("" if name == "live_avatar" else name) for name in listed}
 
 
-def test_the_table_of_serving_lists_every_module_once():
+@pytest.mark.parametrize("package", ["serving", "gateway"])
+def test_the_packages_own_table_lists_every_module_once(package: str):
     architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = architecture.partition("| module of `live_avatar/serving` |")[2].partition("\n\n")[0]
+    table = architecture.partition(f"| module of `live_avatar/{package}` |")[2].partition("\n\n")[0]
     cells = [row.split("|")[1] for row in table.splitlines()[2:]]
     listed = [name for cell in cells for name in re.findall(r"`(\w+)\.py`", cell)]
-    assert sorted(listed) == sorted(module_names("serving"))
+    assert sorted(listed) == sorted(module_names(package))
 
 
 def test_no_import_runs_upward():
