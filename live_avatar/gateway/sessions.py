@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import grpc
@@ -144,7 +144,7 @@ class Session:
     def refuse(self, request: CallerRequest, error: Exception) -> None:
         """Answers a request with an error, after the answers that are due; the session goes on."""
         self._note_unanswered()
-        self._expected.put_nowait(_Expected(request, self._text(error)))
+        self._expected.put_nowait(_Expected(replace(request, start=False, end=False), self._text(error)))
 
     async def wait_answered(self) -> None:
         """Returns when every request has its answer."""

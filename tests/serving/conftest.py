@@ -22,8 +22,9 @@ SECONDS = 3.5  # 8 blocks: the ring wraps, and the sink is replaced at block 5
 
 @pytest.fixture(scope="session")
 def server(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    options = ServerOptions(artifacts.folder, trace=tmp_path_factory.mktemp("trace")).on_free_ports()
-    with serving(options) as running:
+    """Its sessions share their avatars, though each has a connection of its own."""
+    options = ServerOptions(artifacts.folder, trace=tmp_path_factory.mktemp("trace"), share_avatars=True)
+    with serving(options.on_free_ports()) as running:
         yield running
 
 

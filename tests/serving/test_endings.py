@@ -258,8 +258,9 @@ def test_a_start_on_a_live_id_changes_nothing(
 ) -> None:
     with ending(ended=1), raw_session(url) as raw:
         raw.ask(speech_of(speech, 0, 1), picture, b"hello", start=True, seed=3)
-        error = raw.ask(speech_of(speech, 0, 1), picture, b"another", start=True, seed=4)
-        assert f"[INVALID_ARGUMENT] session {raw.session} is live already; start the new session under another" in error
+        sentence = f"[INVALID_ARGUMENT] session {raw.session} is live already; start the new session under another"
+        for end in (False, True):
+            assert sentence in raw.ask(speech_of(speech, 0, 1), picture, b"another", start=True, end=end, seed=4)
         frames = [frames_in(raw.ask(speech_of(speech, block, block + 1))) for block in (1, 2)]
         assert np.array_equal(np.concatenate(frames), expected[12:36])
 

@@ -73,8 +73,14 @@ def png_with(kind: bytes, data: bytes) -> bytes:
 
 
 @cache
+def zeros() -> bytes:
+    """50 MiB, compressed."""
+    return zlib.compress(bytes(50 * MIB))
+
+
+@cache
 def good_pictures() -> tuple[bytes, ...]:
-    """Odd ones that a picture may be: colour spaces, depths, frames, and as many pixels as are allowed."""
+    """Odd ones that a picture may be: colour spaces, depths, chunks, and as many pixels as are allowed."""
     grey16 = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -82,11 +88,13 @@ def good_pictures() -> tuple[bytes, ...]:
         PORTRAIT.read_bytes(),
         encoded(noise("CMYK"), "JPEG"),
         encoded(grey16, "PNG"),
-        encoded(noise("RGBA"), "WEBP", save_all=True, append_images=[noise("L").convert("RGBA")]),
+        encoded(noise("RGBA"), "WEBP"),
         encoded(noise("P"), "PNG", transparency=3),
         encoded(noise("RGB"), "JPEG", exif=turned),
         encoded(Image.new("1", (8000, 8000)), "PNG"),
-        png_with(b"IDAT", zlib.compress(bytes(50 * MIB))),  # read no further than its size says
+        png_with(b"IDAT", zeros()),  # read no further than its size says
+        png_with(b"zTXt", b"a\0\0" + zeros()),  # not read
+        png_with(b"iCCP", b"a\0\0" + zeros()),
     )
 
 
@@ -94,7 +102,6 @@ def good_pictures() -> tuple[bytes, ...]:
 def bad_pictures() -> tuple[bytes, ...]:
     png, jpeg, webp = (encoded(noise("RGB"), kind) for kind in ("PNG", "JPEG", "WEBP"))
     frame_header = jpeg.index(b"\xff\xc0") + 5
-    zeros = zlib.compress(bytes(50 * MIB))
     return (
         b"",
         b"\x89PNG\r\n\x1a\n",
@@ -104,8 +111,7 @@ def bad_pictures() -> tuple[bytes, ...]:
         encoded(Image.new("RGB", (1, 20_000)), "JPEG"),
         *(header_of_a_huge_png(side) for side in (0, 8_001, 50_000, 2**31 - 1)),
         jpeg[:frame_header] + b"\xff\xff\xff\xff" + jpeg[frame_header + 4 :],  # 65535 x 65535
-        png_with(b"zTXt", b"a\0\0" + zeros),
-        png_with(b"iCCP", b"a\0\0" + zeros),
+        encoded(noise("RGBA"), "WEBP", save_all=True, append_images=[noise("L").convert("RGBA")]),
         png_with(b"IHDR", b"\xff" * 13),
         b"<svg xmlns='http://www.w3.org/2000/svg' width='9e9'/>",
         bytes(32 * MIB + 1),
