@@ -129,7 +129,9 @@ def test_the_core_imports_no_server_no_client_and_no_command_line():
 
 def test_serving_knows_the_core_and_the_clients_protocol_only():
     names = {name for path in python_files(CORE / "serving") for name in imports(path, ROOT) if "client" in name}
-    schema = {"tritonclient.grpc", "tritonclient.grpc.model_config_pb2"}  # of Triton's own configuration files
+    # Of Triton's configuration files, and of the calls with which the supervisor loads models.
+    modules = ("model_config_pb2", "service_pb2", "service_pb2_grpc")
+    schema = {"tritonclient.grpc", *(f"tritonclient.grpc.{module}" for module in modules)}
     beyond = {
         name
         for name in names - schema

@@ -52,8 +52,12 @@ class Admission:
             raise ShutdownError(
                 "this server is shutting down and takes no new sessions; connect again to reach another one."
             )
-        if not self.is_pipe_ready:
-            raise CapacityError("a stage of this server is being started; try again later or elsewhere.")
+        self._check_pipe()
+
+    def check_admitted(self) -> None:
+        """Raises the same for a session that has its place and was not started yet; a drain lets it go on."""
+        self.check_continue()
+        self._check_pipe()
 
     def check_continue(self) -> None:
         """Raises `ShutdownError` if the live sessions end now."""
@@ -78,6 +82,10 @@ class Admission:
         self._live[caller] -= 1
         if self._live[caller] <= 0:
             del self._live[caller]
+
+    def _check_pipe(self) -> None:
+        if not self.is_pipe_ready:
+            raise CapacityError("a stage of this server is being started; try again later or elsewhere.")
 
     def _count_start(self, caller: str) -> None:
         most, now_s = self._limits.starts_per_minute, self._clock()

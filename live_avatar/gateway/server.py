@@ -147,10 +147,11 @@ async def _obey(context: SessionContext, command: dict[str, Any]) -> None:
 
 
 async def _report(context: SessionContext, report: Report) -> None:
-    """Reports changes of readiness and of the number of live sessions."""
+    """Reports changes of the phase, of readiness and of the number of live sessions."""
     told: dict[str, Any] = {}
     while True:
-        state = {"ready": context.admission.is_ready, "live": context.admission.live}
+        admission = context.admission
+        state = {"phase": admission.phase, "ready": admission.is_ready, "live": admission.live}
         if state != told:
             report(state)
             told = state

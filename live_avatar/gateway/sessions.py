@@ -289,7 +289,7 @@ class Session:
         try:
             source = await AvatarSource.of(start.picture, start.prompt or "")
             avatar, known = await context.avatars.get(caller.owner, source)
-            context.admission.check_phase()  # the avatar may have taken long
+            context.admission.check_admitted()  # the avatar may have taken long
         except BaseException:
             context.admission.close(caller.name)
             context.report()

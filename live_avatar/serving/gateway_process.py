@@ -84,6 +84,12 @@ class GatewayProcess:
         with self._changed:
             return int(self._state.get("live", 0))
 
+    def wait_phase(self, phase: str, limit_s: float) -> None:
+        """Returns when the gateway has said that it is in this phase, so that its live sessions are those since then;
+        at the latest after so long, or when it has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state.get("phase") == phase or "ended" in self._state, limit_s)
+
     @property
     def is_ready(self) -> bool:
         """Whether it takes new sessions."""

@@ -31,6 +31,8 @@ RETRY_S = 5.0
 STOP_LIMIT_S = 2.0  # a model that loads for minutes is not waited for
 CLOSING_S = 2.0
 """How long live sessions are left to fetch their error: a speaking one sends a block every 0.48 s."""
+PHASE_LIMIT_S = 1.0
+"""How long the gateway may take to say that it drains."""
 LAST_ANSWER_S = 0.3
 """How long the last frames may take from the gateway to the client."""
 PROCESSES = Path("/proc")
@@ -129,6 +131,7 @@ class Supervisor:
     def _set_phase(self, phase: str) -> None:
         self._phase = phase
         self._gateway.command(phase=phase)
+        self._gateway.wait_phase(phase, PHASE_LIMIT_S)
 
     def _wait_empty(self, seconds: float) -> bool:
         """Whether all sessions have ended, at the latest after so long, or when Triton has."""

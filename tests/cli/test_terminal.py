@@ -15,7 +15,7 @@ from live_avatar.cli.terminal import say
 from live_avatar_client import base
 from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer
 from tests.cli.support import assert_refused, command, invoke, tone, write_audio
-from tests.cli.test_doctor import READY
+from tests.support.status import READY
 
 ATTACK = "\x1b]0;owned\x07\x1b[2J\rError: \u202eall is well"
 SHOWN = r"\x1b]0;owned\x07\x1b[2J\rError: \u202eall is well"

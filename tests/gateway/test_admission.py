@@ -76,6 +76,20 @@ def test_a_server_that_shuts_down_takes_no_sessions_and_then_ends_those_it_has()
         door.check_continue()
 
 
+def test_a_session_that_had_its_place_before_the_drain_starts():
+    """Its avatar is prepared meanwhile."""
+    door = admission()
+    door.open("a")
+    door.phase = Phase.DRAINING
+    door.check_admitted()
+    door.phase = Phase.CLOSING
+    with pytest.raises(ShutdownError, match="shutting down; reconnect"):
+        door.check_admitted()
+    door.phase, door.is_pipe_ready = Phase.SERVING, False
+    with pytest.raises(CapacityError, match="a stage of this server is being started"):
+        door.check_admitted()
+
+
 def test_no_session_starts_while_a_stage_is_away():
     door = admission()
     door.is_pipe_ready = False

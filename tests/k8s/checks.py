@@ -259,6 +259,7 @@ def time_faults(objects: Sequence[Object]) -> Iterator[str]:
         container["lifecycle"]["preStop"]["sleep"]["seconds"]
         + float(option(objects, container, "drain-seconds"))
         + supervisor.CLOSING_S
+        + 2 * supervisor.PHASE_LIMIT_S
         + supervisor.LAST_ANSWER_S
         + supervisor.STOP_LIMIT_S
         + gateway_process.STOP_LIMIT_S

@@ -221,7 +221,7 @@ BROKEN: dict[str, tuple[Check, Breaks, str]] = {
     "a drain that the kubelet cuts short": (
         checks.time_faults,
         lambda o: settings(o).update(DRAIN_SECONDS="600"),
-        "ending takes up to 630.3 s, but terminationGracePeriodSeconds is 600",
+        "ending takes up to 632.3 s, but terminationGracePeriodSeconds is 600",
     ),
     "a start that the kubelet cuts short": (
         checks.time_faults,

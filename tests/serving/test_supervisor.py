@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -102,6 +103,9 @@ class Gateway(GatewayProcess):
     def command(self, **command: object) -> None:
         self.commands.append(command)
 
+    def wait_phase(self, phase: str, limit_s: float) -> None:
+        assert self.commands[-1] == {"phase": phase}
+
 
 def supervisor_of(gateway: Gateway, folder: Path, is_running: bool = True) -> Supervisor:
     admin = Admin(triton_target(folder))
@@ -136,3 +140,21 @@ def test_the_epoch_is_seen_by_all_who_have_the_folder(tmp_path: Path) -> None:
     alone = Control(None)
     alone.advance_reload_epoch()
     assert alone.reload_epoch == 0
+
+
+def test_a_phase_is_waited_for_so_that_live_sessions_are_counted_since_then(tmp_path: Path) -> None:
+    gateway = GatewayProcess(cast(Any, None), tmp_path, print)
+    gateway._process = running = cast(Any, object())
+    gateway._note(running, {"phase": "serving", "live": 0})
+    threading.Timer(0.2, gateway._note, (running, {"phase": "draining", "live": 1})).start()
+    gateway.wait_phase("draining", 10.0)
+    assert gateway.live_sessions == 1
+
+
+def test_a_gateway_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    gateway = GatewayProcess(cast(Any, None), tmp_path, print)
+    gateway._process = running = cast(Any, object())
+    gateway._note(running, {"ended": True, "live": 0})
+    began_s = time.monotonic()
+    gateway.wait_phase("draining", 10.0)
+    assert time.monotonic() - began_s < 5.0
