@@ -34,6 +34,8 @@ SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"
 ADMIN_KEY_HEADER: Final = "triton-grpc-protocol-admin-key"
 SMALL_BYTES: Final = 64 * 1024
 """Size of a message that carries no picture."""
+SPARE_STREAMS: Final = 8
+"""Streams that a key may have beside those of its sessions: for starts that are refused, and ends on their way."""
 READ_LIMIT_S: Final = 10.0
 CHECK_S: Final = 0.5
 
@@ -196,9 +198,8 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
     async def _model_stream_infer(self, call: _Call) -> None:
         caller = await self._caller(call)
-        if len(self._streams) >= self._context.limits.streams:
-            text = f"all {self._context.limits.streams} streams of this server are open; try again later or elsewhere."
-            await call.context.abort(grpc.StatusCode.UNAVAILABLE, text)
+        if (full := self._full(caller)) is not None:
+            await call.context.abort(grpc.StatusCode.UNAVAILABLE, full)
         stream = CallerStream(caller, self._context, call.context.write)
         task = asyncio.current_task()
         assert task is not None
@@ -214,6 +215,18 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         finally:
             del self._streams[stream]
             self._report()
+
+    def _full(self, caller: Caller) -> str | None:
+        """Why a caller may open no stream now, before anything of it is read; None if it may."""
+        limits = self._context.limits
+        if len(self._streams) >= limits.streams:
+            return f"all {limits.streams} streams of this server are open; try again later or elsewhere."
+        if limits.sessions_per_key is not None:
+            own = sum(stream.caller.name == caller.name for stream in self._streams)
+            most = limits.sessions_per_key + SPARE_STREAMS
+            if own >= most:
+                return f"all {most} streams of key {caller.name} are open; close one of them or try again later."
+        return None
 
     def _report(self) -> None:
         self._context.meter.set(metrics.STREAMS, len(self._streams))

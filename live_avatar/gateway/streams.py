@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Final
@@ -18,6 +19,8 @@ from live_avatar_client.protocol import format_error
 
 REMEMBERED_ENDS: Final = 64
 """Sessions that ended without END whose reason a stream remembers, for a later request."""
+EMPTY_BY_IDLE: Final = 2.0
+"""A stream ends when it has had no session for this many times the idle limit of sessions."""
 MAX_SESSIONS: Final = 256
 """Sessions of one stream, failed ones included."""
 
@@ -26,7 +29,8 @@ class CallerStream:
     """Serves the requests of one stream until the caller closes it."""
 
     def __init__(self, caller: Caller, context: SessionContext, write: Write) -> None:
-        self._caller = caller
+        self.caller = self._caller = caller
+        self._used_s = time.monotonic()
         self._context = context
         self._raw_write = write
         self._lock = asyncio.Lock()
@@ -45,7 +49,10 @@ class CallerStream:
                 session.drop(EndCause.DISCONNECTED)
 
     def check(self, now_s: float) -> bool:
-        """Ends the sessions that were silent for too long; whether the caller has stopped reading, too."""
+        """Ends the sessions that were silent for too long.
+
+        Returns whether the stream must end too: its caller has stopped reading, or has had no session for long.
+        """
         for id_, session in list(self._sessions.items()):
             overdue = session.overdue(now_s)
             if overdue is not None:
@@ -56,7 +63,9 @@ class CallerStream:
                 del self._sessions[id_]
                 if is_stalled:
                     return True
-        return False
+        if any(not session.is_over for session in self._sessions.values()):
+            self._used_s = now_s
+        return now_s - self._used_s > EMPTY_BY_IDLE * self._context.limits.idle_s
 
     async def _take(self, message: Message) -> None:
         self._forget_ended()

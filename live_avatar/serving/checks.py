@@ -20,6 +20,8 @@ from live_avatar.version import __version__
 
 FIRST_STEP = "dit_step_1"
 """The stage whose limits stand for those of the server; all stages have the same."""
+SPARE_STREAMS = 64
+"""Streams that callers may have beside two for each session. Each may be reading a picture of 32 MiB."""
 LEAST_IDLE_S, GREATEST_IDLE_S = 1.0, 86_400.0
 
 
@@ -49,6 +51,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
         sessions_per_key=options.sessions_per_key,
         starts_per_minute=options.starts_per_minute,
         session_s=options.longest_session_seconds,
+        streams=SPARE_STREAMS + 2 * max_sessions,
     )
     preset, access = artifacts.preset, options.access
     return GatewaySettings(

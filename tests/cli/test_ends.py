@@ -158,7 +158,7 @@ def test_wishes_that_no_server_fulfils(tmp_path: Path, artifacts: Artifacts) -> 
     for words, sentence in (
         (("--profile", "h1000"), "there is no profile 'h1000'; choose one of cpu"),
         (("--profile", "../cpu"), "there is no profile '../cpu'; choose one of cpu"),
-        (("--address", "no.such.host.invalid"), "choose another --grpc-port or --address."),
+        (("--address", "no.such.host.invalid"), "is no address to listen on"),
         (("--grpc-port", "9000", "--http-port", "9000"), "two of these are the same; give each a port of its own."),
         (("--trace", tmp_path / "file"), f"cannot write to {tmp_path / 'file'} (File exists); choose another --trace."),
         (("--model-repository", tmp_path), "is not the project's model repository; run from a checkout or give"),

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -414,3 +415,20 @@ def test_a_log_that_nobody_reads_stops_nothing(artifacts: Artifacts, tmp_path: P
         with AvatarSession(options.url, image=picture) as session:
             assert len(spoken(session, speech[:7680]).frames) == 12
         assert running.end_unread(signal.SIGTERM) == 0
+
+
+def test_streams_without_a_session_end_and_are_bounded(artifacts: Artifacts, picture: bytes, speech: Array):
+    """Each may be reading a large message, so they must not pile up."""
+    options = ServerOptions(artifacts.folder, max_sessions=1, idle_seconds=10.0).on_free_ports()
+    most, over = 66, threading.Event()
+    with serving(options) as server, ExitStack() as stack:
+        stack.callback(over.set)
+        channels = [stack.enter_context(stub(options.url)) for _ in range(2)]
+        streams = [channels[n % 2].ModelStreamInfer(iter(over.wait, True)) for n in range(most + 4)]
+        wait_until(lambda: sum(stream.done() for stream in streams) == 4)
+        refused = {stream.details() for stream in streams if stream.done()}
+        assert refused == {f"all {most} streams of this server are open; try again later or elsewhere."}
+        assert scrape(server)[metrics.STREAMS.name] == most
+        wait_until(lambda: scrape(server)[metrics.STREAMS.name] == 0)
+        with AvatarSession(options.url, image=picture) as session:
+            assert len(spoken(session, speech[:7680]).frames) == 12
