@@ -3,7 +3,7 @@
 #
 #   docker build -f docker/cpu.Dockerfile -t live-avatar-cpu:0.1.0 .
 #
-# Triton itself comes with the nvidia-pytriton wheel. Holds no weights and downloads none: artifacts are a volume.
+# Triton itself comes with the nvidia-pytriton wheel, 2.51. Holds no weights and downloads none: artifacts are a volume.
 # All that these lines write is below /opt, which is how tests/k8s/test_image.py runs them without Docker.
 FROM python:3.11.15-slim-bookworm
 
@@ -36,6 +36,6 @@ RUN python -m pip install --no-deps -e ./client -e . \
  && python -m compileall -q client export live_avatar model_repository
 
 USER 10001:10001
-EXPOSE 8000 8001 8002
+EXPOSE 8000 8001 8002 8003
 ENTRYPOINT ["live-avatar"]
 CMD ["--help"]

@@ -34,6 +34,7 @@ from live_avatar.errors import LiveAvatarError
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.graphs.contract import step_name
 from live_avatar.model.linears import is_fp8_in_release
+from live_avatar.pipeline.avatar import AvatarEncoder
 from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.pipeline.denoiser import DenoisingStep
 from live_avatar.pipeline.generator import cut_blocks
@@ -113,7 +114,8 @@ def record(runtime: Runtime, speech: Array, blocks: int) -> Stream:
     """The first blocks of a stream, all steps."""
     heard, preset = _Heard(runtime), runtime.preset
     conditioner = Conditioner(heard)
-    source, conditioning = conditioner.avatar(PORTRAIT.read_bytes(), DEMO_PROMPT), conditioner.open(SEED)
+    source = AvatarEncoder(heard).encode_image(PORTRAIT.read_bytes(), DEMO_PROMPT)
+    conditioning = conditioner.open(SEED)
     steps = [DenoisingStep(heard, step) for step in range(1, preset.stream.steps + 1)]
     states = [step.open(step.prefill(source)) for step in steps]
     audio, latents = [], defaultdict(list)

@@ -1,11 +1,11 @@
-"""Growth of the memory of a process group: samples from Linux's /proc, and slopes with their standard errors."""
+"""Growth of the memory of process groups: samples from Linux's /proc, and slopes with their standard errors."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ MIB = 2**20
 KIB_PER_MIB = 1024
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SAMPLES = 30
+GATEWAY = "live_avatar.gateway"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -47,13 +48,13 @@ class Slope:
         return self.mib_per_hour - errors * self.error > bound
 
 
-def group(leader: int) -> list[Process]:
-    """The processes of the process group `leader`: Triton, and its stages by their models' names."""
+def group(leaders: Collection[int]) -> list[Process]:
+    """The processes of the process groups `leaders`: Triton, the gateway, and the stages by their models' names."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             with suppress(OSError, IndexError):  # it has ended meanwhile
-                if (process := _process(int(folder.name), leader)) is not None:
+                if (process := _process(int(folder.name), leaders)) is not None:
                     found.append(process)
     return sorted(found, key=lambda process: process.pid)
 
@@ -76,9 +77,9 @@ def private_mib(pid: int) -> float | None:
     return None
 
 
-def shared_mib(leader: int) -> float:
-    """Size of the shared memory files of the Triton with process id `leader`."""
-    command = Path(f"/proc/{leader}/cmdline").read_bytes().decode(errors="replace").split("\0")
+def shared_mib(triton: int) -> float:
+    """Size of the shared memory files of the Triton with process id `triton`."""
+    command = Path(f"/proc/{triton}/cmdline").read_bytes().decode(errors="replace").split("\0")
     prefixes = [word.partition("shm-region-prefix-name=")[2] for word in command]
     total = 0
     for prefix in filter(None, prefixes):
@@ -111,15 +112,16 @@ def _widening(residuals: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> f
     return (1 + correlation) / (1 - correlation)
 
 
-def _process(pid: int, leader: int) -> Process | None:
+def _process(pid: int, leaders: Collection[int]) -> Process | None:
     before, _, after = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace").rpartition(")")
     fields = after.split()
-    if int(fields[2]) != leader:
+    if int(fields[2]) not in leaders:
         return None
     command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     cpu_s = sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
     model = model_of(command)  # a zombie has no command line
-    name = model or ("triton" if pid == leader else before.partition("(")[2])
+    leader = "gateway" if GATEWAY in command else "triton"
+    name = model or (leader if pid in leaders else before.partition("(")[2])
     return Process(pid, name, model is not None, fields[0] == "Z", int(fields[17]), cpu_s)
 
 

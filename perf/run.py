@@ -28,6 +28,7 @@ from perf.report import RESULTS, table
 from perf.scenario import Context, Figures, Scenario, broken
 from perf.scenarios import (
     ablation,
+    arrivals,
     kernels,
     long,
     pipeline,
@@ -41,7 +42,7 @@ from perf.scenarios import (
 )
 
 ROOT = Path(__file__).parents[1]
-MODULES = (single, realtime, sessions, start, pipeline, long, ablation, schedule, roofline, timeline, kernels)
+MODULES = (single, realtime, sessions, start, arrivals, pipeline, long, ablation, schedule, roofline, timeline, kernels)
 SCENARIOS: dict[str, Scenario] = {module.SCENARIO.name: module.SCENARIO for module in MODULES}
 
 

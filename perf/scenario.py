@@ -25,11 +25,11 @@ METRICS_PORT = 8002
 
 @dataclass(frozen=True)
 class Target:
-    """A server to measure. Process id and trace are None if it was started elsewhere."""
+    """A server to measure. pids: of Triton and of the gateway; none, and no trace, if it was started elsewhere."""
 
     url: str
     metrics_url: str
-    pid: int | None = None
+    pids: tuple[int, ...] = ()
     trace: Path | None = None
 
 
@@ -57,11 +57,11 @@ class Context:
             yield Target(self.url, f"http://{self.url.rpartition(':')[0]}:{METRICS_PORT}/metrics")
             return
         with tempfile.TemporaryDirectory(prefix="live-avatar-trace-") as trace:
-            wanted = {"artifacts": self.artifacts, "trace": Path(trace), **options}
+            wanted = {"artifacts": self.artifacts, "trace": Path(trace), "share_avatars": True, **options}
             with serving(ServerOptions(**wanted).on_free_ports()) as server:
                 chosen = server.options
                 metrics_url = f"http://{chosen.host}:{chosen.metrics_port}/metrics"
-                yield Target(chosen.url, metrics_url, server.process.pid, Path(trace))
+                yield Target(chosen.url, metrics_url, server.process_ids, Path(trace))
 
     def picture(self, name: str) -> Path:
         """Path of the picture with that name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def observe(target: Target, blocks: int, *, window: int = WINDOW, prompt: str = 
 
     Raises `InputError` for a server that was started elsewhere.
     """
-    if target.trace is None or target.pid is None:
+    if target.trace is None or not target.pids:
         raise InputError("the stages' times are read from the server's trace; leave --url out.")
     speech = demo_blocks(blocks).reshape(-1)
     session = AvatarSession(
@@ -51,12 +52,12 @@ def observe(target: Target, blocks: int, *, window: int = WINDOW, prompt: str = 
     with session:
         stream = session.stream([speech])
         seen = [BlockTimes.of(next(stream))]
-        begun_s = _cpu_s(target.pid)
+        begun_s = _cpu_s(target.pids)
         seen += [BlockTimes.of(block) for block in stream]
-        cpu_s = _cpu_s(target.pid) - begun_s
+        cpu_s = _cpu_s(target.pids) - begun_s
     return Observed(seen, Speaker(target, Path()).intervals(seen), cpu_s)
 
 
-def _cpu_s(leader: int) -> float:
+def _cpu_s(leaders: Collection[int]) -> float:
     """CPU time of the server's processes and of this process, the client."""
-    return sum(process.cpu_s for process in group(leader)) + own_cpu_s()
+    return sum(process.cpu_s for process in group(leaders)) + own_cpu_s()

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -223,7 +223,7 @@ class Soak:
     def _watch(self) -> None:
         sample_s = progress_s = self.begun_s
         while not self._stop.come():
-            now_s, processes = time.monotonic(), group(self.server.process.pid)
+            now_s, processes = time.monotonic(), group(self.server.process_ids)
             self.governor.update(sum(process.cpu_s for process in processes) + own_cpu_s(), now_s)
             if now_s >= sample_s:
                 sample_s += SAMPLE_S
@@ -242,7 +242,8 @@ class Soak:
             f"{minutes:5.1f} min: {results.outcomes.total()} sessions, "
             f"{results.frames} frames, {results.wrong_frames} wrong, "
             f"{results.count(Outcome.UNEXPECTED)} unexpected; {len(self.kills)} stages killed; "
-            f"MiB: Triton {mib('triton'):.1f}, vae_decoder {mib('vae_decoder'):.1f}, /dev/shm {mib('/dev/shm'):.1f}; "
+            f"MiB: Triton {mib('triton'):.1f}, gateway {mib('gateway'):.1f}, vae_decoder {mib('vae_decoder'):.1f}, "
+            f"/dev/shm {mib('/dev/shm'):.1f}; "
             f"{self.governor.used_s / max(now_s - self.begun_s, 1.0):.2f} cores"
         )
 
@@ -251,7 +252,7 @@ class Soak:
         last = Stop(self.begun_s + WARM_UP * self._seconds, self._stop.event)
         pause_s = min(OUTAGE_S, WARM_UP * self._seconds / 3)
         while not self._stop.event.wait(rng.uniform(0.7, 1.0) * pause_s) and not last.come():
-            if stages := [one for one in group(self.server.process.pid) if one.stage]:
+            if stages := [one for one in group(self.server.process_ids) if one.stage]:
                 self._kill(rng.choice(stages))
 
     def _kill(self, stage: Process) -> None:
@@ -270,7 +271,7 @@ class Soak:
         self.context.outages[-1] = (begun_s, time.monotonic())
 
     def _is_back(self, stage: Process) -> bool:
-        again = [one for one in group(self.server.process.pid) if one.name == stage.name and one.pid != stage.pid]
+        again = [one for one in group(self.server.process_ids) if one.name == stage.name and one.pid != stage.pid]
         with suppress(AvatarError):
             return bool(again) and server_status(self.server.options.url).ready
         return False
@@ -328,10 +329,10 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
     yield from report["findings"]
 
 
-def left_behind(leader: int) -> int:
+def left_behind(leaders: Collection[int]) -> int:
     """Number of processes of a server that has ended; init has some time to collect the dead ones."""
     deadline = time.monotonic() + 5.0
-    while (left := len(group(leader))) and time.monotonic() < deadline:
+    while (left := len(group(leaders))) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left
 
@@ -341,12 +342,12 @@ def soak(
 ) -> dict[str, Any]:
     """Starts a server, whose output goes to `log`, runs the soak, and returns the report."""
     with serving(options, log) as server:
-        leader = server.process.pid
+        leaders = server.process_ids
         run = Soak(server, context, minutes * 60, seed, cores)
         finished = run.run()
         ran_s = time.monotonic() - run.begun_s
         slots_lost = run.slots_lost()
-        zombies = sum(process.zombie for process in group(leader))
+        zombies = sum(process.zombie for process in group(leaders))
         with suppress(OSError):
             run.counters.update(scrape(options.metrics_port))
         drain = run.drain()
@@ -372,7 +373,7 @@ def soak(
         "drain_surprises": sum(abs(drain["clients_saw"][seen.value] - due) for seen, due in DRAIN_ENDS.items()),
         "zombies": zombies,
         "zombies_unexplained": max(zombies - len(run.kills), 0),
-        "processes_left_behind": left_behind(leader),
+        "processes_left_behind": left_behind(leaders),
         "outcomes": results.table(),
         "stages_killed": run.kills,
         "restored_s": [round(seconds, 1) for seconds in run.restores_s],

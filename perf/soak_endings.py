@@ -96,12 +96,12 @@ class RawStream:
         code, sentence = parse_error(answer.error_message)
         raise (SessionRefused if FULL in sentence else SessionFailed)(sentence, code)
 
-    def refused(self, message: Message, *codes: ErrorCode | None) -> None:
-        """Sends a request that the server must refuse with one of the codes; None is Triton's own refusal."""
+    def refused(self, message: Message, code: ErrorCode) -> None:
+        """Sends a request that the server must refuse with the code."""
         try:
             self.ask(message)
         except SessionFailed as error:
-            if error.code not in codes:
+            if error.code is not code:
                 raise
         else:
             raise Unexpected("the server answered what it should have refused")
@@ -238,44 +238,37 @@ def silent(session: SoakSession) -> None:
         stream.start()
         stream.say(session.blocks - 1)
         time.sleep(session.context.idle_s + 2.0)
-        stream.refused(stream.request(session.utterance.speech[stream.said]), None, ErrorCode.FAILED_PRECONDITION)
+        stream.refused(stream.request(session.utterance.speech[stream.said]), ErrorCode.FAILED_PRECONDITION)
 
 
 def started_twice(session: SoakSession) -> None:
-    """A second START is refused, on the same stream or on another; the session goes on."""
+    """A second START is refused; the session goes on."""
     with RawStream(session) as stream:
         stream.start()
         before = session.rng.randint(0, session.blocks)
         stream.say(before)
-        if session.rng.random() < 0.5:
-            stream.refused(stream.request(NOTHING, start=True), ErrorCode.INVALID_ARGUMENT)
-        else:
-            _intrude(session, stream.sequence_id, start=True)
+        stream.refused(stream.request(NOTHING, start=True), ErrorCode.INVALID_ARGUMENT)
         stream.say(session.blocks - before)
 
 
 def unknown(session: SoakSession) -> None:
     with RawStream(session) as stream:
-        stream.refused(stream.request(session.utterance.speech[0]), None, ErrorCode.FAILED_PRECONDITION)
+        stream.refused(stream.request(session.utterance.speech[0]), ErrorCode.FAILED_PRECONDITION)
 
 
-def other_token(session: SoakSession) -> None:
+def other_stream(session: SoakSession) -> None:
+    """Another stream uses the id, with END or without; the session goes on."""
     with RawStream(session) as stream:
         stream.start()
         before = session.rng.randint(0, session.blocks)
         stream.say(before)
-        _intrude(session, stream.sequence_id)
+        intruder = RawStream(session, stream.sequence_id)
+        try:
+            end = session.rng.choice((None, EndReason.COMPLETED))
+            intruder.refused(intruder.request(session.utterance.speech[0], end=end), ErrorCode.FAILED_PRECONDITION)
+        finally:
+            intruder.cancel()
         stream.say(session.blocks - before)
-
-
-def _intrude(session: SoakSession, sequence_id: int, *, start: bool = False) -> None:
-    """Another connection uses the id, without END: the stage would refuse that, but Triton would end the sequence."""
-    intruder = RawStream(session, sequence_id)
-    try:
-        audio = NOTHING if start else session.utterance.speech[0]
-        intruder.refused(intruder.request(audio, start=start), ErrorCode.INVALID_ARGUMENT)
-    finally:
-        intruder.cancel()
 
 
 def bad_input(session: SoakSession) -> None:
@@ -310,7 +303,7 @@ ENDINGS: dict[Ending, Callable[[SoakSession], None]] = {
     Ending.SILENT: silent,
     Ending.STARTED_TWICE: started_twice,
     Ending.UNKNOWN: unknown,
-    Ending.OTHER_TOKEN: other_token,
+    Ending.OTHER_STREAM: other_stream,
     Ending.BAD_INPUT: bad_input,
     Ending.DRAINED: completed,
 }

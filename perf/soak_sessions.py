@@ -150,7 +150,7 @@ class Ending(StrEnum):
     SILENT = "silent"
     STARTED_TWICE = "started twice"
     UNKNOWN = "unknown id"
-    OTHER_TOKEN = "other token"
+    OTHER_STREAM = "id on another stream"
     BAD_INPUT = "bad input"
     DRAINED = "live in the drain"
 
@@ -213,7 +213,7 @@ WEIGHTS: dict[Ending, float] = {
     Ending.SILENT: 1.5,
     Ending.STARTED_TWICE: 1.5,
     Ending.UNKNOWN: 1,
-    Ending.OTHER_TOKEN: 1.5,
+    Ending.OTHER_STREAM: 1.5,
     Ending.BAD_INPUT: 2,
 }
 

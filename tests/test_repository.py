@@ -31,6 +31,7 @@ PACKAGE_ORDER = (
     "pipeline",
     "exporter",
     "serving",
+    "gateway",
     "cli",
 )
 """The first one, without a name, is the shared vocabulary: the modules of `live_avatar` itself."""
@@ -97,12 +98,13 @@ def test_the_table_of_packages_lists_every_module():
     assert listed == {name: module_names("" if name == "live_avatar" else name) for name in listed}
 
 
-def test_the_table_of_serving_lists_every_module_once():
+@pytest.mark.parametrize("package", ["serving", "gateway"])
+def test_the_packages_own_table_lists_every_module_once(package: str):
     architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = architecture.partition("| module of `live_avatar/serving` |")[2].partition("\n\n")[0]
+    table = architecture.partition(f"| module of `live_avatar/{package}` |")[2].partition("\n\n")[0]
     cells = [row.split("|")[1] for row in table.splitlines()[2:]]
     listed = [name for cell in cells for name in re.findall(r"`(\w+)\.py`", cell)]
-    assert sorted(listed) == sorted(module_names("serving"))
+    assert sorted(listed) == sorted(module_names(package))
 
 
 def test_no_import_runs_upward():
@@ -127,7 +129,9 @@ def test_the_core_imports_no_server_no_client_and_no_command_line():
 
 def test_serving_knows_the_core_and_the_clients_protocol_only():
     names = {name for path in python_files(CORE / "serving") for name in imports(path, ROOT) if "client" in name}
-    schema = {"tritonclient.grpc", "tritonclient.grpc.model_config_pb2"}  # of Triton's own configuration files
+    # Of Triton's configuration files, and of the calls with which the supervisor loads models.
+    modules = ("model_config_pb2", "service_pb2", "service_pb2_grpc")
+    schema = {"tritonclient.grpc", *(f"tritonclient.grpc.{module}" for module in modules)}
     beyond = {
         name
         for name in names - schema

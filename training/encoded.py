@@ -25,10 +25,11 @@ from tqdm import tqdm
 from live_avatar.arrays import Array
 from live_avatar.config import MOTION_FRAMES, TEMPORAL_STRIDE, Preset
 from live_avatar.errors import CheckpointError
-from live_avatar.graphs.artifacts import file_sha256
 from live_avatar.graphs.components import SpeechEncoder, TextEncoder
+from live_avatar.graphs.digests import file_sha256
 from live_avatar.inputs.speech import SpeechWindow, interpolate
 from live_avatar.inputs.text import make_tokenizer
+from live_avatar.json_files import read_json
 from live_avatar.model.networks import Networks, meta_networks
 from training.checkpoints import check_identity, load_weights, write_json, write_whole
 from training.config import TrainingConfig
@@ -181,7 +182,7 @@ def _begin(folder: Path, made_of: Mapping[str, Any]) -> None:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = read_json(path)
         return dict(manifest)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(

@@ -7,7 +7,6 @@ and a record into its own folder. The same command resumes an interrupted stage 
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,8 @@ import torch
 
 from live_avatar.environment import environment
 from live_avatar.errors import CheckpointError
-from live_avatar.graphs.artifacts import file_sha256
+from live_avatar.graphs.digests import file_sha256
+from live_avatar.json_files import read_json
 from live_avatar.weights.checkpoint import open_checkpoint
 from training import distributed, encoders, loop, stage1, stage2, teacher, vae
 from training.checkpoints import check_identity, save_weights, write_json, write_whole
@@ -145,7 +145,7 @@ class TrainingRun:
         if not path.is_file() or not all((self.out / file).is_file() for file in STEPS[name].gives):
             return None
         try:
-            record: Facts = json.loads(path.read_text())
+            record: Facts = read_json(path)
             made_of, _ = record["identity"], record["seconds"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no record ({error}); remove it and run the stage again.") from error

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import (
         AnswerTimeout,
         AvatarError,
+        AvatarWarning,
         ConnectFailed,
         ConnectionLost,
         InvalidInput,
@@ -40,6 +41,7 @@ __all__ = [
     "AsyncAvatarSession",
     "AvatarError",
     "AvatarSession",
+    "AvatarWarning",
     "Block",
     "ConnectFailed",
     "ConnectionLost",

@@ -3,17 +3,27 @@
 import asyncio
 import contextlib
 import math
+import os
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+import weakref
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import wire
-from .base import CLOSE_GRACE_S, LONGEST_WAIT_S, BaseSession, open_async_channel, status_of
-from .core import Steps
+from .base import (
+    CLOSE_GRACE_S,
+    LONGEST_WAIT_S,
+    BaseSession,
+    closed_error,
+    open_async_channel,
+    require_chunks,
+    status_of,
+)
+from .core import SessionCore, Steps
 from .messages import Block, Pixels
 
 _T = TypeVar("_T")
@@ -22,16 +32,16 @@ _T = TypeVar("_T")
 class AsyncAvatarSession(BaseSession):
     """One avatar speaking one speech; use it in an `async with` statement, once.
 
-    `send`, `interrupt` and the iterators may be used from different tasks of one event loop.
+    `send`, `interrupt` and the iterators may be used from different tasks of one event loop. The session's own tasks do
+    not keep it: one that is dropped without `close` is given up.
     """
 
     def _set_up(self) -> None:
         self._lock = contextlib.nullcontext()
         self._changed = asyncio.Event()
         self._requests: asyncio.Queue[wire.Message | None] = asyncio.Queue()
-        self._reader: asyncio.Task[None] | None = None
-        self._timer: asyncio.Task[None] | None = None
-        self._feeder: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        """The reader, the timer and the feeder."""
 
     async def __aenter__(self) -> Self:
         with self._update() as core:
@@ -43,9 +53,13 @@ class AsyncAvatarSession(BaseSession):
         except BaseException:
             await self._channel.close(None)
             raise
-        self._call = stub.ModelStreamInfer(self._outgoing(), metadata=self._metadata)
-        self._reader = asyncio.create_task(self._read(stub), name="live-avatar-reader")
-        self._timer = asyncio.create_task(self._run(self._core.keep_time()), name="live-avatar-timer")
+        self._call = stub.ModelStreamInfer(_outgoing(self._requests), metadata=self._metadata)
+        session: Held = weakref.ref(self)
+        self._start(_read(session, self._call, stub, self._channel), "reader")
+        self._start(_keep_time(session, self._changed, self._core), "timer")
+        loop = asyncio.get_running_loop()
+        self._dropped = weakref.finalize(self, _give_up, self._process, loop, self._core, self._call, self._tasks)
+        self._dropped.atexit = False  # the connection ends with the process
         return self
 
     async def __aexit__(
@@ -95,24 +109,28 @@ class AsyncAvatarSession(BaseSession):
 
         Errors of `chunks` are raised here.
         """
-        self._feeder = asyncio.create_task(self._feed(chunks), name="live-avatar-feeder")
+        require_chunks(chunks, (AsyncIterable, Iterable))
+        self._start(_feed(weakref.ref(self), self._changed, self._core, chunks), "feeder")
         async for block in self:
             yield block
 
     async def close(self) -> None:
         """Cancel all unanswered requests and free the session; leaving the `async with` statement does it."""
-        if self._reader is None:
+        if not self._tasks or not self._is_of_this_process():
             return
+        self._dropped.detach()
         self._begin_close()
-        tasks = [task for task in (self._reader, self._timer, self._feeder) if task is not None]
         try:
-            await asyncio.wait(tasks[:1], timeout=CLOSE_GRACE_S)
+            await asyncio.wait(self._tasks[:1], timeout=CLOSE_GRACE_S)
         finally:
             self._call.cancel()
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
             await self._channel.close(None)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=f"live-avatar-{name}"))
 
     async def _check_server(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
         timeout_s = self._connect_timeout_s
@@ -124,19 +142,6 @@ class AsyncAvatarSession(BaseSession):
         except grpc.RpcError as error:
             raise self._connect_error(error) from error
 
-    async def _outgoing(self) -> AsyncIterator[wire.Message]:
-        while (message := await self._requests.get()) is not None:
-            yield message
-
-    async def _read(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
-        try:
-            async for message in self._call:
-                self._receive(message)
-        except grpc.RpcError as error:
-            self._receive_close(await self._cause_of(error, stub))
-        else:
-            self._receive_close(None)
-
     async def _cause_of(self, error: grpc.RpcError, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> grpc.RpcError:
         """Ask again why the stream broke: grpc's asyncio API loses the reason when a write was pending."""
         if status_of(error)[0] is grpc.StatusCode.INTERNAL:
@@ -146,16 +151,6 @@ class AsyncAvatarSession(BaseSession):
                 if status_of(cause)[0] is grpc.StatusCode.UNAVAILABLE:
                     return cause
         return error
-
-    async def _feed(self, chunks: AsyncIterable[object] | Iterable[object]) -> None:
-        try:
-            async for chunk in _each(chunks):
-                # No time limit: the reader of the blocks sets the pace.
-                await self._run(self._core.send(chunk, timeout_s=math.inf))
-            await self.end()
-        except Exception as error:
-            with self._update() as core:
-                core.fail(error)
 
     async def _run(self, steps: Steps[_T]) -> _T:
         """Run an operation of the core; wait between its steps."""
@@ -167,19 +162,109 @@ class AsyncAvatarSession(BaseSession):
                     result: _T = done.value
                     return result
                 if not self._flush():
-                    await self._wait(min(deadline_s - time.monotonic(), LONGEST_WAIT_S))
-
-    async def _wait(self, timeout_s: float) -> None:
-        self._changed.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
+                    await _wait(self._changed, deadline_s)
 
     def _write(self, message: wire.Message | None) -> None:
         self._requests.put_nowait(message)
 
     def _notify(self) -> None:
         self._changed.set()
+
+
+# What the session's tasks do. They hold the session only while they change it.
+
+Held: TypeAlias = weakref.ref[AsyncAvatarSession]
+
+
+async def _outgoing(requests: asyncio.Queue[wire.Message | None]) -> AsyncIterator[wire.Message]:
+    while (message := await requests.get()) is not None:
+        yield message
+
+
+async def _read(
+    held: Held, call: Any, stub: service_pb2_grpc.GRPCInferenceServiceStub, channel: grpc.aio.Channel
+) -> None:
+    """Hand the server's answers to the session until the stream ends."""
+    error: grpc.RpcError | None = None
+    try:
+        async for message in call:
+            if session := held():
+                session._receive(message)
+            del session
+    except grpc.RpcError as caught:
+        error = caught
+    finally:
+        if not held():
+            await channel.close(None)
+    if session := held():
+        session._receive_close(None if error is None else await session._cause_of(error, stub))
+
+
+async def _keep_time(held: Held, changed: asyncio.Event, core: SessionCore) -> None:
+    await _run_while_held(held, changed, core.keep_time())
+
+
+async def _feed(
+    held: Held, changed: asyncio.Event, core: SessionCore, chunks: AsyncIterable[object] | Iterable[object]
+) -> None:
+    """Send the chunks, and end the speech after them."""
+    failure: Exception | None = None
+    try:
+        async for chunk in _each(chunks):
+            # No time limit: the reader of the blocks sets the pace.
+            if not await _run_while_held(held, changed, core.send(chunk, timeout_s=math.inf)):
+                return
+        if session := held():
+            await session.end()
+    except Exception as error:
+        failure = error
+    if failure and (session := held()):
+        with session._update():
+            core.fail(failure)
+
+
+async def _run_while_held(held: Held, changed: asyncio.Event, steps: Steps[None]) -> bool:
+    """Go through steps as the session's `_run` does, as long as anybody holds it; return whether that is so."""
+    while session := held():
+        try:
+            deadline_s = next(steps)
+        except BaseException as end:
+            with session._update():  # sends and tells what the last step has changed
+                if isinstance(end, StopIteration):
+                    return True
+                raise
+        is_sent = session._flush()
+        del session
+        if not is_sent and held():
+            await _wait(changed, deadline_s)
+    return False
+
+
+async def _wait(changed: asyncio.Event, deadline_s: float) -> None:
+    changed.clear()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(min(deadline_s - time.monotonic(), LONGEST_WAIT_S)):
+            await changed.wait()
+
+
+def _give_up(
+    process: int,
+    loop: asyncio.AbstractEventLoop,
+    core: SessionCore,
+    call: Any,
+    tasks: list[asyncio.Task[None]],
+) -> None:
+    """End what is under way for a session that nobody holds any more; called by whatever thread lets go of it."""
+
+    def end() -> None:
+        core.fail(closed_error())
+        call.cancel()
+        for task in tasks[1:]:  # the reader closes the channel
+            task.cancel()
+
+    if process == os.getpid():
+        with contextlib.suppress(RuntimeError):  # a loop that is closed has cancelled everything
+            loop.call_soon_threadsafe(end)
 
 
 async def _each(chunks: AsyncIterable[object] | Iterable[object]) -> AsyncIterator[object]:

@@ -7,6 +7,7 @@ import contextlib
 import operator
 import os
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -14,15 +15,26 @@ from typing import Any, Final, SupportsIndex, cast
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from . import wire
+from .address import is_loopback, parse_url
 from .core import Limits, SessionCore
-from .errors import AvatarError, ConnectFailed, InvalidInput, ServerIncompatible, SessionClosed, SessionRefused
+from .errors import (
+    AvatarError,
+    AvatarWarning,
+    ConnectFailed,
+    InvalidInput,
+    ServerIncompatible,
+    SessionClosed,
+    SessionRefused,
+)
 from .image import image_bytes
 from .messages import Opening
 from .protocol import (
     API_KEY_HEADER,
     DEFAULT_JPEG_QUALITY,
+    MAX_ANSWER_BYTES,
     MAX_JPEG_QUALITY,
     MAX_LABEL_CHARS,
     MAX_PROMPT_CHARS,
@@ -30,12 +42,13 @@ from .protocol import (
     MIN_JPEG_QUALITY,
     FrameFormat,
 )
+from .text import printable
 from .tls import TLS
 
-CHANNEL_OPTIONS: Final = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-_LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|\[::1\]")
-
-_SCHEMES: Final = ("grpc", "grpcs")
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+)
 _RESTRICTED: Final = "This protocol is restricted"
 _TLS_FAULTS: Final = (
     "handshake",
@@ -107,6 +120,7 @@ class BaseSession(ABC):
         self.url = url
         self._tls = tls
         self._metadata = call_metadata(api_key)
+        warn_of_plain_key(url, api_key, tls)
         opening = Opening(
             image_bytes(image),
             _checked_text("prompt", prompt, MAX_PROMPT_CHARS),
@@ -126,6 +140,7 @@ class BaseSession(ABC):
         self._connect_timeout_s = min(connect_timeout_s, LONGEST_WAIT_S)
         limits = Limits(max_in_flight_blocks, max_unread_blocks, send_timeout_s, answer_timeout_s, keep_alive_s)
         self._core = SessionCore(opening, limits, idle=idle)
+        self._process = os.getpid()
         self._set_up()
 
     @property
@@ -148,6 +163,11 @@ class BaseSession(ABC):
     @contextlib.contextmanager
     def _update(self) -> Iterator[SessionCore]:
         """Lock the core for a change, then send the requests that have become possible."""
+        if not self._is_of_this_process():
+            raise SessionClosed(
+                f"the session belongs to process {self._process}, and this is process {os.getpid()}, forked from it; "
+                "open a session in the process that uses it"
+            )
         with self._lock:
             try:
                 yield self._core
@@ -169,6 +189,8 @@ class BaseSession(ABC):
 
     def _receive(self, message: wire.Message) -> None:
         with self._update() as core:
+            if core.has_failed:
+                return
             if message.error_message:
                 core.receive_error(message.error_message)
                 return
@@ -183,9 +205,13 @@ class BaseSession(ABC):
                 core.fail(self._key_error())
             core.receive_close("the server closed it" if error is None else status_of(error)[1])
 
+    def _is_of_this_process(self) -> bool:
+        """Whether this process made the session. A forked child has its locks, but none of its threads."""
+        return self._process == os.getpid()
+
     def _begin_close(self) -> None:
         with self._update() as core:
-            core.fail(SessionClosed("the session was closed before the last frame; open a new session"))
+            core.fail(closed_error())
         self._write(None)
 
     def _connect_error(self, error: grpc.RpcError) -> AvatarError:
@@ -200,18 +226,31 @@ class BaseSession(ABC):
         return SessionRefused(f"the server at {self.url} {fault}; pass the server's key as api_key")
 
 
-def parse_url(url: str) -> str:
-    """Return the `host:port` of an address, which may have `grpc://` or `grpcs://` in front."""
-    scheme, separator, address = url.rpartition("://")
-    host, _, port = address.rpartition(":")
-    if separator and scheme not in _SCHEMES:
+def closed_error() -> SessionClosed:
+    """Return the error of a session that is given up before its speech has ended."""
+    return SessionClosed("the session was closed before the last frame; open a new session")
+
+
+def require_chunks(chunks: object, kinds: type | tuple[type, ...]) -> None:
+    """Raise InvalidInput unless `chunks` is one of the iterables `kinds`, and not a chunk itself."""
+    is_chunk = isinstance(chunks, (str, bytes, bytearray, memoryview)) or (
+        isinstance(chunks, np.ndarray) and chunks.ndim < 2
+    )
+    if is_chunk or not isinstance(chunks, kinds):
         raise InvalidInput(
-            f"the address {url!r} has the scheme {scheme!r}, but frames are streamed over gRPC; pass "
-            "host:port of the server's gRPC port (8001 unless told otherwise), for TLS with grpcs:// in front"
+            f"stream() got a {type(chunks).__name__}; pass a list or another iterable of chunks, such as [chunk]"
         )
-    if not host or "/" in address or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InvalidInput(f"the address {url!r} is not host:port; pass one such as 'localhost:8001'")
-    return address
+
+
+def warn_of_plain_key(url: str, api_key: str | None, tls: TLS | None) -> None:
+    """Warn the caller's caller if the API key would go over a network as plain text."""
+    if api_key is not None and tls_of(url, tls) is None and not is_loopback(url):
+        warnings.warn(
+            f"the API key goes to {url} as plain text, so that everybody on the way can read it; use TLS: put grpcs:// "
+            "in front of the address, or pass tls",
+            AvatarWarning,
+            stacklevel=3,
+        )
 
 
 def open_channel(url: str, tls: TLS | None = None) -> grpc.Channel:
@@ -260,11 +299,10 @@ def connect_error(url: str, error: grpc.RpcError, timeout_s: float, tls: TLS | N
 def _open(api: ModuleType, url: str, tls: TLS | None) -> object:
     """Return a channel of grpc or grpc.aio."""
     address, tls = parse_url(url), tls_of(url, tls)
-    host = address.rpartition(":")[0]
     # The environment's proxy is not used for this machine.
     options: tuple[tuple[str, object], ...] = (
         *CHANNEL_OPTIONS,
-        ("grpc.enable_http_proxy", int(not _LOOPBACK.fullmatch(host))),
+        ("grpc.enable_http_proxy", int(not is_loopback(url))),
     )
     if tls is None:
         return api.insecure_channel(address, options=options)
@@ -287,9 +325,9 @@ def _connect_remedy(details: str, *, is_tls: bool) -> str:
 
 
 def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
-    """Return the status and the message of a failed call."""
+    """Return the status and the message of a failed call, the message printable."""
     call = cast(grpc.Call, error)
-    return call.code(), call.details() or call.code().name
+    return call.code(), printable(call.details() or call.code().name)
 
 
 def _checked_text(name: str, text: str, max_chars: int) -> str:

@@ -33,6 +33,7 @@ from .pacing import PlaybackClock
 from .protocol import (
     BLOCK_SAMPLES,
     FRAMES_PER_BLOCK,
+    MAX_LOOKAHEAD_FRAMES,
     MAX_SEQUENCE_ID,
     SAMPLES_PER_FRAME,
     EndReason,
@@ -41,6 +42,7 @@ from .protocol import (
     explain_error,
     parse_error,
 )
+from .text import MAX_TEXT_CHARS, printable
 
 _T = TypeVar("_T")
 Steps: TypeAlias = Generator[float, None, _T]
@@ -115,6 +117,7 @@ class SessionCore:
         self._stale_frames = 0  # number of frames up to the last stale one
         self._total_frames: int | None = None
         self._lookahead_frames: int | None = None
+        self._frame_size: tuple[int, ...] | None = None
         self._next_frame = 0
         self._answered_at_s = -math.inf
         self._error: BaseException | None = None
@@ -301,7 +304,7 @@ class SessionCore:
 
     def receive(self, response: Response) -> None:
         """Process an answer. Answers come in the order of the requests."""
-        if self._error is not None or self.is_complete:
+        if self.has_failed or self.is_complete:
             return
         if not self._in_flight:
             raise ServerIncompatible("the server sent an answer that belongs to no request")
@@ -326,7 +329,8 @@ class SessionCore:
 
     def receive_error(self, text: str) -> None:
         """Process an error that the server reported."""
-        code, message = parse_error(text)
+        code, message = parse_error(text[:MAX_TEXT_CHARS])
+        message = printable(message)
         if self._blocks_received == 0 and code not in (ErrorCode.FAILED, None):
             self.fail(SessionRefused(f"the server refused the session: {message}", code))
         else:
@@ -346,10 +350,18 @@ class SessionCore:
                 f"the server answered a block with {count} {self._opening.frame_format} frames, "
                 f"expected {FRAMES_PER_BLOCK}"
             )
+        size = response.frames.shape[1:3]
+        if not is_jpeg and (0 in size or self._frame_size not in (None, size)):
+            raise ServerIncompatible(
+                f"the server answered a block with frames of {_size_name(size)} pixels, expected "
+                f"{_size_name(self._frame_size) if self._frame_size else 'at least 1x1'}"
+            )
+        self._frame_size = size
         if self._lookahead_frames is None:
-            if response.first_frame > 0:
+            if not -MAX_LOOKAHEAD_FRAMES <= response.first_frame <= 0:
                 raise ServerIncompatible(
-                    f"the server's first answer has FIRST_FRAME {response.first_frame}, expected 0 or less"
+                    f"the server's first answer has FIRST_FRAME {response.first_frame}, expected "
+                    f"{-MAX_LOOKAHEAD_FRAMES} to 0"
                 )
         elif response.first_frame != self._next_frame:
             raise ServerIncompatible(
@@ -388,6 +400,11 @@ class SessionCore:
             del self._sent[oldest]
 
     # State
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the session has ended with an error."""
+        return self._error is not None
 
     @property
     def is_complete(self) -> bool:
@@ -447,6 +464,11 @@ class SessionCore:
 def _speech_stop(number: int, block: SpeechBlock) -> int:
     """Return the number of the first frame after the speech of block `number`."""
     return number * FRAMES_PER_BLOCK + math.ceil(block.speech_samples / SAMPLES_PER_FRAME)
+
+
+def _size_name(size: tuple[int, ...]) -> str:
+    height, width = size
+    return f"{width}x{height}"
 
 
 def _first_frames(block: Block, count: int) -> Block:

@@ -11,6 +11,9 @@ from .protocol import BLOCK_SAMPLES
 
 Samples: TypeAlias = NDArray[np.int16]
 
+MAX_PEAK: Final = 16.0
+"""Float samples beyond are of another scale, such as that of int16; less is loud, and clipped at 1."""
+
 NO_SAMPLES: Final[Samples] = np.zeros(0, np.int16)
 _SILENCE: Final[Samples] = np.zeros(BLOCK_SAMPLES, np.int16)
 
@@ -91,5 +94,7 @@ def as_samples(pcm: object) -> Samples:
     if not np.isfinite(pcm).all():
         at = int(np.argmin(np.isfinite(pcm)))
         raise InvalidInput(f"sample {at} of pcm is {pcm[at]}; pass finite values in [-1, 1]")
+    if (peak := float(np.abs(pcm).max(initial=0.0))) > MAX_PEAK:
+        raise InvalidInput(f"pcm has values of up to {peak:g} as float32; pass values in [-1, 1], or int16")
     scaled: Samples = np.rint(np.clip(pcm, -1, 32767 / 32768) * 32768).astype(np.int16)
     return scaled

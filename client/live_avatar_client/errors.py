@@ -9,6 +9,10 @@ class AvatarError(Exception):
     """Anything that this library raises on purpose."""
 
 
+class AvatarWarning(UserWarning):
+    """Something that works, but perhaps not as the application means it."""
+
+
 class InvalidInput(AvatarError, ValueError):
     """An argument, a chunk of audio or an image is invalid."""
 

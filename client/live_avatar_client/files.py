@@ -4,16 +4,19 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from .errors import MediaError
 
 Faults: TypeAlias = type[Exception] | tuple[type[Exception], ...]
+
+_MAX_NAME_BYTES: Final = 255
 
 
 def require_file(path: str | os.PathLike[str], kind: str, wanted: str) -> None:
@@ -31,14 +34,15 @@ def require_file(path: str | os.PathLike[str], kind: str, wanted: str) -> None:
 class OutputFile:
     """A file that is written as `partial` in the target's folder; `publish` moves it to the target.
 
-    Only `publish` replaces an existing file. A symbolic link is kept, and its target is replaced.
+    Only `publish` replaces an existing file, and keeps its mode and owner. A symbolic link is kept, and its target is
+    replaced. A file that cannot be replaced, such as a mount point, is overwritten in place.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
         self.path = Path(path)
         self._name = f"the {kind} {os.fspath(path)!r}"
         self.target = Path(os.path.realpath(path))
-        self.partial = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}.part"
+        self.partial = self.target.parent / _partial_name(self.target.name)
 
     @contextlib.contextmanager
     def explained(self, faults: Faults = OSError) -> Iterator[None]:
@@ -55,11 +59,24 @@ class OutputFile:
     def create(self) -> None:
         """Create an empty `partial`; raise MediaError unless it can replace the target."""
         with self.explained():
-            if self.target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if self.target.exists() and not self.target.is_file():  # never replace a device or a pipe
-                raise OSError(errno.EINVAL, "Not a regular file")
+            is_there = self._is_there()
             self.partial.touch(exist_ok=False)
+            if is_there:
+                self.partial.chmod(0o600)  # the existing file may be private; `publish` copies its mode
+
+    def _is_there(self) -> bool:
+        """Return whether the target exists; raise OSError if it must not be replaced."""
+        try:
+            mode = self.target.stat().st_mode
+        except FileNotFoundError:
+            return False
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):  # never replace a device or a pipe
+            raise OSError(errno.EINVAL, "Not a regular file")
+        if not os.access(self.target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, "The file there is read-only")
+        return True
 
     def check(self) -> None:
         """Raise MediaError unless the file could be created now."""
@@ -71,12 +88,41 @@ class OutputFile:
     def publish(self) -> None:
         """Move the partial file to the target."""
         with self.explained():
-            self.partial.replace(self.target)
+            try:
+                if self.target.exists():
+                    _copy_attributes(self.target, self.partial)
+                self.partial.replace(self.target)
+            except OSError:
+                if not self.target.exists():
+                    raise
+                _overwrite(self.target, self.partial)
 
     def discard(self) -> None:
         """Remove the partial file, unless it was published."""
         with contextlib.suppress(OSError):  # it may never have been created
             self.partial.unlink()
+
+
+def _partial_name(name: str) -> str:
+    """Return a hidden name that is no longer than a file system allows."""
+    tail = f".{secrets.token_hex(4)}.part"
+    room = _MAX_NAME_BYTES - 1 - len(tail)
+    return f".{os.fsdecode(os.fsencode(name)[:room])}{tail}"
+
+
+def _copy_attributes(source: Path, target: Path) -> None:
+    """Give `target` the owner, the mode and the extended attributes of `source`; its times stay."""
+    was = source.stat()
+    if (was.st_uid, was.st_gid) != (target.stat().st_uid, target.stat().st_gid):
+        os.chown(target, was.st_uid, was.st_gid)
+    shutil.copystat(source, target)
+    os.utime(target)
+
+
+def _overwrite(target: Path, source: Path) -> None:
+    with source.open("rb") as new, target.open("r+b") as old:
+        shutil.copyfileobj(new, old)
+        old.truncate()
 
 
 class FileWriter(ABC):

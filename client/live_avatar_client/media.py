@@ -4,31 +4,42 @@ import contextlib
 import itertools
 import json
 import os
+import struct
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 try:
     import av
+    from av.video.reformatter import ColorRange, Colorspace
 except ImportError as error:
     raise ImportError(
         "live_avatar_client.media needs PyAV; install it with: pip install 'live-avatar-client[media]'"
     ) from error
 
-from .cutter import Samples, as_samples
-from .errors import InvalidInput, MediaError
+from .cutter import MAX_PEAK, Samples, as_samples
+from .errors import AvatarWarning, InvalidInput, MediaError
 from .files import FileWriter, OutputFile, require_file
 from .image import read_image_bytes
 from .messages import Pixels
 from .protocol import FPS, SAMPLE_RATE_HZ
+from .text import printable
 
 __all__ = ["Mp4Writer", "provenance_metadata", "read_image_bytes", "read_speech"]
 
+_INPUT_OPTIONS: Final = {"protocol_whitelist": "none"}
+_MIN_RATE_HZ, _MAX_RATE_HZ = 4_000, 768_000
+_LEAST_MIX_POWER: Final = 0.05**2
+"""A mix with less power than this, relative to the loudest channel, has lost its speech."""
 _VIDEO_OPTIONS: Final = {"crf": "18", "preset": "veryfast"}
+_BT709: Final = 1
+"""The number of BT.709 among colour primaries and transfer characteristics (ISO/IEC 23091-2)."""
 _AUDIO_BIT_RATE: Final = 96_000
 # Without the second flag MP4 keeps only the entries that FFmpeg has a place for.
 _CONTAINER_OPTIONS: Final = {"movflags": "+faststart+use_metadata_tags"}
@@ -36,37 +47,143 @@ _FAULTS: Final = (av.FFmpegError, OSError)
 
 
 def read_speech(path: str | os.PathLike[str]) -> Samples:
-    """Read the first audio stream of any media file as int16 samples, mono, 16 kHz."""
+    """Read the speech of any media file as int16 samples, mono, 16 kHz.
+
+    Reads the audio stream that the file marks as the default, otherwise the first. Leaves out damaged packets. If the
+    channels cancel each other out when mixed, reads the loudest one alone. Warns (`AvatarWarning`) of each of these,
+    and of speech that is digitally silent.
+    """
     require_file(path, "speech", "an audio or video file")
-    name = repr(os.fspath(path))
+    reader = _SpeechReader(path)
     try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.audio:
-                raise MediaError(f"the speech {name} has no audio stream; pass a file with sound")
-            chunks = list(_resampled(container, name))
+        speech = reader.read()
+        if reader.channels_cancel(speech):
+            channel = reader.loudest_channel
+            speech = reader.read(channel)
+            _warn(f"{reader.name} has channels that cancel each other out; only channel {channel + 1} is used")
     except _FAULTS as error:
         raise MediaError(
-            f"the speech {name} cannot be read as audio: {error.strerror}; pass a file that FFmpeg can read, "
+            f"{reader.name} cannot be read as audio: {error.strerror}; pass a file that FFmpeg can read, "
             "such as WAV, FLAC, MP3, Ogg or M4A"
         ) from error
-    speech: Samples = np.concatenate([np.zeros(0, np.int16), *chunks])
     if not len(speech):
-        raise MediaError(f"the speech {name} has 0 samples; pass a file with sound")
+        raise MediaError(f"{reader.name} has 0 samples; pass a file with sound")
+    if reader.damaged_packets:
+        _warn(f"{reader.name} is damaged; {reader.damaged_packets} of its {reader.packets} packets are left out")
+    if reader.is_followed():
+        _warn(f"{reader.name} has another WAV file behind its end, which is not read; join them with FFmpeg")
+    if not speech.any():
+        _warn(f"{reader.name} is digitally silent in {reader.stream}; the mouth will not move")
     return speech
 
 
-def _resampled(container: av.container.InputContainer, name: str) -> Iterator[Samples]:
-    # The format can change inside a concatenated file, and a resampler accepts only one format.
-    for _, frames in itertools.groupby(container.decode(audio=0), _form):
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
-        for frame in frames:
-            samples = frame.to_ndarray()
-            if samples.dtype.kind == "f" and not np.isfinite(samples).all():
-                raise MediaError(f"the speech {name} has NaN or infinite samples at {frame.time:.3f} s; mend it")
-            for converted in resampler.resample(frame):
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, AvatarWarning, stacklevel=3)
+
+
+class _SpeechReader:
+    """Decodes the speech of one file, and measures its channels."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self.name = f"the speech {os.fspath(path)!r}"
+        self.stream = ""
+        """Which of the file's audio streams was read, in words."""
+        self.packets = 0
+        self.damaged_packets = 0
+        self._energies = [0.0]
+        """Sum of the squared samples of each channel; full scale is 1."""
+        self._measured = 0
+
+    def read(self, channel: int | None = None) -> Samples:
+        """Return all samples: the mix of all channels, or one channel."""
+        self.packets = self.damaged_packets = self._measured = 0
+        self._energies = [0.0]
+        # FFmpeg gets the open file, because it reads a name with a colon as a protocol. The whitelist keeps a playlist
+        # from opening other files. Tags may have any encoding.
+        with (
+            self._path.open("rb") as file,
+            av.open(file, "r", options=_INPUT_OPTIONS, metadata_errors="replace") as container,
+        ):
+            stream = container.streams.best("audio")
+            if not isinstance(stream, av.AudioStream):
+                raise MediaError(f"{self.name} has no audio stream; pass a file with sound")
+            streams = container.streams.audio
+            self.stream = f"its audio stream {streams.index(stream) + 1} of {len(streams)}"
+            chunks = list(self._resampled(self._decoded(container, stream), channel))
+        speech: Samples = np.concatenate([np.zeros(0, np.int16), *chunks])
+        return speech
+
+    def channels_cancel(self, mix: Samples) -> bool:
+        """Return whether the mix has lost nearly all of what the loudest channel has."""
+        if len(self._energies) == 1 or not len(mix):
+            return False
+        mix_power = float(np.mean(np.square(mix.astype(np.float32) / 32768)))
+        return mix_power < _LEAST_MIX_POWER * max(self._energies) / self._measured
+
+    def is_followed(self) -> bool:
+        """Return whether another WAV file was glued to this one: FFmpeg reads the first alone."""
+        with self._path.open("rb") as file:
+            kind, size, form = struct.unpack("<4sI4s", file.read(12).ljust(12))
+            file.seek(8 + size + size % 2)
+            return (kind, form) == (b"RIFF", b"WAVE") and file.read(4) == b"RIFF"
+
+    @property
+    def loudest_channel(self) -> int:
+        """The number of the channel with the most energy, from 0."""
+        return int(np.argmax(self._energies))
+
+    def _decoded(self, container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
+        fault: av.FFmpegError | None = None
+        for packet in container.demux(stream):
+            self.packets += packet.size > 0
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:  # of many kinds: decoders have error codes of their own
+                self.damaged_packets += 1
+                fault = error
+            else:
+                yield from frames
+        if fault is not None and self.damaged_packets >= self.packets:
+            raise fault
+
+    def _resampled(self, frames: Iterator[av.AudioFrame], channel: int | None) -> Iterator[Samples]:
+        # The format can change inside a concatenated file, and a resampler accepts only one format.
+        for (_, _, rate_hz), group in itertools.groupby(frames, _form):
+            if not _MIN_RATE_HZ <= rate_hz <= _MAX_RATE_HZ:
+                raise MediaError(
+                    f"{self.name} has a sample rate of {rate_hz} Hz, expected {_MIN_RATE_HZ} to {_MAX_RATE_HZ}; "
+                    "save it with its true rate"
+                )
+            to_planar = av.AudioResampler(format="fltp")
+            to_speech = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
+            for frame in group:
+                samples = np.concatenate([planar.to_ndarray() for planar in to_planar.resample(frame)], axis=1)
+                self._measure(samples, rate_hz)
+                for converted in to_speech.resample(frame if channel is None else _mono(samples, channel, frame)):
+                    yield converted.to_ndarray()[0]
+            for converted in to_speech.resample(None):
                 yield converted.to_ndarray()[0]
-        for converted in resampler.resample(None):
-            yield converted.to_ndarray()[0]
+
+    def _measure(self, samples: NDArray[np.float32], rate_hz: int) -> None:
+        """Add samples [channels, n] to the energies; raise MediaError for values that are no sound."""
+        peak = float(np.abs(samples).max(initial=0.0))
+        if not peak <= MAX_PEAK:
+            at_s = self._measured / rate_hz
+            fault = f"samples of up to {peak:g}, expected -1 to 1" if np.isfinite(peak) else "NaN or infinite samples"
+            raise MediaError(f"{self.name} has {fault} at {at_s:.3f} s; mend it")
+        for channel, energy in enumerate(np.square(samples, dtype=np.float64).sum(axis=1)):
+            self._energies.extend([0.0] * (channel + 1 - len(self._energies)))
+            self._energies[channel] += float(energy)
+        self._measured += samples.shape[1]
+
+
+def _mono(samples: NDArray[np.float32], channel: int, frame: av.AudioFrame) -> av.AudioFrame:
+    """Return one channel of a frame's samples [channels, n] as a frame."""
+    chosen = np.ascontiguousarray(samples[min(channel, len(samples) - 1)][np.newaxis])
+    mono = av.AudioFrame.from_ndarray(chosen, format="fltp", layout="mono")
+    mono.sample_rate, mono.pts, mono.time_base = frame.sample_rate, frame.pts, frame.time_base
+    return mono
 
 
 def _form(frame: av.AudioFrame) -> tuple[str, str, int]:
@@ -79,7 +196,7 @@ def provenance_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
     `comment` is a sentence, `description` is the unchanged provenance, and `AIGC` is the implicit label of
     GB 45438-2025: AI-generated (1), the generator, and a number of this video.
     """
-    generator = " ".join(str(provenance[key]) for key in ("generator", "version") if key in provenance)
+    generator = " ".join(printable(str(provenance[key])) for key in ("generator", "version") if key in provenance)
     label = {
         "Label": "1",
         "ContentProducer": generator,
@@ -97,7 +214,7 @@ class Mp4Writer(FileWriter):
 
     The file appears under its name at the normal end of the statement; after an exception there is no file.
     Speech after the last frame is dropped. H.264 needs even sizes, so the last column or row of a frame of
-    odd width or height is doubled.
+    odd width or height is doubled. Colours are coded and tagged as BT.709.
 
     Args:
         path: path of the file; an existing file is replaced.
@@ -146,6 +263,9 @@ class Mp4Writer(FileWriter):
         self._video = self._container.add_stream("libx264", rate=self._fps, options=_VIDEO_OPTIONS)
         self._video.width, self._video.height = width + width % 2, height + height % 2
         self._video.pix_fmt = "yuv420p"
+        coding = self._video.codec_context
+        coding.colorspace, coding.color_range = Colorspace.ITU709, ColorRange.MPEG
+        coding.color_primaries = coding.color_trc = _BT709
         if self._speech is not None:
             self._audio = self._container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
             self._audio.bit_rate = _AUDIO_BIT_RATE
@@ -153,7 +273,9 @@ class Mp4Writer(FileWriter):
     def _write_frame(self, frame: Pixels) -> None:
         height, width, _ = self._shape
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
         picture.pts, picture.time_base = self.frames, Fraction(1, self._fps)
         self._container.mux(self._video.encode(picture))
         self.frames += 1

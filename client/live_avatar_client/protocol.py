@@ -22,6 +22,12 @@ MAX_PROMPT_CHARS: Final = 2_000
 MAX_IMAGE_BYTES: Final = 32 * 1024 * 1024
 MAX_IMAGE_PIXELS: Final = 64_000_000
 MAX_SEED: Final = 2**63 - 1
+MAX_LOOKAHEAD_FRAMES: Final = 30 * FPS
+MAX_FRAME_PIXELS: Final = 3_840 * 2_160
+MAX_ANSWER_BYTES: Final = FRAMES_PER_BLOCK * 3 * MAX_FRAME_PIXELS + 2**20
+"""A block of the largest frames, and what comes with it."""
+MAX_JSON_BYTES: Final = 64 * 1024
+"""What a server may say of a video (PROVENANCE) or of itself (STATUS)."""
 MAX_SEQUENCE_ID: Final = 2**63 - 1
 
 MAX_LABEL_CHARS: Final = 64

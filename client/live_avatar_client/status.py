@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from . import base, wire
 from .errors import ServerIncompatible
 from .protocol import STATUS, STATUS_MODEL, STATUS_QUERY
+from .text import printable
 from .tls import TLS
 
 ROUND_TRIPS: Final = 5
@@ -88,6 +89,7 @@ def server_status(
     InvalidInput for a bad address or certificate file.
     """
     with base.open_channel(url, tls) as channel:
+        base.warn_of_plain_key(url, api_key, tls)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             live = stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s).live
@@ -146,9 +148,9 @@ def _checked(url: str, answer: wire.Message) -> dict[str, Any]:
     rows = wire.get_tensor(answer.outputs, answer.raw_output_contents, STATUS)
     status = {} if rows is None else wire.decode_json(STATUS, rows)
     for name, kind in _FIELDS.items():
-        if not isinstance(status.get(name), kind):
+        if type(status.get(name)) is not kind:  # a bool is an int too
             raise ServerIncompatible(
-                f"the model {STATUS_MODEL!r} at {url} gives {status.get(name)!r} as {name}, expected "
+                f"the model {STATUS_MODEL!r} at {url} gives {printable(repr(status.get(name)))} as {name}, expected "
                 f"{kind.__name__}; use a client and a server of the same version"
             )
-    return {name: status[name] for name in _FIELDS}
+    return {name: printable(value) if isinstance(value := status[name], str) else value for name in _FIELDS}

@@ -1,19 +1,21 @@
 """The blocking session, for programs with threads, over grpc's blocking API."""
 
 import math
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import wire
-from .base import CLOSE_GRACE_S, LONGEST_WAIT_S, BaseSession, open_channel
-from .core import Steps
+from .base import CLOSE_GRACE_S, LONGEST_WAIT_S, BaseSession, closed_error, open_channel, require_chunks
+from .core import SessionCore, Steps
 from .messages import Block, Pixels
 
 _T = TypeVar("_T")
@@ -22,7 +24,8 @@ _T = TypeVar("_T")
 class AvatarSession(BaseSession):
     """One avatar speaking one speech; use it in a `with` statement, once.
 
-    `send`, `interrupt` and the iterators may be used from different threads.
+    `send`, `interrupt` and the iterators may be used from different threads. The session's own threads do not keep it:
+    one that is dropped without `close` is given up.
     """
 
     def _set_up(self) -> None:
@@ -43,8 +46,12 @@ class AvatarSession(BaseSession):
             self._channel.close()
             raise
         self._call = stub.ModelStreamInfer(iter(self._requests.get, None), metadata=self._metadata)
-        self._reader = _started(self._read, "reader")
-        self._timer = _started(self._keep_time, "timer")
+        session: Held = weakref.ref(self)
+        changed, steps, call, channel = self._changed, self._core.keep_time(), self._call, self._channel
+        self._reader = _started(lambda: _read(session, call, channel), "reader")
+        self._timer = _started(lambda: _run_while_held(session, changed, steps), "timer")
+        self._dropped = weakref.finalize(self, _give_up, self._process, self._core, changed, self._requests, call)
+        self._dropped.atexit = False  # the connection ends with the process
         return self
 
     def __exit__(
@@ -94,13 +101,17 @@ class AvatarSession(BaseSession):
         Errors of `chunks` are raised here. The thread cannot be stopped while it waits for a
         chunk: after the session has closed it ends with the next chunk.
         """
-        self._feeder = _started(lambda: self._feed(chunks), "feeder")
+        require_chunks(chunks, Iterable)
+        session: Held = weakref.ref(self)
+        changed, core = self._changed, self._core
+        self._feeder = _started(lambda: _feed(session, changed, core, chunks), "feeder")
         yield from self
 
     def close(self) -> None:
         """Cancel all unanswered requests and free the session; leaving the `with` statement does it."""
-        if self._reader is None or self._timer is None:
+        if self._reader is None or self._timer is None or not self._is_of_this_process():
             return
+        self._dropped.detach()
         self._begin_close()
         try:
             self._reader.join(CLOSE_GRACE_S)
@@ -122,28 +133,6 @@ class AvatarSession(BaseSession):
         except grpc.RpcError as error:
             raise self._connect_error(error) from error
 
-    def _read(self) -> None:
-        try:
-            for message in self._call:
-                self._receive(message)
-        except grpc.RpcError as error:
-            self._receive_close(error)
-        else:
-            self._receive_close(None)
-
-    def _keep_time(self) -> None:
-        self._run(self._core.keep_time())
-
-    def _feed(self, chunks: Iterable[object]) -> None:
-        try:
-            for chunk in chunks:
-                # No time limit: the reader of the blocks sets the pace.
-                self._run(self._core.send(chunk, timeout_s=math.inf))
-            self.end()
-        except BaseException as error:
-            with self._update() as core:
-                core.fail(error)
-
     def _run(self, steps: Steps[_T]) -> _T:
         """Run an operation of the core; wait between its steps."""
         with self._update():
@@ -163,7 +152,80 @@ class AvatarSession(BaseSession):
         self._changed.notify_all()
 
 
-def _started(target: Callable[[], None], name: str) -> threading.Thread:
+# What the session's threads do. They hold the session only while they change it.
+
+Held: TypeAlias = weakref.ref[AvatarSession]
+
+
+def _read(held: Held, call: Any, channel: grpc.Channel) -> None:
+    """Hand the server's answers to the session until the stream ends."""
+    error: grpc.RpcError | None = None
+    try:
+        for message in call:
+            if session := held():
+                session._receive(message)
+            del session
+    except grpc.RpcError as caught:
+        error = caught
+    if session := held():
+        session._receive_close(error)
+    else:
+        channel.close()
+
+
+def _feed(held: Held, changed: threading.Condition, core: SessionCore, chunks: Iterable[object]) -> None:
+    """Send the chunks, and end the speech after them."""
+    failure: BaseException | None = None
+    try:
+        for chunk in chunks:
+            # No time limit: the reader of the blocks sets the pace.
+            if not _run_while_held(held, changed, core.send(chunk, timeout_s=math.inf)):
+                return
+        if session := held():
+            session.end()
+    except BaseException as error:
+        failure = error
+    if failure and (session := held()):
+        with session._update():
+            core.fail(failure)
+
+
+def _run_while_held(held: Held, changed: threading.Condition, steps: Steps[None]) -> bool:
+    """Go through steps as `AvatarSession._run` does, while anybody holds the session; return whether that is so."""
+    with changed:
+        while session := held():
+            try:
+                deadline_s = next(steps)
+            except BaseException as end:
+                with session._update():  # sends and tells what the last step has changed
+                    if isinstance(end, StopIteration):
+                        return True
+                    raise
+            is_sent = session._flush()
+            del session
+            if not is_sent and held():
+                changed.wait(min(deadline_s - time.monotonic(), LONGEST_WAIT_S))
+    return False
+
+
+def _give_up(
+    process: int,
+    core: SessionCore,
+    changed: threading.Condition,
+    requests: queue.SimpleQueue[wire.Message | None],
+    call: Any,
+) -> None:
+    """End what is under way for a session that nobody holds any more."""
+    if process != os.getpid():
+        return
+    with changed:
+        core.fail(closed_error())
+        changed.notify_all()
+    requests.put(None)
+    call.cancel()
+
+
+def _started(target: Callable[[], object], name: str) -> threading.Thread:
     thread = threading.Thread(target=target, name=f"live-avatar-{name}", daemon=True)
     thread.start()
     return thread

@@ -145,7 +145,10 @@ class FakeAvatarServer:
         """Every session that was accepted, in order."""
         self.ended_ids: set[int] = set()
         """The sequence ids that were ended, including refused sessions."""
+        self.streams = 0
+        """How many streams are open."""
         self._stopping = threading.Event()
+        self._lock = threading.Lock()
         self._live: dict[int, ReceivedSession] = {}
 
     def __enter__(self) -> Self:
@@ -183,6 +186,11 @@ class FakeAvatarServer:
             if request.parameters["sequence_end"].bool_param:
                 self._end(request)
         return service_pb2.ModelStreamInferResponse(infer_response=response)
+
+    def count_stream(self, change: int) -> None:
+        """Take note that a stream was opened (1) or closed (-1)."""
+        with self._lock:
+            self.streams += change
 
     def blocks_of(self, request: Message) -> int:
         """Return how many blocks the request's session has sent."""
@@ -308,6 +316,9 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         self, requests: Iterator[Message], context: grpc.ServicerContext
     ) -> Iterator[Message]:
         self._require_key(context)
+        if not context.add_callback(lambda: self._server.count_stream(-1)):
+            return  # the client has gone already
+        self._server.count_stream(1)
         for request in requests:
             if self._server.blocks_of(request) == self._server.vanish_at_block:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the fake server vanished on purpose")

@@ -16,9 +16,11 @@ from .protocol import (
     AUDIO,
     END_REASON_PARAMETER,
     FRAME_FORMAT_PARAMETER,
+    FRAMES_PER_BLOCK,
     INPUTS,
     JPEG_QUALITY_PARAMETER,
     LABEL_PARAMETER,
+    MAX_JSON_BYTES,
     MODEL_NAME,
     OUTPUTS,
     PROMPT,
@@ -29,6 +31,7 @@ from .protocol import (
     TOKEN_PARAMETER,
     TensorSpec,
 )
+from .text import printable
 
 Message: TypeAlias = Any
 """A protobuf message; `tritonclient` has no type annotations for them."""
@@ -73,13 +76,17 @@ def decode_response(message: Message) -> Response:
     """Return the frames of a ModelInferResponse; raise ServerIncompatible when it has other tensors."""
     frames, jpegs, first_frame, text, sizes = (_output(message, spec) for spec in OUTPUTS)
     provenance = decode_json(PROVENANCE, text) if len(text) else None
-    return Response(frames, _cut(jpegs.tobytes(), sizes.tolist()), int(first_frame[0]), provenance)
+    return Response(frames, _cut(jpegs.tobytes(), sizes), int(first_frame[0]), provenance)
 
 
-def _cut(files: bytes, sizes: list[int]) -> tuple[bytes, ...]:
+def _cut(files: bytes, sizes: NDArray[np.int64]) -> tuple[bytes, ...]:
     """Return the concatenated files one by one."""
-    ends = list(itertools.accumulate(sizes, initial=0))
-    if ends[-1] != len(files) or min(sizes, default=0) < 0:
+    if len(sizes) > FRAMES_PER_BLOCK:
+        raise ServerIncompatible(
+            f"the server's JPEG_SIZES has {len(sizes)} sizes, expected at most {FRAMES_PER_BLOCK}; {_SAME_VERSION}"
+        )
+    ends = list(itertools.accumulate(sizes.tolist(), initial=0))
+    if ends[-1] != len(files) or sizes.min(initial=1) < 1:
         raise ServerIncompatible(
             f"the server's JPEG_SIZES add up to {ends[-1]} of {len(files)} bytes of JPEG_FRAMES; {_SAME_VERSION}"
         )
@@ -88,10 +95,16 @@ def _cut(files: bytes, sizes: list[int]) -> tuple[bytes, ...]:
 
 def decode_json(spec: TensorSpec, text: NDArray[np.uint8]) -> dict[str, Any]:
     """Return the JSON object in a tensor of `spec`; raise ServerIncompatible when it holds none."""
+    if len(text) > MAX_JSON_BYTES:
+        raise ServerIncompatible(
+            f"the server's {spec.name} has {len(text)} bytes, expected at most {MAX_JSON_BYTES}; {_SAME_VERSION}"
+        )
     try:
         value = json.loads(text.tobytes())
-    except ValueError as error:
-        raise ServerIncompatible(f"the server's {spec.name} is no JSON: {error}; {_SAME_VERSION}") from error
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what was read can be written too
+    except (ValueError, RecursionError) as error:
+        reason = printable(str(error))
+        raise ServerIncompatible(f"the server's {spec.name} is no JSON: {reason}; {_SAME_VERSION}") from error
     if not isinstance(value, dict):
         raise ServerIncompatible(
             f"the server's {spec.name} is a JSON {type(value).__name__}, expected an object; {_SAME_VERSION}"
@@ -115,7 +128,7 @@ def check_metadata(url: str, message: Message) -> None:
         for spec in specs:
             if datatypes.get(spec.name) != spec.datatype:
                 raise ServerIncompatible(
-                    f"the model {MODEL_NAME!r} at {url} has {datatypes.get(spec.name, 'nothing')} as {kind} "
+                    f"the model {MODEL_NAME!r} at {url} has {printable(datatypes.get(spec.name, 'nothing'))} as {kind} "
                     f"{spec.name}, expected {spec.datatype}; {_SAME_VERSION}"
                 )
 
@@ -148,7 +161,9 @@ def _output(message: Message, spec: TensorSpec) -> NDArray[Any]:
 
 def _decode_tensor(tensor: Message, content: bytes, spec: TensorSpec) -> NDArray[Any] | None:
     shape = tuple(tensor.shape)
-    fits = len(shape) == len(spec.dims) and all(want in (-1, size) for size, want in zip(shape, spec.dims, strict=True))
+    fits = len(shape) == len(spec.dims) and all(
+        size >= 0 and want in (-1, size) for size, want in zip(shape, spec.dims, strict=True)
+    )
     if tensor.datatype != spec.datatype or not fits:
         return None
     flat: NDArray[Any]
@@ -158,5 +173,5 @@ def _decode_tensor(tensor: Message, content: bytes, spec: TensorSpec) -> NDArray
         else:
             flat = np.frombuffer(content, triton_to_np_dtype(spec.datatype))
         return flat.reshape(shape)
-    except (ValueError, struct.error):
+    except (ValueError, OverflowError, struct.error):
         return None

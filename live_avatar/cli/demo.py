@@ -16,17 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 from tqdm import tqdm
 
 from live_avatar import interrupts
 from live_avatar.arrays import Array
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
+from live_avatar.cli.places import require_places
+from live_avatar.cli.terminal import say
 from live_avatar.config import SAMPLE_RATE_HZ, TINY
 from live_avatar.environment import environment
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.graphs.contract import contracts
+from live_avatar.json_files import read_json
 from live_avatar.serving.server import serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.trace import chrome_trace, overlapped_share, read_trace
@@ -100,6 +102,7 @@ def session_video(
 
 def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | None) -> None:
     """The whole way, from nothing to a video; prints what was measured, and writes it to `report`."""
+    require_places(artifacts=artifacts, trace=trace)
     speech, image = read_speech(SPEECH), PORTRAIT.read_bytes()
     named = {"video": output, "trace": trace, "report": report}
     files = {kind: OutputFile(path, kind) for kind, path in named.items() if path is not None}
@@ -107,8 +110,10 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | N
         _ready_place(file)
     _ready_artifacts(artifacts)
     with tempfile.TemporaryDirectory(prefix="live-avatar-trace-") as intervals:
-        options = replace(ServerOptions(artifacts).on_free_ports(), trace=Path(intervals) if trace else None)
-        click.echo(f"Starting Triton (profile {options.profile}).")
+        options = replace(
+            ServerOptions(artifacts, share_avatars=True).on_free_ports(), trace=Path(intervals) if trace else None
+        )
+        say(f"Starting Triton (profile {options.profile}).")
         with serving(options) as server:
             session = partial(AvatarSession, server.options.url, image=image, seed=SEED)
             first = session(prompt=DEMO_PROMPT)
@@ -124,7 +129,7 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | N
     if "report" in files:
         figures = {"as_spoken": live, "new_avatar": new, "known_avatar": known, "as_fast_as_it_goes": fast}
         _write_json(files["report"], _figures(load_artifacts(artifacts), figures))
-    click.echo(
+    say(
         f"FPS                     {fast.fps:6.1f}    frames per second, speech sent as fast as it is taken\n"
         f"TTFF                    {live.ttff_s:6.2f} s  first sample spoken to first frame, a new avatar: "
         f"{live.ttff_block_wait_s:.2f} s until the block is full, {live.ttff_server_s:.2f} s to serve it\n"
@@ -139,7 +144,7 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | N
 def _held_preset(folder: Path) -> str | None:
     """Name of the preset whose artifacts, of any version, are in `folder`."""
     try:
-        return str(json.loads((folder / MANIFEST).read_text())["preset"]["name"])
+        return str(read_json(folder / MANIFEST)["preset"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -160,7 +165,7 @@ def _ready_artifacts(folder: Path) -> None:
         raise ArtifactError(
             f"{folder} holds preset {held!r}, and the demo needs {TINY.name!r}; give other --artifacts."
         )
-    click.echo(f"Exporting preset {TINY.name} to {folder} (about a minute).")
+    say(f"Exporting preset {TINY.name} to {folder} (about a minute).")
     from live_avatar.weights.checkpoint import open_checkpoint
 
     export_with_progress(open_checkpoint(TINY), folder)
@@ -176,9 +181,7 @@ def _write_trace(intervals: Path, trace: OutputFile) -> None:
     _write_json(trace, chrome_trace(read))
     fast = [interval for interval in read if interval.session == read[-1].session]
     share = overlapped_share(fast)
-    click.echo(
-        f"Trace: {trace.path} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)"
-    )
+    say(f"Trace: {trace.path} (as fast as it goes, {share:.0%} of the time had stages at work on different blocks)")
 
 
 def _write_json(file: OutputFile, document: object) -> None:

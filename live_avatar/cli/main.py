@@ -1,4 +1,4 @@
-"""The command line: `live-avatar generate | export | serve | stream | doctor | demo`.
+"""The command line: `live-avatar generate | export | serve | stream | doctor | keys | demo`.
 
 Each command turns its options into one call. A user error prints one sentence and exits with code 2; Ctrl-C exits
 with 130. Heavy imports are inside the commands, so that `stream` starts without torch.
@@ -6,6 +6,7 @@ with 130. Heavy imports are inside the commands, so that `stream` starts without
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,14 +16,17 @@ import click
 
 from live_avatar import interrupts
 from live_avatar.cli.checkpoint_options import chosen_checkpoint, model_options, stream_options
+from live_avatar.cli.keys import keys
 from live_avatar.cli.options import (
     FILE,
     Integer,
     artifacts_option,
     connection_arguments,
     connection_options,
+    listening_address,
     speech_options,
 )
+from live_avatar.cli.terminal import say, shown, warnings_said
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from live_avatar.runtime import Runtime
 
 USER_ERROR, INTERRUPTED = 2, 130
+LOG_FLUSH_S = 1.0
 
 
 class _Commands(click.Group):
@@ -40,7 +45,8 @@ class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         interrupts.install()
         try:
-            super().main(*args, **{**kwargs, "standalone_mode": False})
+            with warnings_said():
+                super().main(*args, **{**kwargs, "standalone_mode": False})
         except (LiveAvatarError, AvatarError) as error:
             _fail(str(error))
         except click.exceptions.NoArgsIsHelpError as error:
@@ -55,13 +61,13 @@ class _Commands(click.Group):
             place = error.filename or "standard output"
             _fail(f"{place}: {error.strerror}; use a writable path with free space.")
         except (KeyboardInterrupt, click.Abort):
-            click.echo("Interrupted.", err=True)
+            say("Interrupted.", err=True)
             sys.exit(INTERRUPTED)
         sys.exit(0)
 
 
 def _fail(sentence: str) -> NoReturn:
-    click.echo(f"Error: {sentence}", err=True)
+    say(f"Error: {sentence}", err=True)
     sys.exit(USER_ERROR)
 
 
@@ -69,6 +75,9 @@ def _fail(sentence: str) -> NoReturn:
 @click.version_option(__version__)
 def main() -> None:
     """Stream a talking video from a picture and speech."""
+
+
+main.add_command(keys)
 
 
 @main.command()
@@ -92,6 +101,7 @@ def generate(
     Without it the same networks run in torch.
     """
     from live_avatar.cli.demo import frame_bar
+    from live_avatar.inputs.image import crop_warning
     from live_avatar.pipeline.generator import Generator
     from live_avatar_client.media import read_image_bytes, read_speech
     from live_avatar_client.video import SpeechVideo
@@ -105,11 +115,14 @@ def generate(
         raise click.UsageError(f"--artifacts already fixes {', '.join(given)}; leave that out")
     speech, picture = read_speech(audio), read_image_bytes(image)
     with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        for block in Generator(_runtime(artifacts, model)).generate(picture, prompt, seed, speech):
+        generator = Generator(_runtime(artifacts, model))
+        if warning := crop_warning(picture, generator.preset.stream.height, generator.preset.stream.width):
+            click.echo(f"Warning: {warning}", err=True)
+        for block in generator.generate(picture, prompt, seed, speech):
             video.write(block.frames)
             bar.update(len(block.frames))
             interrupts.check()
-    click.echo(f"Wrote {output} ({video.expected_frames} frames).")
+    say(f"Wrote {output} ({video.expected_frames} frames).")
 
 
 def _runtime(artifacts: Path | None, model: dict[str, Any]) -> Runtime:
@@ -174,16 +187,29 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
         on_host = fitting_on_host(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=calibration is not None)
         require_tensorrt()
         artifacts = export_with_progress(checkpoint, output, calibration)
-        build_engines(output, EngineOptions(weights_on_host=on_host), click.echo)
-    click.echo(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
+        build_engines(output, EngineOptions(weights_on_host=on_host), say)
+    say(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 
 
 @main.command()
 @artifacts_option(required=True)
 @click.option("--profile", default="cpu", show_default=True, help="Hardware profile: assigns models to devices.")
-@click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--address", callback=listening_address, default="127.0.0.1", show_default=True, help="Address to listen on."
+)
 @click.option("--grpc-port", type=Integer(1, 65535), default=8001, show_default=True, help="Port of the stream.")
-@click.option("--http-port", type=Integer(1, 65535), default=8000, show_default=True, help="Port of health checks.")
+@click.option(
+    "--http-port",
+    type=Integer(1, 65535),
+    default=8000,
+    show_default=True,
+    help="Port of health and metadata.",
+)
+@click.option(
+    "--health-port",
+    type=Integer(1, 65535),
+    help="A port for probes alone, served by another process than the callers' ports; default: none.",
+)
 @click.option(
     "--metrics-port", type=Integer(1, 65535), default=8002, show_default=True, help="Port of Prometheus metrics."
 )
@@ -195,6 +221,24 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     "--known-avatars",
     type=Integer(min=0),
     help="Avatars that each stage caches, for a faster start; default: from the profile.",
+)
+@click.option(
+    "--known-avatar-seconds",
+    type=click.FloatRange(min=0),
+    default=3600.0,
+    show_default=True,
+    help="How long the avatar of a caller is remembered after its last use.",
+)
+@click.option(
+    "--share-avatars",
+    is_flag=True,
+    help="Without API keys: remember avatars for all callers together, not for each connection. A caller can then tell "
+    "by time whether somebody else has used a picture and prompt.",
+)
+@click.option("--sessions-per-key", type=Integer(min=1), help="Maximum concurrent sessions of one API key.")
+@click.option("--starts-per-minute", type=Integer(min=1), help="Sessions that one API key may start within a minute.")
+@click.option(
+    "--longest-session-seconds", type=click.FloatRange(min=1), help="A session that lasts this long is ended."
 )
 @click.option(
     "--idle-seconds",
@@ -209,13 +253,23 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     help="How long live sessions may continue after SIGTERM.",
 )
 @click.option("--label-font", type=FILE, help="Font of visible labels; needed for letters beyond ASCII.")
-@click.option("--api-key-file", type=FILE, help="File with the API key that clients must send.")
-@click.option("--admin-key-file", type=FILE, help="File with the key for statistics, logging and trace.")
+@click.option(
+    "--api-key-file", type=FILE, help="File with the API keys of callers; read again when it changes. See `keys`."
+)
+@click.option("--admin-key-file", type=FILE, help="File with the key for the model's statistics and configuration.")
 @click.option("--tls-certificate", type=FILE, help="The server's certificate (PEM); gRPC then uses TLS.")
 @click.option("--tls-key", type=FILE, help="Private key of --tls-certificate (PEM).")
 @click.option(
     "--tls-client-ca", type=FILE, help="Certificate authority (PEM) that must have signed every client certificate."
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    default="plain",
+    show_default=True,
+    help="Form of the lines that say which key has started and ended which session.",
+)
+@click.option("--log-hashes", is_flag=True, help="Add SHA-256 hashes of picture and prompt to those lines.")
 @click.option("--trace", type=FILE, help="Folder for the busy intervals of each stage.")
 @click.option("--verbose", is_flag=True, help="Show Triton's full log.")
 def serve(
@@ -230,30 +284,37 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve artifacts with Triton until Ctrl-C; SIGTERM lets live sessions finish first."""
+    from live_avatar.cli.places import require_places
     from live_avatar.serving.access import Access, access_warnings
     from live_avatar.serving.foreground import run_until_signal
+    from live_avatar.serving.log_relay import LogRelay
     from live_avatar.serving.repository import MODEL_REPOSITORY
     from live_avatar.serving.server import is_for_operators, serving
     from live_avatar.serving.server_options import ServerOptions
 
     access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
     chosen = ServerOptions(artifacts, model_repository=model_repository or MODEL_REPOSITORY, access=access, **options)
+    require_places(artifacts=artifacts, label_font=chosen.label_font, trace=chosen.trace)
     ready = False
+    relay = LogRelay(sys.stderr)
 
     def echo(line: str) -> None:
         if chosen.verbose or (ready and is_for_operators(line)):
-            click.echo(line, err=True)
+            relay.write(shown(line))
 
+    logging.basicConfig(level=logging.INFO, handlers=[relay.handler()], format="%(message)s")
     try:
         with serving(chosen, echo) as server:
             ready = True
             for warning in access_warnings(access, chosen.address):
-                click.echo(f"Warning: {warning}", err=True)
-            click.echo(f"Serving {artifacts} with profile {chosen.profile} on {chosen.url} (press Ctrl-C to stop).")
-            run_until_signal(server, drain_seconds, click.echo)
+                say(f"Warning: {warning}", err=True)
+            say(f"Serving {artifacts} with profile {chosen.profile} on {chosen.url} (press Ctrl-C to stop).")
+            run_until_signal(server, drain_seconds, say)
     except KeyboardInterrupt:
         pass
-    click.echo("Stopped.")
+    finally:
+        relay.close(LOG_FLUSH_S)
+    say("Stopped.")
 
 
 @main.command()
@@ -291,8 +352,8 @@ def stream(
     )
     with session_video(session, output, speech, frames_output) as video, frame_bar("video", video) as bar:
         stats = stream_to_file(session, speech, pace == "realtime", video, bar.update)
-    click.echo(f"Wrote {output} ({stats.frames} frames).")
-    click.echo(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")
+    say(f"Wrote {output} ({stats.frames} frames).")
+    say(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")
 
 
 @main.command()
@@ -309,7 +370,7 @@ def doctor(url: str, for_scripts: bool, **connection: Path | None) -> None:
     from live_avatar_client.status import server_status
 
     status = server_status(url, **connection_arguments(**connection))
-    click.echo(as_json(status) if for_scripts else "\n".join(as_lines(status)))
+    say(as_json(status) if for_scripts else "\n".join(as_lines(status)))
     sys.exit(exit_code(status))
 
 

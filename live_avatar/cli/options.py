@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,19 @@ FILE = click.Path(path_type=Path)
 
 class Integer(click.IntRange):
     name = "integer"  # otherwise click calls 1.5 "not a valid integer range"
+
+
+def listening_address(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Returns the IP address of an option; of a host name the first, IPv4 before IPv6."""
+    host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    try:
+        found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:  # ValueError: letters that no name has
+        reason = getattr(error, "strerror", None) or error
+        raise click.BadParameter(
+            f"{value!r} is no address to listen on ({reason}); give one such as 127.0.0.1"
+        ) from error
+    return min((family != socket.AF_INET, str(place[0])) for family, _, _, _, place in found)[1]
 
 
 def combined(*options: Callable[[F], F]) -> Callable[[F], F]:

@@ -1,15 +1,10 @@
-"""An artifacts folder, made whole or not at all.
-
-Everything is written into a folder beside the target and moved into place at the end, so an interrupted export leaves
-no half-made artifacts behind.
-"""
+"""An artifacts folder, made whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,11 +18,14 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from live_avatar.errors import ExportError
 from live_avatar.exporter.quantization import Calibration, quantize_checkpoint, quantize_graph
+from live_avatar.exporter.replacement import replacing
 from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
 from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
-from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, file_sha256, load_artifacts
+from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, load_artifacts, weight_file
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.digests import file_digests, file_sha256
+from live_avatar.json_files import read_json
 from live_avatar.version import __version__
 from live_avatar.weights.checkpoint import modulation_networks
 from live_avatar.weights.lora import MergedWeights
@@ -37,12 +35,6 @@ LEAST_BYTES = 1024  # constants smaller than this stay in the graph
 Progress = Callable[[str], None]
 
 
-def weight_file(component: str) -> str:
-    """External file of a component; components of one network share theirs."""
-    group = "dit" if component.startswith("dit_") else "vae" if component.startswith("vae_") else component
-    return f"{group}.weights"
-
-
 def export_artifacts(
     checkpoint: Checkpoint, output: Path, progress: Progress, calibration: Calibration | None = None
 ) -> Artifacts:
@@ -50,22 +42,22 @@ def export_artifacts(
 
     `progress` is told each component's name before its export. With a calibration the transformer's large linears are
     in FP8. Host memory holds one weight at a time. Raises `ExportError` if `output` exists and is not an artifacts
-    folder, or if the calibration is of other graphs, and `CheckpointError` for unusable weights.
+    folder or cannot be replaced, if another export writes there, or if the calibration is of other graphs, and
+    `CheckpointError` for unusable weights.
     """
-    if output.exists() and not _replaceable(output):
-        raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
-        folder = Path(unfinished) / output.name
-        folder.mkdir()
+    _refuse_foreign(output)
+    with replacing(output) as folder:
         _write_graphs(checkpoint, folder, progress, calibration)
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
         (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, calibration), indent=1))
-        if output.exists():
-            shutil.rmtree(output)
-        folder.rename(output)
+        _refuse_foreign(output)  # what came there meanwhile
     return load_artifacts(output)
+
+
+def _refuse_foreign(output: Path) -> None:
+    if output.exists() and not _replaceable(output):
+        raise ExportError(f"{output} exists and is not an artifacts folder; choose another --output or remove it.")
 
 
 def _replaceable(output: Path) -> bool:
@@ -73,7 +65,7 @@ def _replaceable(output: Path) -> bool:
     if not output.is_dir() or not any(output.iterdir()):
         return output.is_dir()
     try:
-        manifest = json.loads((output / MANIFEST).read_text())
+        manifest = read_json(output / MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format", "contracts", "files"} <= manifest.keys()
@@ -140,7 +132,7 @@ def provenance(weights: Weights) -> dict[str, Any]:
 
 def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | None) -> dict[str, Any]:
     preset = checkpoint.preset
-    files = sorted(path for path in folder.iterdir())
+    digests = file_digests(sorted(folder.iterdir()))
     return {
         "format": FORMAT,
         "version": __version__,
@@ -154,5 +146,5 @@ def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | N
             "onnxruntime": onnxruntime.__version__,
         },
         "contracts": {name: contract.to_dict() for name, contract in contracts(preset).items()},
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files},
+        "files": {path.name: {"bytes": path.stat().st_size, "digest": digest} for path, digest in digests.items()},
     }

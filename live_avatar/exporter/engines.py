@@ -22,6 +22,7 @@ from onnx import external_data_helper
 from live_avatar.errors import ArtifactError, ExportError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.contract import Contract, Extent
+from live_avatar.graphs.digests import file_digests
 from live_avatar.graphs.engines import FOLDER, Engine, engine_path, fault, read_engines, write_engines
 from live_avatar.graphs.memory import WORKSPACE_BYTES, require_room
 from live_avatar.runtime.tensorrt_runtime import Backend, CudaDevice, Device, open_backend
@@ -118,19 +119,19 @@ def _stale(artifacts: Artifacts, name: str, engine: Engine | None, backend: Back
 def _build(artifacts: Artifacts, name: str, backend: Backend, on_host: bool) -> Engine:
     """Builds one engine and puts it, and the timing cache, into their places."""
     start = time.monotonic()
-    path = artifacts.graph_path(name)
-    model = onnx.load(path, load_external_data=False)
-    with backend.device.working():
+    with artifacts.reading(name) as path, backend.device.working():
+        model = onnx.load(path, load_external_data=False)
         plan, cache = _compile(backend, model, path, artifacts.contracts[name], on_host)
     written = engine_path(artifacts, name)
     _write(written, plan)
     _write(written.with_name(TIMING_CACHE), cache)
     return Engine(
         machine=backend.machine,
-        files={file: artifacts.manifest["files"][file]["sha256"] for file in _files(path, model)},
+        files={file: artifacts.manifest["files"][file]["digest"] for file in _files(path, model)},
         weights_on_host=on_host,
         build_s=round(time.monotonic() - start, 1),
         bytes=written.stat().st_size,
+        digest=file_digests([written])[written],
     )
 
 

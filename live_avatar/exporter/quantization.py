@@ -26,6 +26,7 @@ from torch import Tensor
 
 from live_avatar.errors import ExportError
 from live_avatar.exporter.tracing import TracedGraph
+from live_avatar.json_files import read_json
 from live_avatar.model.linears import is_fp8_weight
 from live_avatar.weights.fp8 import quant_scale, saturate
 from live_avatar.weights.tensors import Checkpoint, Shapes, Weights
@@ -53,7 +54,7 @@ class Calibration:
     def read(cls, path: Path) -> Calibration:
         """Raises `ExportError` if the file is not a calibration."""
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path)
             amax = {
                 str(component): {str(linear): float(value) for linear, value in inputs.items()}
                 for component, inputs in values["amax"].items()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from typing import Any
 from live_avatar.config import Preset
 from live_avatar.errors import ArtifactError, ConfigError
 from live_avatar.graphs.contract import Contract
+from live_avatar.graphs.digests import file_digests
+from live_avatar.json_files import read_json
 from live_avatar.version import __version__
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-FORMAT = 2
+FORMAT = 3
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def weight_file(component: str) -> str:
+    """External file of a component; components of one network share theirs."""
+    group = "dit" if component.startswith("dit_") else "vae" if component.startswith("vae_") else component
+    return f"{group}.weights"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Artifacts:
         return hashlib.sha256(files.encode()).hexdigest()[:12]
 
     @property
+    def manifest_sha256(self) -> str:
+        """Hash of the whole manifest: preset, contracts and the digests of all files."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @property
     def tokenizer(self) -> Path | None:
         """The tokenizer's file; none where the preset needs none."""
         return self.folder / TOKENIZER if TOKENIZER in self.manifest["files"] else None
@@ -54,11 +63,41 @@ class Artifacts:
             )
         return self.folder / f"{component}.onnx"
 
-    def verify(self) -> None:
-        """Compares the hash of every file. Raises `ArtifactError` for the first that differs."""
-        for name, facts in self.manifest["files"].items():
-            if file_sha256(self.folder / name) != facts["sha256"]:
-                raise ArtifactError(f"{self.folder / name} is not the file of the manifest; export it again.")
+    @contextmanager
+    def reading(self, component: str) -> Iterator[Path]:
+        """Gives the path of a component's graph, whose files are verified before and after they are read inside."""
+        path = self.graph_path(component)
+        with self.verified([path.name, weight_file(component)]):
+            yield path
+
+    @contextmanager
+    def verified(self, names: Iterable[str]) -> Iterator[None]:
+        """Verifies files before what runs inside, and again afterwards if they were changed meanwhile."""
+        names = list(names)
+        self.verify(names)
+        yield
+        self.verify(names)
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compares digests with those of the manifest, of all files or of those named.
+
+        Raises `ArtifactError` for the first file that differs or is not in the manifest.
+        """
+        files = self.manifest["files"]
+        chosen = list(files if names is None else names)
+        for name in chosen:
+            if name not in files:
+                raise ArtifactError(f"{self.folder / MANIFEST} does not list {name}; export the artifacts again.")
+        try:
+            found = file_digests(self.folder / name for name in chosen)
+        except OSError as error:
+            raise ArtifactError(f"artifacts in {self.folder} cannot be read ({error}); export them again.") from error
+        for name, (path, digest) in zip(chosen, found.items(), strict=True):
+            if digest != files[name]["digest"]:
+                raise ArtifactError(
+                    f"{path} has digest {digest[:12]}, expected {files[name]['digest'][:12]} as in {MANIFEST}, so it "
+                    "was changed after the export; export the artifacts again."
+                )
 
 
 def load_artifacts(folder: Path) -> Artifacts:
@@ -74,7 +113,7 @@ def load_artifacts(folder: Path) -> Artifacts:
     if not path.is_file():
         raise ArtifactError(f"{folder} has no {MANIFEST}, so it is not a complete artifacts folder; {export_again}.")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         made_format, made_version = manifest["format"], manifest["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is not a manifest ({error}); {export_again}.") from error
@@ -87,6 +126,8 @@ def load_artifacts(folder: Path) -> Artifacts:
         preset = Preset.from_dict(manifest["preset"])
         contracts = {name: Contract.from_dict(values) for name, values in manifest["contracts"].items()}
         sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
+        if not all(isinstance(facts["digest"], str) for facts in manifest["files"].values()):
+            raise TypeError("a digest is not a string")
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} does not describe a preset of this version ({error}); {export_again}.") from error
     for name, size in sizes.items():

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.digests import file_digests
+from live_avatar.json_files import read_json
 
 FOLDER = "engines"
 RECORDS = "engines.json"
@@ -35,8 +37,8 @@ class Machine:
 class Engine:
     """What is known of one engine file.
 
-    files: sha256 of the graph and of its weights, by file name, as in the manifest; weights_on_host: they stay in
-    host memory and are streamed to the GPU in every run.
+    files: digests of the graph and of its weights, by file name, as in the manifest; weights_on_host: they stay in
+    host memory and are streamed to the GPU in every run; bytes and digest are of the engine's own file.
     """
 
     machine: Machine
@@ -44,6 +46,7 @@ class Engine:
     weights_on_host: bool
     build_s: float
     bytes: int
+    digest: str
 
 
 def engine_path(artifacts: Artifacts, component: str) -> Path:
@@ -63,7 +66,7 @@ def read_engines(artifacts: Artifacts) -> dict[str, Engine]:
     try:
         return {
             name: Engine(**{**record, "machine": Machine(**record["machine"])})
-            for name, record in json.loads(path.read_text()).items()
+            for name, record in read_json(path).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
@@ -80,7 +83,10 @@ def write_engines(artifacts: Artifacts, engines: Mapping[str, Engine]) -> None:
 
 
 def fault(artifacts: Artifacts, component: str, engine: Engine | None, machine: Machine) -> str | None:
-    """Why the component's engine cannot be used on this machine, as the end of a sentence; None if it can."""
+    """Why the component's engine cannot be used on this machine, as the end of a sentence; None if it can.
+
+    The engine's file is not read for that: see `altered`.
+    """
     path = engine_path(artifacts, component)
     if engine is None or not path.is_file():
         return "has not been built"
@@ -88,8 +94,19 @@ def fault(artifacts: Artifacts, component: str, engine: Engine | None, machine: 
         return f"was built by {engine.machine}, but this is {machine}"
     known = artifacts.manifest["files"]
     for name, digest in engine.files.items():
-        if name not in known or known[name]["sha256"] != digest:
+        if name not in known or known[name]["digest"] != digest:
             return f"was built from another {name}"
     if path.stat().st_size != engine.bytes:
         return f"has {path.stat().st_size} bytes, but {engine.bytes} were written"
+    return None
+
+
+def altered(path: Path, engine: Engine) -> str | None:
+    """How the engine's file differs from the one that was built, as the end of a sentence; None if it does not."""
+    try:
+        (digest,) = file_digests([path]).values()
+    except OSError as error:
+        return f"cannot be read ({error})"
+    if digest != engine.digest:
+        return f"has digest {digest[:12]}, expected {str(engine.digest)[:12]}, so it was changed after it was built"
     return None

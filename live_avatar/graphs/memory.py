@@ -199,7 +199,7 @@ def _conditioning_sessions(preset: Preset) -> Memory:
     motion = LATENT_CHANNELS * MOTION_LATENTS * stream.latent_height * stream.latent_width
     avatar = {"latents and text": (motion + dit.text_len * dit.text_dim) * BYTES["float32"]}
     speech = SAMPLE_BYTES * stream.speech_window_blocks * stream.block_samples
-    return Memory("conditioning", {}, {"speech": speech, **avatar}, avatar)
+    return Memory("conditioning", {}, {"speech": speech, **avatar})
 
 
 def _spelled(memories: Iterable[Memory], sessions: int, avatars: int) -> str:

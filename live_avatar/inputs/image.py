@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,18 +21,51 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
+MAX_SCANS = 64  # of a JPEG; cameras and programs write 10 or fewer
+GROUND = (128, 128, 128)
+"""The grey behind a picture's transparent parts."""
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+PNG_CHUNKS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"})
+PNG_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # which may hold the orientation
+MAX_TEXT_BYTES = 2**16
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 SIZE_STEP = 64  # pixels; sides of a video are multiples
 SCALES = 100
+LEAST_SHOWN = 2 / 3  # of a picture, without a warning
 LEAST_SCALE = 0.1  # for a picture within the budget
 
 
 def decode_image(data: bytes, height: int, width: int) -> Array:
-    """PNG, JPEG or WebP bytes -> float32 [3, height, width] in -1..1, scaled to cover and cropped in the middle.
+    """PNG, JPEG or WebP bytes -> float32 [3, height, width] in -1..1. Raises as `decode_pixels` does."""
+    return normalise(decode_pixels(data, height, width))
 
-    Raises `InputError` for anything else; a picture of more than `MAX_PIXELS` is refused by its header.
+
+def decode_pixels(data: bytes, height: int, width: int) -> Array:
+    """PNG, JPEG or WebP bytes -> uint8 [height, width, 3], scaled to cover and cropped in the middle.
+
+    Transparent parts show `GROUND`. Raises `InputError` for anything else; a picture of more than `MAX_PIXELS` is
+    refused by its header.
     """
     fitted = ImageOps.fit(_picture(data), (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    if fitted.mode == "RGBA":
+        fitted = Image.alpha_composite(Image.new("RGBA", fitted.size, GROUND), fitted).convert("RGB")
+    return np.asarray(fitted)
+
+
+def normalise(pixels: Array) -> Array:
+    """uint8 [height, width, 3] -> float32 [3, height, width] in -1..1."""
+    return pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -39,21 +74,45 @@ def picture_size(data: bytes) -> tuple[int, int]:
     return picture.height, picture.width
 
 
-def _picture(data: bytes) -> Image.Image:
-    """The picture upright, in RGB with 8 bits."""
+def crop_warning(data: bytes, height: int, width: int) -> str | None:
+    """A sentence if a video of that size shows less than `LEAST_SHOWN` of a picture. Raises as `decode_image` does."""
+    rows, columns = picture_size(data)
+    shown = min(rows * width, columns * height) / max(rows * width, columns * height)
+    if shown >= LEAST_SHOWN:
+        return None
+    return (
+        f"the picture is {columns}x{rows}, and the video of {width}x{height} shows only the {shown:.0%} in its middle; "
+        "crop the picture around the head, or choose a video of its shape."
+    )
+
+
+def check_bytes(data: bytes) -> None:
+    """Raises `InputError` for a picture without bytes, or with too many."""
     if not data:
         raise InputError("the reference image has 0 bytes; send an encoded PNG, JPEG or WebP.")
     if len(data) > MAX_BYTES:
         raise InputError(f"the reference image has {len(data)} bytes, more than {MAX_BYTES}; send a smaller file.")
+
+
+def _picture(data: bytes) -> Image.Image:
+    """The picture upright, in RGB or RGBA with 8 bits."""
+    check_bytes(data)
+    size = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning; the limit below is ours
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(_checked(data)), formats=FORMATS)
+            size = f"{image.width}x{image.height}"
             _check_size(*image.size)
-            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+            _check_still(image)
+            return _turned(_eight_bits(image), _orientation(image))
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours, met in the header
         raise InputError(
             f"the reference image has more than {MAX_PIXELS} pixels in all ({error}); scale it down first."
+        ) from error
+    except MemoryError as error:
+        raise InputError(
+            f"the reference image is {size} pixels, more than there is memory for; scale it down first."
         ) from error
     except InputError:
         raise
@@ -108,10 +167,70 @@ def _down(pixels: float) -> int:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; Pillow's own conversion would cut every value above 255 to white."""
-    if not image.mode.startswith("I;16"):
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """The picture in RGB, or in RGBA if it has transparent parts.
+
+    Pillow's own conversion of 16-bit grey would cut every value above 255 to white.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation in the picture's metadata; 1, upright, if they have none or cannot be read."""
+    image.load()  # metadata may follow the pixels
+    try:
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # as of `_picture`
+        return 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = ORIENTATIONS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _checked(data: bytes) -> bytes:
+    """The file without metadata that Pillow could stumble over; raises `InputError` for a JPEG of too many scans."""
+    if data.startswith(PNG_START):
+        return PNG_START + b"".join(_png_chunks(data))
+    if data.startswith(JPEG_START):
+        _check_scans(data)
+    return data
+
+
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    """The chunks of a PNG that make its pixels or its orientation; bytes that are no whole chunk stay as they are."""
+    start = len(PNG_START)
+    while start < len(data):
+        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        end = start + 12 + length
+        text = length <= MAX_TEXT_BYTES and data.startswith(PNG_TEXTS, start + 8)
+        if kind in PNG_CHUNKS or text or end > len(data):
+            yield data[start:end]
+        start = end
+
+
+def _check_scans(data: bytes) -> None:
+    scans, start = 0, len(JPEG_START)
+    while marker := JPEG_MARKER.search(data, start):
+        kind = data[marker.start() + 1]
+        if kind == END_OF_IMAGE:
+            return
+        scans += kind == START_OF_SCAN
+        if scans > MAX_SCANS:
+            raise InputError(
+                f"the reference image is a JPEG of more than {MAX_SCANS} scans; save it again as a plain JPEG."
+            )
+        start = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+
+
+def _check_still(image: Image.Image) -> None:
+    """Raises `InputError` for an animation. A JPEG with further pictures inside, as phones write, is a still."""
+    if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
+        frames = getattr(image, "n_frames", 0)
+        raise InputError(f"the reference image is animated ({frames} frames); send a still, such as its first frame.")
 
 
 def _check_size(width: int, height: int) -> None:

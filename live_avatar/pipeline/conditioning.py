@@ -1,30 +1,21 @@
-"""The front end: picture, prompt, seed and speech become what the denoising steps take.
+"""Turns seed and speech into the noise and the audio tokens of each block.
 
-`Conditioner` holds graphs; the state of a session is a `Conditioning` that it opens and is handed back. Avatars are
-remembered by who uses it, under `avatar_key`.
+`Conditioner` holds graphs; the state of a session is a `Conditioning` that it opens and is handed back.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.config import MOTION_LATENTS, TEMPORAL_STRIDE, Preset
+from live_avatar.config import Preset
 from live_avatar.errors import InputError
-from live_avatar.inputs.image import decode_image
 from live_avatar.inputs.speech import SpeechWindow, interpolate
-from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime import Runtime
 
 MAX_SEED = 2**63 - 1
-
-
-def avatar_key(image: bytes, prompt: str) -> bytes:
-    """What a picture and prompt are remembered by: a hash of their contents, 32 bytes."""
-    return hashlib.sha256(hashlib.sha256(image).digest() + prompt.encode(errors="surrogatepass")).digest()
 
 
 def block_noise(seed: int, block: int, shape: tuple[int, ...]) -> Array:
@@ -56,28 +47,17 @@ class Conditioning:
 
 
 class Conditioner:
-    """Encoders of picture, prompt and speech."""
+    """The encoders of speech."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.preset: Preset = runtime.preset
-        self._tokenizer = runtime.tokenizer
-        names = ("vae_encoder_first", "vae_encoder", "text_encoder", "speech_encoder", "audio_tokens")
-        self._graphs = {name: runtime.graph(name) for name in names}
+        self._graphs = {name: runtime.graph(name) for name in ("speech_encoder", "audio_tokens")}
 
     def open(self, seed: int) -> Conditioning:
         """State of a new session. Raises `InputError` for a seed outside 0..2^63 - 1."""
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed {seed} is outside 0..{MAX_SEED}; choose one inside.")
         return Conditioning(seed, SpeechWindow(self.preset.stream))
-
-    def avatar(self, image: bytes, prompt: str) -> SinkSource:
-        """Latents and text features of a picture and prompt. Raises `InputError` for what cannot be used."""
-        stream = self.preset.stream
-        frame = decode_image(image, stream.height, stream.width)[None, :, None]
-        token_ids, token_mask = self._tokenizer.encode(prompt)
-        text = self._graphs["text_encoder"].run({"token_ids": token_ids, "token_mask": token_mask})["text"]
-        latents = self._encode_still(frame)
-        return SinkSource(latents[:, :, :1], latents, text)
 
     def block(self, state: Conditioning, samples: Array) -> BlockInput:
         """The next block of the session, from its int16 [block_samples] of speech."""
@@ -89,21 +69,3 @@ class Conditioner:
         made = BlockInput(state.blocks, state.speech.first_frame, noise, audio)
         state.blocks += 1
         return made
-
-    def _encode_still(self, frame: Array) -> Array:
-        """[1, 3, 1, H, W] -> the latents [1, 16, 19, h, w] of that frame held for 73 frames.
-
-        The reference is the first of them, as in the reference's five-process loop (spec section 10).
-        """
-        result = self._graphs["vae_encoder_first"].run({"frames": frame})
-        frames = np.repeat(frame, TEMPORAL_STRIDE, axis=2)
-        latents = [result["latent"]]
-        while len(latents) < MOTION_LATENTS:
-            result = self._graphs["vae_encoder"].run({"frames": frames, **next_state(result)})
-            latents.append(result["latent"])
-        return np.concatenate(latents, axis=2)
-
-
-def next_state(result: dict[str, Array]) -> dict[str, Array]:
-    """The `new_state.*` outputs of a streamed graph as the `state.*` inputs of its next call."""
-    return {name.removeprefix("new_"): array for name, array in result.items() if name.startswith("new_state.")}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.pipeline.conditioning import next_state
+from live_avatar.pipeline.avatar import next_state
 from live_avatar.runtime import Runtime
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from live_avatar.arrays import Array
 from live_avatar.config import KNOWN_AVATARS, SAMPLES_PER_FRAME, Preset, StreamConfig
 from live_avatar.errors import InputError
-from live_avatar.pipeline.conditioning import Conditioner, avatar_key
+from live_avatar.pipeline.avatar import AvatarEncoder, avatar_key
+from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.pipeline.denoiser import DenoisingStep
 from live_avatar.pipeline.lru import LRU
@@ -47,6 +48,7 @@ class Generator:
 
     def __init__(self, runtime: Runtime) -> None:
         self.preset: Preset = runtime.preset
+        self._encoder = AvatarEncoder(runtime)
         self._conditioner = Conditioner(runtime)
         self._steps = [DenoisingStep(runtime, step) for step in range(1, self.preset.stream.steps + 1)]
         self._decoder = FrameDecoder(runtime)
@@ -62,7 +64,7 @@ class Generator:
     ) -> Iterator[GeneratedBlock]:
         """Yields a block for every block of speech, without end if `blocks` has none."""
         stream = self.preset.stream
-        source = self._avatars.get(avatar_key(image, prompt), lambda: self._conditioner.avatar(image, prompt))
+        source = self._avatars.get(avatar_key(image, prompt), lambda: self._encoder.encode_image(image, prompt))
         conditioning = self._conditioner.open(seed)
         states = [step.open(step.prefill(source)) for step in self._steps]
         decoding = DecoderState(self._decoder.warm_up(source.motion))

@@ -7,6 +7,7 @@ clean latent frame of block 1 (adaptive attention sink); its position rolls with
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from live_avatar.arrays import Array
 from live_avatar.config import StreamConfig
@@ -22,6 +23,12 @@ class SinkSource:
     reference: Array
     motion: Array
     text: Array
+
+    @classmethod
+    def of(cls, motion: Array, text: Array) -> Self:
+        """That of an avatar. The reference is the first latent frame, as in the reference's five-process loop (spec
+        section 10)."""
+        return cls(first_latent_frame(motion), motion, text)
 
     def replaced(self, first_clean: Array) -> SinkSource:
         """The same with the model's own frame [1, 16, 1, h, w] as reference; motion and text stay."""

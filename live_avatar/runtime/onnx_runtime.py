@@ -14,8 +14,8 @@ from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.graphs.memory import host_available_bytes
-from live_avatar.inputs.text import make_tokenizer
 from live_avatar.runtime.host import host_zeros, numpy_dtype
+from live_avatar.runtime.tokenizer import verified_tokenizer
 
 
 class OnnxGraph:
@@ -53,12 +53,14 @@ class OnnxRuntime:
                 "--precision float32, or serve it with a GPU profile."
             )
         self.preset = artifacts.preset
-        self.tokenizer = make_tokenizer(self.preset, artifacts.tokenizer)
+        self.tokenizer = verified_tokenizer(artifacts)
         self._artifacts = artifacts
         self._warm = warm
 
     def graph(self, component: str) -> OnnxGraph:
-        graph = OnnxGraph(str(self._artifacts.graph_path(component)))
+        """Loads the component's graph. Raises `ArtifactError` for one whose files are not those of the manifest."""
+        with self._artifacts.reading(component) as path:
+            graph = OnnxGraph(str(path))
         if self._warm:
             graph.run(_usual_inputs(self._artifacts.contracts[component]))
         return graph

@@ -41,9 +41,9 @@ from torch import Tensor
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.contract import Contract, Extent, GraphTensor
-from live_avatar.graphs.engines import Engine, Machine, build_command, engine_path, fault, read_engines
-from live_avatar.inputs.text import make_tokenizer
+from live_avatar.graphs.engines import Engine, Machine, altered, build_command, engine_path, fault, read_engines
 from live_avatar.runtime import Allocator
+from live_avatar.runtime.tokenizer import verified_tokenizer
 
 LEAST_VERSION = (10, 15)  # the first that reads every operator of opset 23 that the graphs use
 ALIGNMENT = 256  # bytes, of every address that is bound (TensorRT documentation of setTensorAddress)
@@ -309,7 +309,7 @@ class TensorRTRuntime:
     ) -> None:
         """Raises `ArtifactError` without TensorRT or without that GPU."""
         self.preset = artifacts.preset
-        self.tokenizer = make_tokenizer(self.preset, artifacts.tokenizer)
+        self.tokenizer = verified_tokenizer(artifacts)
         self._artifacts = artifacts
         self._backend = open_backend(device, open_device)
         self.zeros: Allocator = partial(_zeros, self._backend.device.torch_device)
@@ -330,8 +330,10 @@ class TensorRTRuntime:
 
     def _load(self, component: str, engine: Engine) -> Any:
         path = engine_path(self._artifacts, component)
+        self._demand_unaltered(component, engine)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             loaded = self._backend.runtime.deserialize_cuda_engine(plan)
+        self._demand_unaltered(component, engine)
         if loaded is None:
             raise self._refusal(component, f"cannot be loaded ({self._backend.logger.reason()})")
         if engine.weights_on_host:
@@ -342,6 +344,11 @@ class TensorRTRuntime:
         if {name: loaded.get_tensor_dtype(name) for name in names} != expected:
             raise self._refusal(component, "has other inputs and outputs than its contract")
         return loaded
+
+    def _demand_unaltered(self, component: str, engine: Engine) -> None:
+        reason = altered(engine_path(self._artifacts, component), engine)
+        if reason is not None:
+            raise self._refusal(component, f"{reason}; remove it")
 
     def _refusal(self, component: str, reason: str) -> ArtifactError:
         path, command = engine_path(self._artifacts, component), build_command(self._artifacts)

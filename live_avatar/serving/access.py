@@ -1,8 +1,4 @@
-"""Access to the server's ports, as options of Triton: TLS, keys, and closed endpoints.
-
-The stream uses gRPC, which has TLS. Triton's HTTP has no TLS, so it serves only health and metadata. Only the
-supervisor may load and unload models, with a random secret of each start.
-"""
+"""Keys and certificates: the options of an operator, and what is wrong with their files."""
 
 from __future__ import annotations
 
@@ -15,27 +11,19 @@ from typing import Final
 
 from live_avatar.errors import ServerError
 
-# Names of the keys. The HTTP header is the name; the gRPC header is `triton-grpc-protocol-` and the name.
-API_KEY: Final = "api-key"
-ADMIN_KEY: Final = "admin-key"
-SUPERVISOR_KEY: Final = "supervisor-key"
-
-INFERENCE: Final = "inference"
-MODEL_CONTROL: Final = "model-repository"
-# Endpoints for operators; callers do not need them.
-OPERATION: Final = ("shared-memory", "trace", "logging", "statistics", "model-config")
-
+# Names of the keys: the header is the name in HTTP, and `triton-grpc-protocol-` and the name in gRPC.
 MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 256
-# Triton uses `,` and `:` as separators, and a header has neither spaces nor letters beyond ASCII.
+# Older servers' command lines separated with `,` and `:`; a header has neither spaces nor other letters.
 FORBIDDEN_IN_KEYS: Final = re.compile(r"[^!-~]|[,:]")
 
 
 @dataclass(frozen=True)
 class Access:
-    """Files with the keys and certificates; None means no key or no TLS.
+    """Files with the keys and certificates; without them there is no key and no TLS.
 
-    `api_key_file` is for callers, `admin_key_file` for operators. `tls_certificate` (the server's certificate with
-    its chain) needs `tls_key`; with `tls_client_ca` each client needs a certificate that this authority has signed.
+    `api_key_file` is for callers, `admin_key_file` for operators. `tls_certificate` (the server's own, with those
+    between it and its root) and `tls_key` go together; with `tls_client_ca` a client needs a certificate that this
+    authority has signed.
     """
 
     api_key_file: Path | None = None
@@ -45,33 +33,19 @@ class Access:
     tls_client_ca: Path | None = None
 
 
-def access_flags(access: Access, address: str, secret: str) -> list[str]:
-    """Triton's options for a server that listens on `address` and whose supervisor knows `secret`.
-
-    They contain the keys. Raises `ServerError` for a key or certificate that cannot be used.
-    """
-    api_key = None if access.api_key_file is None else read_key(access.api_key_file)
-    admin_key = None if access.admin_key_file is None else read_key(access.admin_key_file)
-    if api_key is not None and api_key == admin_key:
-        raise ServerError(
-            f"{access.api_key_file} and {access.admin_key_file} hold the same key, so that every caller would be an "
-            "operator; put another key into one of them."
-        )
-    flags = [
-        _restricted("http-restricted-api", (INFERENCE, MODEL_CONTROL, *OPERATION), SUPERVISOR_KEY, secret),
-        _restricted("grpc-restricted-protocol", (MODEL_CONTROL,), SUPERVISOR_KEY, secret),
-    ]
-    if api_key is not None:
-        flags.append(_restricted("grpc-restricted-protocol", (INFERENCE,), API_KEY, api_key))
-    if admin_key is not None:
-        flags.append(_restricted("grpc-restricted-protocol", OPERATION, ADMIN_KEY, admin_key))
-    elif not is_loopback(address):
-        flags.append(_restricted("grpc-restricted-protocol", OPERATION, SUPERVISOR_KEY, secret))
-    return flags + _tls_flags(access)
+def check_access(access: Access) -> None:
+    """Raises `ServerError` for certificates that cannot be used, or options of TLS without the others."""
+    certificate, key, client_ca = access.tls_certificate, access.tls_key, access.tls_client_ca
+    if certificate is None or key is None:
+        _expect_no_tls(access)
+        return
+    _check_pair(certificate, key)
+    if client_ca is not None:
+        _check_authority(client_ca)
 
 
 def access_warnings(access: Access, address: str) -> list[str]:
-    """A sentence for each endpoint that is open to every other machine that can reach `address`."""
+    """A sentence for each thing that is open to everybody who can reach `address`, but for callers on this machine."""
     if is_loopback(address):
         return []
     warnings = []
@@ -89,7 +63,7 @@ def access_warnings(access: Access, address: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach `address`. Of names, only localhost counts as local."""
+    """Whether only this machine reaches `address`. A name other than localhost counts as reachable for others."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -97,7 +71,7 @@ def is_loopback(address: str) -> bool:
 
 
 def read_key(path: Path) -> str:
-    """The key in a file. Raises `ServerError`, without the key in its message, if it cannot be read or used."""
+    """The key in a file. Raises `ServerError`, which does not say the key, if it cannot be read or used."""
     text = _read(path, "key").decode("utf-8", errors="replace")
     if fault := _fault(text.removesuffix("\n").removesuffix("\r")):
         raise ServerError(
@@ -109,7 +83,7 @@ def read_key(path: Path) -> str:
 
 
 def _fault(key: str) -> str | None:
-    """The fault of a key, without the key itself; None if there is none."""
+    """What is wrong with a key, in words that do not give it away."""
     if "\n" in key:
         return f"has {key.count(chr(10)) + 1} lines"
     if found := FORBIDDEN_IN_KEYS.search(key):
@@ -117,23 +91,6 @@ def _fault(key: str) -> str | None:
     if not MIN_KEY_CHARS <= len(key) <= MAX_KEY_CHARS:
         return f"holds a key of {len(key)} characters"
     return None
-
-
-def _restricted(option: str, groups: tuple[str, ...], name: str, key: str) -> str:
-    return f"--{option}={','.join(groups)}:{name}={key}"
-
-
-def _tls_flags(access: Access) -> list[str]:
-    certificate, key, client_ca = access.tls_certificate, access.tls_key, access.tls_client_ca
-    if certificate is None or key is None:
-        _expect_no_tls(access)
-        return []
-    _check_pair(certificate, key)
-    flags = [f"--grpc-server-cert={certificate.resolve()}", f"--grpc-server-key={key.resolve()}"]
-    if client_ca is None:
-        return ["--grpc-use-ssl=true", *flags]
-    _check_authority(client_ca)
-    return ["--grpc-use-ssl-mutual=true", *flags, f"--grpc-root-cert={client_ca.resolve()}"]
 
 
 def _expect_no_tls(access: Access) -> None:

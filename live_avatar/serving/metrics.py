@@ -1,6 +1,6 @@
 """All metrics of the service: name, kind, labels and description.
 
-The stages report through a `Meter`; Triton's `/metrics` shows the values.
+The stages report through a `Meter` to Triton, the gateway by itself; the gateway's `/metrics` shows both.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class EndCause(StrEnum):
     ABANDONED = "abandoned"
     FAILED = "failed"
     """A stage failed, or the client had met an error."""
+    DISCONNECTED = "disconnected"
+    """The stream ended without END: the client was killed, or the network was cut."""
     SILENT = "silent"
-    """Nothing came for the idle limit: the client has gone, was killed, or its stream was cut."""
+    """The client sent nothing, or read nothing, for the idle limit."""
     SHUTDOWN = "shutdown"
 
 
@@ -71,8 +73,23 @@ SESSIONS_REFUSED: Final = Metric(
 SESSIONS_ENDED: Final = Metric(
     "live_avatar_sessions_ended_total",
     Kind.COUNTER,
-    "Sessions ended, by reason: completed, abandoned, failed, ended, silent, shutdown.",
+    "Sessions ended, by reason: completed, abandoned, failed, ended, disconnected, silent, shutdown.",
     ("reason",),
+)
+STREAMS: Final = Metric("live_avatar_streams_open", Kind.GAUGE, "Streams of callers that are open now.")
+PIPE_BLOCKS: Final = Metric("live_avatar_pipe_blocks", Kind.GAUGE, "Blocks between the gateway and their callers now.")
+KNOWN_AVATARS: Final = Metric("live_avatar_known_avatars", Kind.GAUGE, "Avatars that the gateway remembers.")
+AVATARS_PREPARED: Final = Metric(
+    "live_avatar_avatars_prepared_total",
+    Kind.COUNTER,
+    "Sessions by avatar: known, or new, which means decoded and encoded.",
+    ("avatar",),
+)
+AVATAR_TIME: Final = Metric(
+    "live_avatar_avatar_seconds",
+    Kind.HISTOGRAM,
+    "Time to decode a new picture and to encode it with its prompt.",
+    buckets=(0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
 BLOCKS: Final = Metric(
     "live_avatar_blocks_total", Kind.COUNTER, "Blocks of speech that a stage has processed.", ("stage",)
@@ -145,7 +162,28 @@ METRICS: Final = (
     AVATARS,
     SINK_UPDATES,
     SINKS_AHEAD,
+    STREAMS,
+    PIPE_BLOCKS,
+    KNOWN_AVATARS,
+    AVATARS_PREPARED,
+    AVATAR_TIME,
 )
+
+GATEWAY_METRICS: Final = (
+    INFO,
+    SESSIONS_LIMIT,
+    SESSIONS_LIVE,
+    SESSIONS_FREE,
+    SESSIONS_ADMITTED,
+    SESSIONS_REFUSED,
+    SESSIONS_ENDED,
+    STREAMS,
+    PIPE_BLOCKS,
+    KNOWN_AVATARS,
+    AVATARS_PREPARED,
+    AVATAR_TIME,
+)
+"""Those that the gateway reports; the stages report the others."""
 
 
 class Meter(Protocol):

@@ -11,18 +11,15 @@ from live_avatar.serving.label import Label
 from live_avatar_client import protocol
 from live_avatar_client.protocol import FrameFormat
 
-MAX_TOKEN_CHARS = 256
-
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """The options of one session. label: drawn on every frame. token: secret of the session, empty without one."""
+    """The options of one session. label: drawn on every frame."""
 
     seed: int
     frame_format: FrameFormat
     jpeg_quality: int
     label: Label | None
-    token: str
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class OptionsReader:
 
     def read(self, parameters: Mapping[str, object]) -> SessionOptions:
         """Raises `InputError` for a value of another type or out of bounds, or a label that cannot be drawn."""
-        seed = _integer(parameters, protocol.SEED_PARAMETER, 0, 0, protocol.MAX_SEED)
+        seed = read_seed(parameters)
         frame_format = _frame_format(parameters)
         quality = _integer(
             parameters,
@@ -45,14 +42,13 @@ class OptionsReader:
             protocol.MAX_JPEG_QUALITY,
         )
         text = _text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS)
-        secret = token(parameters)
         label = Label(text, self.height, self.width, self.label_font) if text else None
-        return SessionOptions(seed, frame_format, quality, label, secret)
+        return SessionOptions(seed, frame_format, quality, label)
 
 
-def token(parameters: Mapping[str, object]) -> str:
-    """The secret that every request of a session carries; empty if the client sends none."""
-    return _text(parameters, protocol.TOKEN_PARAMETER, MAX_TOKEN_CHARS)
+def read_seed(parameters: Mapping[str, object]) -> int:
+    """The seed; 0 if there is none. Raises `InputError` as `OptionsReader.read` does."""
+    return _integer(parameters, protocol.SEED_PARAMETER, 0, 0, protocol.MAX_SEED)
 
 
 def _integer(parameters: Mapping[str, object], name: str, default: int, least: int, most: int) -> int:

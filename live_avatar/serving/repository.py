@@ -10,13 +10,15 @@ from typing import Final
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from live_avatar.serving.supervisor import DRAIN_MARKER
-from live_avatar_client.protocol import MODEL_NAME, STATUS_MODEL
+from live_avatar.serving.tensors import AVATAR_ENCODER
+from live_avatar_client.protocol import MODEL_NAME
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 CANDIDATES = 4
-"""Sequences that a batcher takes per session, so that conditioning can refuse the sessions above the limit."""
-AUXILIARY_MODELS: Final = ("rolling_sink", STATUS_MODEL)
+"""Sequences that a batcher takes per session, so that a new session does not wait for those that were left without an
+end."""
+IDLE_MARGIN_S = 30.0
+AUXILIARY_MODELS: Final = ("rolling_sink", AVATAR_ENCODER)
 """Models that are served in addition to those of the ensemble."""
 CHAIN_MODEL = re.compile(r'model_name: "(\w+)"')
 
@@ -63,16 +65,18 @@ class ProfileModels:
         return config
 
     def write(self, folder: Path) -> Path:
-        """Writes a model repository into `folder`, with one more model that cannot be loaded; returns `folder`."""
+        """Writes a model repository into `folder`, or what is missing there; returns `folder`."""
         for model in (MODEL_NAME, *AUXILIARY_MODELS, *chain(self.repository, self.profile)):
             place = folder / model
-            place.mkdir(parents=True)
-            place.joinpath("config.pbtxt").write_text(text_format.MessageToString(self.config(model)))
+            place.mkdir(parents=True, exist_ok=True)
+            config = self.config(model)
+            if config.HasField("sequence_batching"):
+                # The gateway ends idle sessions; the pipe drops those that a gateway has left behind.
+                config.sequence_batching.max_sequence_idle_microseconds += round(IDLE_MARGIN_S * 1e6)
+            if not (file := place / "config.pbtxt").exists():
+                file.write_text(text_format.MessageToString(config))
             if model == MODEL_NAME:
-                place.joinpath("1").mkdir()
-            else:
-                place.joinpath("1").symlink_to(self.repository.resolve() / model / "1")
-        marker = folder / DRAIN_MARKER
-        marker.mkdir()
-        marker.joinpath("config.pbtxt").write_text('backend: "python"\n')  # without a version
+                place.joinpath("1").mkdir(exist_ok=True)
+            elif not (version := place / "1").exists():
+                version.symlink_to(self.repository.resolve() / model / "1")
         return folder

@@ -24,9 +24,6 @@ class KnownAvatars(Generic[T]):
         meter.declare(AVATAR_MISSES)
         meter.set(AVATARS, 0)  # also after a restart of the process
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._made
-
     def get(self, key: bytes, make: Callable[[], T]) -> T:
         known = key in self._made
         value = self._made.get(key, make)

@@ -6,10 +6,10 @@ repository and the command line.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -25,20 +25,27 @@ from pathlib import Path
 from typing import IO
 
 from live_avatar.errors import ServerError
+from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.serving import LOG_MARK
-from live_avatar.serving.access import access_flags
-from live_avatar.serving.checks import check, model_source
+from live_avatar.serving.access import check_access
+from live_avatar.serving.checks import check, gateway_settings, model_source
 from live_avatar.serving.control import Control
+from live_avatar.serving.gateway_process import PRIVATE, GatewayProcess
+from live_avatar.serving.gateway_settings import metrics_socket, triton_target
+from live_avatar.serving.health import health_port
 from live_avatar.serving.repository import AUXILIARY_MODELS
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.settings import StageSettings
-from live_avatar.serving.supervisor import DRAIN_MARKER, Admin, Supervisor
+from live_avatar.serving.supervisor import Admin, Supervisor, living_stages
 from live_avatar.serving.turns import turns_value
 from live_avatar_client.protocol import MODEL_NAME
 
 START_LIMIT_S = 1800.0  # a stage of the 14B model loads tens of gigabytes
 STOP_LIMIT_S = 10.0
 POLL_S = 0.1
+LAST_WORDS_S = 3.0
+"""How long Triton may take to report a stage that failed while it started."""
+MAX_SOCKET_PATH = 100  # bytes; Linux takes 107
 LOG_LINES = 2000
 SHARED_MEMORY = Path("/dev/shm")
 # Replaces itself with the server ("$@"), and leaves a watchdog in the server's process group. The pipe on stdin closes
@@ -76,21 +83,23 @@ class ServerLog:
     def text(self) -> str:
         return "\n".join(list(self._lines))
 
+    def add(self, line: bytes) -> None:
+        said = line.decode(errors="replace").rstrip("\n")
+        self._lines.append(said)
+        self._echo(said)
+
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
-            said = line.decode(errors="replace").rstrip("\n")
-            self._lines.append(said)
-            with suppress(OSError):  # whoever listened has gone; the server must not wait for it
-                self._echo(said)
+            self.add(line)
 
 
 def is_for_operators(line: str) -> bool:
     """Whether a line of the log is a stage's own, or an error of Triton's that is none of our making."""
-    return LOG_MARK in line or (line.startswith("E") and DRAIN_MARKER not in line)
+    return LOG_MARK in line or line.startswith("E")
 
 
 class TritonServer:
-    """A running server, watched over by `supervisor`."""
+    """A running server: Triton, the gateway before it, and the supervisor of both."""
 
     def __init__(
         self,
@@ -99,16 +108,24 @@ class TritonServer:
         log: ServerLog,
         supervisor: Supervisor,
         admin: Admin,
+        gateway: GatewayProcess,
+        shared_memory: str,
     ) -> None:
         self.options = options
         self.process = process
         self.supervisor = supervisor
+        self.gateway = gateway
         self._log = log
         self._admin = admin
+        self._shared_memory = shared_memory
 
     def wait_ready(self, limit_s: float = START_LIMIT_S) -> None:
-        """Returns when every model is ready. Raises `ServerError` if the server ends or `limit_s` passes."""
+        """Returns when every model is ready.
+
+        Raises `ServerError` if Triton ends, the process of a stage ends before its model is ready, or `limit_s` passes.
+        """
         deadline = time.monotonic() + limit_s
+        started: set[str] = set()
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 time.sleep(POLL_S)  # for its last words
@@ -116,10 +133,25 @@ class TritonServer:
                 raise ServerError(
                     f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}"
                 )
+            make_private(self._shared_memory)
             if self._admin.ready():
                 return
+            alive = living_stages(self.process.pid)
+            started |= alive
+            if gone := sorted(started - alive):
+                self._expect_stages(gone)
             time.sleep(POLL_S)
         raise ServerError(f"Triton was not ready after {limit_s:g} s; the last it said:\n{self.errors()}")
+
+    def _expect_stages(self, gone: list[str]) -> None:
+        """Raises `ServerError` for stages whose process has ended, unless Triton reports the reason itself."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(LAST_WORDS_S)
+        if self.process.poll() is None:
+            raise ServerError(
+                f"stage {', '.join(gone)} ended without an error of its own while the server started (the kernel ends "
+                f"a process that takes too much memory); the last lines of the log:\n{self.errors()}"
+            )
 
     def errors(self, lines: int = 12) -> str:
         """What the log says went wrong, without Python's tracebacks; its last lines if it says nothing."""
@@ -131,6 +163,11 @@ class TritonServer:
         wrong = [f"failed to load {', '.join(sorted(names))}: {cause}" for cause, names in models.items()]
         wrong += dict.fromkeys(failure for failure in failures if not FAILED_MODEL.match(failure))
         return "\n".join(wrong) or "\n".join(said.splitlines()[-lines:])
+
+    @property
+    def process_ids(self) -> tuple[int, int]:
+        """Triton's and the gateway's, each the leader of a process group."""
+        return self.process.pid, self.gateway.process_id
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -165,48 +202,122 @@ class TritonServer:
 def serving(options: ServerOptions, echo: Callable[[str], None] = lambda line: None) -> Iterator[TritonServer]:
     """A server that is ready inside the `with` and gone after it, workers and temporary files included.
 
-    `echo` is given every line that Triton and the stages write. Raises `ArtifactError` for unusable artifacts,
-    `CapacityError` for more sessions than memory has room for, and `ServerError` for a taken port, a key or certificate
-    that cannot be used, a profile that is unknown, has another number of steps than the artifacts, or needs GPUs that
-    are not there, or a server that does not come up.
+    `echo` is given every line that Triton, the stages and the gateway write; it must not block. Raises `ArtifactError`
+    for unusable artifacts, `CapacityError` for more sessions than memory has room for, and `ServerError` for a taken
+    port, a key or certificate that cannot be used, a profile that is unknown, has another number of steps than the
+    artifacts, or needs GPUs that are not there, or a server that does not come up.
     """
     check(options)
-    secret = secrets.token_hex(32)
-    access = access_flags(options.access, options.address, secret)
-    with tempfile.TemporaryDirectory(prefix="live-avatar-") as scratch:
-        models = model_source(options).write(Path(scratch) / "models")
-        control = Path(scratch) / "control"
-        control.mkdir()
-        command = [*_command(options, models, _backends(Path(scratch)), Path(scratch).name), *access]
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", WATCHDOG_SCRIPT, scratch, *command],
-            env=_environment(options, control),
-            stdin=subprocess.PIPE,  # held open, never written to
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes to us, and we end the server in order
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
+    check_access(options.access)
+    with _scratch_folder() as scratch:
+        files = _Files(scratch, options)
+        files.write()
         log = ServerLog(echo)
-        reader = log.follow(process.stdout)
-        admin = Admin(f"http://{options.host}:{options.http_port}", secret)
-        stages = [path.name for path in models.iterdir() if (path / "1").exists() and path.name != MODEL_NAME]
-        supervisor = Supervisor(
-            process.pid, stages, admin, Control(control), START_LIMIT_S, lambda: process.poll() is None
-        )
-        server = TritonServer(options, process, log, supervisor, admin)
+        gateway = GatewayProcess(gateway_settings(options, scratch), files.work, log.add)
+        gateway.start()
         try:
-            server.wait_ready()
-            with supervisor:
+            with (
+                health_port(options.address, options.health_port, lambda: gateway.is_ready),
+                _triton(options, files, log, gateway) as server,
+            ):
                 yield server
         finally:
-            server.stop()
-            process.stdin.close()
-            reader.join(POLL_S)
-            process.stdout.close()
-            for region in SHARED_MEMORY.glob(f"{Path(scratch).name}*"):  # a server ended early leaves it behind
-                region.unlink(missing_ok=True)
+            gateway.stop()
+
+
+@contextmanager
+def _triton(options: ServerOptions, files: _Files, log: ServerLog, gateway: GatewayProcess) -> Iterator[TritonServer]:
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", WATCHDOG_SCRIPT, str(files.scratch), *files.command()],
+        env=_environment(options, files.control),
+        cwd=files.work,  # Python in the stages imports from the working directory
+        umask=PRIVATE,
+        stdin=subprocess.PIPE,  # held open, never written to
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C comes to us, and we end the server in order
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    reader = log.follow(process.stdout)
+    admin = Admin(triton_target(files.scratch))
+    supervisor = Supervisor(
+        process.pid,
+        files.stages(),
+        admin,
+        Control(files.control),
+        gateway,
+        START_LIMIT_S,
+        lambda: process.poll() is None,
+        files.write,
+        lambda: make_private(files.scratch.name),
+    )
+    server = TritonServer(options, process, log, supervisor, admin, gateway, files.scratch.name)
+    try:
+        server.wait_ready()
+        with supervisor:
+            yield server
+    finally:
+        gateway.stop()  # first, so that Triton has no stream open
+        server.stop()
+        admin.close()
+        process.stdin.close()
+        reader.join(POLL_S)
+        process.stdout.close()
+        for region in SHARED_MEMORY.glob(f"{files.scratch.name}*"):  # a server ended early leaves it behind
+            region.unlink(missing_ok=True)
+
+
+def make_private(prefix: str) -> None:
+    """Takes the stages' shared memory from other users: Triton makes it readable for all, whatever the umask."""
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        with suppress(OSError):  # it is gone, or not ours
+            region.chmod(0o600)
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder of this user alone. A lock on it keeps systemd-tmpfiles away, which removes old files from TMPDIR."""
+    with tempfile.TemporaryDirectory(prefix="live-avatar-") as name:
+        scratch = Path(name)
+        if len(os.fsencode(scratch)) + len("/metrics") > MAX_SOCKET_PATH:
+            raise ServerError(
+                f"the temporary folder {scratch} is too long a path for a socket ({len(os.fsencode(scratch))} bytes); "
+                "set TMPDIR to a shorter one, such as /tmp."
+            )
+        folder = os.open(scratch, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_SH)
+            yield scratch
+        finally:
+            os.close(folder)
+
+
+class _Files:
+    """What a server has on disk: models, backend, control files and an empty working directory, all in `scratch`."""
+
+    def __init__(self, scratch: Path, options: ServerOptions) -> None:
+        self.scratch = scratch
+        self.control = scratch / "control"
+        self.work = scratch / "work"
+        self._models = scratch / "models"
+        self._options = options
+        self._source = model_source(options)
+
+    def write(self) -> None:
+        """Makes what is missing."""
+        for folder in (self.control, self.work):
+            folder.mkdir(exist_ok=True)
+        self._source.write(self._models)
+        _backends(self.scratch)
+
+    def stages(self) -> list[str]:
+        """The models that have a process."""
+        return [path.name for path in self._models.iterdir() if (path / "1").exists() and path.name != MODEL_NAME]
+
+    def command(self) -> list[str]:
+        """Triton's command line."""
+        return _command(self._options, self._models, _backends(self.scratch), self.scratch)
 
 
 def _bundled() -> Path | None:
@@ -229,12 +340,13 @@ def _backends(scratch: Path) -> Path | None:
         known = sorted(path.name for path in (bundled / "python_backend_stubs").iterdir())
         raise ServerError(f"Triton's python backend has no stub for Python {version}; use one of {', '.join(known)}.")
     target = scratch / "backends" / "python"
-    shutil.copytree(bundled / "backends" / "python", target)
-    shutil.copy2(stub, target)
+    if not (target / stub.name).exists():
+        shutil.copytree(bundled / "backends" / "python", target, dirs_exist_ok=True)
+        shutil.copy2(stub, target)
     return target.parent
 
 
-def _command(options: ServerOptions, models: Path, backends: Path | None, memory: str) -> list[str]:
+def _command(options: ServerOptions, models: Path, backends: Path | None, scratch: Path) -> list[str]:
     bundled = _bundled()
     binary = str(bundled / "bin" / "tritonserver") if bundled else shutil.which("tritonserver")
     if binary is None:
@@ -242,22 +354,21 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, memory
     command = [
         binary,
         f"--model-repository={models}",
-        # Loading and unloading is the supervisor's alone: see access.py.
         "--model-control-mode=explicit",
         *(f"--load-model={model}" for model in (MODEL_NAME, *AUXILIARY_MODELS)),
         "--disable-auto-complete-config",
         "--exit-timeout-secs=2",
-        f"--backend-config=python,shm-region-prefix-name={memory}",
+        f"--backend-config=python,shm-region-prefix-name={scratch.name}",
         f"--log-info={str(options.verbose).lower()}",
+        # Sockets in a folder of this user: nobody but the gateway and the supervisor reaches Triton.
+        f"--grpc-address=unix:{scratch}/grpc",
+        "--grpc-port=1",
+        "--allow-http=false",
+        f"--metrics-address=unix:{metrics_socket(scratch)}",
+        "--metrics-port=1",
     ]
     if backends is not None:
         command.append(f"--backend-directory={backends}")
-    for service, port in (
-        ("grpc", options.grpc_port),
-        ("http", options.http_port),
-        ("metrics", options.metrics_port),
-    ):
-        command += [f"--{service}-address={options.address}", f"--{service}-port={port}"]
     return command
 
 
@@ -273,7 +384,7 @@ def _environment(options: ServerOptions, control: Path) -> dict[str, str]:
     _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
     settings = StageSettings(
         artifacts=options.artifacts.resolve(),
-        profile=options.profile,
+        manifest=load_artifacts(options.artifacts).manifest_sha256,
         control=control,
         label_font=options.label_font and options.label_font.resolve(),
         trace=options.trace and options.trace.resolve(),

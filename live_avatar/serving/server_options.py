@@ -10,15 +10,20 @@ from typing import Final
 from live_avatar.serving.access import Access
 from live_avatar.serving.repository import MODEL_REPOSITORY
 
-ANY_ADDRESS: Final = "0.0.0.0"
+ANY_ADDRESSES: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses to listen on that no client can connect to, and the one for clients on this machine."""
 
 
 @dataclass(frozen=True)
 class ServerOptions:
     """The options of a server; None keeps the value of the profile.
 
-    trace: a folder for the busy intervals of the stages. For measurements: stage_floor_s is the least time that a stage
-    takes for a block; turns are stages of which only one works at a time, as if they shared a processor.
+    known_avatar_seconds: how long a caller's avatar is remembered after its last use. share_avatars: callers
+    without keys reuse one another's avatars. sessions_per_key and
+    starts_per_minute: limits of each caller. longest_session_seconds: after it a session ends. log_format: plain or
+    json. log_hashes: whether the log has the hashes of picture and prompt. trace: a folder for the busy intervals of
+    the stages. For measurements: stage_floor_s is the least time that a stage takes for a block; turns are stages of
+    which only one works at a time, as if they shared a processor.
     """
 
     artifacts: Path
@@ -27,12 +32,20 @@ class ServerOptions:
     grpc_port: int = 8001
     http_port: int = 8000
     metrics_port: int = 8002
+    health_port: int | None = None
     model_repository: Path = MODEL_REPOSITORY
     max_sessions: int | None = None
     idle_seconds: float | None = None
     known_avatars: int | None = None
     label_font: Path | None = None
+    known_avatar_seconds: float = 3600.0
+    share_avatars: bool = False
+    sessions_per_key: int | None = None
+    starts_per_minute: int | None = None
+    longest_session_seconds: float | None = None
     access: Access = field(default_factory=Access)
+    log_format: str = "plain"
+    log_hashes: bool = False
     trace: Path | None = None
     stage_floor_s: float = 0.0
     turns: tuple[str, ...] = ()
@@ -40,12 +53,17 @@ class ServerOptions:
 
     def on_free_ports(self) -> ServerOptions:
         """The same options with ports that are free now, for tests and demos on this machine."""
-        return replace(self, grpc_port=_free_port(), http_port=_free_port(), metrics_port=_free_port())
+        health_port = None if self.health_port is None else _free_port()
+        grpc_port, http_port, metrics_port = _free_port(), _free_port(), _free_port()
+        return replace(
+            self, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, health_port=health_port
+        )
 
     @property
     def host(self) -> str:
         """The address for clients on this machine."""
-        return "127.0.0.1" if self.address == ANY_ADDRESS else self.address
+        host = ANY_ADDRESSES.get(self.address, self.address)
+        return f"[{host}]" if ":" in host else host
 
     @property
     def url(self) -> str:

@@ -1,4 +1,4 @@
-"""The table of a stage's live sessions, with the limit on their number and the idle limit."""
+"""The table of a stage's live sessions, with the idle limit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from live_avatar.errors import CapacityError, SessionError
+from live_avatar.errors import SessionError
 
 T = TypeVar("T")
 
@@ -35,12 +35,9 @@ class SessionTable(Generic[T]):
     because Triton still delivers the blocks that are under way.
     """
 
-    def __init__(
-        self, idle_limit_s: float, limit: int | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, idle_limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._entries: dict[int, _Entry[T]] = {}
         self._idle_limit_s = idle_limit_s
-        self._limit = limit
         self._clock = clock
 
     def __len__(self) -> int:
@@ -52,9 +49,7 @@ class SessionTable(Generic[T]):
         return session in self._entries and self._entries[session].failure is None
 
     def open(self, session: int, make: Callable[[], T]) -> T:
-        """Adds a session. Raises `CapacityError` at the limit, before `make` is called."""
-        if self._limit is not None and session not in self and len(self) >= self._limit:
-            raise CapacityError(f"all {self._limit} sessions of this server are taken; try again later or elsewhere.")
+        """Adds a session."""
         state = make()
         self._entries[session] = _Entry(state, self._clock())
         return state

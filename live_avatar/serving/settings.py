@@ -9,12 +9,12 @@ from typing import Self
 
 ARTIFACTS_VARIABLE = "LIVE_AVATAR_ARTIFACTS"
 """The artifacts folder that the stages load."""
-PROFILE_VARIABLE = "LIVE_AVATAR_PROFILE"
-"""Name of the hardware profile, for metrics and status."""
 CONTROL_VARIABLE = "LIVE_AVATAR_CONTROL"
 """The folder that supervisor and stages share (`control`); unset without a supervisor."""
 LABEL_FONT_VARIABLE = "LIVE_AVATAR_LABEL_FONT"
 """A font file for visible labels; unset for the built-in font."""
+MANIFEST_VARIABLE = "LIVE_AVATAR_MANIFEST"
+"""SHA-256 of the manifest that the server was started with; unset to take any."""
 TRACE_VARIABLE = "LIVE_AVATAR_TRACE"
 """A folder where each stage writes its busy intervals; unset for none."""
 FLOOR_VARIABLE = "LIVE_AVATAR_STAGE_FLOOR_S"
@@ -29,7 +29,7 @@ class StageSettings:
     """The settings of all stages of a server. turns: a `turns.turns_value`."""
 
     artifacts: Path
-    profile: str = "unknown"
+    manifest: str | None = None
     control: Path | None = None
     label_font: Path | None = None
     trace: Path | None = None
@@ -40,7 +40,7 @@ class StageSettings:
         """The variables; a setting of None has none."""
         values = {
             ARTIFACTS_VARIABLE: self.artifacts,
-            PROFILE_VARIABLE: self.profile,
+            MANIFEST_VARIABLE: self.manifest,
             CONTROL_VARIABLE: self.control,
             LABEL_FONT_VARIABLE: self.label_font,
             TRACE_VARIABLE: self.trace,
@@ -58,7 +58,7 @@ class StageSettings:
 
         return cls(
             Path(environment[ARTIFACTS_VARIABLE]),
-            environment.get(PROFILE_VARIABLE, "unknown"),
+            environment.get(MANIFEST_VARIABLE),
             path(CONTROL_VARIABLE),
             path(LABEL_FONT_VARIABLE),
             path(TRACE_VARIABLE),

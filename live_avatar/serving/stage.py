@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from live_avatar.arrays import Array, Arrays
 from live_avatar.errors import SessionError
 from live_avatar.serving.failures import PipeError, describe, is_out_of_memory, read_failure
-from live_avatar.serving.metrics import FAILURES, SESSIONS_REFUSED, EndCause, Meter, RefusalReason
+from live_avatar.serving.metrics import FAILURES, Meter
 from live_avatar.serving.sessions import SessionTable
 from live_avatar.serving.tensors import BLOCK, NO_BLOCK
 from live_avatar_client.protocol import ErrorCode
@@ -71,6 +71,35 @@ class Stage(Protocol):
         ...
 
 
+class StatelessStage:
+    """A stage that keeps no sessions."""
+
+    def __init__(self, name: str, meter: Meter) -> None:
+        self.name = name
+        self.meter = meter
+        meter.declare(FAILURES)
+
+    def work(self, request: StageRequest) -> StageResponse:
+        """Answers a request."""
+        raise NotImplementedError
+
+    def handle(self, request: StageRequest) -> StageResponse:
+        try:
+            return self.work(request)
+        except Exception as error:
+            report_failure(error, self.name, NO_BLOCK, self.meter)
+            raise
+
+    def sweep(self, keep: int | None = None) -> None:
+        """Does nothing: there are no sessions."""
+
+    def extend_idle(self, seconds: float) -> None:
+        """Does nothing: there are no sessions."""
+
+    def drop_all(self) -> None:
+        """Does nothing: there are no sessions."""
+
+
 class SessionStage(Generic[T]):
     """A stage that keeps a state per session."""
 
@@ -81,27 +110,18 @@ class SessionStage(Generic[T]):
         meter.declare(FAILURES)
 
     def sweep(self, keep: int | None = None) -> None:
-        for session, state in self.sessions.sweep(keep):
-            self.on_ended(session, state, EndCause.SILENT)
+        self.sessions.sweep(keep)
 
     def extend_idle(self, seconds: float) -> None:
         if seconds > LONG_S:
             self.sessions.extend_idle(seconds)
 
     def drop_all(self) -> None:
-        for session, state in self.sessions.clear():
-            self.on_ended(session, state, EndCause.FAILED, "another stage was loaded again")
-
-    def on_ended(self, session: int, state: T, cause: EndCause, detail: str = "") -> None:
-        """Called for each live session that this stage has dropped."""
+        self.sessions.clear()
 
     def failed(self, error: Exception, block: int) -> PipeError:
         """The failure for an error in this stage; logs and counts it if the server caused it."""
-        failure = describe(error, self.name, block)
-        if failure.code is ErrorCode.FAILED or is_out_of_memory(error):
-            log.error("%s", failure, exc_info=error)
-            self.meter.add(FAILURES)
-        return failure
+        return report_failure(error, self.name, block, self.meter)
 
 
 class PipeStage(SessionStage[T]):
@@ -118,15 +138,12 @@ class PipeStage(SessionStage[T]):
     def on_local_failure(self, request: StageRequest) -> None:
         """Called when a session has failed in this stage."""
 
-    def on_failed(self, session: int, state: T, failure: PipeError) -> None:
-        """Called for each live session that a failure in this stage or an earlier one has ended."""
-
     def handle(self, request: StageRequest) -> StageResponse:
         failure = read_failure(request.inputs)
         try:
             if failure is None:
                 return self._work(request, int(request.inputs[BLOCK][0]))
-            self._drop(request.session, failure)
+            self.sessions.close(request.session)
             return self.forward_failure(request, failure)
         finally:
             if request.end:
@@ -137,18 +154,19 @@ class PipeStage(SessionStage[T]):
             return self.work(request, block)
         except Exception as error:
             failure = self.failed(error, block)
-            if request.start and failure.code is ErrorCode.UNAVAILABLE:
-                self.meter.add(SESSIONS_REFUSED, reason=RefusalReason.MEMORY)
             if request.start or request.session in self.sessions:
-                self._drop(request.session, failure)
                 self.sessions.fail(request.session, str(failure))
                 self.on_local_failure(request)
             return self.forward_failure(request, failure)
 
-    def _drop(self, session: int, failure: PipeError) -> None:
-        state = self.sessions.close(session)
-        if state is not None:
-            self.on_failed(session, state, failure)
+
+def report_failure(error: Exception, stage: str, block: int, meter: Meter) -> PipeError:
+    """The failure for an error in a stage; logs and counts it if the server caused it."""
+    failure = describe(error, stage, block)
+    if failure.code is ErrorCode.FAILED or is_out_of_memory(error):
+        log.error("%s", failure, exc_info=error)
+        meter.add(FAILURES)
+    return failure
 
 
 def expect_block(session: int, block: int, expected: int) -> None:

@@ -1,14 +1,11 @@
-"""Supervises a running Triton: loads stages again whose process died, and drains the server.
+"""Watches over a running server: brings back a stage or a gateway whose process died, and ends the sessions in order.
 
-When a stage's process dies, Triton stays up and "ready" but never answers (tried on 2.51). So the supervisor unloads
-the model and loads it again; readiness is false meanwhile. To drain, it loads a model that cannot be loaded: readiness
-becomes false at once, over HTTP and gRPC, and live sessions are not affected.
+A dead stage leaves Triton up and "ready", and answers nothing for ever (tried on 2.51), so its model is unloaded and
+loaded again. Meanwhile the gateway is not ready, and has told the callers of all live sessions that they are lost.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
 import threading
 import time
@@ -17,68 +14,70 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Self
 
-from live_avatar.serving.access import SUPERVISOR_KEY
-from live_avatar.serving.control import Control, Phase
-from live_avatar_client.protocol import STATUS_MODEL
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from live_avatar.errors import ServerError
+from live_avatar.serving.control import Control
+from live_avatar.serving.gateway_process import GatewayProcess, wait_until
+from live_avatar.serving.tensors import AVATAR_ENCODER
 
 log = logging.getLogger(__name__)
 
-DRAIN_MARKER: Final = "draining"
-"""Name of a model that cannot be loaded; loading it makes Triton not ready."""
 WATCH_S = 0.25
 RETRY_S = 5.0
-STOP_LIMIT_S = 2.0  # shorter than the load of a large model, which may take minutes
-DRAIN_POLL_S = 0.1
+STOP_LIMIT_S = 2.0  # a model that loads for minutes is not waited for
 CLOSING_S = 2.0
-"""Time in which live sessions can get their error; a speaking session sends a block every 0.48 s."""
+"""How long live sessions are left to fetch their error: a speaking one sends a block every 0.48 s."""
+PHASE_LIMIT_S = 1.0
+"""How long the gateway may take to say that it drains."""
 LAST_ANSWER_S = 0.3
-"""Time for the last frames to get from the last stage to the client."""
+"""How long the last frames may take from the gateway to the client."""
 PROCESSES = Path("/proc")
 STUB = "triton_python_backend_stub"
 ALIVE = frozenset("RSDTtIP")  # states of a process that is not a zombie
-# The environment's proxy is only for other machines.
+# A proxy of the environment is for other machines.
 WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Admin:
-    """Triton's HTTP API at `url`, with the secret that model control needs."""
+    """Triton's gRPC API at `target`, of which only the supervisor has the address."""
 
-    def __init__(self, url: str, secret: str) -> None:
-        self._url = url
-        self._secret = secret
+    def __init__(self, target: str) -> None:
+        self._channel = grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)])
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def ready(self) -> bool:
-        """Whether Triton reports every model as ready."""
-        return self._ask(urllib.request.Request(f"{self._url}/v2/health/ready"), limit_s=1.0)
+        """Whether Triton says that every model is ready."""
+        answer = self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest(), 1.0)
+        return answer is not None and bool(answer.ready)
 
     def load(self, model: str, limit_s: float = 10.0) -> bool:
-        """Loads a model, also one that was unloaded; returns whether it is loaded."""
-        return self._control(model, "load", limit_s)
+        """Loads a model, again if it was unloaded; whether it is up."""
+        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        return self._ask(self._stub.RepositoryModelLoad, request, limit_s) is not None
 
     def unload(self, model: str) -> None:
-        self._control(model, "unload", 10.0)
+        self._ask(self._stub.RepositoryModelUnload, service_pb2.RepositoryModelUnloadRequest(model_name=model), 10.0)
 
-    def _control(self, model: str, what: str, limit_s: float) -> bool:
-        request = urllib.request.Request(
-            f"{self._url}/v2/repository/models/{model}/{what}",
-            data=json.dumps({}).encode(),
-            headers={SUPERVISOR_KEY: self._secret},
-            method="POST",
-        )
-        return self._ask(request, limit_s)
+    def close(self) -> None:
+        self._channel.close()
 
-    def _ask(self, request: urllib.request.Request, limit_s: float) -> bool:
+    def _ask(self, call: Callable[..., Any], request: Any, limit_s: float) -> Any:
         try:
-            with WITHOUT_PROXY.open(request, timeout=limit_s) as response:
-                return bool(response.status == 200)
-        except (OSError, http.client.HTTPException):
-            return False
+            return call(request, timeout=limit_s)
+        except grpc.RpcError:
+            return None
 
 
 class Supervisor:
-    """Watches the stages `models` of the Triton with process id `process`, in a thread, inside a `with` statement."""
+    """Watches the stages `models` of the Triton with process id `process`, and the gateway, while the `with` lasts.
+
+    repair: makes again what the stages need on disk, if somebody has removed it. protect: closes what they share to
+    other users; stages make it when they start.
+    """
 
     def __init__(
         self,
@@ -86,19 +85,27 @@ class Supervisor:
         models: Collection[str],
         admin: Admin,
         control: Control,
+        gateway: GatewayProcess,
         load_limit_s: float,
         is_running: Callable[[], bool],
+        repair: Callable[[], None] = lambda: None,
+        protect: Callable[[], None] = lambda: None,
     ) -> None:
         self._process = process
         self._models = frozenset(models)
         self._admin = admin
         self._control = control
+        self._gateway = gateway
         self._load_limit_s = load_limit_s
         self._is_running = is_running
+        self._repair = repair
+        self._protect = protect
+        self._phase = "serving"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def __enter__(self) -> Self:
+        self._gateway.command(pipe_ready=True)
         self._thread.start()
         return self
 
@@ -109,46 +116,70 @@ class Supervisor:
         self._thread.join(STOP_LIMIT_S)
 
     def drain(self, seconds: float) -> bool:
-        """Refuses new sessions, waits `seconds` for the live ones, then ends the rest with an error.
+        """Takes no new sessions, lets the live ones end by themselves for so long, then ends them with an error.
 
-        Returns whether all sessions ended by themselves.
+        Returns whether all ended by themselves.
         """
-        self._control.set_phase(Phase.DRAINING)
-        self._admin.load(DRAIN_MARKER)
+        self._set_phase("draining")
         ended = self._wait_empty(seconds)
         if not ended:
-            self._control.set_phase(Phase.CLOSING)
+            self._set_phase("closing")
             self._wait_empty(CLOSING_S)
         time.sleep(LAST_ANSWER_S)
         return ended
 
+    def _set_phase(self, phase: str) -> None:
+        self._phase = phase
+        self._gateway.command(phase=phase)
+        self._gateway.wait_phase(phase, PHASE_LIMIT_S)
+
     def _wait_empty(self, seconds: float) -> bool:
-        """Waits until all sessions or Triton have ended, at most `seconds`; returns whether no session is live."""
-        deadline = time.monotonic() + seconds
-        while self._is_running() and self._control.live_sessions and time.monotonic() < deadline:
-            time.sleep(DRAIN_POLL_S)
-        return not self._control.live_sessions
+        """Whether all sessions have ended, at the latest after so long, or when Triton has."""
+        return wait_until(lambda: not (self._is_running() and self._gateway.live_sessions), seconds)
 
     def _watch(self) -> None:
         while not self._over.wait(WATCH_S):
             try:
+                if not self._gateway.is_running():
+                    self._restart_gateway()
+                self._protect()
                 for model in sorted(self._models - living_stages(self._process)):
                     self._reload(model)
-            except Exception:  # watching must go on after any error
-                log.exception("could not look after the stages")
+            except Exception:  # whatever it was, the next stage that dies must be noticed
+                log.exception("could not look after the server")
+
+    def _restart_gateway(self) -> None:
+        """Its sessions are lost with their connections, so the stages drop them."""
+        if self._is_over():
+            return
+        log.warning("the gateway has ended; starting it again")
+        self._control.advance_reload_epoch()
+        try:
+            self._gateway.start()
+        except ServerError as error:
+            log.error("the gateway could not be started again (%s); trying once more in %g s", error, RETRY_S)
+            self._over.wait(RETRY_S)
+            return
+        self._gateway.command(phase=self._phase, pipe_ready=True)
 
     def _reload(self, model: str) -> None:
-        """Loads a model again whose process is gone. The other stages drop all sessions, because their state in this
-        stage is lost. They are told while the ensemble is unloaded, so no newer session is dropped."""
+        """Loads a model again whose process is gone. Its sessions are lost, which the gateway tells their callers, and
+        the other stages are told while the ensemble is not there: so all sessions before that are dropped, and none
+        after it."""
         if self._is_over():
             return
         log.warning("the process of %s is gone; loading it again", model)
+        holds_sessions = model != AVATAR_ENCODER
+        self._gateway.command(pipe_ready=False, **({"lost": model} if holds_sessions else {}))
         self._admin.unload(model)
         if self._is_over():
             return
-        if model != STATUS_MODEL:  # `status` has no sessions
+        self._repair()
+        if holds_sessions:
             self._control.advance_reload_epoch()
-        if not self._admin.load(model, self._load_limit_s) and not self._is_over():
+        if self._admin.load(model, self._load_limit_s):
+            self._gateway.command(pipe_ready=True)
+        elif not self._is_over():
             log.error("%s could not be loaded again; trying once more in %g s", model, RETRY_S)
             self._over.wait(RETRY_S)
 
@@ -157,17 +188,17 @@ class Supervisor:
 
 
 def living_stages(triton: int) -> set[str]:
-    """Names of the models whose python process is a living child of the process `triton`."""
+    """Names of the models whose python process is alive under the Triton with that process id."""
     found = set()
     for folder in PROCESSES.iterdir():
         if folder.name.isdecimal():
-            with suppress(OSError):  # it has ended meanwhile
+            with suppress(OSError):  # it ended while we looked
                 found |= _stage(folder, triton)
     return found
 
 
 def _stage(process: Path, triton: int) -> set[str]:
-    """{model} if a process is a living stage of that Triton, else an empty set."""
+    """{model} if a process is a stage of that Triton."""
     state, parent = process.joinpath("stat").read_bytes().decode(errors="replace").rpartition(")")[2].split()[:2]
     if int(parent) != triton or state not in ALIVE:
         return set()
@@ -176,5 +207,5 @@ def _stage(process: Path, triton: int) -> set[str]:
 
 
 def model_of(command: Sequence[str]) -> str | None:
-    """The model of a stage's process, from its command line STUB MODEL/VERSION/model.py ...; else None."""
+    """The model that a process serves, from its command line: STUB MODEL/VERSION/model.py ..."""
     return Path(command[1]).parents[1].name if command[0].endswith(STUB) and len(command) > 1 else None

@@ -21,9 +21,14 @@ AVATAR_KEY = "AVATAR"  # UINT8 [32 or 0]: with START, cache key of the avatar
 SINK_KEY = "SINK_KEY"  # UINT64 [1]: key of the session's entry in the rolling sink; never reused
 RECEIVED_NS = "RECEIVED_NS"  # INT64 [1]: monotonic clock of this machine when conditioning took the request
 FAILURE = "FAILURE"  # UINT8 [n]: text, `[CODE] sentence` if the session has failed in an earlier stage; else empty
+PROVENANCE_IN = "PROVENANCE_IN"  # UINT8 [n]: with START, becomes the output PROVENANCE; Triton needs two names
 
 NO_BLOCK = -1
 """Value of BLOCK in a request without speech: a keep-alive, or an end alone."""
+
+AVATAR_ENCODER = "avatar_encoder"
+"""The model that encodes a picture and a prompt; the gateway calls it before a session starts."""
+PIXELS = "PIXELS"  # UINT8 [H, W, 3]: a picture of the preset's size; an input of avatar_encoder
 
 # rolling_sink, called by other stages
 OPERATION = "OPERATION"  # BYTES [1]: put, take or fail

@@ -21,13 +21,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from live_avatar.arrays import Array
-from live_avatar.errors import InputError, SessionError
+from live_avatar.errors import ArtifactError, InputError, SessionError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import require_sessions, session_memory
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import LOG_MARK
-from live_avatar.serving.admission import AdmissionController
+from live_avatar.serving.avatar_encoder import AvatarEncoderStage
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
 from live_avatar.serving.dit_step import DiTStepStage
@@ -38,18 +38,19 @@ from live_avatar.serving.rolling_sink import FAIL, NOTHING, PUT, TAKE, RollingSi
 from live_avatar.serving.sessions import SessionLimits
 from live_avatar.serving.settings import StageSettings
 from live_avatar.serving.stage import Stage, StageRequest, StageResponse
-from live_avatar.serving.status import Served, Status
 from live_avatar.serving.tensors import LATENT, NO_BLOCK, OPERATION, SESSION, STATE, read_text
 from live_avatar.serving.trace import TraceWriter
 from live_avatar.serving.turns import turn_of
 from live_avatar.serving.vae_decoder import VAEDecoderStage
-from live_avatar.version import __version__
 from live_avatar_client.protocol import ErrorCode, SequenceFlag, format_error
 
 log = logging.getLogger(__name__)
 
 LOG_FORMAT = f"%(asctime)s{LOG_MARK}%(message)s"
 MARGIN_S = 10.0
+LOWEST_PRIORITY = 19
+"""Niceness of the avatar encoder on a CPU, so that live sessions do not wait for it. On a GPU the priority of a CUDA
+stream holds inside one process only; between processes it takes MPS and its CUDA_MPS_CLIENT_PRIORITY."""
 SWEEP_S = 1.0  # a session is dropped at most this long after its idle limit
 
 # Triton's own codes by name: the backend fills `pb_utils` only after it has imported the model.
@@ -249,8 +250,18 @@ class StageModel:
 
     @cached_property
     def artifacts(self) -> Artifacts:
-        """The artifacts that `live-avatar serve` names in the environment."""
-        return load_artifacts(self._settings.artifacts)
+        """The artifacts that `live-avatar serve` names in the environment.
+
+        Raises `ArtifactError` if they were exchanged since the server was started.
+        """
+        artifacts = load_artifacts(self._settings.artifacts)
+        if self._settings.manifest not in (None, artifacts.manifest_sha256):
+            found, expected = artifacts.manifest_sha256[:12], self._settings.manifest[:12]
+            raise ArtifactError(
+                f"{artifacts.folder} is not what this server was started with: its manifest is {found} instead of "
+                f"{expected}; put the old artifacts back, or start the server again."
+            )
+        return artifacts
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -279,37 +290,24 @@ class StageModel:
 
     @property
     def known_avatars(self) -> int:
-        return int(self.parameter("known_avatars"))
-
-    @property
-    def served(self) -> Served:
-        return Served(
-            __version__,
-            self.artifacts.preset.name,
-            self.artifacts.fingerprint,
-            self._settings.profile,
-            int(self.parameter("max_sessions")),
-        )
+        """Avatars whose work the stage keeps; 0 in a stage that has no such parameter."""
+        return int(self.parameter("known_avatars")) if "known_avatars" in self._config["parameters"] else 0
 
     def parameter(self, name: str) -> str:
         return str(self._config["parameters"][name]["string_value"])
 
     @property
     def limits(self) -> SessionLimits:
-        """The idle limit is that of the sequence batcher, so that a sequence and its state are freed together."""
+        """The idle limit is that of the sequence batcher, so that a sequence and its state are freed together. The
+        gateway ends silent sessions before; a session is dropped here if its end never came."""
         idle_s = int(self._config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
         return SessionLimits(idle_s, self.known_avatars)
 
 
 class ConditioningModel(StageModel):
     def make_stage(self) -> Stage:
-        return ConditioningStage(
-            self.runtime,
-            AdmissionController(self.served, self._control, self.meter),
-            SinkReceiver(TritonSinkClient(), self._control),
-            self.limits,
-            self._settings.label_font,
-        )
+        sinks = SinkReceiver(TritonSinkClient(), self._control)
+        return ConditioningStage(self.runtime, self.meter, sinks, self.limits)
 
 
 class DiTStepModel(StageModel):
@@ -320,9 +318,7 @@ class DiTStepModel(StageModel):
 
 class VAEDecoderModel(StageModel):
     def make_stage(self) -> Stage:
-        return VAEDecoderStage(
-            self.runtime, self.meter, self.room, self._control, self.limits, self._settings.label_font
-        )
+        return VAEDecoderStage(self.runtime, self.meter, self.room, self.limits, self._settings.label_font)
 
 
 class RollingSinkModel(StageModel):
@@ -331,6 +327,8 @@ class RollingSinkModel(StageModel):
         return RollingSink(2 * float(self.parameter("idle_limit_s")) + MARGIN_S)
 
 
-class StatusModel(StageModel):
+class AvatarEncoderModel(StageModel):
     def make_stage(self) -> Stage:
-        return Status(self.served, self._control)
+        if self._gpu is None:
+            os.nice(LOWEST_PRIORITY)
+        return AvatarEncoderStage(self.runtime, self.meter)

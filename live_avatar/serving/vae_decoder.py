@@ -1,12 +1,11 @@
 """The last stage: decodes clean latents into the frames that the client gets.
 
-Sends the failures of earlier stages to the client, and logs how each session ended.
+Sends the failures of earlier stages to the client.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,8 @@ from live_avatar.arrays import Array
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.runtime import Runtime
 from live_avatar.serving import metrics
-from live_avatar.serving.control import Control
-from live_avatar.serving.endings import failure_cause, requested_cause
 from live_avatar.serving.failures import PipeError
-from live_avatar.serving.metrics import EndCause, Meter
+from live_avatar.serving.metrics import Meter
 from live_avatar.serving.options import OptionsReader, SessionOptions
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
 from live_avatar.serving.sessions import SessionLimits, SessionTable
@@ -29,8 +26,6 @@ from live_avatar.serving.stage import PipeStage, StageRequest, StageResponse, ex
 from live_avatar.serving.tensors import AVATAR_KEY, LATENT, NO_BLOCK, RECEIVED_NS, SINK_MOTION
 from live_avatar_client import protocol
 from live_avatar_client.protocol import FrameFormat
-
-log = logging.getLogger(__name__)
 
 FRAMES, JPEG_FRAMES, JPEG_SIZES = protocol.FRAMES.name, protocol.JPEG_FRAMES.name, protocol.JPEG_SIZES.name
 FORWARDED = (protocol.FIRST_FRAME.name, protocol.PROVENANCE.name)
@@ -43,12 +38,6 @@ class _Session:
     options: SessionOptions
     decoder: DecoderState
     blocks: int = 0
-    frames: int = 0
-    latency_sum_s: float = 0.0
-
-    def summary(self) -> str:
-        mean = f"{self.latency_sum_s / self.blocks:.3f} s" if self.blocks else "none"
-        return f"{self.frames} frames, mean latency {mean}"
 
 
 class VAEDecoderStage(PipeStage[_Session]):
@@ -59,7 +48,6 @@ class VAEDecoderStage(PipeStage[_Session]):
         runtime: Runtime,
         meter: Meter,
         room: SessionRoom,
-        control: Control,
         limits: SessionLimits,
         label_font: Path | None = None,
     ) -> None:
@@ -67,24 +55,12 @@ class VAEDecoderStage(PipeStage[_Session]):
         self._stream = runtime.preset.stream
         self._decoder = FrameDecoder(runtime)
         self._room = room
-        self._control = control
         self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(limits.known_avatars, meter)
         self._options = OptionsReader(self._stream.height, self._stream.width, label_font)
         self._no_frames = np.zeros((0, self._stream.height, self._stream.width, 3), dtype=np.uint8)
         meter.declare(metrics.FRAMES)
         meter.declare(metrics.LATENCY)
         meter.declare(metrics.FIRST_BLOCK)
-        self._report()
-
-    def handle(self, request: StageRequest) -> StageResponse:
-        try:
-            return super().handle(request)
-        finally:
-            self._report()
-
-    def sweep(self, keep: int | None = None) -> None:
-        super().sweep(keep)
-        self._report()
 
     def work(self, request: StageRequest, block: int) -> StageResponse:
         session = self._start(request) if request.start else self.sessions.get(request.session)
@@ -96,22 +72,11 @@ class VAEDecoderStage(PipeStage[_Session]):
                 frames = session.options.label.draw(frames)
         outputs = self._outputs(frames, session.options) | {name: request.inputs[name] for name in FORWARDED}
         self._count(session, frames, request)
-        if request.end:
-            self.on_ended(request.session, session, requested_cause(request.parameters))
         return StageResponse(outputs, block)
 
     def forward_failure(self, request: StageRequest, failure: PipeError) -> StageResponse:
         """Sends the failure to the client, because there is no next stage."""
         raise failure
-
-    def on_failed(self, session: int, state: _Session, failure: PipeError) -> None:
-        self.on_ended(session, state, failure_cause(failure, self._control.phase), str(failure))
-
-    def on_ended(self, session: int, state: _Session, cause: EndCause, detail: str = "") -> None:
-        log.info("session %d ended: %s, %s%s", session, cause, state.summary(), f" ({detail})" if detail else "")
-
-    def _report(self) -> None:
-        self._control.set_live_sessions(self.name, len(self.sessions))
 
     def _start(self, request: StageRequest) -> _Session:
         self._room.require()
@@ -127,8 +92,6 @@ class VAEDecoderStage(PipeStage[_Session]):
         if session.blocks == 0:
             self.meter.observe(metrics.FIRST_BLOCK, latency_s)
         session.blocks += 1
-        session.frames += len(frames)
-        session.latency_sum_s += latency_s
         self.meter.add(metrics.FRAMES, len(frames))
         self.meter.observe(metrics.LATENCY, latency_s)
 

@@ -5,7 +5,6 @@ W' = W + alpha / rank * B A in float32, rounded once to the type of W.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from live_avatar.errors import CheckpointError
+from live_avatar.json_files import read_json
 from live_avatar.model.linears import is_lora_target
 from live_avatar.weights.tensors import SafetensorsWeights, Shapes, Weights
 
@@ -133,7 +133,7 @@ def _rank(file: SafetensorsWeights, adapter: _Adapter, shapes: Shapes) -> int:
 
 def _configured(path: Path) -> float:
     """The alpha of peft's `adapter_config.json`. Raises `CheckpointError` for other rules of scaling."""
-    config = json.loads(path.read_text())
+    config = read_json(path)
     for rule in ("use_rslora", "alpha_pattern", "rank_pattern"):
         if config.get(rule):
             raise CheckpointError(

@@ -15,7 +15,6 @@ The transformer and the VAE stand in the files under the names of `dit.py` and `
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from live_avatar.config import (
 )
 from live_avatar.errors import ArtifactError, CheckpointError, ConfigError
 from live_avatar.inputs.text import make_tokenizer
+from live_avatar.json_files import read_json
 from live_avatar.weights.tensors import (
     Checkpoint,
     RenamedWeights,
@@ -276,7 +276,7 @@ def _settings(path: Path) -> Mapping[str, Any]:
             f"checkpoint file {path} does not exist; expected the folder of the Wan2.2-S2V-14B download, whole."
         )
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a JSON file ({error}); fetch it again.") from error
     if not isinstance(values, dict):

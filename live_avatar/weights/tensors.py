@@ -8,7 +8,6 @@ those of a preset; `checkpoint.py` says which files make which network.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from live_avatar.config import Preset
 from live_avatar.errors import CheckpointError
+from live_avatar.json_files import read_json
 from live_avatar.model.networks import meta_networks
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -105,7 +105,7 @@ class SafetensorsWeights:
             with _opened(self._path) as file:
                 return dict.fromkeys(file.keys(), self._path)
         try:
-            index = json.loads(self._path.read_text())["weight_map"]
+            index = read_json(self._path)["weight_map"]
             placed = {str(name): self._path.parent / str(file) for name, file in index.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(

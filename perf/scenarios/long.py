@@ -39,7 +39,7 @@ class Seen:
     """The received blocks, and samples of memory by seconds of video; times in seconds."""
 
     memory: Memory
-    pid: int
+    pids: tuple[int, ...]
     every: int
     blocks: list[BlockTimes] = field(default_factory=list)
     frames: int = 0
@@ -48,7 +48,7 @@ class Seen:
         self.blocks.append(BlockTimes.of(block))
         self.frames += len(block)
         if len(self.blocks) % self.every == 0:
-            self.memory.sample(group(self.pid), self.frames / FPS)
+            self.memory.sample(group(self.pids), self.frames / FPS)
 
 
 def measure(context: Context) -> Figures:
@@ -57,10 +57,10 @@ def measure(context: Context) -> Figures:
     blocks = round(video_s * FPS / FRAMES_PER_BLOCK)
     begun_s = time.monotonic()
     with context.server(idle_seconds=PATIENCE_S) as target, tempfile.TemporaryDirectory() as scratch:
-        assert target.pid is not None
+        assert target.pids
         speaker = Speaker(target, Path(scratch))
         speaker.warm_up()
-        seen = Seen(Memory(target.pid), target.pid, every)
+        seen = Seen(Memory(target.pids[0]), target.pids, every)
         try:
             speaker.streamed(speech(blocks), seen)
         except KeyboardInterrupt:

@@ -103,10 +103,10 @@ def peak_memory(target: Target) -> Iterator[PeakMemory]:
 
 
 def server_mib(target: Target) -> float | None:
-    """Private memory of Triton and its stages."""
-    if target.pid is None:
+    """Private memory of Triton, its stages and the gateway."""
+    if not target.pids:
         return None
-    return sum(private_mib(process.pid) or 0.0 for process in group(target.pid))
+    return sum(private_mib(process.pid) or 0.0 for process in group(target.pids))
 
 
 def _picture(context: Context, by_count: dict[int, Figures]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from live_avatar.cli.main import main
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server_options import ServerOptions
 
-COMMANDS = ("generate", "export", "serve", "stream", "doctor", "demo")
+COMMANDS = ("generate", "export", "serve", "stream", "doctor", "keys", "demo")
 SAMPLE_RATE_HZ = 16_000
 PATIENCE_S = 60.0
 NOBODY = 65_534
@@ -53,15 +55,19 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 class Running:
-    """A command in a process of its own, with a folder for its temporary files by which all it starts is known."""
+    """A command in a process of its own, with a folder for its temporary files by which all it starts is known.
+
+    It knows the folder by a short link: the path of a socket has at most 107 bytes.
+    """
 
     def __init__(self, temporary: Path, *arguments: object) -> None:
         temporary.mkdir()
-        self._temporary = temporary
+        self._temporary = Path(tempfile.gettempdir()) / f"run-{secrets.token_hex(4)}"
+        self._temporary.symlink_to(temporary, target_is_directory=True)
         self._servers: list[str] = []  # a server's folder and its shared memory have one name
         self._process = subprocess.Popen(
             command(*arguments),
-            env={**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "TMPDIR": str(self._temporary), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,6 +92,11 @@ class Running:
             time.sleep(0.05)
         return self.wait()
 
+    def end_unread(self, number: signal.Signals) -> int:
+        """Sends a signal, and returns the exit code; nobody reads what is said."""
+        self._process.send_signal(number)
+        return self._process.wait(PATIENCE_S)
+
     def wait(self) -> tuple[int, str]:
         _, said = self._process.communicate(timeout=PATIENCE_S)
         return self._process.returncode, said
@@ -102,10 +113,11 @@ class Running:
         os.kill(server, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Only for the end of a test that failed."""
+        """For the end of a test; it has ended unless the test failed."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.communicate()
+        self._temporary.unlink(missing_ok=True)
 
     def processes(self) -> Iterator[tuple[int, str]]:
         """Number and command line of each that has inherited the folder, zombies aside."""

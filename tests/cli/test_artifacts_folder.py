@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,10 @@ def binary_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
 
 
+def deep_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
 def no_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
@@ -87,7 +93,8 @@ FAULTS: dict[Callable[[Path], object], str] = {
     half_a_manifest: "is not a manifest (",
     binary_manifest: "is not a manifest (",
     list_as_manifest: "is not a manifest (",
-    other_version: "was made by version 0.0.9 (format 2); this is version",
+    deep_manifest: "is not a manifest (it is nested too deeply)",
+    other_version: "was made by version 0.0.9 (format 3); this is version",
     other_format: "(format 99); this is version",
     unknown_field: "does not describe a preset of this version (",
     impossible_size: "does not describe a preset of this version (dim 128 is not a multiple of 3 heads",
@@ -113,7 +120,7 @@ def test_a_damaged_graph(copy: Path, inputs: Path, image: Path, tmp_path: Path) 
     graph = copy / "dit_step_2.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
     words = ("--audio", inputs / "short.wav", "--image", image, "--output", tmp_path / "a.mp4", "--artifacts", copy)
-    assert_refused(invoke("generate", *words), f"{graph} cannot be loaded (", "; export it again.")
+    assert_refused(invoke("generate", *words), f"{graph} has digest ", "; export the artifacts again.")
 
 
 def test_another_preset_than_asked_for(artifacts: Artifacts, inputs: Path, image: Path, tmp_path: Path) -> None:
@@ -159,3 +166,37 @@ def test_export_does_not_replace_what_is_no_artifacts_folder(tmp_path: Path) -> 
     result = invoke("export", "--output", tmp_path / "a", "--checkpoint", tmp_path / "none")
     assert_refused(result, "checkpoint", "none does not exist; give the folder that holds the weights.")
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+
+
+@pytest.mark.parametrize("name", ["my tmp", "врем", "a'b", "a$b", "a&b", "a;b", "a(b"])
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_temporary_folders_that_stages_cannot_start_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    result = invoke(command, "--artifacts", tmp_path)
+    assert_refused(result, f"{str(tmp_path / name)!r}, where Triton cannot start its stages; set TMPDIR to a path of")
+
+
+@pytest.mark.parametrize("option", ["--artifacts", "--label-font", "--trace"])
+def test_paths_that_stages_cannot_read(tmp_path: Path, option: str) -> None:
+    place = tmp_path / "мой дом"
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    for path in (place, tmp_path / "link"):
+        options = {"--artifacts": tmp_path, option: path}
+        result = invoke("serve", *itertools.chain(*options.items()))
+        assert_refused(result, f"{option} is at {str(place)!r}, which the stages cannot read; move it to a path of")
+
+
+def test_a_generated_video_beside_names_of_any_letters(
+    artifacts: Artifacts, inputs: Path, image: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "мой дом"
+    shutil.copytree(artifacts.folder, place)
+    files = ("--audio", inputs / "short.wav", "--image", image, "--output", place / "видео.mp4")
+    result = invoke("generate", "--artifacts", place, *files)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"Wrote {place / 'видео.mp4'} (1 frames).\n"

@@ -13,17 +13,8 @@ import pytest
 from live_avatar.cli.doctor import as_json, as_lines, exit_code
 from live_avatar_client.status import KeyState, ServerStatus
 from tests.cli.support import assert_refused, invoke
-from tests.support.status import SERVED
+from tests.support.status import READY, SERVED
 
-READY = ServerStatus(
-    url="localhost:8001",
-    live=True,
-    ready=True,
-    round_trip_s=0.00123,
-    tls=False,
-    key=KeyState.NOT_NEEDED,
-    **SERVED,
-)
 UNKNOWN = replace(READY, **dict.fromkeys(SERVED))
 LINES = [
     "server      localhost:8001, version 0.1.0",

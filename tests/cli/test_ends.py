@@ -136,7 +136,7 @@ def test_export(tmp_path: Path, started: list[Running]) -> None:
     output = tmp_path / "out"
     running = Running(tmp_path / "temporary", "export", "--output", output / "tiny")
     started.append(running)
-    running.await_file(output, ".tiny-*/tiny/*.onnx")
+    running.await_file(output, ".export-*/new/*.onnx")
     assert ended(running, signal.SIGTERM, signal.SIGINT) == INTERRUPTED
     assert list(output.iterdir()) == []
     assert running.left() == []
@@ -158,7 +158,7 @@ def test_wishes_that_no_server_fulfils(tmp_path: Path, artifacts: Artifacts) -> 
     for words, sentence in (
         (("--profile", "h1000"), "there is no profile 'h1000'; choose one of cpu"),
         (("--profile", "../cpu"), "there is no profile '../cpu'; choose one of cpu"),
-        (("--address", "no.such.host.invalid"), "choose another --grpc-port or --address."),
+        (("--address", "no.such.host.invalid"), "is no address to listen on"),
         (("--grpc-port", "9000", "--http-port", "9000"), "two of these are the same; give each a port of its own."),
         (("--trace", tmp_path / "file"), f"cannot write to {tmp_path / 'file'} (File exists); choose another --trace."),
         (("--model-repository", tmp_path), "is not the project's model repository; run from a checkout or give"),
@@ -174,5 +174,5 @@ def test_a_model_that_does_not_load(tmp_path: Path, artifacts: Artifacts) -> Non
     result = run("serve", "--artifacts", copy, *ports(copy))
     assert result.returncode == 2
     assert "failed to load 'dit_step_2'" in result.stderr
-    assert "export it again" in result.stderr
+    assert "export the artifacts again" in result.stderr
     assert "Traceback" not in result.stderr

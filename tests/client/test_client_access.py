@@ -14,11 +14,14 @@ from live_avatar_client import (
     AsyncAvatarSession,
     AvatarError,
     AvatarSession,
+    AvatarWarning,
     ConnectFailed,
     InvalidInput,
     SessionRefused,
 )
-from live_avatar_client.base import call_metadata, parse_url, tls_of
+from live_avatar_client.address import is_loopback, parse_url
+from live_avatar_client.base import call_metadata, tls_of
+from live_avatar_client.status import server_status
 from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer, sample_speech
 
 KEY = "the-key-of-the-server"
@@ -152,3 +155,96 @@ def test_the_scheme_says_whether_it_is_tls() -> None:
     assert [parse_url(f"{scheme}here:1") for scheme in ("", "grpc://", "grpcs://")] == ["here:1"] * 3
     assert [tls_of(url, None) for url in ("here:1", "grpc://here:1", "grpcs://here:1")] == [None, None, TLS()]
     assert tls_of("grpcs://here:1", roots) is tls_of("here:1", roots) is roots
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("[::1]:8001", "[::1]:8001"),
+        ("grpcs://[2001:db8::7]:443", "[2001:db8::7]:443"),
+        ("my_host.example.:1", "my_host.example.:1"),
+        ("bücher.example:80", "xn--bcher-kva.example:80"),
+    ],
+)
+def test_addresses(url: str, address: str) -> None:
+    assert parse_url(url) == address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "::1:8001",
+        "[::1]",
+        "[::g]:8001",
+        "[localhost]:8001",
+        "unix:socket:1",
+        "dns:here:1",
+        "user@here:1",
+        "he re:1",
+        "here:1\n",
+        " here:1",
+        "here:\uff18\uff10\uff10\uff11",
+        "here:008001",
+        "here:0",
+        "a..ü:1",
+        "%6c:1",
+    ],
+)
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(
+        InvalidInput, match="is not host:port; pass one such as 'localhost:8001', or '\\[::1\\]:8001' for"
+    ):
+        parse_url(url)
+    with pytest.raises(InvalidInput, match="url is a NoneType; pass a str such as"):
+        parse_url(None)  # type: ignore[arg-type]
+
+
+def test_a_server_at_an_ipv6_address() -> None:
+    class Ipv6(FakeAvatarServer):
+        def _add_port(self, address: str) -> int:
+            return super()._add_port("[::1]:0")
+
+    with Ipv6() as server:
+        assert frames_sync(f"[::1]:{server.url.rpartition(':')[2]}") == 15
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("LocalHost.", True),
+        ("me.localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("127.1", True),
+        ("[::1]", True),
+        ("[0:0:0:0:0:0:0:1]", True),
+        ("[::ffff:127.0.0.1]", True),
+        ("localhost.example", False),
+        ("127.0.0.1.example", False),
+        ("0.0.0.0", False),
+        ("[::]", False),
+        ("10.0.0.1", False),
+        ("[::ffff:10.0.0.1]", False),
+    ],
+)
+def test_what_is_this_machine(host: str, expected: bool) -> None:
+    assert is_loopback(f"grpc://{host}:8001") is expected
+
+
+@pytest.mark.parametrize("make", [AvatarSession, AsyncAvatarSession])
+def test_a_key_in_plain_text_is_warned_of(make: Callable[..., object]) -> None:
+    async def session(url: str, **options: Any) -> None:
+        make(url, image=SAMPLE_IMAGE, **options)
+
+    message = r"the API key goes to example.com:8001 as plain text, .*; use TLS: put grpcs:// in front of the address"
+    with pytest.warns(AvatarWarning, match=message) as warned:
+        asyncio.run(session("example.com:8001", api_key=KEY))
+    assert [warning.filename for warning in warned] == [__file__]
+    for options in ({"url": "grpcs://example.com:8001"}, {"tls": TLS()}, {"url": "127.0.0.1:1"}, {"api_key": None}):
+        asyncio.run(session(**{"url": "example.com:8001", "api_key": KEY, **options}))
+
+
+def test_a_key_in_plain_text_is_warned_of_when_asking_for_the_status() -> None:
+    with pytest.warns(AvatarWarning, match="goes to 192.0.2.1:9 as plain text"), pytest.raises(ConnectFailed):
+        server_status("192.0.2.1:9", api_key=KEY, timeout_s=0.1)

@@ -598,7 +598,7 @@ def test_a_late_refusal_is_a_failure() -> None:
     ("frames", "first", "message"),
     [
         (11, 0, "answered a block with 11 raw frames, expected 12"),
-        (12, 1, "FIRST_FRAME 1, expected 0 or less"),
+        (12, 1, "FIRST_FRAME 1, expected -750 to 0"),
     ],
 )
 def test_a_wrong_first_answer(frames: int, first: int, message: str) -> None:
@@ -624,6 +624,15 @@ def test_a_gap_and_an_answer_to_nothing() -> None:
 def test_float_samples() -> None:
     pcm = np.array([0.0, 0.5, -0.5, 1.0, -1.0, 7.0, -7.0], np.float32)
     assert as_samples(pcm).tolist() == [0, 16384, -16384, 32767, -32768, 32767, -32768]
+
+
+@pytest.mark.parametrize("peak", [17, 128, 32_768, 2.0**31])
+def test_float_samples_of_another_scale_are_refused(peak: float) -> None:
+    pcm = (np.sin(np.arange(1000) / 10) * peak).astype(np.float32)
+    with pytest.raises(
+        InvalidInput, match=r"has values of up to [\d.e+]+ as float32; pass values in \[-1, 1\], or int16"
+    ):
+        as_samples(pcm)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Sync and asyncio sessions against a real gRPC server: every way in which a stream can end."""
 
 import asyncio
+import gc
 import io
 import itertools
 import queue
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -455,3 +458,157 @@ def test_an_image_by_its_path(tmp_path: Path) -> None:
     assert server.sessions[0].image == SAMPLE_IMAGE
     with pytest.raises(MediaError, match=r"none.png' does not exist; pass the path of a PNG, JPEG or WebP"):
         AvatarSession(server.url, image=tmp_path / "none.png")
+
+
+def silence_forever() -> Iterator[object]:
+    while True:
+        time.sleep(0.02)
+        yield np.zeros(320, np.int16)
+
+
+def drop_when_open(server: FakeAvatarServer) -> None:
+    session = AvatarSession(server.url, image=SAMPLE_IMAGE, keep_alive_s=0.05)
+    session.__enter__()
+    assert wait_for(lambda: server.streams == 1)
+
+
+def drop_in_use(server: FakeAvatarServer) -> None:
+    session = AvatarSession(server.url, image=SAMPLE_IMAGE, idle=True, keep_alive_s=0.05).__enter__()
+    blocks = session.stream(silence_forever())
+    next(blocks)
+
+
+def drop_in_a_circle(server: FakeAvatarServer) -> None:
+    session = AvatarSession(server.url, image=SAMPLE_IMAGE, keep_alive_s=0.05).__enter__()
+    assert wait_for(lambda: server.streams == 1)
+    session.circle = session  # type: ignore[attr-defined]
+    del session
+    gc.collect()
+
+
+def drop_after_the_end(server: FakeAvatarServer) -> None:
+    session = AvatarSession(server.url, image=SAMPLE_IMAGE, keep_alive_s=0.05).__enter__()
+    session.send(sample_speech(BLOCK_SAMPLES * 3))
+    session.end()
+    assert wait_for(lambda: server.streams == 1)
+
+
+@pytest.mark.parametrize("drop", [drop_when_open, drop_in_use, drop_in_a_circle, drop_after_the_end])
+def test_a_session_that_is_dropped_ends(drop: Callable[[FakeAvatarServer], None]) -> None:
+    with FakeAvatarServer(delay_s=0.3) as server:
+        drop(server)
+        assert wait_for(lambda: server.streams == 0)
+        assert wait_for(lambda: not any(t.name.startswith("live-avatar") for t in threading.enumerate()))
+        quiet = sum(session.keep_alives for session in server.sessions)
+        time.sleep(0.2)
+        assert sum(session.keep_alives for session in server.sessions) == quiet
+
+
+@pytest.mark.parametrize("is_collected_elsewhere", [False, True])
+@pytest.mark.parametrize("is_fed", [False, True])
+def test_an_asynchronous_session_that_is_dropped_ends(is_fed: bool, is_collected_elsewhere: bool) -> None:
+    async def chunks() -> AsyncIterator[object]:
+        while True:
+            await asyncio.sleep(0.02)
+            yield np.zeros(320, np.int16)
+
+    async def use(url: str) -> list[AsyncAvatarSession]:
+        session = AsyncAvatarSession(url, image=SAMPLE_IMAGE, keep_alive_s=0.05)
+        await session.__aenter__()
+        if is_fed:
+            await anext(session.stream(chunks()))
+        return [session]
+
+    async def drop(server: FakeAvatarServer) -> set[str]:
+        held = await use(server.url)
+        await asyncio.sleep(0.1)
+        assert server.streams == 1
+        if is_collected_elsewhere:
+            await asyncio.to_thread(held.clear)
+        else:
+            held.clear()
+        gc.collect()
+        for _ in range(300):
+            await asyncio.sleep(0.01)
+            left = {task.get_name() for task in asyncio.all_tasks() if "live-avatar" in task.get_name()}
+            if not left and server.streams == 0:
+                break
+        return left
+
+    with FakeAvatarServer() as server:
+        assert asyncio.run(drop(server)) == set()
+        assert server.streams == 0
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_forked_child_leaves_its_parents_session(is_async: bool) -> None:
+    """Run in a process of its own: this one has threads that a fork would break."""
+    program = f"""
+import asyncio, os, sys
+from live_avatar_client import AsyncAvatarSession, AvatarSession, SessionClosed
+from live_avatar_client.testing import SAMPLE_IMAGE, sample_speech
+url = sys.argv[1]
+def in_child(call):
+    try:
+        call()
+    except SessionClosed as error:
+        print(error, flush=True)
+def use():
+    with AvatarSession(url, image=SAMPLE_IMAGE) as session:
+        child = os.fork()
+        if child == 0:
+            in_child(lambda: session.send(sample_speech(5)))
+            in_child(lambda: next(iter(session)))
+            return
+        assert os.waitpid(child, 0)[1] == 0
+        session.send(sample_speech(5)); session.end()
+        print(sum(map(len, session)), flush=True)
+async def use_async():
+    async with AsyncAvatarSession(url, image=SAMPLE_IMAGE) as session:
+        child = os.fork()
+        if child == 0:
+            try:
+                await session.send(sample_speech(5))
+            except SessionClosed as error:
+                print(error, flush=True)
+            await session.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        await session.send(sample_speech(5)); await session.end()
+        print(sum([len(block) async for block in session]), flush=True)
+asyncio.run(use_async()) if {is_async} else use()
+"""
+    with FakeAvatarServer() as server:
+        done = subprocess.run([sys.executable, "-c", program, server.url], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    *refused, frames = done.stdout.splitlines()
+    assert frames == "1"
+    assert len(refused) == (1 if is_async else 2)
+    assert all(
+        re.match(r"the session belongs to process \d+, and this is process \d+, forked from", x) for x in refused
+    )
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("chunks", "kind"),
+    [
+        (sample_speech(BLOCK_SAMPLES), "ndarray"),
+        (sample_speech(BLOCK_SAMPLES).tobytes(), "bytes"),
+        ("speech.wav", "str"),
+        (np.int16(3), "int16"),
+        (None, "NoneType"),
+        (sample_speech, "function"),
+    ],
+)
+def test_a_chunk_in_place_of_chunks(play: Play, chunks: Any, kind: str) -> None:
+    with FakeAvatarServer() as server, pytest.raises(InvalidInput) as caught:
+        play(server.url, chunks)
+    said = f"stream() got a {kind}; pass a list or another iterable of chunks, such as [chunk]"
+    assert str(caught.value) == said
+
+
+@both_ways
+def test_rows_are_chunks(play: Play) -> None:
+    with FakeAvatarServer() as server:
+        assert sum(map(len, play(server.url, sample_speech(BLOCK_SAMPLES).reshape(12, -1)))) == 12

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from live_avatar.errors import CheckpointError, ExportError
-from live_avatar.exporter.build import export_artifacts, weight_file
-from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
+from live_avatar.exporter.build import export_artifacts
+from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts, weight_file
 from live_avatar.graphs.contract import contracts
 from live_avatar.version import __version__
 from live_avatar.weights.checkpoint import open_checkpoint
@@ -70,7 +70,12 @@ def test_an_interrupted_first_export_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize("manifest", [None, "{}", '{"name": "a web application", "icons": []}', "[1]", "not json"])
+DEEP = pytest.param("[" * 100_000, id="nested too deeply")
+
+
+@pytest.mark.parametrize(
+    "manifest", [None, "{}", '{"name": "a web application", "icons": []}', "[1]", "not json", DEEP]
+)
 def test_a_folder_of_something_else_is_refused_and_left(tmp_path: Path, manifest: str | None) -> None:
     folder = tmp_path / "thesis"
     folder.mkdir()

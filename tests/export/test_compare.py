@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from live_avatar.config import TINY
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts
 from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.digests import file_sha256
 from live_avatar.pipeline.generator import GeneratedBlock, Generator
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
@@ -84,6 +86,9 @@ def test_the_command_finds_graphs_with_other_weights(least_artifacts: Artifacts,
     folder = shutil.copytree(least_artifacts.folder, tmp_path / "changed")
     weights = np.fromfile(folder / "dit.weights", dtype=np.float32)
     (1.01 * weights).tofile(folder / "dit.weights")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["dit.weights"]["digest"] = file_sha256(folder / "dit.weights")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     result = CliRunner().invoke(main, ["--artifacts", str(folder)])
     assert result.exit_code == 1
     marked = {row.split()[0] for row in result.output.splitlines() if row.endswith("TOO LARGE")}

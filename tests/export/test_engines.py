@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from export.engines import main
-from live_avatar.errors import CapacityError, ExportError
+from live_avatar.errors import ArtifactError, CapacityError, ExportError
 from live_avatar.exporter.engines import LOCK, TIMING_CACHE, EngineOptions, build_engines
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
+from live_avatar.graphs.digests import file_sha256
 from live_avatar.graphs.engines import FOLDER, Engine, Machine, engine_path, read_engines
 from live_avatar.graphs.memory import WORKSPACE_BYTES
 from tests.support.fake_tensorrt import HostDevice, OnnxParser, install
@@ -51,10 +52,11 @@ def test_every_graph_becomes_an_engine_with_a_record(artifacts_copy: Artifacts) 
     step = engines["dit_step_1"]
     assert step == Engine(
         machine=Machine(VERSION, "stand-in", "9.0"),
-        files={name: known[name]["sha256"] for name in ("dit_step_1.onnx", "dit.weights")},
+        files={name: known[name]["digest"] for name in ("dit_step_1.onnx", "dit.weights")},
         weights_on_host=False,
         build_s=step.build_s,
         bytes=engine_path(artifacts_copy, "dit_step_1").stat().st_size,
+        digest=file_sha256(engine_path(artifacts_copy, "dit_step_1")),
     )
     assert step.build_s >= 0
     message = "dit_step_1: has not been built; building for TensorRT 11.4.0.106 on stand-in (compute capability 9.0)"
@@ -170,6 +172,13 @@ def test_a_failed_build_is_told_in_tensorrts_words_and_leaves_what_was_built(art
     assert read_engines(artifacts_copy).keys() == {"audio_tokens"}
     names = {item.name for item in (artifacts_copy.folder / FOLDER).iterdir()}
     assert names == {"audio_tokens.plan", "engines.json", LOCK, TIMING_CACHE}
+
+
+def test_a_changed_graph_is_not_built(artifacts_copy: Artifacts) -> None:
+    path = artifacts_copy.folder / "dit.weights"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ArtifactError, match=r"dit\.weights has digest .*; export the artifacts again"):
+        build(artifacts_copy, EngineOptions(components=["dit_step_1"]))
 
 
 def test_a_second_process_waits_and_then_finds_everything_built(artifacts_copy: Artifacts) -> None:

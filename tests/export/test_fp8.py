@@ -227,6 +227,9 @@ def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Pat
     path.write_text('{"preset": "tiny", "blocks": 2, "amax": [1]}')
     with pytest.raises(ExportError, match=r"calibration\.json is not a calibration \(.*make one with"):
         Calibration.read(path)
+    path.write_text('{"amax":' * 100_000)
+    with pytest.raises(ExportError, match=r"calibration\.json is not a calibration \(it is nested too deeply\); make"):
+        Calibration.read(path)
     for wrong in ("NaN", "Infinity", "-1"):
         path.write_text(f'{{"preset": "tiny", "blocks": 2, "amax": {{"dit_step_1": {{"dit.head": {wrong}}}}}}}')
         with pytest.raises(

@@ -15,9 +15,9 @@ import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
 
 from live_avatar.config import TINY
-from live_avatar.exporter.build import LEAST_BYTES, weight_file
+from live_avatar.exporter.build import LEAST_BYTES
 from live_avatar.exporter.weight_file import ALIGNMENT, WeightFile, tensor_bytes
-from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.graphs.artifacts import Artifacts, weight_file
 from live_avatar.weights.checkpoint import load_networks, open_checkpoint
 
 

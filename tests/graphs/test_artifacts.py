@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from live_avatar.errors import ArtifactError
-from live_avatar.graphs.artifacts import FORMAT, MANIFEST, file_sha256, load_artifacts
+from live_avatar.graphs.artifacts import FORMAT, MANIFEST, load_artifacts
 from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.digests import file_sha256
 from live_avatar.version import __version__
 from tests.support.networks import SMALL
 
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     made.mkdir()
     (made / "dit_step_1.onnx").write_bytes(b"graph" * 10)
     (made / "dit.weights").write_bytes(bytes(range(256)))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in made.iterdir()}
+    files = {path.name: {"bytes": path.stat().st_size, "digest": file_sha256(path)} for path in made.iterdir()}
     manifest = {
         "format": FORMAT,
         "version": __version__,
@@ -63,10 +64,19 @@ def test_a_missing_manifest(folder: Path) -> None:
         load_artifacts(folder)
 
 
-@pytest.mark.parametrize("text", ['{"format": 1, "ver', "", "[]", "null", '{"version": "0.1.0"}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"format": 1, "ver', "", "[]", "null", '{"version": "0.1.0"}', "\x00", "[" * 100_000, '{"format":' * 100_000],
+)
 def test_a_broken_manifest(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
     with pytest.raises(ArtifactError, match=rf"manifest\.json is not a manifest \(.*\); {REMEDY}"):
+        load_artifacts(folder)
+
+
+def test_a_manifest_that_is_nested_too_deeply(folder: Path) -> None:
+    (folder / MANIFEST).write_text('{"format":' * 100_000)
+    with pytest.raises(ArtifactError, match=rf"is not a manifest \(it is nested too deeply\); {REMEDY}"):
         load_artifacts(folder)
 
 
@@ -96,6 +106,8 @@ def test_another_format(folder: Path) -> None:
         (lambda manifest: manifest["preset"]["dit"].update(dim=127), "dim 127 is not a multiple of 4 heads"),
         (lambda manifest: manifest["preset"]["stream"].update(surprise=1), "surprise"),
         (lambda manifest: manifest.update(files=[]), "has no attribute 'items'"),
+        (lambda manifest: manifest["files"]["dit.weights"].pop("digest"), "'digest'"),
+        (lambda manifest: manifest["files"]["dit.weights"].update(digest=None), "a digest is not a string"),
     ],
 )
 def test_a_manifest_of_something_else(folder: Path, change: Callable[[dict[str, Any]], object], reason: str) -> None:
@@ -119,12 +131,52 @@ def test_a_truncated_file(folder: Path) -> None:
         load_artifacts(folder)
 
 
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+
+
+CHANGED = r"has digest [0-9a-f]{12}, expected [0-9a-f]{12} as in manifest\.json, so it was changed after the export; "
+
+
 def test_a_flipped_byte_is_found_by_verify_alone(folder: Path) -> None:
-    data = bytearray((folder / "dit.weights").read_bytes())
-    data[77] ^= 1
-    (folder / "dit.weights").write_bytes(data)
+    flip_a_byte(folder / "dit.weights")
     artifacts = load_artifacts(folder)
-    with pytest.raises(ArtifactError, match=r"dit\.weights is not the file of the manifest; export it again\."):
+    with pytest.raises(ArtifactError, match=rf"dit\.weights {CHANGED}export the artifacts again\."):
+        artifacts.verify()
+
+
+@pytest.mark.parametrize("name", ["dit_step_1.onnx", "dit.weights"])
+def test_a_component_is_read_only_if_its_files_are_those_of_the_manifest(folder: Path, name: str) -> None:
+    artifacts = load_artifacts(folder)
+    with artifacts.reading("dit_step_1") as path:
+        assert path == folder / "dit_step_1.onnx"
+    flip_a_byte(folder / name)
+    with pytest.raises(ArtifactError, match=rf"{name} {CHANGED}"), artifacts.reading("dit_step_1"):
+        pytest.fail("it was read")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_found(folder: Path) -> None:
+    with (
+        pytest.raises(ArtifactError, match=rf"dit\.weights {CHANGED}"),
+        load_artifacts(folder).reading("dit_step_1"),
+    ):
+        flip_a_byte(folder / "dit.weights")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(folder: Path) -> None:
+    artifacts = load_artifacts(folder)
+    (folder / "dit_step_2.onnx").write_bytes(b"graph")
+    message = r"manifest\.json does not list dit_step_2\.onnx; export the artifacts again\."
+    with pytest.raises(ArtifactError, match=message), artifacts.reading("dit_step_2"):
+        pytest.fail("it was read")
+
+
+def test_a_file_that_has_gone_is_told(folder: Path) -> None:
+    artifacts = load_artifacts(folder)
+    (folder / "dit.weights").unlink()
+    with pytest.raises(ArtifactError, match=r"artifacts in .* cannot be read \(.*dit\.weights'\); export them again\."):
         artifacts.verify()
 
 
@@ -138,6 +190,6 @@ def test_the_fingerprint_is_of_the_files(folder: Path) -> None:
     assert before == load_artifacts(folder).fingerprint
     assert len(before) == 12
     (folder / "dit.weights").write_bytes(bytes(256))
-    changed = {"bytes": 256, "sha256": file_sha256(folder / "dit.weights")}
+    changed = {"bytes": 256, "digest": file_sha256(folder / "dit.weights")}
     edit(folder, lambda manifest: manifest["files"].update({"dit.weights": changed}))
     assert load_artifacts(folder).fingerprint != before

@@ -12,20 +12,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from live_avatar.arrays import Array
 from live_avatar.errors import ConfigError, InputError
-from live_avatar.inputs.image import MAX_BYTES, area_size, decode_image, picture_size
+from live_avatar.inputs.image import (
+    GROUND,
+    MAX_BYTES,
+    MAX_SCANS,
+    area_size,
+    crop_warning,
+    decode_image,
+    decode_pixels,
+    normalise,
+    picture_size,
+)
+from tests.support.pictures import encoded, jpeg_of_scans
 
 HEIGHT, WIDTH = 64, 96
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-
-
-def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def bands(width: int, height: int, *colours: tuple[int, ...], mode: str = "RGB") -> Image.Image:
@@ -146,6 +151,78 @@ def test_16_bit_grey_keeps_its_shades() -> None:
         np.testing.assert_allclose(channel[32], expected, atol=1e-6)
 
 
+def test_pixels_are_what_is_normalised() -> None:
+    data = encoded(bands(100, 64, RED, (1, 2, 3)))
+    pixels = decode_pixels(data, HEIGHT, WIDTH)
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (HEIGHT, WIDTH, 3))
+    assert np.array_equal(normalise(pixels), decode_image(data, HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_transparent_parts_show_the_ground_and_not_what_is_under_them(file_format: str) -> None:
+    cutout = bands(96, 96, (*RED, 255), (*RED, 128), (*GREEN, 0), mode="RGBA")
+    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
+    pixels = decode_pixels(encoded(cutout, file_format, **options), 96, 96)
+    assert tuple(pixels[48, 10]) == RED
+    assert np.allclose(pixels[48, 48], (192, 64, 64), atol=1)
+    assert (pixels[:, 66:] == GROUND).all()
+
+
+def png_text(size: int, keyword: str = "Comment") -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(keyword, "a" * size, zip=True)
+    return encoded(bands(64, 64, RED, BLUE), pnginfo=info)
+
+
+@pytest.mark.parametrize("size", [10, 2**21, 2**27])
+def test_text_in_a_png_does_not_matter(size: int) -> None:
+    assert np.array_equal(decode_pixels(png_text(size), 64, 64), decode_pixels(png_text(1), 64, 64))
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_is_read() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(bands(300, 100, RED, GREEN, BLUE), exif=exif)
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    moved = data.replace(chunk, b"")
+    assert picture_size(moved[:-12] + chunk + moved[-12:]) == (300, 100)
+
+
+def test_a_number_in_exif_that_cannot_be_written_does_not_matter() -> None:
+    """Some phones write an X-resolution of -1/0."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011A] = 72.0
+    data = encoded(bands(300, 100, RED, GREEN, BLUE), "JPEG", exif=exif, quality=95)
+    rational = struct.pack(">II", 72, 1) if struct.pack(">II", 72, 1) in data else struct.pack("<II", 72, 1)
+    assert rational in data
+    order = ">" if rational[:1] == b"\0" else "<"
+    assert picture_size(data.replace(rational, struct.pack(f"{order}iI", -1, 0))) == (300, 100)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_an_animation_is_refused(file_format: str) -> None:
+    frames = [bands(64, 64, RED, BLUE), bands(64, 64, GREEN, BLUE)]
+    data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
+    with pytest.raises(InputError, match=r"^the reference image is animated \(2 frames\); send a still, such as its"):
+        decode_pixels(data, 64, 64)
+
+
+def test_a_jpeg_with_a_second_picture_inside_is_a_still() -> None:
+    frames = [bands(64, 64, RED, BLUE), bands(64, 64, GREEN, BLUE)]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert decode_pixels(data, 64, 64).shape == (64, 64, 3)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    assert decode_pixels(jpeg_of_scans(64, 40), 64, 64).shape == (64, 64, 3)
+    with pytest.raises(
+        InputError, match=rf"^the reference image is a JPEG of more than {MAX_SCANS} scans; save it again"
+    ):
+        decode_pixels(jpeg_of_scans(64, 200), 64, 64)
+
+
 def test_cmyk_jpeg_is_read() -> None:
     pixels = decode_image(encoded(bands(64, 64, RED, GREEN).convert("CMYK"), "JPEG", quality=95), 64, 64)
     assert int(np.argmax(pixels[:, 32, 5])) == 0
@@ -213,6 +290,17 @@ def test_the_size_of_a_picture_is_that_of_its_upright_view() -> None:
     assert picture_size(encoded(bands(300, 100, RED), "JPEG", exif=exif)) == (300, 100)
     with pytest.raises(InputError, match=r"is not a PNG, JPEG or WebP; convert it"):
         picture_size(b"hello, I am a picture")
+
+
+def test_a_picture_of_another_shape_is_warned_of() -> None:
+    """A standing person, whose head is in the upper quarter, would have none in a square video."""
+    assert crop_warning(encoded(bands(720, 1280, RED)), 96, 96) == (
+        "the picture is 720x1280, and the video of 96x96 shows only the 56% in its middle; crop the picture around the "
+        "head, or choose a video of its shape."
+    )
+    assert crop_warning(encoded(bands(1280, 720, RED)), 704, 384) is not None
+    assert crop_warning(encoded(bands(300, 400, RED)), 96, 96) is None
+    assert crop_warning(encoded(bands(720, 1280, RED)), 704, 384) is None
 
 
 @pytest.mark.parametrize(

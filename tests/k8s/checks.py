@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2
 
 import export.engines
 import live_avatar.cli.main
-from live_avatar.serving import server, supervisor
+from live_avatar.serving import gateway_process, server, supervisor
 from live_avatar.serving.repository import MODEL_REPOSITORY
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
@@ -192,6 +192,7 @@ def port_faults(objects: Sequence[Object]) -> Iterator[str]:
     """The server's ports are those of its options, and every port that is named by another object is one of them."""
     options = ServerOptions(Path())
     wanted = {"grpc": options.grpc_port, "http": options.http_port, "metrics": options.metrics_port}
+    wanted["health"] = int(option(objects, server_of(objects), "health-port"))
     declared = {port["name"]: port["containerPort"] for port in server_of(objects)["ports"]}
     if declared != wanted:
         yield f"the server's ports are {declared}, but `live-avatar serve` opens {wanted}"
@@ -258,8 +259,12 @@ def time_faults(objects: Sequence[Object]) -> Iterator[str]:
         container["lifecycle"]["preStop"]["sleep"]["seconds"]
         + float(option(objects, container, "drain-seconds"))
         + supervisor.CLOSING_S
+        + 2 * supervisor.PHASE_LIMIT_S
         + supervisor.LAST_ANSWER_S
+        + supervisor.STOP_LIMIT_S
+        + gateway_process.STOP_LIMIT_S
         + server.STOP_LIMIT_S
+        + live_avatar.cli.main.LOG_FLUSH_S
     )
     if ending > grace:
         yield f"ending takes up to {ending:g} s, but terminationGracePeriodSeconds is {grace}"
@@ -267,8 +272,9 @@ def time_faults(objects: Sequence[Object]) -> Iterator[str]:
         yield f"Triton may take {triton_exit_s()} s to end, and is killed after {server.STOP_LIMIT_S:g}"
     probe = container["startupProbe"]
     starting = probe["periodSeconds"] * probe["failureThreshold"]
-    if starting <= server.START_LIMIT_S:
-        yield f"`serve` waits {server.START_LIMIT_S:g} s for its models, the startup probe {starting}"
+    waiting = gateway_process.START_LIMIT_S + server.START_LIMIT_S
+    if starting <= waiting:
+        yield f"`serve` waits {waiting:g} s for its gateway and its models, the startup probe {starting}"
     if deployment["spec"]["progressDeadlineSeconds"] < grace + starting:
         yield f"a roll-out takes {grace + starting} s for a pod, but progressDeadlineSeconds is less"
 
@@ -280,12 +286,14 @@ def triton_exit_s() -> int:
 
 
 def probe_faults(objects: Sequence[Object]) -> Iterator[str]:
-    """Ready says whether sessions may come, live whether to start again; a probe gives up before its next turn."""
+    """Ready says whether sessions may come, live whether to start again; a probe's port is no port of callers."""
     container = server_of(objects)
     for name, what in (("startupProbe", "ready"), ("readinessProbe", "ready"), ("livenessProbe", "live")):
         probe = container[name]
         if probe["httpGet"]["path"] != f"/v2/health/{what}":
             yield f"{name} asks {probe['httpGet']['path']}, not /v2/health/{what}"
+        if probe["httpGet"]["port"] != "health":
+            yield f"{name} asks port {probe['httpGet']['port']}, which callers reach, not health"
         if probe["timeoutSeconds"] > probe["periodSeconds"]:
             yield f"{name} waits {probe['timeoutSeconds']} s, longer than its period of {probe['periodSeconds']}"
 

@@ -44,6 +44,10 @@ class Server:
         [found] = [number for number, line in self.running.processes() if f"/{stage}/1/model.py" in line]
         return found
 
+    def gateway(self) -> int:
+        [found] = [number for number, line in self.running.processes() if line.rstrip().endswith("live_avatar.gateway")]
+        return found
+
 
 @contextmanager
 def two_servers(folder: Path, artifacts: Artifacts, *options: object) -> Iterator[tuple[Server, Server]]:

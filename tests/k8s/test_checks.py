@@ -191,7 +191,7 @@ BROKEN: dict[str, tuple[Check, Breaks, str]] = {
     "metrics on a port that is not there": (
         checks.port_faults,
         lambda o: spec("PodMonitor")(o)["podMetricsEndpoints"][0].update(port="prometheus"),
-        "PodMonitor/live-avatar: there is no port prometheus, only grpc, http, metrics",
+        "PodMonitor/live-avatar: there is no port prometheus, only grpc, http, metrics, health",
     ),
     "a route to nowhere": (
         checks.port_faults,
@@ -221,12 +221,12 @@ BROKEN: dict[str, tuple[Check, Breaks, str]] = {
     "a drain that the kubelet cuts short": (
         checks.time_faults,
         lambda o: settings(o).update(DRAIN_SECONDS="600"),
-        "ending takes up to 622.3 s, but terminationGracePeriodSeconds is 600",
+        "ending takes up to 632.3 s, but terminationGracePeriodSeconds is 600",
     ),
     "a start that the kubelet cuts short": (
         checks.time_faults,
         lambda o: server_of(o)["startupProbe"].update(failureThreshold=30),
-        "`serve` waits 1800 s for its models, the startup probe 300",
+        "`serve` waits 1860 s for its gateway and its models, the startup probe 300",
     ),
     "a roll-out that is given up too soon": (
         checks.time_faults,
@@ -237,6 +237,16 @@ BROKEN: dict[str, tuple[Check, Breaks, str]] = {
         checks.probe_faults,
         lambda o: server_of(o)["livenessProbe"]["httpGet"].update(path="/v2/health/ready"),
         "livenessProbe asks /v2/health/ready, not /v2/health/live",
+    ),
+    "a probe on a port of the callers": (
+        checks.probe_faults,
+        lambda o: server_of(o)["readinessProbe"]["httpGet"].update(port="http"),
+        "readinessProbe asks port http, which callers reach, not health",
+    ),
+    "a health port that the server does not open": (
+        checks.port_faults,
+        lambda o: replace_argument(server_of(o), "--health-port", "--health-port=8004"),
+        "but `live-avatar serve` opens {'grpc': 8001, 'http': 8000, 'metrics': 8002, 'health': 8004}",
     ),
     "a probe that runs into the next": (
         checks.probe_faults,

@@ -16,7 +16,7 @@ import pytest
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
 from tests.k8s.dockerfile import arguments_of, context, instructions, is_ignored, rules_of
-from tests.k8s.manifests import K8S, ROOT, build, pod_of, workloads
+from tests.k8s.manifests import K8S, ROOT, build, pod_of, server_of, workloads
 from tests.k8s.programs import tool
 
 CPU, GPU = ROOT / "docker" / "cpu.Dockerfile", ROOT / "docker" / "Dockerfile"
@@ -63,7 +63,9 @@ def test_it_runs_as_the_user_of_the_manifests(path: Path):
 @BOTH
 def test_it_opens_the_servers_ports_and_starts_the_command(path: Path):
     options = ServerOptions(Path())
-    ports = sorted((options.http_port, options.grpc_port, options.metrics_port))
+    server = server_of(build(K8S / "base"))
+    [health] = [port["containerPort"] for port in server["ports"] if port["name"] == "health"]
+    ports = sorted((options.http_port, options.grpc_port, options.metrics_port, health))
     assert arguments_of(path, "EXPOSE") == [" ".join(map(str, ports))]
     assert arguments_of(path, "ENTRYPOINT") == ['["live-avatar"]']
 

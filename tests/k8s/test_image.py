@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from live_avatar.assets import PORTRAIT, SPEECH
+from live_avatar.gateway.keys import add_key
 from tests.cli.support import COMMANDS, wait_until
 from tests.k8s.dockerfile import Image
 from tests.k8s.dockerfile import build as build_image
@@ -27,7 +28,6 @@ from tests.k8s.sandbox import Container, ContainerError, Mount, Running, run, st
 
 pytestmark = pytest.mark.k8s
 
-KEY = "0123456789abcdef"
 PROBE = """
 import sys, urllib.request
 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1], timeout=float(sys.argv[2]))
@@ -38,6 +38,7 @@ with grpc.insecure_channel("127.0.0.1:8001") as channel:
     print(channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10.0))
 """
 SERVING = b"\x08\x01"  # field 1 of HealthCheckResponse
+CALLER = "trial"
 LIMIT_S = 300.0
 
 
@@ -95,7 +96,7 @@ def pod(image: Image, objects: list[Object], tmp_path_factory: pytest.TempPathFa
         run(container_of(objects, spec, init, image, volumes), LIMIT_S)
     server, log = server_of(objects), folder / "server.log"
     with started(container_of(objects, spec, server, image, volumes), log) as running:
-        found = Pod(server, running, log, folder / "keys" / "api-key")
+        found = Pod(server, running, log, folder / "api.key")
         wait_until(lambda: running.wrapper.poll() is not None or found.answers("startupProbe"))
         assert running.wrapper.poll() is None, log.read_text()
         yield found
@@ -112,10 +113,10 @@ def make_volumes(spec: Object, folder: Path) -> dict[str, Mount]:
         place = folder / volume["name"]
         place.mkdir()
         if "secret" in volume:
-            key = place / "api-key"
-            key.write_text(KEY + "\n")
-            key.chmod(volume["secret"]["defaultMode"])
-            os.chown(key, 0, group)
+            keys = place / "api-keys"
+            (folder / "api.key").write_text(add_key(keys, CALLER))
+            keys.chmod(volume["secret"]["defaultMode"])
+            os.chown(keys, 0, group)
         os.chown(place, 0, group)
         place.chmod(0o2775)
         volumes[volume["name"]] = Mount("", place)
@@ -198,11 +199,12 @@ def test_process_1_drains_and_ends(pod: Pod, tmp_path: Path) -> None:
     """The last one. While it drains it is alive and not ready, and the live session gets all its frames."""
     with ThreadPoolExecutor(1) as threads:
         speaking = threads.submit(pod.speak, tmp_path / "video.mp4", "--pace", "realtime")
-        wait_until(lambda: speaking.done() or pod.log.read_text().count(" started: ") == 2)
+        wait_until(lambda: speaking.done() or pod.log.read_text().count(f" started: key={CALLER} ") == 2)
         os.kill(pod.running.process, signal.SIGTERM)
         wait_until(lambda: not pod.answers("readinessProbe"))
         assert not speaking.done(), said(speaking.result())
         assert pod.answers("livenessProbe")
         assert speaking.result().returncode == 0, said(speaking.result())
     assert pod.running.wrapper.wait(LIMIT_S) == 0, pod.log.read_text()
-    assert pod.log.read_text().count(" ended: completed, ") == 2
+    ended = [line for line in pod.log.read_text().splitlines() if f" ended: key={CALLER} " in line]
+    assert [" cause=completed " in line for line in ended] == [True, True]

@@ -11,8 +11,11 @@ import pytest
 import yaml
 
 from live_avatar.config import S2V_14B
+from live_avatar.gateway.pictures import AT_ONCE
+from live_avatar.gateway.sandbox import MIB, Limits
 from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
-from live_avatar.inputs.image import MAX_BYTES
+from live_avatar.serving.repository import MODEL_REPOSITORY, chain
+from live_avatar_client.protocol import FRAMES_PER_BLOCK
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
     APPLIED,
@@ -36,6 +39,8 @@ VERSIONS = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 FOLDERS = tuple(sorted(path.parent.relative_to(K8S).as_posix() for path in K8S.glob("**/kustomization.yaml")))
 BUILT = tuple(folder for folder in FOLDERS if not folder.startswith("components/"))
 COMPONENTS = tuple(folder for folder in FOLDERS if folder.startswith("components/"))
+CPU_PROCESSES_BYTES = 1.4 * GIB
+"""Memory of Triton, the stages and `serve` with the tiny preset, measured."""
 NEEDS = {"components/mtls": ("components/tls",), "components/autoscaling": ("components/monitoring",)}
 """Components that stand on others."""
 WITH_SERVER = ("base", "overlays/cpu-kind", "overlays/h800", *COMPONENTS)
@@ -182,7 +187,7 @@ def test_no_ingress_of_a_namespace_that_was_not_let_in(objects_of):
     assert policy["egress"] == []
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     assert all(peer["namespaceSelector"]["matchLabels"] for rule in policy["ingress"] for peer in rule["from"])
-    assert not any(port["port"] == "http" for rule in policy["ingress"] for port in rule["ports"])
+    assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == {"grpc", "metrics"}
 
 
 # Sizes: the comments in the YAML have the sums, live_avatar/graphs/memory.py the terms.
@@ -195,26 +200,35 @@ def tensor_bytes() -> dict[str, int]:
     area = stream.latent_height * stream.latent_width
     latent = 4 * 16 * stream.frames_per_block * area
     audio = 4 * stream.frames_per_block * (5 + 1) * dit.dim
-    sink = 4 * 16 * (1 + 19) * area + 4 * dit.text_len * dit.text_dim
+    motion, text = 4 * 16 * 19 * area, 4 * dit.text_len * dit.text_dim
+    sink = 4 * 16 * area + motion + text
     frames = 4 * stream.frames_per_block * stream.height * stream.width * 3
     step = latent + audio + sink + latent
     return {
-        "conditioning": MAX_BYTES + latent + audio + sink,
+        "avatar_encoder": stream.height * stream.width * 3 + motion + text,
+        "conditioning": motion + text + latent + audio + sink,
         **{f"dit_step_{number}": step for number in range(1, stream.steps + 1)},
-        "vae_decoder": latent + frames,
+        "vae_decoder": latent + motion + frames,
         "rolling_sink": 4 * 16 * area,
-        "status": 0,
     }
+
+
+def frames_bytes() -> int:
+    """The gateway's region: blocks of frames of `lone_blocks` and a session (`serving.checks`, `gateway.frames`)."""
+    stages = len(chain(MODEL_REPOSITORY, "h800x5"))
+    stream = S2V_14B.stream
+    return (stages + 2 + 1) * FRAMES_PER_BLOCK * stream.height * stream.width * 3
 
 
 def test_shared_memory_has_room_for_the_largest_requests_and_some_dead_stages(objects_of):
     sizes = tensor_bytes()
     regions = [SHM_GROWTH * size + 2**20 for size in sizes.values()]  # a region starts with 1 MiB
     assert 116 * 2**20 < sum(sizes.values()) < 117 * 2**20  # what the comment says
+    assert frames_bytes() == pytest.approx(9 * 9.3 * 2**20, rel=0.01)
     for folder in WITH_SERVER:
         [volume] = [v for v in pod_of(the(objects_of(folder), "Deployment"))["volumes"] if v["name"] == "shared-memory"]
         limit = quantity(volume["emptyDir"]["sizeLimit"])
-        assert limit >= sum(regions) + 5 * max(regions), folder
+        assert limit >= frames_bytes() + sum(regions) + 5 * max(regions), folder
         assert limit < quantity(server_of(objects_of(folder))["resources"]["limits"]["memory"]), folder
 
 
@@ -230,12 +244,23 @@ def test_the_volume_holds_two_releases(objects_of):
     assert quantity(claim["spec"]["resources"]["requests"]["storage"]) >= 2 * release + step["weights of the prefill"]
 
 
-def test_the_hosts_memory_holds_the_prefills_weights_of_every_step(objects_of):
+def test_the_hosts_memory_holds_the_prefills_weights_of_every_step_and_the_gateways_pictures(objects_of):
     prefill = step_memory(S2V_14B.with_precision("bfloat16")).shared["weights of the prefill"]
     for folder in ("base", "overlays/h800", "components/four-gpu"):
         container = server_of(objects_of(folder))
         limit = quantity(container["resources"]["limits"]["memory"])
-        assert limit >= S2V_14B.stream.steps * prefill + 8 * 4 * GIB + GIB, folder
+        assert limit >= S2V_14B.stream.steps * prefill + 8 * 4 * GIB + GIB + gateway_bytes(), folder
+
+
+def test_the_cpu_pods_memory_holds_its_processes_and_the_gateways_pictures(objects_of):
+    for folder in ("components/cpu-only", "overlays/cpu-kind"):
+        limit = quantity(server_of(objects_of(folder))["resources"]["limits"]["memory"])
+        assert limit >= CPU_PROCESSES_BYTES + gateway_bytes(), folder
+
+
+def gateway_bytes() -> float:
+    """Memory of the gateway, and of as many pictures as it decodes at once."""
+    return GIB + AT_ONCE * Limits().memory_mib * MIB
 
 
 def test_the_gpus_memory_is_asked_for_before_engines_are_built(objects_of):

@@ -26,7 +26,7 @@ def files(tmp_path: Path) -> Path:
     """A folder with what the commands before `kubectl` make; keys are their own name."""
     [words] = [line.split()[1:] for line in COMMANDS if line.startswith("openssl ")]
     subprocess.run([program("openssl"), *words], cwd=tmp_path, check=True, capture_output=True, timeout=60)
-    for name in ("api.key", "ca.crt"):
+    for name in ("api-keys", "ca.crt"):
         (tmp_path / name).write_text(name)
     return tmp_path
 
@@ -41,7 +41,12 @@ def created(command: str, files: Path) -> Object:
 
 
 def secret_commands(name: str) -> list[str]:
-    return [part for line in COMMANDS for part in line.split(" && ") if "create secret" in part and f" {name} " in part]
+    return [
+        part
+        for line in COMMANDS
+        for part in re.split(r" && | \| ", line)
+        if "create secret" in part and f" {name} " in part
+    ]
 
 
 def test_every_folder_and_file_of_a_command_is_there():

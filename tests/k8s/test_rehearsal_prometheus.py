@@ -109,6 +109,14 @@ def test_a_stage_that_dies_is_seen(prometheus: Prometheus, servers: tuple[Server
     assert (series["metric"]["pod"], series["metric"]["stage"]) == ("live-avatar-b", "dit_step_2")
 
 
+def test_a_gateway_that_dies_is_seen(prometheus: Prometheus, servers: tuple[Server, Server]) -> None:
+    assert "LiveAvatarGatewayRestarted" not in prometheus.firing()
+    os.kill(servers[1].gateway(), signal.SIGKILL)
+    wait_until(lambda: "LiveAvatarGatewayRestarted" in prometheus.firing())
+    [series] = prometheus.query('ALERTS{alertname="LiveAvatarGatewayRestarted", alertstate="firing"}')
+    assert series["metric"]["pod"] == "live-avatar-b"
+
+
 def test_prometheus_could_evaluate_every_rule(prometheus: Prometheus) -> None:
     rules = prometheus.rules()
     assert {rule["name"] for rule in rules} == set(alerts()) | records()
@@ -116,4 +124,7 @@ def test_prometheus_could_evaluate_every_rule(prometheus: Prometheus) -> None:
     assert {rule["health"] for rule in rules} == {"ok"}
     # Those about speed are right on a machine that has other work.
     [speed] = [group["rules"] for group in rule_groups() if group["name"] == "live-avatar.speed"]
-    assert prometheus.firing() - {rule["alert"] for rule in speed} <= {"LiveAvatarStageRestarted"}
+    assert prometheus.firing() - {rule["alert"] for rule in speed} <= {
+        "LiveAvatarStageRestarted",
+        "LiveAvatarGatewayRestarted",
+    }

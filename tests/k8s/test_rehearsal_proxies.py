@@ -154,10 +154,12 @@ def test_a_drain_loses_no_frame_of_a_live_session(
         with open_session() as session:
             return frames_of(list(session.stream(in_real_time())))
 
+    first_admitted, second_admitted = site.counts(ADMITTED)
     with ThreadPoolExecutor(3) as threads, ExitStack() as stack:
         stack.callback(visited.set)
         speaking = [threads.submit(speak) for _ in range(2)]
-        while site.counts(LIVE) != (1, 1):
+        # A session has its place before its avatar is made, and is admitted after it.
+        while site.counts(ADMITTED) != (first_admitted + 1, second_admitted + 1):
             assert not any(session.done() for session in speaking)
             time.sleep(0.05)
         went = threads.submit(site.first.running.end, signal.SIGTERM)

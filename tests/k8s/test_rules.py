@@ -131,11 +131,12 @@ def test_each_table_row_of_the_runbook_says_what_the_rule_says() -> None:
 @pytest.mark.parametrize(
     ("sentence", "source"),
     [
-        ("sessions of this server are taken", "live_avatar/serving/sessions.py"),
+        ("sessions of this server are taken", "live_avatar/gateway/admission.py"),
         ("the process of STAGE is gone", "live_avatar/serving/supervisor.py"),
         ("waiting for another process that builds engines", "live_avatar/exporter/engines.py"),
         ("has not been built", "live_avatar/graphs/engines.py"),
-        (" started: ", "live_avatar/serving/conditioning.py"),
+        ("the gateway has ended; starting it again", "live_avatar/serving/supervisor.py"),
+        ("cause", "live_avatar/gateway/audit.py"),
     ],
 )
 def test_what_the_runbook_quotes_is_what_the_program_says(sentence: str, source: str) -> None:

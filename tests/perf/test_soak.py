@@ -133,13 +133,13 @@ def test_processes_are_found_by_their_group() -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()  # it is there now, with all its memory
-        (process,) = group(child.pid)
+        (process,) = group([child.pid])
         assert (process.pid, process.zombie, process.stage) == (child.pid, False, False)
         assert (private_mib(child.pid) or 0) > 1
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert [one.zombie for one in group(child.pid)] == [True]
-    assert group(child.pid) == []
+        assert [one.zombie for one in group([child.pid])] == [True]
+    assert group([child.pid]) == []
     assert private_mib(child.pid) is None
 
 

@@ -1,13 +1,12 @@
-"""The front end: noise, seeds, avatars."""
+"""Noise, seeds and blocks of speech."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from live_avatar.config import MOTION_LATENTS
 from live_avatar.errors import InputError
-from live_avatar.pipeline.conditioning import MAX_SEED, Conditioner, avatar_key, block_noise
+from live_avatar.pipeline.conditioning import MAX_SEED, Conditioner, block_noise
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.conftest import noise_speech
 from tests.support.networks import SMALL
@@ -54,30 +53,6 @@ def test_a_seed_out_of_range_is_refused(conditioner: Conditioner, seed: int) -> 
 @pytest.mark.parametrize("seed", [0, MAX_SEED])
 def test_every_seed_in_range_opens(conditioner: Conditioner, seed: int) -> None:
     assert conditioner.open(seed).seed == seed
-
-
-def test_an_avatar_has_the_steps_inputs(conditioner: Conditioner, picture: bytes) -> None:
-    avatar = conditioner.avatar(picture, "one")
-    h, w = SMALL.stream.latent_height, SMALL.stream.latent_width
-    assert avatar.reference.shape == (1, 16, 1, h, w)
-    assert avatar.motion.shape == (1, 16, MOTION_LATENTS, h, w)
-    assert avatar.text.shape == (SMALL.dit.text_len, SMALL.dit.text_dim)
-    assert np.array_equal(avatar.reference, avatar.motion[:, :, :1])
-    other = conditioner.avatar(picture, "two")
-    assert np.array_equal(other.reference, avatar.reference)
-    assert not np.array_equal(other.text, avatar.text)
-
-
-def test_a_prompt_that_is_no_utf8_makes_an_avatar_all_the_same(conditioner: Conditioner, picture: bytes) -> None:
-    assert np.isfinite(conditioner.avatar(picture, "half \ud800").text).all()
-
-
-def test_the_key_of_an_avatar_is_of_its_contents(picture: bytes) -> None:
-    keys = {avatar_key(picture, "one"), avatar_key(picture, "two"), avatar_key(picture + b"\0", "one")}
-    assert len(keys) == 3
-    assert {len(key) for key in keys} == {32}
-    assert avatar_key(bytes(picture), "one") in keys
-    assert avatar_key(b"a", "b") != avatar_key(b"ab", "")
 
 
 def test_blocks_count_and_two_sessions_do_not_meet(conditioner: Conditioner) -> None:

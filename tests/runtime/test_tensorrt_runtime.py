@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -23,7 +22,8 @@ from live_avatar.exporter.build import export_artifacts
 from live_avatar.exporter.engines import EngineOptions, build_engines
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.contract import kv_names
-from live_avatar.graphs.engines import RECORDS, engine_path
+from live_avatar.graphs.digests import file_sha256
+from live_avatar.graphs.engines import RECORDS, engine_path, read_engines, write_engines
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.pipeline.denoiser import DenoisingStep, StepState
 from live_avatar.pipeline.generator import Generator, cut_blocks
@@ -281,7 +281,7 @@ def test_an_engine_of_another_gpu_is_refused(built: Artifacts, device: HostDevic
 
 @pytest.mark.parametrize("name", ["dit_prefill.onnx", "dit.weights"])
 def test_an_engine_of_another_graph_or_other_weights_is_refused(built: Artifacts, name: str) -> None:
-    files = {**built.manifest["files"], name: {"bytes": 1, "sha256": "0"}}
+    files = {**built.manifest["files"], name: {"bytes": 1, "digest": "0"}}
     other = replace(built, manifest={**built.manifest, "files": files})
     with pytest.raises(ArtifactError, match=rf"dit_prefill.plan was built from another {name}; run"):
         TensorRTRuntime(other, 0, HostDevice).graph("dit_prefill")
@@ -302,9 +302,28 @@ def test_a_cut_engine_is_refused(damaged: Artifacts) -> None:
         TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
 
 
+def record(artifacts: Artifacts, path: Path) -> None:
+    """Writes the engine's record as if its file had been built as it is."""
+    engines = read_engines(artifacts)
+    engines[path.stem] = replace(engines[path.stem], digest=file_sha256(path))
+    write_engines(artifacts, engines)
+
+
+def test_an_altered_engine_of_the_same_size_is_refused(damaged: Artifacts) -> None:
+    path = engine_path(damaged, "dit_prefill")
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    message = (
+        r"dit_prefill.plan has digest [0-9a-f]{12}, expected [0-9a-f]{12}, so it was changed after it was built; "
+        r"remove it; run .*export.engines"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
+
+
 def test_an_engine_that_tensorrt_refuses_is_refused_with_its_words(damaged: Artifacts) -> None:
     path = engine_path(damaged, "dit_prefill")
     path.write_bytes(b"x" * path.stat().st_size)
+    record(damaged, path)
     message = r"dit_prefill.plan cannot be loaded \(6: The engine plan file is not compatible .*\); run"
     with pytest.raises(ArtifactError, match=message):
         TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
@@ -316,9 +335,16 @@ def test_an_engine_with_other_tensors_is_refused(built: Artifacts) -> None:
         TensorRTRuntime(other, 0, HostDevice).graph("dit_prefill")
 
 
-def test_a_damaged_record_is_refused(damaged: Artifacts) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"dit_prefill": {"bytes": 1}}',
+        pytest.param('{"dit_prefill":' * 100_000, id="nested too deeply"),
+    ],
+)
+def test_a_damaged_record_is_refused(damaged: Artifacts, text: str) -> None:
     path = damaged.folder / "engines" / RECORDS
-    path.write_text(json.dumps({"dit_prefill": {"bytes": 1}}))
+    path.write_text(text)
     with pytest.raises(
         ArtifactError, match=r"engines.json is not a record of engines \(.*\); remove the folder and run"
     ):

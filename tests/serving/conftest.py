@@ -15,15 +15,16 @@ from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
 from tests.conftest import noise_speech
-from tests.serving.pipe import Pipe
+from tests.serving.pipe import Pipe, avatar_tensors
 
 SECONDS = 3.5  # 8 blocks: the ring wraps, and the sink is replaced at block 5
 
 
 @pytest.fixture(scope="session")
 def server(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    options = ServerOptions(artifacts.folder, trace=tmp_path_factory.mktemp("trace")).on_free_ports()
-    with serving(options) as running:
+    """Its sessions share their avatars, though each has a connection of its own."""
+    options = ServerOptions(artifacts.folder, trace=tmp_path_factory.mktemp("trace"), share_avatars=True)
+    with serving(options.on_free_ports()) as running:
         yield running
 
 
@@ -67,7 +68,7 @@ def pipe(onnx_runtime: OnnxRuntime, tmp_path: Path) -> Pipe:
     return Pipe(onnx_runtime, tmp_path)
 
 
-@pytest.fixture
-def opening(picture: bytes) -> dict[str, Array]:
-    image = np.frombuffer(picture, dtype=np.uint8)
-    return {"REFERENCE_IMAGE": image, "PROMPT": np.array([b"hello"], dtype=np.object_)}
+@pytest.fixture(scope="session")
+def opening(onnx_runtime: OnnxRuntime, picture: bytes) -> dict[str, Array]:
+    """Inputs of the request with START that make the frames of `expected`."""
+    return avatar_tensors(onnx_runtime, picture, "hello")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from live_avatar.arrays import Array
+from live_avatar.pipeline.avatar import AvatarEncoder, avatar_key
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
-from live_avatar.serving.admission import AdmissionController
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
 from live_avatar.serving.dit_step import DiTStepStage
@@ -18,7 +18,7 @@ from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import RollingSink, SinkReceiver
 from live_avatar.serving.sessions import SessionLimits
 from live_avatar.serving.stage import StageRequest
-from live_avatar.serving.status import Served
+from live_avatar.serving.tensors import AVATAR_KEY, SINK_MOTION, SINK_TEXT
 from live_avatar.serving.vae_decoder import VAEDecoderStage
 from tests.serving.recording import RecordingMeter
 
@@ -27,8 +27,14 @@ IDLE_S = 30.0
 NOTHING = np.zeros(0, dtype=np.int16)
 
 
-def served(max_sessions: int = 2) -> Served:
-    return Served("0", "tiny", "abc", "cpu", max_sessions)
+def avatar_tensors(runtime: OnnxRuntime, picture: bytes, prompt: str) -> dict[str, Array]:
+    """What the gateway sends for an avatar with START."""
+    source = AvatarEncoder(runtime).encode_image(picture, prompt)
+    return {
+        AVATAR_KEY: np.frombuffer(avatar_key(picture, prompt), dtype=np.uint8),
+        SINK_MOTION: source.motion,
+        SINK_TEXT: source.text,
+    }
 
 
 class Pipe:
@@ -43,16 +49,13 @@ class Pipe:
         room = SessionRoom("any", runtime, 0)
         limits = SessionLimits(idle_s, known_avatars=1)
         self.conditioning = ConditioningStage(
-            runtime,
-            AdmissionController(served(), self.control, self.meters["conditioning"]),
-            SinkReceiver(self.sinks, self.control),
-            limits,
+            runtime, self.meters["conditioning"], SinkReceiver(self.sinks, self.control), limits
         )
         self.steps = [
             DiTStepStage(runtime, step, self.sinks, self.meters[f"dit_step_{step}"], room, limits)
             for step in range(1, 5)
         ]
-        self.decoder = VAEDecoderStage(runtime, self.meters["vae_decoder"], room, self.control, limits)
+        self.decoder = VAEDecoderStage(runtime, self.meters["vae_decoder"], room, limits)
 
     def condition(
         self, audio: Array, start: bool = False, end: bool = False, session: int = SESSION, **inputs: Array

@@ -14,6 +14,7 @@ import numpy as np
 import tritonclient.grpc as triton
 
 from live_avatar.arrays import Array
+from live_avatar_client.protocol import API_KEY_HEADER
 
 BLOCK, NOTHING = np.zeros(7680, dtype=np.int16), np.zeros(0, dtype=np.int16)
 DATATYPES = {"int16": "INT16", "uint8": "UINT8", "object": "BYTES", "float32": "FP32", "int32": "INT32"}
@@ -24,12 +25,13 @@ _ids = itertools.count(1000)
 class RawSession:
     """One sequence id on one stream; `ask` waits for the answer of each request, `send` does not."""
 
-    def __init__(self, client: triton.InferenceServerClient, session: int | str) -> None:
+    def __init__(self, client: triton.InferenceServerClient, session: int | str, api_key: str | None = None) -> None:
         self._client = client
         self._gone = False
         self.session = session
         self._answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-        client.start_stream(lambda result, error: self._answers.put((result, error)))
+        headers = None if api_key is None else {API_KEY_HEADER: api_key}
+        client.start_stream(lambda result, error: self._answers.put((result, error)), headers=headers)
 
     def ask(self, *args: Any, **parameters: Any) -> Any:
         """Sends what `send` takes; the answer, or the words of the error."""
@@ -84,9 +86,9 @@ class RawSession:
 
 
 @contextmanager
-def raw_session(url: str, session: int | str | None = None) -> Iterator[RawSession]:
+def raw_session(url: str, session: int | str | None = None, api_key: str | None = None) -> Iterator[RawSession]:
     with triton.InferenceServerClient(url) as client:
-        raw = RawSession(client, next(_ids) if session is None else session)
+        raw = RawSession(client, next(_ids) if session is None else session, api_key)
         try:
             yield raw
         finally:

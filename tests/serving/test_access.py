@@ -1,4 +1,4 @@
-"""Who may do what: Triton's options, and a real server that is asked by those who may and those who may not."""
+"""Who may do what: the options, and a real server that is asked by those who may and those who may not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from live_avatar.arrays import Array
 from live_avatar.cli.doctor import exit_code
 from live_avatar.errors import ServerError
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.serving.access import Access, access_flags, access_warnings, is_loopback, read_key
+from live_avatar.serving.access import Access, access_warnings, check_access, is_loopback, read_key
 from live_avatar.serving.server import serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
@@ -28,15 +28,9 @@ from live_avatar_client.status import KeyState, server_status
 from tests.cli.support import run, wait_until
 from tests.conftest import noise_speech
 
-SECRET = "a-secret-of-the-supervisor"
 API_KEY = "an-api-key-of-callers"
 ADMIN_KEY = "an-admin-key-of-operators"
 ADMIN_HEADER = "triton-grpc-protocol-admin-key"
-OPERATION = "shared-memory,trace,logging,statistics,model-config"
-ALWAYS = [
-    f"--http-restricted-api=inference,model-repository,{OPERATION}:supervisor-key={SECRET}",
-    f"--grpc-restricted-protocol=model-repository:supervisor-key={SECRET}",
-]
 
 
 @dataclass(frozen=True)
@@ -81,21 +75,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.9.1", "localhost", "::1"])
-def test_for_this_machine_alone_only_model_control_and_http_are_closed(address: str):
-    assert access_flags(Access(), address, SECRET) == ALWAYS
+def test_for_this_machine_alone_nothing_is_open_to_others(address: str):
+    assert is_loopback(address)
     assert access_warnings(Access(), address) == []
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0", "::", "10.0.0.7", "avatar.example", ""])
-def test_beyond_this_machine_what_an_operator_uses_is_closed_too(address: str):
-    assert not is_loopback(address)
-    assert access_flags(Access(), address, SECRET) == [
-        *ALWAYS,
-        f"--grpc-restricted-protocol={OPERATION}:supervisor-key={SECRET}",
-    ]
-
-
 def test_beyond_this_machine_the_missing_key_and_the_missing_tls_are_told(files: Files):
+    assert not is_loopback("0.0.0.0")
     no_key, no_tls = access_warnings(Access(), "0.0.0.0")
     for words in ("0.0.0.0", "without an API key", "everybody", "--api-key-file", "--address 127.0.0.1"):
         assert words in no_key
@@ -103,29 +89,6 @@ def test_beyond_this_machine_the_missing_key_and_the_missing_tls_are_told(files:
         assert words in no_tls
     assert access_warnings(replace(files.access, tls_certificate=None, tls_key=None), "0.0.0.0") == [no_tls]
     assert access_warnings(files.access, "0.0.0.0") == []
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
-def test_keys_open_inference_for_callers_and_the_rest_for_operators(files: Files, address: str):
-    access = Access(api_key_file=files.access.api_key_file, admin_key_file=files.access.admin_key_file)
-    assert access_flags(access, address, SECRET) == [
-        *ALWAYS,
-        f"--grpc-restricted-protocol=inference:api-key={API_KEY}",
-        f"--grpc-restricted-protocol={OPERATION}:admin-key={ADMIN_KEY}",
-    ]
-
-
-def test_tls_is_mutual_with_an_authority_for_clients(files: Files):
-    access = Access(tls_certificate=files.access.tls_certificate, tls_key=files.access.tls_key)
-    pair = [f"--grpc-server-cert={files.folder / 'server.pem'}", f"--grpc-server-key={files.folder / 'server.key'}"]
-    assert access_flags(access, "127.0.0.1", SECRET) == [*ALWAYS, "--grpc-use-ssl=true", *pair]
-    mutual = replace(access, tls_client_ca=files.access.tls_client_ca)
-    assert access_flags(mutual, "127.0.0.1", SECRET) == [
-        *ALWAYS,
-        "--grpc-use-ssl-mutual=true",
-        *pair,
-        f"--grpc-root-cert={files.folder / 'ca.pem'}",
-    ]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
@@ -136,48 +99,21 @@ def test_a_key_is_a_line_of_printable_characters(tmp_path: Path, key: str, end: 
     assert read_key(path) == key
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"", "a key of 0 characters"),
-        (b"\n", "a key of 0 characters"),
-        (b"secret-of-15-ch", "a key of 15 characters"),
-        (b"s" * 257, "a key of 257 characters"),
-        (b"secret-secret-one\nsecret-secret-two\n", "has 2 lines"),
-        (b"secret-secret-one\n\n", "has 2 lines"),
-        (b"secret secret secret", "at position 7"),
-        (b"secret-secret,secret", "at position 14"),
-        (b"secret-secret:secret", "at position 14"),
-        (b" secret-secret-secret", "at position 1"),
-        (b"secret-secret\0secret", "at position 14"),
-        ("secret-secret-ü-secret".encode(), "at position 15"),
-        (b"secret-secret-\xff-secret", "at position 15"),
-    ],
-)
-def test_a_key_that_triton_would_misread_is_refused_and_not_shown(tmp_path: Path, content: bytes, fault: str):
-    path = tmp_path / "api"
-    path.write_bytes(content)
-    with pytest.raises(ServerError) as refused:
-        access_flags(Access(api_key_file=path), "127.0.0.1", SECRET)
-    message = str(refused.value)
-    assert message.startswith(f"{path} ")
-    for words in (fault, "16 to 256 printable ASCII", "python3 -c"):
-        assert words in message
-    assert "secret-" not in message
-    assert "secret " not in message
-
-
-@pytest.mark.parametrize("field", ["api_key_file", "admin_key_file", "tls_certificate", "tls_key", "tls_client_ca"])
+@pytest.mark.parametrize("field", ["tls_certificate", "tls_key", "tls_client_ca"])
 def test_a_file_that_cannot_be_read_is_named(files: Files, tmp_path: Path, field: str):
     for path, reason in ((tmp_path / "nowhere", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(ServerError, match=rf"{path}: the .* cannot be read \({reason}.*give a file"):
-            access_flags(replace(files.access, **{field: path}), "127.0.0.1", SECRET)
+            check_access(replace(files.access, **{field: path}))
 
 
-def test_callers_and_operators_cannot_have_one_key(files: Files):
-    access = replace(files.access, admin_key_file=files.access.api_key_file)
-    with pytest.raises(ServerError, match=r"the same key.*put another key into one of them") as refused:
-        access_flags(access, "127.0.0.1", SECRET)
+def test_callers_and_operators_cannot_have_one_key(artifacts: Artifacts, files: Files):
+    access = Access(api_key_file=files.folder / "api.key", admin_key_file=files.folder / "api.key")
+    options = ServerOptions(artifacts.folder, access=access).on_free_ports()
+    with (
+        pytest.raises(ServerError, match=r"the same key.*put another key into one of them") as refused,
+        serving(options),
+    ):
+        pass
     assert API_KEY not in str(refused.value)
 
 
@@ -192,7 +128,7 @@ def test_callers_and_operators_cannot_have_one_key(files: Files):
 def test_half_of_tls_is_refused(files: Files, given: dict[str, str], missing: str):
     paths = {field: files.folder / name for field, name in given.items()}
     with pytest.raises(ServerError, match=f"^--{next(iter(given)).replace('_', '-')} .*; give {missing} too"):
-        access_flags(Access(**paths), "127.0.0.1", SECRET)
+        check_access(Access(**paths))
 
 
 @pytest.mark.parametrize(
@@ -205,9 +141,9 @@ def test_half_of_tls_is_refused(files: Files, given: dict[str, str], missing: st
         ("tls_client_ca", "api.key", "no certificate"),
     ],
 )
-def test_certificates_that_triton_could_not_use_are_refused(files: Files, field: str, name: str, fault: str):
+def test_certificates_that_cannot_be_used_are_refused(files: Files, field: str, name: str, fault: str):
     with pytest.raises(ServerError, match=rf"{files.folder / name}.*{fault}.*; give .*PEM file"):
-        access_flags(replace(files.access, **{field: files.folder / name}), "127.0.0.1", SECRET)
+        check_access(replace(files.access, **{field: files.folder / name}))
 
 
 # A server with everything
@@ -293,51 +229,65 @@ Calls = dict[str, object]
 OPERATOR_CALLS: Calls = {
     "ModelStatistics": service_pb2.ModelStatisticsRequest(),
     "ModelConfig": service_pb2.ModelConfigRequest(name="live_avatar"),
+}
+CLOSED_CALLS: Calls = {
     "TraceSetting": service_pb2.TraceSettingRequest(),
     "LogSettings": service_pb2.LogSettingsRequest(),
     "SystemSharedMemoryStatus": service_pb2.SystemSharedMemoryStatusRequest(),
     "SystemSharedMemoryRegister": service_pb2.SystemSharedMemoryRegisterRequest(name="x", key="/x", byte_size=1),
     "CudaSharedMemoryStatus": service_pb2.CudaSharedMemoryStatusRequest(),
-}
-SUPERVISOR_CALLS: Calls = {
     "RepositoryIndex": service_pb2.RepositoryIndexRequest(),
     "RepositoryModelLoad": service_pb2.RepositoryModelLoadRequest(model_name="vae_decoder"),
     "RepositoryModelUnload": service_pb2.RepositoryModelUnloadRequest(model_name="live_avatar"),
 }
+"""They do not exist at the gateway."""
 
 
-def refused(channel: grpc.Channel, calls: Calls, metadata: tuple[tuple[str, str], ...]) -> set[str]:
-    """Which of the calls Triton closes."""
+def codes(channel: grpc.Channel, calls: Calls, metadata: tuple[tuple[str, str], ...]) -> set[grpc.StatusCode]:
+    """How the calls end."""
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
     found = set()
     for name, request in calls.items():
         try:
-            getattr(stub, name)(request, timeout=60.0, metadata=metadata)
+            getattr(stub, name)(request, timeout=10.0, metadata=metadata)
+            found.add(grpc.StatusCode.OK)
         except grpc.RpcError as error:
-            if "protocol is restricted" in error.details():
-                found.add(name)
+            found.add(error.code())
     return found
 
 
 @pytest.mark.parametrize("api_key", [None, API_KEY, ADMIN_KEY])
 def test_callers_reach_nothing_of_the_operators(secured_url: str, files: Files, api_key: str | None):
     with open_channel(secured_url, files.tls("client")) as channel:
-        calls = OPERATOR_CALLS | SUPERVISOR_CALLS
-        assert refused(channel, calls, call_metadata(api_key)) == set(calls)
+        assert codes(channel, OPERATOR_CALLS, call_metadata(api_key)) == {grpc.StatusCode.UNAUTHENTICATED}
+        assert codes(channel, CLOSED_CALLS, call_metadata(api_key)) == {grpc.StatusCode.UNIMPLEMENTED}
 
 
-def test_operators_reach_what_is_theirs_and_no_model_control(secured_url: str, files: Files):
+def test_operators_reach_what_is_theirs_and_nothing_of_triton(secured_url: str, files: Files):
     with open_channel(secured_url, files.tls("client")) as channel:
         metadata = ((ADMIN_HEADER, ADMIN_KEY), (API_KEY_HEADER, API_KEY))
-        assert refused(channel, OPERATOR_CALLS | SUPERVISOR_CALLS, metadata) == set(SUPERVISOR_CALLS)
+        assert codes(channel, OPERATOR_CALLS, metadata) == {grpc.StatusCode.OK}
+        assert codes(channel, CLOSED_CALLS, metadata) == {grpc.StatusCode.UNIMPLEMENTED}
+
+
+def test_a_key_may_come_as_a_bearer_token(secured_url: str, files: Files):
+    request = service_pb2.ModelInferRequest(model_name="status")
+    with open_channel(secured_url, files.tls("client")) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        answer = stub.ModelInfer(request, timeout=10.0, metadata=(("authorization", f"Bearer {API_KEY}"),))
+        assert answer.model_name == "status"
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ModelInfer(request, timeout=10.0, metadata=(("authorization", f"Basic {API_KEY}"),))
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 # HTTP has no TLS
 
 OPEN = ("v2/health/live", "v2/health/ready", "v2", "v2/models/live_avatar", "v2/models/live_avatar/ready")
-CLOSED = {
+CLOSED: dict[str, bytes | None] = {
     "v2/models/live_avatar/infer": b"{}",
     "v2/models/live_avatar/generate": b"{}",
+    "v2/models/dit_step_1": None,
     "v2/repository/index": b"{}",
     "v2/repository/models/live_avatar/unload": b"{}",
     "v2/models/stats": None,
@@ -353,7 +303,7 @@ def http_status(options: ServerOptions, path: str, body: bytes | None = None, **
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(f"http://127.0.0.1:{options.http_port}/{path}", data=body, headers=named)
     try:
-        with WITHOUT_PROXY.open(request, timeout=60.0) as response:
+        with WITHOUT_PROXY.open(request, timeout=10.0) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         error.close()
@@ -364,7 +314,7 @@ def test_http_says_how_the_server_is_and_no_more(secured: ServerOptions):
     assert {path: http_status(secured, path) for path in OPEN} == dict.fromkeys(OPEN, 200)
     for keys in ({}, {"api_key": API_KEY, "admin_key": ADMIN_KEY}):
         assert {path: http_status(secured, path, body, **keys) for path, body in CLOSED.items()} == dict.fromkeys(
-            CLOSED, 403
+            CLOSED, 404
         )
 
 
@@ -378,12 +328,12 @@ def exposed(artifacts: Artifacts) -> Iterator[ServerOptions]:
         yield options
 
 
-def test_beyond_loopback_operation_is_closed_without_an_admin_key(exposed: ServerOptions):
+def test_beyond_loopback_triton_is_out_of_reach(exposed: ServerOptions):
     url = f"127.0.0.1:{exposed.grpc_port}"
     with open_channel(url, None) as channel:
-        calls = OPERATOR_CALLS | SUPERVISOR_CALLS
-        assert refused(channel, calls, ((ADMIN_HEADER, ADMIN_KEY),)) == set(calls)
-    assert {path: http_status(exposed, path, body) for path, body in CLOSED.items()} == dict.fromkeys(CLOSED, 403)
+        assert codes(channel, CLOSED_CALLS, ((ADMIN_HEADER, ADMIN_KEY),)) == {grpc.StatusCode.UNIMPLEMENTED}
+        assert codes(channel, OPERATOR_CALLS, ()) == {grpc.StatusCode.OK}
+    assert {path: http_status(exposed, path, body) for path, body in CLOSED.items()} == dict.fromkeys(CLOSED, 404)
 
 
 @pytest.mark.parametrize("api_key", [None, API_KEY])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from live_avatar.arrays import Array
 from live_avatar_client import AvatarSession, SessionRefused
 from live_avatar_client.protocol import ErrorCode
 from tests.serving.raw import BLOCK, RawSession, header_of_a_huge_png, raw_session
-from tests.serving.support import at_once, frames_of, received
+from tests.serving.support import at_once, frames_of, received, spoken
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_first_request_without_an_image(raw: RawSession) -> None:
 
 def test_prompt_of_100_000_characters(raw: RawSession, picture: bytes) -> None:
     error = raw.ask(image=picture, prompt=b"x" * 100_000, start=True)
-    assert "the prompt has 100000 characters, more than 2000; shorten it." in error
+    assert "PROMPT has 100000 characters; at most 2000 are taken." in error
 
 
 def test_prompt_that_is_not_utf8(raw: RawSession, picture: bytes) -> None:
@@ -122,24 +123,20 @@ def test_a_picture_in_the_middle(raw: RawSession, picture: bytes) -> None:
 
 def test_an_id_that_was_never_started(url: str) -> None:
     with raw_session(url) as raw:
-        assert "must specify the START flag on the first request of the sequence" in raw.ask(BLOCK)
+        error = raw.ask(BLOCK)
+    assert f"[FAILED_PRECONDITION] session {raw.session} is not open on this stream: it was never started" in error
+    assert "send START with the first request of a session, and all its requests on one stream." in error
 
 
 def test_the_session_too_many_is_refused_at_once_and_has_its_turn_later(url: str, picture: bytes) -> None:
     """It is refused while all the others are live, so it does not wait for one of them to end."""
-    open_now = [AvatarSession(url, image=picture) for _ in range(3)]  # and the fixture's own, the fourth
-    for session in open_now:
-        session.__enter__()
-        session.send(BLOCK)
-        next(iter(session))
-    with AvatarSession(url, image=picture) as refused:
-        refused.send(BLOCK)
-        with pytest.raises(SessionRefused) as raised:
-            next(iter(refused))
+    with ExitStack() as open_now:
+        for _ in range(3):  # and the fixture's own, the fourth
+            spoken(open_now.enter_context(AvatarSession(url, image=picture)), BLOCK)
+        with AvatarSession(url, image=picture) as refused, pytest.raises(SessionRefused) as raised:
+            spoken(refused, BLOCK)
     assert raised.value.code is ErrorCode.UNAVAILABLE
     assert "all 4 sessions of this server are taken; try again later or elsewhere." in str(raised.value)
-    for session in open_now:
-        session.close()
     with AvatarSession(url, image=picture) as admitted:
         assert len(list(admitted.stream([BLOCK]))) == 1
 

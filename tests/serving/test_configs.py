@@ -11,11 +11,12 @@ from tritonclient.grpc import model_config_pb2
 from live_avatar import config
 from live_avatar.inputs import image, text
 from live_avatar.pipeline import conditioning
+from live_avatar.serving import tensors
 from live_avatar.serving.repository import MODEL_REPOSITORY
 from live_avatar_client import protocol
 
 MODELS = sorted(path.name for path in MODEL_REPOSITORY.iterdir() if path.is_dir())
-# Steps and placement of every profile: the GPU of each step, then that of conditioning and the decoder; None: a CPU.
+# Steps and placement of every profile: the GPU of each step, then that of the encoders and the decoder; None: a CPU.
 PROFILES: dict[str, tuple[tuple[int | None, ...], int | None]] = {
     "cpu": ((None, None, None, None), None),
     "cpu-3-steps": ((None, None, None), None),
@@ -24,7 +25,8 @@ PROFILES: dict[str, tuple[tuple[int | None, ...], int | None]] = {
     "h800x5": ((0, 1, 2, 3), 4),
 }
 SINK = "rolling_sink"
-AUXILIARY_MODELS = (SINK, protocol.STATUS_MODEL)
+ENCODER = "avatar_encoder"
+AUXILIARY_MODELS = (SINK, ENCODER)
 
 
 def parsed(model: str, profile: str) -> model_config_pb2.ModelConfig:
@@ -74,10 +76,15 @@ def test_the_default_is_the_cpu_profile(model: str) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_the_ensemble_keeps_the_clients_protocol(profile: str) -> None:
+def test_the_ensemble_takes_audio_and_an_avatar_and_gives_what_clients_get(profile: str) -> None:
     config = parsed(protocol.MODEL_NAME, profile)
-    for specs, promised in ((config.input, protocol.INPUTS), (config.output, protocol.OUTPUTS)):
-        assert signature(specs) == {t.name: (t.datatype, t.dims, t.optional) for t in promised}
+    inputs = {"AUDIO": (protocol.AUDIO.datatype, protocol.AUDIO.dims, False)}
+    for name in (tensors.AVATAR_KEY, tensors.PROVENANCE_IN):
+        inputs[name] = ("UINT8", (-1,), True)
+    for name, (datatype, dims, _) in signature(parsed(ENCODER, profile).output).items():
+        inputs[name] = (datatype, dims, True)
+    assert signature(config.input) == inputs
+    assert signature(config.output) == {t.name: (t.datatype, t.dims, t.optional) for t in protocol.OUTPUTS}
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -98,7 +105,7 @@ def test_the_wiring_connects_tensors_of_one_type(profile: str) -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_model_stands_in_its_place(profile: str) -> None:
     steps, ends = PROFILES[profile]
-    places = [ends, *steps, ends, None, None]
+    places = [ends, *steps, ends, None, ends]
     models = ["conditioning", *(f"dit_step_{i}" for i in range(1, len(steps) + 1)), "vae_decoder", *AUXILIARY_MODELS]
     assert stages(profile) == models
     for model, gpu in zip(models, places, strict=True):
@@ -122,7 +129,7 @@ def test_profiles_differ_in_place_and_in_numbers_of_sessions_and_avatars_alone(p
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_limits_agree(profile: str) -> None:
-    """One idle limit everywhere; candidates far above the sessions, so that the one too many is refused aloud."""
+    """One idle limit everywhere; candidates far above the sessions, for those that were left without an end."""
     configs = {model: parsed(model, profile) for model in stages(profile)}
     sequences = {model: c.sequence_batching for model, c in configs.items() if c.HasField("sequence_batching")}
     assert list(sequences) == chain(profile)

@@ -80,10 +80,17 @@ def test_a_session_moves_the_numbers(server: TritonServer, url: str, picture: by
     for stage in STAGES:
         assert moved[f'live_avatar_blocks_total{{stage="{stage}"}}'] == blocks
         assert moved[f'live_avatar_stage_busy_seconds_total{{stage="{stage}"}}'] > 0
-        hits, misses = (moved[f'live_avatar_avatar_cache_{w}_total{{stage="{stage}"}}'] for w in ("hits", "misses"))
-        assert hits + misses == 1
         assert after[f'live_avatar_stage_starts_total{{stage="{stage}"}}'] == 1
         assert after[f'live_avatar_stage_failures_total{{stage="{stage}"}}'] == 0
+    for stage in STAGES[1:]:  # those that keep work of an avatar
+        hits, misses = (moved[f'live_avatar_avatar_cache_{w}_total{{stage="{stage}"}}'] for w in ("hits", "misses"))
+        assert hits + misses == 1
+    prepared = {
+        avatar: moved[f'live_avatar_avatars_prepared_total{{avatar="{avatar}"}}'] for avatar in ("known", "new")
+    }
+    assert sum(prepared.values()) == 1
+    assert moved["live_avatar_avatar_seconds_count"] == prepared["new"]
+    assert after["live_avatar_known_avatars"] > 0
     limit = after["live_avatar_sessions_limit"]
     assert after["live_avatar_sessions_live"] + after["live_avatar_sessions_free"] == limit
 

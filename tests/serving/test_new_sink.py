@@ -12,7 +12,6 @@ from live_avatar.arrays import Array
 from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
-from live_avatar.serving.admission import AdmissionController
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
 from live_avatar.serving.resources import SessionRoom
@@ -21,7 +20,7 @@ from live_avatar.serving.sessions import SessionLimits
 from live_avatar.serving.stage import StageRequest, StageResponse
 from live_avatar.serving.tensors import FAILURE, SINK_KEY, SINK_REFERENCE, read_text
 from live_avatar_client.protocol import BLOCK_SAMPLES
-from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe, served
+from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe
 from tests.serving.recording import RecordingMeter
 
 
@@ -140,9 +139,8 @@ def alone(
     sleep: Callable[[float], None] = lambda seconds: None,
     wait_limit_s: float = WAIT_LIMIT_S,
 ) -> ConditioningStage:
-    admission = AdmissionController(served(), control, RecordingMeter())
     receiver = SinkReceiver(sinks, control, sleep, wait_limit_s)
-    return ConditioningStage(runtime, admission, receiver, SessionLimits(IDLE_S, known_avatars=1))
+    return ConditioningStage(runtime, RecordingMeter(), receiver, SessionLimits(IDLE_S, known_avatars=1))
 
 
 def begun(stage: ConditioningStage, opening: dict[str, Array], speech: Array, blocks: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -10,19 +9,33 @@ import numpy as np
 import pytest
 
 from live_avatar.arrays import Array
-from live_avatar.errors import CapacityError, InputError, SessionError, ShutdownError
+from live_avatar.errors import InputError, SessionError
+from live_avatar.inputs.image import decode_pixels
+from live_avatar.pipeline.avatar import AvatarEncoder
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
-from live_avatar.serving.control import Phase
+from live_avatar.serving.avatar_encoder import AvatarEncoderStage
 from live_avatar.serving.failures import PipeError, describe
-from live_avatar.serving.metrics import EndCause, RefusalReason
 from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import FAILED
 from live_avatar.serving.sessions import SessionTable
 from live_avatar.serving.stage import StageRequest
-from live_avatar.serving.tensors import AVATAR_KEY, BLOCK, LATENT, NO_BLOCK, SINK_KEY, SINK_REFERENCE, read_text
+from live_avatar.serving.tensors import (
+    AVATAR_KEY,
+    BLOCK,
+    LATENT,
+    NO_BLOCK,
+    PIXELS,
+    SINK_KEY,
+    SINK_MOTION,
+    SINK_REFERENCE,
+    SINK_TEXT,
+    read_text,
+    text_tensor,
+)
 from live_avatar_client.protocol import BLOCK_SAMPLES, ErrorCode
-from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe
+from tests.serving.pipe import IDLE_S, NOTHING, SESSION, Pipe, avatar_tensors
+from tests.serving.recording import RecordingMeter
 
 
 class Clock:
@@ -113,11 +126,9 @@ def test_conditioning_that_fails_ends_the_session_everywhere(
         ):
             pipe.run(speech[:BLOCK_SAMPLES])
     assert pipe.live() == [0] * 6
-    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
-    assert pipe.count(metrics.SESSIONS_LIVE) == 0
     with pytest.raises(PipeError, match="session 5 has failed"):
         pipe.run(NOTHING, end=True)  # goes all the way, since every batcher has a place for the session
-    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1, "counted once"
+    assert pipe.count(metrics.FAILURES) == 1, "counted once"
 
 
 def test_a_start_whose_first_block_fails_leaves_nothing_behind(
@@ -128,34 +139,9 @@ def test_a_start_whose_first_block_fails_leaves_nothing_behind(
         with pytest.raises(PipeError, match=r"stage conditioning at block 1 failed \(ZeroDivisionError"):
             pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
     assert pipe.live() == [0] * 6
-    assert pipe.count(metrics.SESSIONS_ADMITTED) == pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
     with pytest.raises(PipeError, match="session 5 has failed"):
         pipe.run(NOTHING, end=True)
     assert pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening).shape == (12, 96, 96, 3)
-
-
-@pytest.mark.parametrize(
-    ("error", "reason", "failures"),
-    [(MemoryError("no room"), RefusalReason.MEMORY, 1), (RuntimeError("no such device"), None, 1)],
-)
-def test_an_avatar_that_cannot_be_made_opens_no_session(
-    pipe: Pipe,
-    opening: dict[str, Array],
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    reason: RefusalReason | None,
-    failures: int,
-) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(pipe.conditioning._conditioner, "avatar", fail)
-    with pytest.raises(type(error)):
-        pipe.condition(NOTHING, start=True, **opening)
-    assert pipe.live() == [0] * 6
-    assert pipe.count(metrics.FAILURES) == failures
-    refused = [one for one in RefusalReason if pipe.count(metrics.SESSIONS_REFUSED, reason=one)]
-    assert refused == ([] if reason is None else [reason])
 
 
 def test_a_stage_without_room_refuses_at_the_start(
@@ -168,7 +154,6 @@ def test_a_stage_without_room_refuses_at_the_start(
     with pytest.raises(PipeError, match=said) as raised:
         pipe.run(NOTHING, start=True, **opening)
     assert raised.value.code is ErrorCode.UNAVAILABLE
-    assert pipe.count(metrics.SESSIONS_REFUSED, "dit_step_3", reason=RefusalReason.MEMORY) == 1
     with pytest.raises(PipeError):
         pipe.run(NOTHING, end=True)
     assert pipe.live() == [0] * 6
@@ -182,13 +167,12 @@ def test_memory_that_runs_out_on_the_way_is_told_as_such() -> None:
     )
 
 
-def test_known_avatars_skip_encoder_prefill_and_warm_up(
+def test_known_avatars_skip_prefill_and_warm_up(
     pipe: Pipe, opening: dict[str, Array], speech: Array, expected: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.run(NOTHING, start=True, end=True, **opening)
     with monkeypatch.context() as idle:
         for worker, work in (
-            (pipe.conditioning._conditioner, "avatar"),
             *((step._denoiser, "prefill") for step in pipe.steps),
             (pipe.decoder._decoder, "warm_up"),
         ):
@@ -200,85 +184,89 @@ def test_known_avatars_skip_encoder_prefill_and_warm_up(
     frames = [first, *(pipe.run(speech[BLOCK_SAMPLES * block : BLOCK_SAMPLES * (block + 1)]) for block in range(1, 6))]
     assert np.array_equal(np.concatenate(frames), expected[:72])
     assert pipe.steps[0].sessions.get(6).state.sink is other, "the other session's sink is as it was"
-    for stage in pipe.meters:
+    for stage in list(pipe.meters)[1:]:
         assert (pipe.count(metrics.AVATAR_HITS, stage), pipe.count(metrics.AVATAR_MISSES, stage)) == (2, 1)
         assert pipe.count(metrics.AVATARS, stage) == 1
 
 
-def test_an_avatar_is_known_by_picture_and_prompt(pipe: Pipe, opening: dict[str, Array]) -> None:
-    other = {**opening, "PROMPT": np.array([b"another"], dtype=np.object_)}
-    keys = [
-        pipe.condition(NOTHING, start=True, end=True, **given)[AVATAR_KEY].tobytes()
-        for given in (opening, other, opening)
-    ]
-    assert keys[0] == keys[2] != keys[1]
-    assert pipe.count(metrics.AVATAR_MISSES) == 3, "room for one"
-    assert len(pipe.condition(NOTHING, start=True, **opening)[AVATAR_KEY]) == 32
-    assert len(pipe.condition(NOTHING)[AVATAR_KEY]) == 0
+def test_avatar_key_and_provenance_are_forwarded_with_start(pipe: Pipe, opening: dict[str, Array]) -> None:
+    provenance = text_tensor('{"seed": 3}')
+    answer = pipe.condition(NOTHING, start=True, **opening, PROVENANCE_IN=provenance)
+    assert np.array_equal(answer[AVATAR_KEY], opening[AVATAR_KEY])
+    assert read_text(answer["PROVENANCE"]) == '{"seed": 3}'
+    later = pipe.condition(NOTHING)
+    assert len(later[AVATAR_KEY]) == len(later["PROVENANCE"]) == 0
 
 
-def test_the_answer_to_start_says_what_makes_the_video(pipe: Pipe, opening: dict[str, Array]) -> None:
-    provenance = json.loads(read_text(pipe.condition(NOTHING, start=True, **opening)["PROVENANCE"]))
-    assert (provenance["seed"], provenance["preset"], provenance["artifacts"]) == (3, "tiny", "abc")
-    assert provenance["prompt_sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    assert len(pipe.condition(NOTHING)["PROVENANCE"]) == 0
-
-
-def test_a_draining_server_refuses_new_sessions_and_a_closing_one_ends_the_live(
-    pipe: Pipe, opening: dict[str, Array], speech: Array
+def test_a_known_avatar_gives_way_to_a_new_one(
+    pipe: Pipe, onnx_runtime: OnnxRuntime, opening: dict[str, Array], picture: bytes
 ) -> None:
-    pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening)
-    assert pipe.control.live_sessions == 1
-    pipe.control.set_phase(Phase.DRAINING)
-    with pytest.raises(
-        ShutdownError, match="shutting down and takes no new sessions; connect again to reach another one"
-    ):
-        pipe.condition(NOTHING, start=True, session=6, **opening)
-    assert pipe.count(metrics.SESSIONS_REFUSED, reason=RefusalReason.SHUTDOWN) == 1
-    assert pipe.count(metrics.SESSIONS_FREE) == 0
-    assert pipe.run(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES]).shape == (12, 96, 96, 3)
-    pipe.control.set_phase(Phase.CLOSING)
-    with pytest.raises(
-        PipeError, match="this server is shutting down; reconnect, and start a new session to go on"
-    ) as raised:
-        pipe.run(speech[:BLOCK_SAMPLES])
-    assert raised.value.code is ErrorCode.UNAVAILABLE
-    assert pipe.live() == [0] * 6
-    assert pipe.control.live_sessions == 0
-    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.SHUTDOWN) == 1
+    other = avatar_tensors(onnx_runtime, picture, "another")
+    for given in (opening, other, opening):
+        pipe.run(NOTHING, start=True, end=True, **given)
+    assert pipe.count(metrics.AVATAR_MISSES, "dit_step_1") == 3, "room for one"
 
 
-def test_a_session_that_ends_while_the_server_closes_has_ended(pipe: Pipe, opening: dict[str, Array]) -> None:
-    pipe.run(NOTHING, start=True, **opening)
-    pipe.control.set_phase(Phase.CLOSING)
-    assert len(pipe.run(NOTHING, end=True)) == 0
-    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.ENDED) == 1
+def test_the_avatar_is_kept_beyond_its_request(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
+    """Triton's memory holds another request by the time the new sink is made of it."""
+    given = {name: tensor.copy() for name, tensor in opening.items()}
+    pipe.run(speech[:BLOCK_SAMPLES], start=True, **given)
+    for tensor in given.values():
+        tensor[:] = 0
+    tensors = pipe.condition(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES])
+    assert np.array_equal(tensors[SINK_MOTION], opening[SINK_MOTION])
+    assert np.array_equal(tensors[SINK_TEXT], opening[SINK_TEXT])
+
+
+def encode(
+    runtime: OnnxRuntime, pixels: Array, *prompts: bytes, meter: RecordingMeter | None = None
+) -> dict[str, Array]:
+    inputs = {PIXELS: pixels, "PROMPT": np.array(prompts, dtype=np.object_)}
+    stage = AvatarEncoderStage(runtime, meter or RecordingMeter())
+    return stage.handle(StageRequest(0, False, False, inputs)).outputs
+
+
+def test_the_avatar_encoder_gives_what_a_start_takes(
+    onnx_runtime: OnnxRuntime, picture: bytes, opening: dict[str, Array]
+) -> None:
+    made = encode(onnx_runtime, decode_pixels(picture, 96, 96), b"hello")
+    assert made.keys() == {SINK_MOTION, SINK_TEXT}
+    assert all(np.array_equal(tensor, opening[name]) for name, tensor in made.items())
 
 
 @pytest.mark.parametrize(
-    ("parameters", "cause"),
+    ("shape", "prompts", "message"),
     [
-        ({}, EndCause.ENDED),
-        ({"end_reason": "completed"}, EndCause.COMPLETED),
-        ({"end_reason": "abandoned"}, EndCause.ABANDONED),
-        ({"end_reason": "silent"}, EndCause.ENDED),
-        ({"end_reason": 7}, EndCause.ENDED),
+        (
+            (96, 95, 3),
+            (b"hello",),
+            r"^the picture is uint8 \[96, 95, 3\]; preset tiny takes uint8 \[96, 96, 3\]: scale",
+        ),
+        ((96, 96, 3), (b"one", b"two"), r"^PROMPT has 2 strings; send one\.$"),
+        ((96, 96, 3), (b"\xff",), r"^PROMPT is not UTF-8 \(.*\); encode it as UTF-8\.$"),
+        ((96, 96, 3), (b"a" * 2001,), r"2001"),
     ],
 )
-def test_ends_are_counted_by_their_reason(
-    pipe: Pipe, opening: dict[str, Array], parameters: dict[str, object], cause: EndCause
+def test_the_avatar_encoder_refuses(
+    onnx_runtime: OnnxRuntime, shape: tuple[int, ...], prompts: tuple[bytes, ...], message: str
 ) -> None:
-    pipe.condition(NOTHING, start=True, **opening)
-    assert (pipe.count(metrics.SESSIONS_LIVE), pipe.count(metrics.SESSIONS_FREE)) == (1, 1)
-    pipe.conditioning.handle(StageRequest(SESSION, False, True, {"AUDIO": NOTHING}, parameters))
-    ended = {reason: pipe.count(metrics.SESSIONS_ENDED, reason=reason) for reason in EndCause}
-    assert ended == {reason: float(reason is cause) for reason in EndCause}
-    assert (pipe.count(metrics.SESSIONS_LIVE), pipe.count(metrics.SESSIONS_FREE)) == (0, 2)
+    meter = RecordingMeter()
+    with pytest.raises(InputError, match=message):
+        encode(onnx_runtime, np.zeros(shape, dtype=np.uint8), *prompts, meter=meter)
+    assert meter.of(metrics.FAILURES) == 0
 
 
-def test_a_silent_session_is_dropped_and_counted(
-    onnx_runtime: OnnxRuntime, tmp_path: Path, opening: dict[str, Array]
+def test_an_avatar_encoder_that_fails_is_counted(
+    onnx_runtime: OnnxRuntime, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(AvatarEncoder, "encode", lambda *_: 1 / 0)
+    meter = RecordingMeter()
+    with pytest.raises(ZeroDivisionError):
+        encode(onnx_runtime, decode_pixels(picture, 96, 96), b"hello", meter=meter)
+    assert meter.of(metrics.FAILURES) == 1
+
+
+def test_a_silent_session_is_dropped(onnx_runtime: OnnxRuntime, tmp_path: Path, opening: dict[str, Array]) -> None:
     idle_s = 0.05
     pipe = Pipe(onnx_runtime, tmp_path, idle_s)
     pipe.run(NOTHING, start=True, **opening)
@@ -289,27 +277,6 @@ def test_a_silent_session_is_dropped_and_counted(
     for stage in pipe.stages():
         stage.sweep()
     assert pipe.live() == [0] * 6
-    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.SILENT) == 1
-    assert (pipe.count(metrics.SESSIONS_LIVE), pipe.control.live_sessions) == (0, 0)
-
-
-def test_a_session_belongs_to_the_token_that_opened_it(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
-    def ask(token: object, **flags: bool) -> dict[str, Array]:
-        given = opening if flags.get("start") else {}
-        request = StageRequest(
-            SESSION, flags.get("start", False), False, {"AUDIO": speech[:BLOCK_SAMPLES], **given}, {"token": token}
-        )
-        return pipe.conditioning.handle(request).outputs
-
-    assert ask("mine", start=True)[BLOCK] == 0
-    for other in ("yours", ""):
-        with pytest.raises(
-            InputError, match="session 5 was opened with another token, so it belongs to another client"
-        ):
-            ask(other)
-    with pytest.raises(InputError, match="parameter token is 7; it must be a string of at most 256 characters"):
-        ask(7)
-    assert ask("mine")[BLOCK] == 1, "the owner goes on"
 
 
 def test_all_sessions_are_lost_with_a_stage(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
@@ -317,12 +284,11 @@ def test_all_sessions_are_lost_with_a_stage(pipe: Pipe, opening: dict[str, Array
     for stage in pipe.stages():
         stage.drop_all()
     assert pipe.live() == [0] * 6
-    assert pipe.count(metrics.SESSIONS_ENDED, reason=EndCause.FAILED) == 1
     assert pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening).shape == (12, 96, 96, 3)
 
 
 def test_a_refused_request_leaves_no_session(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
-    with pytest.raises(InputError, match="no REFERENCE_IMAGE"):
+    with pytest.raises(InputError, match=r"^the first request of a session has no AVATAR; send the avatar with it\.$"):
         pipe.condition(speech[:BLOCK_SAMPLES], start=True)
     assert pipe.run(speech[:BLOCK_SAMPLES], start=True, **opening).shape == (12, 96, 96, 3)
 
@@ -332,12 +298,10 @@ def opened(table: SessionTable[str], *sessions: int) -> None:
         table.open(session, lambda: "state")
 
 
-def test_table_refuses_at_its_limit_and_frees_by_its_own_clock() -> None:
+def test_table_drops_idle_sessions_by_its_own_clock() -> None:
     clock = Clock()
-    table: SessionTable[str] = SessionTable(IDLE_S, limit=2, clock=clock)
+    table: SessionTable[str] = SessionTable(IDLE_S, clock=clock)
     opened(table, 1, 2)
-    with pytest.raises(CapacityError, match="all 2 sessions of this server are taken; try again later or elsewhere"):
-        opened(table, 3)
     clock.now_s = IDLE_S
     assert table.get(2) == "state"
     clock.now_s = IDLE_S + 1
@@ -349,9 +313,9 @@ def test_table_refuses_at_its_limit_and_frees_by_its_own_clock() -> None:
         table.get(1)
 
 
-def test_table_frees_the_slot_of_a_failed_session_and_remembers_it() -> None:
+def test_table_remembers_a_failed_session() -> None:
     clock = Clock()
-    table: SessionTable[str] = SessionTable(IDLE_S, limit=1, clock=clock)
+    table: SessionTable[str] = SessionTable(IDLE_S, clock=clock)
     opened(table, 1)
     table.fail(1, "first")
     table.fail(1, "second")
@@ -373,12 +337,3 @@ def test_time_in_which_no_one_could_be_heard_is_no_silence() -> None:
     assert table.sweep() == []
     clock.now_s = IDLE_S + 16
     assert table.sweep() == [(1, "state")]
-
-
-def test_table_makes_nothing_for_a_refused_session() -> None:
-    table: SessionTable[str] = SessionTable(IDLE_S, limit=1)
-    opened(table, 1)
-    made: list[int] = []
-    with pytest.raises(CapacityError):
-        table.open(2, lambda: str(made.append(2)))
-    assert made == []

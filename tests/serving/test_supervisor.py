@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from live_avatar.serving.control import Control, Phase
+from live_avatar.serving.control import Control
+from live_avatar.serving.gateway_process import GatewayProcess
+from live_avatar.serving.gateway_settings import triton_target
 from live_avatar.serving.supervisor import Admin, Supervisor, living_stages, model_of
 
 TRITON = 77
@@ -45,68 +49,112 @@ def test_a_stage_is_known_by_its_parent_state_and_command(
 
 
 def test_other_commands_are_no_models() -> None:
-    assert model_of(["/b/triton_python_backend_stub", "/m/status/1/model.py"]) == "status"
+    assert model_of(["/b/triton_python_backend_stub", "/m/avatar_encoder/1/model.py"]) == "avatar_encoder"
     assert model_of(["/b/triton_python_backend_stub"]) is None
-    assert model_of(["python3", "/m/status/1/model.py"]) is None
+    assert model_of(["python3", "/m/avatar_encoder/1/model.py"]) is None
     assert model_of([""]) is None
 
 
-@contextmanager
-def answering(words: bytes) -> Iterator[Admin]:
-    """A server that says the same to everybody."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+class Answers(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that says whether it is ready, or fails."""
 
-        def answer() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(words)
+    def __init__(self, ready: bool | None) -> None:
+        self._ready = ready
 
-        thread = threading.Thread(target=answer)
-        thread.start()
-        yield Admin(f"http://127.0.0.1:{server.getsockname()[1]}", "secret")
-        thread.join()
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - its name in the service
+        if self._ready is None:
+            context.abort(grpc.StatusCode.INTERNAL, "broken")
+        return service_pb2.ServerReadyResponse(ready=self._ready)
 
 
-@pytest.mark.parametrize(
-    ("words", "ready"),
-    [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", True),
-        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", False),
-        (b"no HTTP at all\r\n", False),
-        (b"", False),
-    ],
-)
-def test_triton_is_ready_if_it_says_so(words: bytes, ready: bool) -> None:
-    with answering(words) as admin:
+@pytest.mark.parametrize(("answer", "ready"), [(True, True), (False, False), (None, False)])
+def test_triton_is_ready_if_it_says_so(tmp_path: Path, answer: bool | None, ready: bool) -> None:
+    """Over the Unix socket whose name Triton makes of its address and its port."""
+    target = triton_target(tmp_path)
+    server = grpc.server(ThreadPoolExecutor(1))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Answers(answer), server)
+    server.add_insecure_port(target)
+    server.start()
+    admin = Admin(target)
+    try:
         assert admin.ready() == ready
+    finally:
+        admin.close()
+        server.stop(None)
 
 
-def test_a_drain_ends_when_the_sessions_have_or_triton_has(tmp_path: Path) -> None:
+def test_a_triton_that_is_not_there_is_not_ready(tmp_path: Path) -> None:
+    admin = Admin(triton_target(tmp_path))
+    assert not admin.ready()
+    admin.close()
+
+
+class Gateway(GatewayProcess):
+    """Keeps the commands, and has as many live sessions as the test says."""
+
+    def __init__(self, live: int) -> None:
+        self.live = live
+        self.commands: list[dict[str, object]] = []
+
+    @property
+    def live_sessions(self) -> int:
+        return self.live
+
+    def command(self, **command: object) -> None:
+        self.commands.append(command)
+
+    def wait_phase(self, phase: str, limit_s: float) -> None:
+        assert self.commands[-1] == {"phase": phase}
+
+
+def supervisor_of(gateway: Gateway, folder: Path, is_running: bool = True) -> Supervisor:
+    admin = Admin(triton_target(folder))
+    return Supervisor(TRITON, [], admin, Control(folder), gateway, 1.0, lambda: is_running)
+
+
+def test_a_drain_ends_when_the_sessions_have(tmp_path: Path) -> None:
+    gateway = Gateway(0)
+    assert supervisor_of(gateway, tmp_path).drain(5.0)
+    assert gateway.commands == [{"phase": "draining"}]
+
+
+def test_a_drain_ends_the_sessions_that_stay(tmp_path: Path) -> None:
+    gateway = Gateway(1)
+    assert not supervisor_of(gateway, tmp_path).drain(0.1)
+    assert gateway.commands == [{"phase": "draining"}, {"phase": "closing"}]
+
+
+def test_a_drain_ends_with_triton(tmp_path: Path) -> None:
+    gateway = Gateway(1)
+    began_s = time.monotonic()
+    supervisor_of(gateway, tmp_path, is_running=False).drain(60.0)
+    assert time.monotonic() - began_s < 30.0
+
+
+def test_the_epoch_is_seen_by_all_who_have_the_folder(tmp_path: Path) -> None:
     control = Control(tmp_path)
-    with answering(b"HTTP/1.1 400 no such model\r\n\r\n") as admin:
-        assert Supervisor(TRITON, [], admin, control, 1.0, lambda: True).drain(5.0)
-    assert control.phase is Phase.DRAINING
-    control.set_live_sessions("conditioning", 1)
-    with answering(b"HTTP/1.1 400 no such model\r\n\r\n") as admin:
-        assert not Supervisor(TRITON, [], admin, control, 1.0, lambda: False).drain(60.0)
-    assert control.phase is Phase.CLOSING
-
-
-def test_control_speaks_of_the_first_stage_and_the_last(tmp_path: Path) -> None:
-    control = Control(tmp_path)
-    assert (control.phase, control.live_sessions, control.reload_epoch) == (Phase.SERVING, 0, 0)
-    control.set_live_sessions("conditioning", 0)
-    control.set_live_sessions("vae_decoder", 2)
-    control.advance_reload_epoch()
-    seen = Control(tmp_path)
-    assert (seen.live_sessions, seen.live_in("conditioning"), seen.live_in("vae_decoder"), seen.reload_epoch) == (
-        2,
-        0,
-        2,
-        1,
-    )
+    assert control.reload_epoch == 0
+    for epoch in (1, 2):
+        control.advance_reload_epoch()
+        assert (control.reload_epoch, Control(tmp_path).reload_epoch) == (epoch, epoch)
     alone = Control(None)
-    alone.set_phase(Phase.DRAINING)
     alone.advance_reload_epoch()
-    assert (alone.phase, alone.live_sessions, alone.reload_epoch) == (Phase.SERVING, 0, 0)
+    assert alone.reload_epoch == 0
+
+
+def test_a_phase_is_waited_for_so_that_live_sessions_are_counted_since_then(tmp_path: Path) -> None:
+    gateway = GatewayProcess(cast(Any, None), tmp_path, print)
+    gateway._process = running = cast(Any, object())
+    gateway._note(running, {"phase": "serving", "live": 0})
+    threading.Timer(0.2, gateway._note, (running, {"phase": "draining", "live": 1})).start()
+    gateway.wait_phase("draining", 10.0)
+    assert gateway.live_sessions == 1
+
+
+def test_a_gateway_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    gateway = GatewayProcess(cast(Any, None), tmp_path, print)
+    gateway._process = running = cast(Any, object())
+    gateway._note(running, {"ended": True, "live": 0})
+    began_s = time.monotonic()
+    gateway.wait_phase("draining", 10.0)
+    assert time.monotonic() - began_s < 5.0

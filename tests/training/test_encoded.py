@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from live_avatar.errors import CheckpointError
+from live_avatar.pipeline.avatar import AvatarEncoder
 from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import load_networks, open_checkpoint
@@ -60,7 +61,7 @@ def assert_close(ours: Any, expected: Any) -> None:
 def test_a_clip_is_encoded_as_a_stream_is_conditioned(clip: Clip, encoded: EncodedClip) -> None:
     runtime = Heard(TorchRuntime(CHECKPOINT))
     conditioner = Conditioner(runtime)
-    source = conditioner.avatar(png(clip.picture), clip.prompt)
+    source = AvatarEncoder(runtime).encode_image(png(clip.picture), clip.prompt)
     assert_close(encoded.reference, source.reference)
     assert_close(encoded.motion, source.motion)
     assert_close(encoded.text, source.text)

@@ -11,7 +11,8 @@ import torch
 
 from live_avatar.assets import PORTRAIT
 from live_avatar.model.dit import CausalDiT
-from live_avatar.pipeline.conditioning import Conditioner, block_noise
+from live_avatar.pipeline.avatar import AvatarEncoder
+from live_avatar.pipeline.conditioning import block_noise
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import load_networks, open_checkpoint
@@ -34,7 +35,7 @@ def test_a_rollout_of_all_steps_is_the_generators_stream(update: int) -> None:
     runtime = Heard(TorchRuntime(open_checkpoint(preset)))
     speech = noise_speech(blocks * 0.48)
     expected = list(Generator(runtime).generate(PORTRAIT.read_bytes(), PROMPT, SEED, speech))
-    source = Conditioner(runtime).avatar(PORTRAIT.read_bytes(), PROMPT)
+    source = AvatarEncoder(runtime).encode_image(PORTRAIT.read_bytes(), PROMPT)
     noise = [block_noise(SEED, block, (1, *preset.stream.latent_shape)) for block in range(blocks)]
     clip = replace(
         drawn_clip(blocks),

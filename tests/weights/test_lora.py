@@ -220,7 +220,10 @@ def test_an_alpha_that_is_no_number_is_named(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"lora_alpha": null}', '{"lora_alpha": "half"}'])
+DEEP = pytest.param('{"lora_alpha":' * 100_000, id="nested too deeply")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"lora_alpha": null}', '{"lora_alpha": "half"}', DEEP])
 def test_damaged_settings_beside_the_file_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
     lora = adapter(tmp_path, factors(QUERY))

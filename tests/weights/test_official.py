@@ -406,7 +406,12 @@ def test_a_missing_transformer_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, SPEECH_CONFIG])
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not a JSON file"), ("[1]", "holds list, expected an object of settings")]
+    ("content", "message"),
+    [
+        ("{", "is not a JSON file"),
+        ("[1]", "holds list, expected an object of settings"),
+        pytest.param("[" * 100_000, r"is not a JSON file \(it is nested too deeply\)", id="nested too deeply"),
+    ],
 )
 def test_damaged_settings_are_named(folder: Path, file: str, content: str, message: str) -> None:
     (folder / file).write_text(content)

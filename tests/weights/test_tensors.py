@@ -128,8 +128,11 @@ def test_half_a_safetensors_file_is_named(tmp_path: Path, kept: int) -> None:
         SafetensorsWeights(path).shapes()
 
 
+DEEP = pytest.param('{"weight_map":' * 100_000, id="nested too deeply")
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": ["a.weight"]}', "\udcff"]
+    "content", ["", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": ["a.weight"]}', "\udcff", DEEP]
 )
 def test_a_damaged_index_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "index.json"

@@ -1,7 +1,8 @@
 """A stage as it is served, that fails when a session asks for it, and tells how many sessions it holds.
 
-Copied over `1/model.py` of each stage of a private repository. A session asks in the parameters of its START: `fault`
-names the stage; at block `fault_block` its device falls off, or with `fault_block` 0 its memory is full at the start.
+Copied over `1/model.py` of each stage of a private repository. A session asks by the JPEG quality of its START, which
+raw frames do not need: its tens are the number of the stage in `STAGES`, from 1 on, and its ones the block at which the
+device falls off; with block 0 the memory of the stage is full at the start.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from live_avatar.serving.triton_model import (
     StageModel,
     VAEDecoderModel,
 )
+from live_avatar_client.protocol import JPEG_QUALITY_PARAMETER
 
 HELD_POLL_S = 0.1
 STAGE = Path(__file__).parents[1].name
+STAGES = ("conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder")
 MODELS: dict[str, type[StageModel]] = {
     "conditioning": ConditioningModel,
     "rolling_sink": RollingSinkModel,
@@ -63,7 +66,7 @@ class FaultyRuntime:
 class TritonPythonModel(MODELS.get(STAGE, DiTStepModel)):
     def initialize(self, args: dict[str, str]) -> None:
         self.is_due, self.block = False, 0
-        self._plans: dict[int, tuple[object, object]] = {}
+        self._plans: dict[int, int] = {}
         self._blocks: dict[int, int] = {}
         super().initialize(args)
         family = pb_utils.MetricFamily("test_sessions_held", "States that a stage holds.", pb_utils.MetricFamily.GAUGE)
@@ -84,10 +87,11 @@ class TritonPythonModel(MODELS.get(STAGE, DiTStepModel)):
         has_speech = "AUDIO" in plain.inputs and plain.inputs["AUDIO"].size > 0
         has_speech |= LATENT in plain.inputs and len(plain.inputs[LATENT]) > 0
         if plain.start:
-            self._plans[plain.session] = plain.parameters.get("fault"), plain.parameters.get("fault_block")
+            self._plans[plain.session] = int(plain.parameters.get(JPEG_QUALITY_PARAMETER, 0))
             self._blocks[plain.session] = 0
         self.block = self._blocks[plain.session] = self._blocks.get(plain.session, 0) + has_speech
-        here = self._plans.get(plain.session) == (self.name, self.block)
+        number = STAGES.index(self.name) + 1 if self.name in STAGES else 0
+        here = number > 0 and self._plans.get(plain.session) == 10 * number + self.block
         self.is_due = here and (plain.start or has_speech)
         return plain
 

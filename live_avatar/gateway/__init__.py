@@ -1,0 +1,1 @@
+"""The front door: the process that callers talk to, between the network and Triton."""

@@ -1,0 +1,66 @@
+"""One log line when a session starts and one when it ends: who made which video, with nothing of its content.
+
+With hashes the lines tie a video to a caller: `PROVENANCE` of the video carries the same picture and prompt hashes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SessionRecord:
+    """A session as the log shows it. session: Triton's sequence id. The hashes are SHA-256, hex."""
+
+    session: int
+    key: str
+    peer: str
+    seed: int
+    frame_format: str
+    avatar: str
+    picture_sha256: str
+    prompt_sha256: str
+    blocks: int = 0
+    began_s: float = field(default_factory=time.monotonic)
+
+
+class AuditLog:
+    """Writes the lines as text, or as JSON objects; the hashes only if the operator asks for them."""
+
+    def __init__(self, as_json: bool, with_hashes: bool) -> None:
+        self._as_json = as_json
+        self._with_hashes = with_hashes
+
+    def started(self, record: SessionRecord) -> None:
+        self._write(record, "started", {"avatar": record.avatar, "format": record.frame_format})
+
+    def ended(self, record: SessionRecord, cause: str, detail: str) -> None:
+        facts: dict[str, object] = {
+            "cause": cause,
+            "blocks": record.blocks,
+            "seconds": round(time.monotonic() - record.began_s, 3),
+        }
+        self._write(record, "ended", facts | ({"detail": detail} if detail else {}))
+
+    def refused(self, session: int, key: str, peer: str, reason: str) -> None:
+        self._line(session, "refused", {"key": key, "peer": peer, "reason": reason})
+
+    def _write(self, record: SessionRecord, event: str, facts: dict[str, object]) -> None:
+        who: dict[str, object] = {"key": record.key, "peer": record.peer, "seed": record.seed}
+        if self._with_hashes:
+            who |= {"picture_sha256": record.picture_sha256, "prompt_sha256": record.prompt_sha256}
+        self._line(record.session, event, who | facts)
+
+    def _line(self, session: int, event: str, facts: dict[str, object]) -> None:
+        if self._as_json:
+            log.info("%s", json.dumps({"event": f"session {event}", "session": session, **facts}))
+        else:
+            named = " ".join(
+                f"{name}={json.dumps(value) if name == 'detail' else value}" for name, value in facts.items()
+            )
+            log.info("session %d %s: %s", session, event, named)

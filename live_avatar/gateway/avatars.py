@@ -1,0 +1,102 @@
+"""Prepares avatars beside the pipe, and remembers those of each caller for a while.
+
+An avatar is remembered for the caller that brought it, under a random key that the steps and the decoder use for their
+own caches. So the time that a start takes tells a caller nothing about the avatars of others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from live_avatar.arrays import Array
+from live_avatar.serving.gateway_settings import Limits
+
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class AvatarSource:
+    """A picture and prompt, with the SHA-256 of each in hex."""
+
+    picture: bytes
+    prompt: str
+    picture_sha256: str
+    prompt_sha256: str
+
+    @classmethod
+    async def of(cls, picture: bytes, prompt: str) -> AvatarSource:
+        """Hashes a picture, which may have tens of megabytes, in a thread."""
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(picture).hexdigest())
+        return cls(picture, prompt, digest, hashlib.sha256(prompt.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Avatar:
+    """What START carries of a picture and prompt. key: 32 random bytes, the same for each session with this avatar."""
+
+    key: bytes
+    motion: Array
+    text: Array
+
+
+@dataclass
+class _Entry:
+    avatar: asyncio.Task[Avatar]
+    used_s: float
+
+
+class Avatars:
+    """The avatars of all callers. make: encodes a picture and a prompt."""
+
+    def __init__(
+        self,
+        make: Callable[[bytes, str], Awaitable[tuple[Array, Array]]],
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._make = make
+        self._limits = limits
+        self._clock = clock
+        self._entries: OrderedDict[tuple[str, str, str], _Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    async def get(self, owner: str, source: AvatarSource) -> tuple[Avatar, bool]:
+        """The avatar, and whether it was remembered for `owner`. Raises what `make` raises, and remembers no error."""
+        self.forget_old()
+        name = (owner, source.picture_sha256, source.prompt_sha256)
+        entry = self._entries.get(name)
+        known = entry is not None
+        if entry is None:
+            entry = _Entry(asyncio.create_task(self._encode(source)), self._clock())
+            self._entries[name] = entry
+        try:
+            # Shielded: another session may wait for the same avatar.
+            avatar = await asyncio.shield(entry.avatar)
+        except Exception:
+            if self._entries.get(name) is entry:
+                del self._entries[name]
+            raise
+        entry.used_s = self._clock()
+        if name in self._entries:
+            self._entries.move_to_end(name)
+        while len(self._entries) > self._limits.known_avatars:
+            self._entries.popitem(last=False)
+        return avatar, known
+
+    def forget_old(self) -> None:
+        """Drops the avatars that nobody has used for the operator's time."""
+        limit_s = self._clock() - self._limits.known_avatar_s
+        for name in [name for name, entry in self._entries.items() if entry.avatar.done() and entry.used_s < limit_s]:
+            del self._entries[name]
+
+    async def _encode(self, source: AvatarSource) -> Avatar:
+        motion, text = await self._make(source.picture, source.prompt)
+        return Avatar(secrets.token_bytes(KEY_BYTES), motion, text)

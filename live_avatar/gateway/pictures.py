@@ -1,0 +1,162 @@
+"""Decodes the pictures of callers, each in a process of its own that may die."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import signal
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from live_avatar.arrays import Array
+from live_avatar.errors import CapacityError, InputError
+from live_avatar.gateway import sandbox
+from live_avatar.gateway.sandbox import Limits
+from live_avatar.inputs.image import check_bytes, decode_pixels
+
+AT_ONCE: Final = 2
+WAITING: Final = 16
+PIXELS, SENTENCE = b"\0", b"\1"  # first byte of an answer
+MAX_SENTENCE_BYTES: Final = 1000
+JOIN_S: Final = 1.0  # for a process that has closed its connection
+
+Image.init()  # all modules of Pillow: the process that decodes may open no file
+
+
+class PictureDecoder:
+    """Decodes up to `at_once` pictures at a time; `waiting` more may wait."""
+
+    def __init__(self, at_once: int = AT_ONCE, waiting: int = WAITING, limits: Limits | None = None) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        ensure_running()
+        self._slots = asyncio.Semaphore(at_once)
+        self._line = waiting
+        self._waiting = 0
+        self._limits = limits or Limits()
+
+    async def decode(self, data: bytes, height: int, width: int) -> Array:
+        """PNG, JPEG or WebP bytes -> uint8 [height, width, 3]: what `decode_pixels` gives.
+
+        Raises `InputError` for what cannot be decoded within the limits, `CapacityError` if too many pictures wait.
+        """
+        check_bytes(data)
+        await self._enter_line()
+        try:
+            child = _Child(self._context, data, height, width, self._limits)
+            work = asyncio.ensure_future(asyncio.to_thread(child.run))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                child.kill()
+                with suppress(InputError):
+                    await work
+                raise
+        finally:
+            self._slots.release()
+
+    async def _enter_line(self) -> None:
+        """Takes one of the slots."""
+        if self._slots.locked() and self._waiting >= self._line:
+            raise CapacityError(
+                f"{self._waiting} pictures wait to be decoded, the most that this server lets wait; try again later or "
+                "elsewhere."
+            )
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+
+
+class _Child:
+    """One picture and its process."""
+
+    _lock: Final = threading.Lock()  # multiprocessing looks at all children whenever one is started
+
+    def __init__(
+        self,
+        context: multiprocessing.context.ForkServerContext,
+        data: bytes,
+        height: int,
+        width: int,
+        limits: Limits,
+    ) -> None:
+        self._data = data
+        self._shape = (height, width, 3)
+        self._limits = limits
+        self._ours, theirs = context.Pipe()
+        self._theirs = theirs
+        self._process = context.Process(target=_decode, args=(theirs, height, width, limits), daemon=True)
+        self._is_killed = False
+
+    def run(self) -> Array:
+        """Decodes in the process; blocks. Raises `InputError`."""
+        watch = threading.Timer(self._limits.wall_s, self.kill)
+        try:
+            with self._lock:
+                self._process.start()
+            self._theirs.close()
+            watch.start()
+            return self._read(self._exchange())
+        finally:
+            watch.cancel()
+            self._ours.close()
+            self._end()
+
+    def kill(self) -> None:
+        self._is_killed = True
+        with suppress(AttributeError, ValueError):  # not started yet, or ended already
+            self._process.kill()
+
+    def _exchange(self) -> bytes:
+        """Sends the picture; the answer is empty if the process died."""
+        try:
+            self._ours.send_bytes(self._data)
+            return self._ours.recv_bytes(len(PIXELS) + max(int(np.prod(self._shape)), MAX_SENTENCE_BYTES))
+        except (EOFError, OSError):
+            return b""
+
+    def _read(self, answer: bytes) -> Array:
+        kind, content = answer[:1], answer[1:]
+        if kind == PIXELS and len(content) == np.prod(self._shape):
+            return np.frombuffer(content, dtype=np.uint8).reshape(self._shape)
+        if kind == SENTENCE:
+            raise InputError(content.decode(errors="replace"))
+        raise InputError(self._reason())
+
+    def _reason(self) -> str:
+        self._end(JOIN_S)
+        code = self._process.exitcode
+        remedy = "save it again as a plain PNG, JPEG or WebP, or scale it down."
+        if self._is_killed or code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return (
+                f"the reference image ({len(self._data)} bytes) takes longer to decode than the {self._limits.cpu_s} s "
+                f"that a picture may take; {remedy}"
+            )
+        return f"the reference image ({len(self._data)} bytes) ended its decoder (exit code {code}); {remedy}"
+
+    def _end(self, wait_s: float = 0.0) -> None:
+        """Ends the process, after so long if it does not end by itself."""
+        with self._lock:
+            if self._process.pid is not None:
+                self._process.join(wait_s)
+                self._process.kill()
+                self._process.join()
+
+
+def _decode(connection: Connection, height: int, width: int, limits: Limits) -> None:
+    """The process: takes a picture, gives pixels or the sentence of an `InputError`."""
+    data = connection.recv_bytes()
+    sandbox.enter(limits)
+    try:
+        answer = PIXELS + decode_pixels(data, height, width).tobytes()
+    except InputError as error:
+        answer = SENTENCE + str(error).encode()[:MAX_SENTENCE_BYTES]
+    connection.send_bytes(answer)

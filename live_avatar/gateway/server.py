@@ -1,0 +1,207 @@
+"""Runs the gateway: opens its ports, and follows the commands of `live-avatar serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import grpc
+
+from live_avatar.arrays import Array
+from live_avatar.errors import ServerError
+from live_avatar.gateway.admission import Admission, Phase
+from live_avatar.gateway.audit import AuditLog
+from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.frames import FramePool
+from live_avatar.gateway.http import http_routes, metrics_routes
+from live_avatar.gateway.keys import KeyRing
+from live_avatar.gateway.metrics import GatewayMeter
+from live_avatar.gateway.pictures import PictureDecoder
+from live_avatar.gateway.pipe import Pipe
+from live_avatar.gateway.service import GatewayService, Keys
+from live_avatar.gateway.sessions import SessionContext
+from live_avatar.gateway.window import PipeWindow
+from live_avatar.serving import metrics
+from live_avatar.serving.failures import PipeError
+from live_avatar.serving.gateway_settings import GatewaySettings
+from live_avatar.serving.health import listen
+from live_avatar.serving.options import OptionsReader
+from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES: Final = MAX_IMAGE_BYTES + 64 * 1024
+KEY_CHECK_S: Final = 1.0
+REPORT_S: Final = 0.1
+GRACE_S: Final = 1.0
+# gRPC checks the size of a compressed message before and after it is decompressed.
+GRPC_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
+    ("grpc.max_concurrent_streams", 64),
+    ("grpc.max_connection_idle_ms", 20_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    # A caller whose machine or network is gone: noticed after 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+)
+
+Report = Callable[[dict[str, Any]], None]
+
+
+async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]], report: Report) -> None:
+    """Serves until `commands` ends. Raises `ServerError` for a port, key or certificate that cannot be used.
+
+    report: is told once that the ports are open, and then of each change of the live sessions and of readiness.
+    Commands: {"pipe_ready": bool}, {"phase": str}, {"lost": name of a stage}.
+    """
+    raise_file_limit()
+    context = session_context(settings)
+    keys = load_keys(settings)
+    service = GatewayService(context, keys, settings.limits.idle_s)
+    server = grpc.aio.server(options=GRPC_OPTIONS)
+    server.add_generic_rpc_handlers((service,))
+    runners = []
+    background = [asyncio.create_task(work) for work in (service.watch(), _watch_keys(keys), _report(context, report))]
+    try:
+        _listen_grpc(server, settings)
+        for routes, port, option in (
+            (http_routes(context.admission, settings.served), settings.http_port, "--http-port"),
+            (metrics_routes(context.meter, settings.triton_metrics), settings.metrics_port, "--metrics-port"),
+        ):
+            runners.append(await listen(routes, settings.address, port, option))
+        await server.start()
+        report({"listening": True})
+        async for command in commands:
+            await _obey(context, command)
+    finally:
+        for task in background:
+            task.cancel()
+        await server.stop(GRACE_S)
+        if context.closing:
+            await asyncio.wait(context.closing, timeout=GRACE_S)
+        for runner in runners:
+            await runner.cleanup()
+        await context.pipe.close()
+        context.frames.close()
+
+
+def session_context(settings: GatewaySettings) -> SessionContext:
+    """What the sessions share."""
+    pipe, pictures, meter = Pipe(settings.triton), PictureDecoder(), GatewayMeter(settings.served)
+
+    async def make_avatar(picture: bytes, prompt: str) -> tuple[Array, Array]:
+        began_s = time.monotonic()
+        pixels = await pictures.decode(picture, settings.height, settings.width)
+        made = await pipe.encode_avatar(pixels, prompt)
+        meter.observe(metrics.AVATAR_TIME, time.monotonic() - began_s)
+        return made
+
+    context = SessionContext(
+        pipe=pipe,
+        window=PipeWindow(settings.limits),
+        admission=Admission(settings.limits),
+        avatars=Avatars(make_avatar, settings.limits),
+        options=OptionsReader(settings.height, settings.width, settings.label_font),
+        meter=meter,
+        audit=AuditLog(settings.log_format == "json", settings.log_hashes),
+        served=settings.served,
+        limits=settings.limits,
+        frames=FramePool(
+            settings.shared_memory,
+            settings.limits.lone_blocks + settings.limits.max_sessions,
+            settings.height,
+            settings.width,
+        ),
+    )
+    context.report()
+    return context
+
+
+def raise_file_limit() -> None:
+    """Allows as many open files as this user may have: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def _obey(context: SessionContext, command: dict[str, Any]) -> None:
+    if "pipe_ready" in command:
+        if command["pipe_ready"] and not context.frames.is_registered:
+            await context.pipe.register(context.frames)
+        context.admission.is_pipe_ready = bool(command["pipe_ready"])
+    if "phase" in command:
+        context.admission.phase = Phase(command["phase"])
+    if "lost" in command:
+        text = f"stage {command['lost']} of the server has stopped and is being started again; start a new session."
+        for session in [*context.live, *context.closing.values()]:
+            session.lose(PipeError(ErrorCode.FAILED, text))
+    context.report()
+
+
+async def _report(context: SessionContext, report: Report) -> None:
+    """Reports changes of the phase, of readiness and of the number of live sessions."""
+    told: dict[str, Any] = {}
+    while True:
+        admission = context.admission
+        state = {"phase": admission.phase, "ready": admission.is_ready, "live": admission.live}
+        if state != told:
+            report(state)
+            told = state
+        await asyncio.sleep(REPORT_S)
+
+
+async def _watch_keys(keys: Keys) -> None:
+    """Reads the key files again when they have changed."""
+    while True:
+        await asyncio.sleep(KEY_CHECK_S)
+        for ring in filter(None, (keys.callers, keys.admin)):
+            fault = ring.reload_if_changed()
+            if fault is not None:
+                log.error("the old keys stay in use: %s", fault)
+
+
+def load_keys(settings: GatewaySettings) -> Keys:
+    """The keys of callers and operators. Raises `ServerError` for a file that cannot be used."""
+    callers = KeyRing() if settings.api_key_file is None else KeyRing.from_file(settings.api_key_file)
+    if settings.admin_key_file is None:
+        return Keys(callers)
+    admin = KeyRing.from_file(settings.admin_key_file)
+    if callers.shares_key_with(admin):
+        raise ServerError(
+            f"{settings.api_key_file} and {settings.admin_key_file} hold the same key, so that a caller would be an "
+            "operator; put another key into one of them."
+        )
+    return Keys(callers, admin)
+
+
+def _listen_grpc(server: Any, settings: GatewaySettings) -> None:
+    target = f"{_bracketed(settings.address)}:{settings.grpc_port}"
+    try:
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            server.add_secure_port(target, _credentials(settings))
+        else:
+            server.add_insecure_port(target)
+    except RuntimeError as error:
+        raise ServerError(
+            f"cannot listen on {target} ({str(error).splitlines()[0]}); choose another --grpc-port or --address."
+        ) from error
+
+
+def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials:
+    assert settings.tls_certificate is not None
+    assert settings.tls_key is not None
+    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
+    authority = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
+    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

@@ -1,0 +1,468 @@
+"""One session: its requests go to Triton in order and at its turn, and the answers come back in the same order."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import grpc
+import numpy as np
+
+from live_avatar.arrays import Array
+from live_avatar.errors import CapacityError, InputError, LiveAvatarError, ShutdownError
+from live_avatar.gateway.admission import Admission
+from live_avatar.gateway.audit import AuditLog, SessionRecord
+from live_avatar.gateway.avatars import Avatar, Avatars, AvatarSource
+from live_avatar.gateway.frames import FramePool, Place, ask_for_place
+from live_avatar.gateway.metrics import GatewayMeter
+from live_avatar.gateway.pipe import Closed, Pipe, PipeStream
+from live_avatar.gateway.requests import (
+    CallerRequest,
+    Message,
+    end_request,
+    error_response,
+    response_error,
+    triton_request,
+)
+from live_avatar.gateway.window import PipeWindow
+from live_avatar.serving import metrics
+from live_avatar.serving.failures import PipeError, describe
+from live_avatar.serving.gateway_settings import Limits
+from live_avatar.serving.metrics import EndCause, RefusalReason
+from live_avatar.serving.options import OptionsReader
+from live_avatar.serving.provenance import provenance
+from live_avatar.serving.served import Served
+from live_avatar.serving.tensors import AVATAR_KEY, NO_BLOCK, PROVENANCE_IN, SINK_MOTION, SINK_TEXT, text_tensor
+from live_avatar_client import protocol
+from live_avatar_client.protocol import EndReason, ErrorCode, FrameFormat, explain_error, format_error, parse_error
+
+log = logging.getLogger(__name__)
+
+GATEWAY: Final = "gateway"
+CLOSE_LIMIT_S: Final = 30.0
+"""How long Triton may take to answer what is under way when a session ends; then its place is free in any case."""
+# A gateway that was started again must not meet the sequences of the one before it.
+_sequence_ids = itertools.count(secrets.randbits(40) << 20 | 1)
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who opened a stream. name: of its key, or `anonymous`. owner: whose avatars it may reuse. peer: its address."""
+
+    name: str
+    owner: str
+    peer: str
+
+
+@dataclass
+class SessionContext:
+    """What all sessions of the gateway share."""
+
+    pipe: Pipe
+    window: PipeWindow
+    admission: Admission
+    avatars: Avatars
+    options: OptionsReader
+    meter: GatewayMeter
+    audit: AuditLog
+    served: Served
+    limits: Limits
+    frames: FramePool
+    live: set[Session] = field(default_factory=set)
+    closing: dict[asyncio.Task[None], Session] = field(default_factory=dict)
+
+    def report(self) -> None:
+        """Sets the gauges."""
+        self.meter.set(metrics.SESSIONS_LIVE, self.admission.live)
+        self.meter.set(metrics.SESSIONS_FREE, self.admission.free)
+        self.meter.set(metrics.KNOWN_AVATARS, len(self.avatars))
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """An answer that is due. text: an error that the gateway gives itself; None for an answer of Triton."""
+
+    request: CallerRequest
+    text: str | None = None
+    place: Place | None = None
+
+
+class Session:
+    """A session of one caller's stream, from the request with START on.
+
+    `failure` is the error for further requests, once the session cannot go on.
+    """
+
+    def __init__(self, id_: int, caller: Caller, context: SessionContext, write: Write) -> None:
+        self.id = id_
+        self.sequence = next(_sequence_ids)
+        self.failure: str | None = None
+        self._caller = caller
+        self._context = context
+        self._write = write
+        self._requests: asyncio.Queue[CallerRequest] = asyncio.Queue(context.limits.queued_blocks)
+        self._expected: asyncio.Queue[_Expected] = asyncio.Queue()
+        self._stream: PipeStream | None = None
+        self._record: SessionRecord | None = None
+        self._is_raw = False
+        self._places: set[Place] = set()
+        self._end_sent = False
+        self._end_asked: EndCause | None = None
+        self._is_refused = False
+        self._has_ended = False
+        self._unanswered = 0
+        self._all_answered = asyncio.Event()
+        self._used_s = self._began_s = time.monotonic()
+        self._writing_since_s: float | None = None
+        self._tasks = [asyncio.create_task(self._guarded(work)) for work in (self._forward(), self._return())]
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether END has come, after which the session takes no request."""
+        return self._end_asked is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the caller needs it no more: END or a START that was refused is answered, and all else."""
+        return self._has_ended and self._unanswered == 0
+
+    async def put(self, request: CallerRequest) -> None:
+        """Takes a request; waits while too many of the session's are queued."""
+        self._note_unanswered()
+        if request.end:
+            self._end_asked = _requested_cause(request)
+        await self._requests.put(request)
+
+    def refuse(self, request: CallerRequest, error: Exception) -> None:
+        """Answers a request with an error, after the answers that are due; the session goes on."""
+        self._note_unanswered()
+        self._expected.put_nowait(_Expected(replace(request, start=False, end=False), self._text(error)))
+
+    async def wait_answered(self) -> None:
+        """Returns when every request has its answer."""
+        await self._all_answered.wait()
+
+    def overdue(self, now_s: float) -> tuple[EndCause, str] | None:
+        """Why the session must end now without an error for a request: the cause and a sentence."""
+        idle_s = self._context.limits.idle_s
+        if self._unanswered == 0 and now_s - self._used_s > idle_s:
+            return EndCause.SILENT, f"session {self.id} was silent for more than {idle_s:g} s, so it has ended"
+        if self._writing_since_s is not None and now_s - self._writing_since_s > idle_s:
+            return (
+                EndCause.SILENT,
+                f"the caller of session {self.id} has read nothing for {idle_s:g} s, so it has ended",
+            )
+        return None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether an answer waits for the caller to read."""
+        return self._writing_since_s is not None
+
+    def is_too_long(self, now_s: float) -> bool:
+        """Whether it has lasted longer than a session may."""
+        longest_s = self._context.limits.session_s
+        return longest_s is not None and self.failure is None and now_s - self._began_s > longest_s
+
+    def end_too_long(self) -> None:
+        """Ends the session because it has lasted as long as it may."""
+        text = (
+            f"session {self.id} has lasted {self._context.limits.session_s:g} s, the longest that this server allows; "
+            "start a new session to go on."
+        )
+        self.fail(PipeError(ErrorCode.FAILED_PRECONDITION, text), EndCause.SHUTDOWN)
+
+    def fail(self, error: Exception, cause: EndCause = EndCause.FAILED) -> None:
+        """Ends the session with an error, which answers everything that is under way and all further requests."""
+        if self.failure is None:
+            self.failure = self._text(error)
+            if self._stream is not None:
+                self._stream.answers.put_nowait(Closed(self.failure))
+            self._finish(cause, self.failure)
+
+    def lose(self, error: Exception) -> None:
+        """Ends the session with an error because a stage has lost it; the other stages forget it by themselves."""
+        self.fail(error)
+        if self._stream is not None:
+            self._stream.abandon()
+
+    def drop(self, cause: EndCause, detail: str = "") -> None:
+        """Ends the session without a word: its caller is gone, or silent. A caller that has sent END may go at once."""
+        self.stop()
+        self._has_ended, self._unanswered = True, 0
+        self._all_answered.set()
+        self._finish(self._end_asked or cause if cause is EndCause.DISCONNECTED else cause, detail)
+
+    def stop(self) -> None:
+        """Takes no more requests and gives no more answers."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _note_unanswered(self) -> None:
+        self._used_s = time.monotonic()
+        self._unanswered += 1
+        self._all_answered.clear()
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """An error that nobody expected ends this session alone."""
+        try:
+            await work
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass  # the caller has gone; its stream ends the session
+        except Exception as error:
+            log.exception("session %d has failed in the gateway", self.sequence)
+            self.fail(error)
+            self._all_answered.set()
+
+    # Requests
+
+    async def _forward(self) -> None:
+        """Sends the session's requests to Triton, or expects an error in their place."""
+        start = await self._requests.get()
+        try:
+            await self._open(start)
+        except Exception as error:  # whatever it was, the caller is told, and nobody else is harmed
+            self._refuse_start(start, error)
+        request = start
+        while not request.end:
+            request = await self._requests.get()
+            self._expected.put_nowait(await self._send(request))
+
+    async def _send(self, request: CallerRequest) -> _Expected:
+        """Sends a request to Triton, at its turn, and says what answer is due: an error, if it cannot go there."""
+        if self.failure is None:
+            try:
+                self._check(request)
+                if request.is_block:
+                    await self._context.window.enter(self.sequence)
+            except ShutdownError as error:
+                self.fail(error, EndCause.SHUTDOWN)
+                return _Expected(request, self.failure)
+            except InputError as error:
+                return _Expected(request, self._text(error))
+        if self.failure is not None:
+            return _Expected(request, self._has_failed())
+        return self._pass_on(request, triton_request(request, self.sequence))
+
+    def _pass_on(self, request: CallerRequest, message: Message) -> _Expected:
+        """Sends a request to Triton."""
+        assert self._stream is not None
+        place = self._context.frames.take() if request.is_block and self._is_raw else None
+        if place is not None:
+            self._places.add(place)
+            ask_for_place(message, place)
+        self._stream.send(message)
+        self._note_end(request)
+        return _Expected(request, place=place)
+
+    def _check(self, request: CallerRequest) -> None:
+        if request.is_block or not request.end:  # an end alone is served to the last
+            self._context.admission.check_continue()
+        for name, value in ((protocol.REFERENCE_IMAGE.name, request.picture), (protocol.PROMPT.name, request.prompt)):
+            if value is not None:
+                raise InputError(f"{name} came after the first request; start a new session to change it.")
+
+    def _note_end(self, request: CallerRequest) -> None:
+        if request.end:
+            self._end_sent = True
+            assert self._stream is not None
+            self._stream.finish()
+
+    # Opening
+
+    async def _open(self, start: CallerRequest) -> None:
+        """Admits the session, prepares its avatar, and sends START. Raises what the caller is to be told."""
+        context, caller = self._context, self._caller
+        context.admission.check_phase()
+        if start.picture is None:
+            raise InputError("the first request of a session has no REFERENCE_IMAGE; send the picture with it.")
+        chosen = context.options.read(start.parameters)
+        context.admission.open(caller.name)
+        try:
+            source = await AvatarSource.of(start.picture, start.prompt or "")
+            avatar, known = await context.avatars.get(caller.owner, source)
+            context.admission.check_admitted()  # the avatar may have taken long
+        except BaseException:
+            context.admission.close(caller.name)
+            context.report()
+            raise
+        self._record = SessionRecord(
+            self.sequence,
+            caller.name,
+            caller.peer,
+            chosen.seed,
+            chosen.frame_format.value,
+            "known" if known else "new",
+            source.picture_sha256,
+            source.prompt_sha256,
+        )
+        context.window.join(self.sequence)
+        context.live.add(self)
+        self._stream = context.pipe.open()
+        context.meter.add(metrics.AVATARS_PREPARED, avatar="known" if known else "new")
+        context.meter.add(metrics.SESSIONS_ADMITTED)
+        context.report()
+        context.audit.started(self._record)
+        if start.is_block:
+            await context.window.enter(self.sequence)
+        tensors = _opening_tensors(
+            avatar, provenance(context.served, source.picture_sha256, source.prompt_sha256, chosen.seed)
+        )
+        self._is_raw = chosen.frame_format is FrameFormat.RAW
+        self._expected.put_nowait(
+            self._pass_on(start, triton_request(start, self.sequence, tensors, with_options=True))
+        )
+
+    def _refuse_start(self, start: CallerRequest, error: Exception) -> None:
+        text = self._text(error)
+        reason = _refusal_reason(error)
+        if reason is not None:
+            self._context.meter.add(metrics.SESSIONS_REFUSED, reason=reason)
+            self._context.audit.refused(self.sequence, self._caller.name, self._caller.peer, reason)
+        else:
+            log.error("session %d could not be opened: %s", self.sequence, text, exc_info=error)
+        self.failure = format_error(
+            ErrorCode.FAILED_PRECONDITION, f"session {self.id} is not open: its start was refused; start a new session."
+        )
+        self._is_refused = True
+        self._expected.put_nowait(_Expected(start, text))
+        self._finish(EndCause.FAILED, text)
+
+    # Answers
+
+    async def _return(self) -> None:
+        """Writes the answers to the caller, in the order of the requests."""
+        while True:
+            expected = await self._expected.get()
+            answer = await self._answer(expected)
+            self._writing_since_s = time.monotonic()
+            await self._write(answer)
+            self._writing_since_s = None
+            self._note_answered(expected)
+
+    async def _answer(self, expected: _Expected) -> bytes:
+        text = expected.text
+        if text is None:
+            assert self._stream is not None
+            answer = self.failure if self.failure is not None else await self._stream.answers.get()
+            if isinstance(answer, bytes):
+                error = response_error(answer)
+                if error is None:
+                    return self._with_frames(answer, expected.place)
+                told = self._told(error)
+                if expected.request.start and told.code is ErrorCode.UNAVAILABLE:
+                    self._context.meter.add(metrics.SESSIONS_REFUSED, reason=RefusalReason.MEMORY)
+                self.fail(told)
+            elif isinstance(answer, Closed) and self.failure is None:
+                self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
+            text = self.failure
+        return error_response(expected.request.request_id, text or "")
+
+    def _with_frames(self, answer: bytes, place: Place | None) -> bytes:
+        if place is None:
+            return answer
+        whole = self._context.frames.answer(answer, place)
+        self._places.discard(place)
+        self._context.frames.give_back(place)
+        return whole
+
+    def _note_answered(self, expected: _Expected) -> None:
+        request = expected.request
+        self._used_s = time.monotonic()
+        if expected.text is None and request.is_block:
+            self._context.window.exit(self.sequence)
+            if self._record is not None:
+                self._record.blocks += 1
+        if request.end:
+            self._finish(_requested_cause(request))
+        self._has_ended |= request.end or (request.start and self._is_refused)
+        self._unanswered -= 1
+        if self._unanswered == 0:
+            self._all_answered.set()
+
+    def _told(self, error: str) -> PipeError:
+        """An error of Triton as the caller is told it, which knows its own session id only."""
+        code, sentence = parse_error(error)
+        sentence = explain_error(sentence).replace(f"session {self.sequence}", f"session {self.id}")
+        return PipeError(code or ErrorCode.FAILED, sentence)
+
+    def _text(self, error: Exception) -> str:
+        failure = describe(error, GATEWAY, NO_BLOCK)
+        return format_error(failure.code, str(failure))
+
+    def _has_failed(self) -> str:
+        if self._is_refused and self.failure is not None:
+            return self.failure
+        _, reason = parse_error(self.failure or "")
+        return format_error(
+            ErrorCode.FAILED_PRECONDITION, f"session {self.id} has failed ({reason}); end it and start a new one."
+        )
+
+    # The end
+
+    def _finish(self, cause: EndCause, detail: str = "") -> None:
+        """Ends the session in the pipe, once; its place is free when Triton has answered everything."""
+        if self._record is None or self not in self._context.live:
+            return
+        self._context.live.discard(self)
+        self._context.meter.add(metrics.SESSIONS_ENDED, reason=cause)
+        self._context.audit.ended(self._record, cause, detail)
+        task = asyncio.create_task(self._close_pipe())
+        self._context.closing[task] = self
+        task.add_done_callback(self._context.closing.pop)
+
+    async def _close_pipe(self) -> None:
+        context = self._context
+        try:
+            if self._stream is not None:
+                if not self._end_sent:
+                    self._stream.send(end_request(self.sequence))
+                    self._stream.finish()
+                self._stream.on_closed(self._give_places_back)  # until then Triton may write into them
+                await asyncio.wait_for(self._stream.wait_closed(), CLOSE_LIMIT_S)
+        except TimeoutError:
+            log.error("session %d did not end in the pipe within %g s", self.sequence, CLOSE_LIMIT_S)
+        finally:
+            context.window.leave(self.sequence)
+            context.admission.close(self._caller.name)
+            context.report()
+
+    def _give_places_back(self) -> None:
+        while self._places:
+            self._context.frames.give_back(self._places.pop())
+
+
+def _opening_tensors(avatar: Avatar, video_provenance: str) -> list[tuple[str, str, Array]]:
+    return [
+        (AVATAR_KEY, "UINT8", np.frombuffer(avatar.key, dtype=np.uint8)),
+        (SINK_MOTION, "FP32", avatar.motion),
+        (SINK_TEXT, "FP32", avatar.text),
+        (PROVENANCE_IN, "UINT8", text_tensor(video_provenance)),
+    ]
+
+
+def _requested_cause(request: CallerRequest) -> EndCause:
+    """The cause of an end that the caller asked for."""
+    reason = str(request.parameters.get(protocol.END_REASON_PARAMETER, ""))
+    return EndCause(reason) if reason in tuple(EndReason) else EndCause.ENDED
+
+
+def _refusal_reason(error: Exception) -> RefusalReason | None:
+    match error:
+        case ShutdownError():
+            return RefusalReason.SHUTDOWN
+        case CapacityError():
+            return RefusalReason.FULL
+        case InputError():
+            return RefusalReason.INPUT
+        case PipeError(code=ErrorCode.UNAVAILABLE):
+            return RefusalReason.MEMORY
+    return None if not isinstance(error, LiveAvatarError) else RefusalReason.INPUT

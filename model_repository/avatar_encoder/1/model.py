@@ -1,0 +1,3 @@
+from live_avatar.serving.triton_model import AvatarEncoderModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

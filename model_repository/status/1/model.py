@@ -1,3 +1,0 @@
-from live_avatar.serving.triton_model import StatusModel as TritonPythonModel
-
-__all__ = ["TritonPythonModel"]

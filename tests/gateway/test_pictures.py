@@ -1,0 +1,188 @@
+"""Pictures decoded in processes that may die: good ones, hostile ones, and what such a process cannot do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from live_avatar.arrays import Array
+from live_avatar.assets import PORTRAIT
+from live_avatar.errors import CapacityError, InputError
+from live_avatar.gateway import pictures
+from live_avatar.gateway.pictures import PictureDecoder
+from live_avatar.gateway.sandbox import SYSTEM_CALLS, Limits, filter_code
+from live_avatar.inputs.image import decode_pixels
+from tests.support.pictures import encoded, jpeg_of_scans
+
+SIZE = (96, 96)
+
+
+def decoded(data: bytes, **options: Any) -> Array:
+    async def decode() -> Array:
+        return await PictureDecoder(**options).decode(data, *SIZE)
+
+    return asyncio.run(decode())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PORTRAIT.read_bytes(),
+        encoded(Image.effect_noise((200, 300), 50).convert("RGB"), "JPEG", progressive=True),
+        encoded(Image.effect_noise((200, 300), 50).convert("RGBA"), "WEBP"),
+    ],
+    ids=["png", "jpeg", "webp"],
+)
+def test_a_good_picture_is_what_it_is_in_this_process(data: bytes) -> None:
+    assert np.array_equal(decoded(data), decode_pixels(data, *SIZE))
+
+
+def test_a_refusal_has_the_sentence_of_this_process() -> None:
+    with pytest.raises(InputError, match=r"^the reference image \(5 bytes, beginning b'hello'\) is not a PNG, JPEG or"):
+        decoded(b"hello")
+    with pytest.raises(InputError, match=r"^the reference image has 0 bytes; send"):
+        decoded(b"")
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_the_largest_picture_is_decoded_within_the_limits(file_format: str) -> None:
+    """Its sides are those of the largest in pixels; every format takes memory of its own."""
+    options = {"PNG": {"compress_level": 1}, "JPEG": {}, "WEBP": {"method": 0}}[file_format]
+    data = encoded(Image.new("RGB", (8000, 8000), (9, 100, 200)), file_format, **options)
+    assert decoded(data, limits=Limits(cpu_s=60, wall_s=120)).shape == (*SIZE, 3)
+
+
+def test_a_header_that_promises_much_takes_nothing() -> None:
+    """WebP, 8000 x 8000 in lossless form, and nothing behind the header."""
+    bits = (8000 - 1) | (8000 - 1) << 14
+    body = b"WEBPVP8L" + struct.pack("<IBI", 5 + 8, 0x2F, bits) + bytes(9)
+    with pytest.raises(
+        InputError, match=r"^the reference image \(\d+ bytes\) is damaged \(.*\); send the whole file\.$"
+    ):
+        decoded(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
+def test_a_picture_that_needs_too_much_memory() -> None:
+    data = encoded(Image.new("L", (5000, 5000)), "JPEG")
+    with pytest.raises(InputError, match=r"^the reference image is 5000x5000 pixels, more than there is memory for; "):
+        decoded(data, limits=Limits(memory_mib=50))
+
+
+@pytest.mark.parametrize("limits", [Limits(cpu_s=1, wall_s=60), Limits(cpu_s=60, wall_s=0.5)], ids=["cpu", "wall"])
+def test_a_picture_that_takes_too_long(limits: Limits) -> None:
+    data = jpeg_of_scans(8000, 50)
+    with pytest.raises(
+        InputError,
+        match=rf"\(\d+ bytes\) takes longer to decode than the {limits.cpu_s} s that a picture may take; save it again",
+    ):
+        decoded(data, limits=limits)
+
+
+def test_a_decoder_that_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = monkeypatch_children(monkeypatch, lambda process: os.kill(process.pid, signal.SIGSEGV))
+    with pytest.raises(InputError, match=r"ended its decoder \(exit code -11\); save it again as a plain PNG"):
+        decoded(jpeg_of_scans(8000, 50))
+    assert len(started) == 1
+
+
+def test_a_caller_that_leaves_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = monkeypatch_children(monkeypatch, lambda process: None)
+
+    async def leave() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(PictureDecoder().decode(jpeg_of_scans(8000, 50), *SIZE), 0.5)
+
+    begun_s = time.monotonic()
+    asyncio.run(leave())
+    assert time.monotonic() - begun_s < 5
+    assert [process.exitcode for process in started] == [-signal.SIGKILL]
+
+
+def test_the_line_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = monkeypatch_children(monkeypatch, lambda process: None)
+
+    async def crowd(decode: Callable[[bytes, int, int], Awaitable[Array]]) -> list[object]:
+        return await asyncio.gather(*(decode(PORTRAIT.read_bytes(), *SIZE) for _ in range(4)), return_exceptions=True)
+
+    async def meet() -> list[object]:
+        return await crowd(PictureDecoder(at_once=1, waiting=2).decode)
+
+    outcomes = asyncio.run(meet())
+    assert [type(outcome) for outcome in outcomes] == [np.ndarray, np.ndarray, np.ndarray, CapacityError]
+    assert str(outcomes[-1]).startswith("2 pictures wait to be decoded, the most that this server lets wait; try again")
+    assert len(started) == 3
+
+
+def monkeypatch_children(monkeypatch: pytest.MonkeyPatch, then: Callable[[Any], object]) -> list[Any]:
+    """Notes the processes that are started, and does something with each."""
+    started: list[Any] = []
+    exchange = pictures._Child._exchange
+
+    def noted(child: pictures._Child) -> bytes:
+        started.append(child._process)
+        then(child._process)
+        return exchange(child)
+
+    monkeypatch.setattr(pictures._Child, "_exchange", noted)
+    return started
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open('/etc/hostname')",
+        "open('/dev/null', 'w')",
+        "socket.socket()",
+        "os.fork()",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getppid(), 0)",
+        "threading.Thread(target=print).start()",
+    ],
+)
+def test_a_limited_process_reaches_nothing(attempt: str) -> None:
+    program = (
+        "import os, socket, threading\n"
+        "from live_avatar.gateway import sandbox\n"
+        "sandbox.enter(sandbox.Limits())\n"
+        "try:\n"
+        f"    {attempt}\n"
+        "except (OSError, RuntimeError) as error:\n"
+        "    os.write(1, type(error).__name__.encode())\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=True)
+    assert done.stdout in (b"PermissionError", b"RuntimeError", b"OSError"), done
+
+
+@pytest.mark.parametrize("machine", SYSTEM_CALLS)
+def test_the_filter_allows_its_calls_and_no_other(machine: str) -> None:
+    """Interprets the program; the kernel runs it for one machine only."""
+    architecture, calls = SYSTEM_CALLS[machine]
+    code = list(struct.iter_unpack("=HBBI", filter_code(architecture, calls)))
+
+    def verdict(called_on: int, number: int) -> int:
+        at, loaded = 0, 0
+        while True:
+            kind, if_equal, if_not, value = code[at]
+            at += 1
+            if kind == 0x20:
+                loaded = {0: number, 4: called_on}[value]
+            elif kind == 0x15:
+                at += if_equal if loaded == value else if_not
+            else:
+                return int(value)
+
+    assert {number for number in range(600) if verdict(architecture, number) == 0x7FFF0000} == set(calls.values())
+    assert verdict(architecture, 1000) == 0x00050001
+    assert verdict(architecture ^ 1, 0) == 0x80000000
