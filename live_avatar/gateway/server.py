@@ -45,6 +45,9 @@ GRPC_OPTIONS: Final = (
     ("grpc.max_metadata_size", 8 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
     ("grpc.max_concurrent_streams", 64),
+    # What a caller may send ahead of what is read. By default the window grows to tens of megabytes.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
     ("grpc.max_connection_idle_ms", 20_000),
     ("grpc.server_handshake_timeout_ms", 5_000),
     # A caller whose machine or network is gone: noticed after 15 s.

@@ -33,7 +33,8 @@ def test_help_is_quick(words: list[str]) -> None:
     assert done.returncode == 0
     assert [line for line in said if not line.startswith("import time:")] == []
     assert done.stdout.startswith("Usage: live-avatar ")
-    assert invoke(*words, "-h").exit_code == 0
+    result = invoke(*words, "-h")
+    assert result.exit_code == 0, (result.output, result.exception)
 
 
 def test_the_commands_are_these() -> None:

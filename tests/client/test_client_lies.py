@@ -197,7 +197,8 @@ def test_an_answer_beyond_the_limit(play: Callable[..., int], monkeypatch: pytes
     small = (("grpc.max_receive_message_length", 100_000),)
     with Liar(pixels(12, 200, 200)) as server:
         monkeypatch.setattr(base, "CHANNEL_OPTIONS", small)
-        with pytest.raises(ConnectionLost, match="eceived message larger than max"):
+        # grpc's asyncio API may lose the reason of a broken stream.
+        with pytest.raises(ConnectionLost, match=r"eceived message larger than max|Internal error from Core"):
             play(server.url)
 
 

@@ -75,7 +75,7 @@ def test_a_speech_without_a_frame_is_refused(tmp_path: Path) -> None:
         writer.setnchannels(1)
         writer.setsampwidth(2)
         writer.setframerate(16_000)
-        writer.writeframes(bytes(2 * 100))
+        writer.writeframes(np.arange(100, dtype=np.int16).tobytes())  # not silent: the client warns of silence
     result = CliRunner().invoke(main, ["--audio", str(path)])
     assert result.exit_code == 1
     assert "the speech has 100 samples; at least one frame, 640, is needed." in result.output
