@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,21 @@ def test_a_stage_is_known_by_its_parent_state_and_command(
     (tmp_path / "uptime").touch()
     monkeypatch.setattr("live_avatar.serving.supervisor.PROCESSES", tmp_path)
     assert living_stages(TRITON) == seen
+
+
+def test_a_process_that_cannot_be_looked_at_does_not_count_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a free file descriptor; a stage that counts as gone is loaded again, and all sessions are lost."""
+    process(tmp_path / "99")
+
+    def full(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("live_avatar.serving.supervisor.PROCESSES", tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        living_stages(TRITON)
 
 
 def test_other_commands_are_no_models() -> None:
