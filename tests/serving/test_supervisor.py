@@ -6,7 +6,9 @@ import errno
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -174,3 +176,10 @@ def test_a_gateway_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     began_s = time.monotonic()
     gateway.wait_phase("draining", 10.0)
     assert time.monotonic() - began_s < 5.0
+
+
+def test_what_a_library_prints_in_the_gateway_is_no_report(tmp_path: Path) -> None:
+    gateway = GatewayProcess(cast(Any, None), tmp_path, print)
+    gateway._process = running = cast(Any, SimpleNamespace(stdout=BytesIO(b'words\n{"phase": "draining"}\n')))
+    gateway._read_reports(running)
+    assert gateway._state == {"phase": "draining", "ended": True, "ready": False, "live": 0}
