@@ -47,8 +47,11 @@ class Avatar:
 
 @dataclass
 class _Entry:
+    """waiting: sessions that need it now."""
+
     avatar: asyncio.Task[Avatar]
     used_s: float
+    waiting: int = 0
 
 
 class Avatars:
@@ -77,13 +80,20 @@ class Avatars:
         if entry is None:
             entry = _Entry(asyncio.create_task(self._encode(source)), self._clock())
             self._entries[name] = entry
+        entry.waiting += 1
         try:
             # Shielded: another session may wait for the same avatar.
             avatar = await asyncio.shield(entry.avatar)
-        except Exception:
-            if self._entries.get(name) is entry:
-                del self._entries[name]
+        except BaseException as error:
+            # Callers that start and leave must not pile up avatars that nobody needs.
+            is_needed = isinstance(error, asyncio.CancelledError) and (entry.waiting > 1 or _is_made(entry.avatar))
+            if not is_needed:
+                entry.avatar.cancel()
+                if self._entries.get(name) is entry:
+                    del self._entries[name]
             raise
+        finally:
+            entry.waiting -= 1
         entry.used_s = self._clock()
         if name in self._entries:
             self._entries.move_to_end(name)
@@ -100,3 +110,7 @@ class Avatars:
     async def _encode(self, source: AvatarSource) -> Avatar:
         motion, text = await self._make(source.picture, source.prompt)
         return Avatar(secrets.token_bytes(KEY_BYTES), motion, text)
+
+
+def _is_made(avatar: asyncio.Task[Avatar]) -> bool:
+    return avatar.done() and not avatar.cancelled() and avatar.exception() is None

@@ -6,6 +6,7 @@ copies it once, into the answer for the caller. A block that finds no place take
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from contextlib import suppress
@@ -72,7 +73,8 @@ class FramePool:
         pieces: list[bytes | memoryview] = []
         with memoryview(self._memory or b"") as memory:
             for output, content in _with_contents(answer, contents):
-                piece = memory[place.offset : place.offset + place.size] if output.name == FRAMES.name else content
+                in_place = output.name == FRAMES.name and not content  # no frames: nothing of the place
+                piece = memory[place.offset : place.offset + math.prod(output.shape)] if in_place else content
                 output.ClearField("parameters")
                 pieces += [_CONTENT_TAG, _varint(len(piece)), piece]
             head = answer.SerializeToString()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import threading
 from contextlib import suppress
@@ -153,6 +154,7 @@ class _Child:
 
 def _decode(connection: Connection, height: int, width: int, limits: Limits) -> None:
     """The process: takes a picture, gives pixels or the sentence of an `InputError`."""
+    _keep_only(connection.fileno())
     data = connection.recv_bytes()
     sandbox.enter(limits)
     try:
@@ -160,3 +162,14 @@ def _decode(connection: Connection, height: int, width: int, limits: Limits) -> 
     except InputError as error:
         answer = SENTENCE + str(error).encode()[:MAX_SENTENCE_BYTES]
     connection.send_bytes(answer)
+
+
+def _keep_only(descriptor: int) -> None:
+    """Closes everything else that is open: the gateway's log and its reports to `live-avatar serve` among them."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nothing, standard)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number != descriptor:
+            with suppress(OSError):  # the listing's own
+                os.close(number)

@@ -93,6 +93,8 @@ class Pipe:
     """Connection to the Triton at `target`, a gRPC address."""
 
     def __init__(self, target: str) -> None:
+        # The encoder takes one avatar at a time. The others wait here, and go when their caller goes.
+        self._encoder_free = asyncio.Semaphore(1)
         options = [*UNLIMITED, ("grpc.enable_http_proxy", 0)]
         self._channel = cast(
             Any, grpc.aio.insecure_channel(target, options=options)
@@ -164,9 +166,11 @@ class Pipe:
         text = prompt.encode()
         request.inputs.add(name=PROMPT.name, datatype="BYTES", shape=[1])
         request.raw_input_contents.append(len(text).to_bytes(4, "little") + text)
+        await self._encoder_free.acquire()
+        call = asyncio.ensure_future(self._infer(request))
+        call.add_done_callback(self._note_encoded)
         try:
-            # Shielded: a caller that goes away must not cancel a call to Triton.
-            response = await asyncio.shield(asyncio.ensure_future(self._infer(request)))
+            response = await asyncio.shield(call)  # a caller that goes away must not cancel a call to Triton
         except grpc.RpcError as error:
             code, sentence = parse_error(_details(error))
             if code is ErrorCode.INVALID_ARGUMENT:
@@ -177,6 +181,11 @@ class Pipe:
             for tensor, content in zip(response.outputs, response.raw_output_contents, strict=True)
         }
         return arrays[SINK_MOTION], arrays[SINK_TEXT]
+
+    def _note_encoded(self, call: asyncio.Future[Any]) -> None:
+        self._encoder_free.release()
+        if not call.cancelled():
+            call.exception()  # a caller that has gone does not take it
 
     async def close(self) -> None:
         await self._channel.close()

@@ -21,6 +21,11 @@ from live_avatar_client import protocol
 Message: TypeAlias = Any
 
 MAX_REQUEST_ID_CHARS: Final = 256
+MAX_FIELDS: Final = 128
+MAX_BARE_BYTES: Final = 256 * 1024
+"""Of a request without the raw contents of its inputs: a block of typed values takes up to 77 kB."""
+_RAW_CONTENTS: Final = 7  # field number of ModelInferRequest.raw_input_contents
+_VARINT, _FIXED_64, _LENGTH, _FIXED_32 = 0, 1, 2, 5  # wire types
 SEQUENCE_ID, SEQUENCE_START, SEQUENCE_END = "sequence_id", "sequence_start", "sequence_end"
 OPENING_PARAMETERS: Final = (
     protocol.SEED_PARAMETER,
@@ -53,6 +58,55 @@ class CallerRequest:
     @property
     def is_block(self) -> bool:
         return bool(self.audio)
+
+
+def check_size(content: bytes) -> None:
+    """Raises `InputError` for a serialized request that would be slow to parse or to read, or take much more memory
+    than it has bytes: one with very many fields, or much that is not the raw content of an input."""
+    try:
+        size = _bare_bytes(content)
+    except IndexError:
+        return  # it ends within a field, which the parser tells
+    if size > MAX_BARE_BYTES:
+        raise InputError(
+            f"the request has more than {MAX_BARE_BYTES} bytes or {MAX_FIELDS} fields beside the raw contents of its "
+            "inputs; send large inputs in raw_input_contents."
+        )
+
+
+def _bare_bytes(content: bytes) -> int:
+    """Bytes of a request without its raw contents; more than may be, if it has too many fields. Raises `IndexError` for
+    one that ends too early."""
+    place = raw = fields = 0
+    while place < len(content):
+        tag, place = _read_varint(content, place)
+        fields += 1
+        kind = tag & 7
+        if kind == _LENGTH:
+            size, place = _read_varint(content, place)
+            place += size
+            raw += size if tag >> 3 == _RAW_CONTENTS else 0
+        elif kind == _VARINT:
+            _, place = _read_varint(content, place)
+        elif kind in (_FIXED_64, _FIXED_32):
+            place += 8 if kind == _FIXED_64 else 4
+        else:  # a group, which KServe v2 does not have
+            return MAX_BARE_BYTES + 1
+        if fields > MAX_FIELDS:
+            return MAX_BARE_BYTES + 1
+    return len(content) - raw
+
+
+def _read_varint(content: bytes, place: int) -> tuple[int, int]:
+    """The number, of at most 10 bytes, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = content[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+    raise IndexError
 
 
 def read_request(message: Message) -> CallerRequest:

@@ -7,6 +7,7 @@ import logging
 import resource
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -35,6 +36,7 @@ from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = MAX_IMAGE_BYTES + 64 * 1024
+CHECK_S: Final = 0.5
 KEY_CHECK_S: Final = 1.0
 REPORT_S: Final = 0.1
 GRACE_S: Final = 1.0
@@ -73,7 +75,14 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     server = grpc.aio.server(options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((service,))
     runners = []
-    background = [asyncio.create_task(work) for work in (service.watch(), _watch_keys(keys), _report(context, report))]
+    background = [
+        asyncio.create_task(_repeat(act, seconds))
+        for act, seconds in (
+            (service.check, CHECK_S),
+            (partial(_check_keys, keys), KEY_CHECK_S),
+            (_Reporter(context.admission, report).act, REPORT_S),
+        )
+    ]
     try:
         _listen_grpc(server, settings)
         for routes, port, option in (
@@ -149,26 +158,38 @@ async def _obey(context: SessionContext, command: dict[str, Any]) -> None:
     context.report()
 
 
-async def _report(context: SessionContext, report: Report) -> None:
+async def _repeat(act: Callable[[], None], seconds: float) -> None:
+    """Acts for ever, whatever happens."""
+    while True:
+        try:
+            act()
+        except Exception:
+            log.exception("the gateway could not look after itself")
+        await asyncio.sleep(seconds)
+
+
+class _Reporter:
     """Reports changes of the phase, of readiness and of the number of live sessions."""
-    told: dict[str, Any] = {}
-    while True:
-        admission = context.admission
+
+    def __init__(self, admission: Admission, report: Report) -> None:
+        self._admission = admission
+        self._report = report
+        self._told: dict[str, Any] = {}
+
+    def act(self) -> None:
+        admission = self._admission
         state = {"phase": admission.phase, "ready": admission.is_ready, "live": admission.live}
-        if state != told:
-            report(state)
-            told = state
-        await asyncio.sleep(REPORT_S)
+        if state != self._told:
+            self._report(state)
+            self._told = state
 
 
-async def _watch_keys(keys: Keys) -> None:
+def _check_keys(keys: Keys) -> None:
     """Reads the key files again when they have changed."""
-    while True:
-        await asyncio.sleep(KEY_CHECK_S)
-        for ring in filter(None, (keys.callers, keys.admin)):
-            fault = ring.reload_if_changed()
-            if fault is not None:
-                log.error("the old keys stay in use: %s", fault)
+    for ring in filter(None, (keys.callers, keys.admin)):
+        fault = ring.reload_if_changed()
+        if fault is not None:
+            log.error("the old keys stay in use: %s", fault)
 
 
 def load_keys(settings: GatewaySettings) -> Keys:

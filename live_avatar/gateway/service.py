@@ -17,9 +17,9 @@ import grpc
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from live_avatar.errors import ServerError
+from live_avatar.errors import InputError, ServerError
 from live_avatar.gateway.keys import ANONYMOUS, KeyRing
-from live_avatar.gateway.requests import Message
+from live_avatar.gateway.requests import Message, check_size
 from live_avatar.gateway.sessions import Caller, SessionContext
 from live_avatar.gateway.streams import CallerStream
 from live_avatar.serving import metrics
@@ -37,7 +37,6 @@ SMALL_BYTES: Final = 64 * 1024
 SPARE_STREAMS: Final = 8
 """Streams that a key may have beside those of its sessions: for starts that are refused, and ends on their way."""
 READ_LIMIT_S: Final = 10.0
-CHECK_S: Final = 0.5
 
 Handler = Callable[["_Call"], Awaitable[None]]
 
@@ -115,20 +114,18 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
         return grpc.stream_stream_rpc_method_handler(serve)
 
-    async def watch(self) -> None:
-        """Ends sessions that are silent or too long, and streams whose caller has stopped reading; never returns."""
-        while True:
-            await asyncio.sleep(CHECK_S)
-            now_s = time.monotonic()
-            for stream, task in list(self._streams.items()):
-                if stream.check(now_s):
-                    task.cancel()
-            for session in list(self._context.live):
-                if session.is_too_long(now_s):
-                    session.end_too_long()
-            self._context.avatars.forget_old()
-            self._context.meter.set(metrics.PIPE_BLOCKS, self._context.window.inside())
-            self._context.report()
+    def check(self) -> None:
+        """Ends sessions that are silent or too long, and streams whose caller has stopped reading."""
+        now_s = time.monotonic()
+        for stream, task in list(self._streams.items()):
+            if stream.check(now_s):
+                task.cancel()
+        for session in list(self._context.live):
+            if session.is_too_long(now_s):
+                session.end_too_long()
+        self._context.avatars.forget_old()
+        self._context.meter.set(metrics.PIPE_BLOCKS, self._context.window.inside())
+        self._context.report()
 
     # Calls that need no key: a load balancer asks them.
 
@@ -208,7 +205,12 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
         async def messages() -> AsyncIterator[Message]:
             async for content in call.messages:
-                yield await call.parse(service_pb2.ModelInferRequest, content)
+                try:
+                    check_size(content)
+                except InputError as error:
+                    await stream.refuse_unread(error)
+                else:
+                    yield await call.parse(service_pb2.ModelInferRequest, content)
 
         try:
             await stream.serve(messages())
@@ -242,13 +244,15 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     async def _caller(self, call: _Call) -> Caller:
         """Who calls. Ends the call before anything is read if the key is not one of the server's."""
         peer = str(call.context.peer())
-        name = self._keys.callers.caller(_key(call.metadata, protocol.API_KEY_HEADER))
+        key = _key(call.metadata, protocol.API_KEY_HEADER)
+        name = self._keys.callers.caller(key)
         if name is None:
             await self._abort_key(call, protocol.API_KEY_HEADER)
         assert name is not None
         # Without keys everybody has the same name, so avatars are remembered per connection, unless they are shared.
         by_name = name != ANONYMOUS or self._context.limits.share_avatars
-        return Caller(name, f"key {name}" if by_name else peer, peer)
+        owner = f"key {name}" if by_name else peer
+        return Caller(name, owner, peer, lambda: self._keys.callers.caller(key) == name)
 
     async def _expect_admin(self, call: _Call) -> None:
         if self._keys.admin is None:

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -55,11 +55,15 @@ Write = Callable[[bytes], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Caller:
-    """Who opened a stream. name: of its key, or `anonymous`. owner: whose avatars it may reuse. peer: its address."""
+    """Who opened a stream. name: of its key, or `anonymous`. owner: whose avatars it may reuse. peer: its address.
+
+    is_allowed: whether its key is still one of the server's; a stream may last longer than its key.
+    """
 
     name: str
     owner: str
     peer: str
+    is_allowed: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -88,11 +92,20 @@ class SessionContext:
 
 @dataclass(frozen=True)
 class _Expected:
-    """An answer that is due. text: an error that the gateway gives itself; None for an answer of Triton."""
+    """An answer that is due, without what the request held. text: an error that the gateway gives itself; None for an
+    answer of Triton. end: the cause of the end that the request asks for."""
 
-    request: CallerRequest
+    request_id: str
+    is_block: bool = False
+    start: bool = False
+    end: EndCause | None = None
     text: str | None = None
     place: Place | None = None
+
+    @classmethod
+    def of(cls, request: CallerRequest, text: str | None = None, place: Place | None = None) -> _Expected:
+        end = _requested_cause(request) if request.end else None
+        return cls(request.request_id, request.is_block, request.start, end, text, place)
 
 
 class Session:
@@ -108,8 +121,9 @@ class Session:
         self._caller = caller
         self._context = context
         self._write = write
-        self._requests: asyncio.Queue[CallerRequest] = asyncio.Queue(context.limits.queued_blocks)
-        self._expected: asyncio.Queue[_Expected] = asyncio.Queue()
+        limits = context.limits
+        self._requests: asyncio.Queue[CallerRequest | _Expected] = asyncio.Queue(limits.queued_blocks)
+        self._expected: asyncio.Queue[_Expected] = asyncio.Queue(limits.lone_blocks + limits.queued_blocks)
         self._stream: PipeStream | None = None
         self._record: SessionRecord | None = None
         self._is_raw = False
@@ -139,12 +153,13 @@ class Session:
         self._note_unanswered()
         if request.end:
             self._end_asked = _requested_cause(request)
-        await self._requests.put(request)
+        text = self._misplaced(request)
+        await self._requests.put(request if text is None else _Expected.of(request, text))
 
-    def refuse(self, request: CallerRequest, error: Exception) -> None:
-        """Answers a request with an error, after the answers that are due; the session goes on."""
+    async def refuse(self, request_id: str, error: Exception) -> None:
+        """Answers a request with an error, at its turn; the session goes on. Waits as `put` does."""
         self._note_unanswered()
-        self._expected.put_nowait(_Expected(replace(request, start=False, end=False), self._text(error)))
+        await self._requests.put(_Expected(request_id, text=self._text(error)))
 
     async def wait_answered(self) -> None:
         """Returns when every request has its answer."""
@@ -212,44 +227,66 @@ class Session:
         self._all_answered.clear()
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
-        """An error that nobody expected ends this session alone."""
         try:
             await work
         except (grpc.RpcError, asyncio.InvalidStateError):
             pass  # the caller has gone; its stream ends the session
         except Exception as error:
-            log.exception("session %d has failed in the gateway", self.sequence)
-            self.fail(error)
+            self._fail_unexpectedly(error)
             self._all_answered.set()
+
+    def _fail_unexpectedly(self, error: Exception) -> None:
+        """An error that nobody expected ends this session alone."""
+        log.exception("session %d has failed in the gateway", self.sequence)
+        self.fail(error)
 
     # Requests
 
     async def _forward(self) -> None:
         """Sends the session's requests to Triton, or expects an error in their place."""
+        has_ended = await self._begin()
+        while not has_ended:
+            has_ended = await self._forward_next()
+
+    async def _begin(self) -> bool:
+        """Handles START; whether it is the end too."""
         start = await self._requests.get()
+        assert isinstance(start, CallerRequest)
         try:
-            await self._open(start)
+            expected = await self._open(start)
         except Exception as error:  # whatever it was, the caller is told, and nobody else is harmed
-            self._refuse_start(start, error)
-        request = start
-        while not request.end:
-            request = await self._requests.get()
-            self._expected.put_nowait(await self._send(request))
+            expected = self._refuse_start(start, error)
+        await self._expected.put(expected)
+        return start.end
+
+    async def _forward_next(self) -> bool:
+        """Handles the next request; whether it is the last. Nothing of it is kept while the next one is awaited."""
+        request = await self._requests.get()
+        expected = request if isinstance(request, _Expected) else await self._send_or_fail(request)
+        del request
+        await self._expected.put(expected)
+        return expected.end is not None
+
+    async def _send_or_fail(self, request: CallerRequest) -> _Expected:
+        try:
+            return await self._send(request)
+        except Exception as error:
+            self._fail_unexpectedly(error)
+            return _Expected.of(request, self.failure)
 
     async def _send(self, request: CallerRequest) -> _Expected:
         """Sends a request to Triton, at its turn, and says what answer is due: an error, if it cannot go there."""
         if self.failure is None:
             try:
-                self._check(request)
-                if request.is_block:
-                    await self._context.window.enter(self.sequence)
+                if request.is_block or not request.end:  # an end alone is served to the last
+                    self._context.admission.check_continue()
             except ShutdownError as error:
                 self.fail(error, EndCause.SHUTDOWN)
-                return _Expected(request, self.failure)
-            except InputError as error:
-                return _Expected(request, self._text(error))
+                return _Expected.of(request, self.failure)
+            if request.is_block:
+                await self._context.window.enter(self.sequence)
         if self.failure is not None:
-            return _Expected(request, self._has_failed())
+            return _Expected.of(request, self._has_failed())
         return self._pass_on(request, triton_request(request, self.sequence))
 
     def _pass_on(self, request: CallerRequest, message: Message) -> _Expected:
@@ -261,14 +298,14 @@ class Session:
             ask_for_place(message, place)
         self._stream.send(message)
         self._note_end(request)
-        return _Expected(request, place=place)
+        return _Expected.of(request, place=place)
 
-    def _check(self, request: CallerRequest) -> None:
-        if request.is_block or not request.end:  # an end alone is served to the last
-            self._context.admission.check_continue()
+    def _misplaced(self, request: CallerRequest) -> str | None:
+        """The error for a request that holds what belongs to the first one; it may be large, so it must not wait."""
         for name, value in ((protocol.REFERENCE_IMAGE.name, request.picture), (protocol.PROMPT.name, request.prompt)):
-            if value is not None:
-                raise InputError(f"{name} came after the first request; start a new session to change it.")
+            if value is not None and not request.start:
+                return self._text(InputError(f"{name} came after the first request; start a new session to change it."))
+        return None
 
     def _note_end(self, request: CallerRequest) -> None:
         if request.end:
@@ -278,15 +315,17 @@ class Session:
 
     # Opening
 
-    async def _open(self, start: CallerRequest) -> None:
+    async def _open(self, start: CallerRequest) -> _Expected:
         """Admits the session, prepares its avatar, and sends START. Raises what the caller is to be told."""
         context, caller = self._context, self._caller
         context.admission.check_phase()
         if start.picture is None:
             raise InputError("the first request of a session has no REFERENCE_IMAGE; send the picture with it.")
-        chosen = context.options.read(start.parameters)
+        if not caller.is_allowed():
+            raise InputError("the key of this stream is no longer one of the server's; open a stream with another key.")
         context.admission.open(caller.name)
         try:
+            chosen = await asyncio.to_thread(context.options.read, start.parameters)  # to draw a label takes long
             source = await AvatarSource.of(start.picture, start.prompt or "")
             avatar, known = await context.avatars.get(caller.owner, source)
             context.admission.check_admitted()  # the avatar may have taken long
@@ -313,15 +352,15 @@ class Session:
         context.audit.started(self._record)
         if start.is_block:
             await context.window.enter(self.sequence)
+            if self.failure is not None:  # meanwhile; its end went to Triton, so nothing may follow
+                return _Expected.of(start, self.failure)
         tensors = _opening_tensors(
             avatar, provenance(context.served, source.picture_sha256, source.prompt_sha256, chosen.seed)
         )
         self._is_raw = chosen.frame_format is FrameFormat.RAW
-        self._expected.put_nowait(
-            self._pass_on(start, triton_request(start, self.sequence, tensors, with_options=True))
-        )
+        return self._pass_on(start, triton_request(start, self.sequence, tensors, with_options=True))
 
-    def _refuse_start(self, start: CallerRequest, error: Exception) -> None:
+    def _refuse_start(self, start: CallerRequest, error: Exception) -> _Expected:
         text = self._text(error)
         reason = _refusal_reason(error)
         if reason is not None:
@@ -333,20 +372,27 @@ class Session:
             ErrorCode.FAILED_PRECONDITION, f"session {self.id} is not open: its start was refused; start a new session."
         )
         self._is_refused = True
-        self._expected.put_nowait(_Expected(start, text))
         self._finish(EndCause.FAILED, text)
+        return _Expected.of(start, text)
 
     # Answers
 
     async def _return(self) -> None:
         """Writes the answers to the caller, in the order of the requests."""
         while True:
-            expected = await self._expected.get()
+            await self._return_next()
+
+    async def _return_next(self) -> None:
+        expected = await self._expected.get()
+        try:
             answer = await self._answer(expected)
-            self._writing_since_s = time.monotonic()
-            await self._write(answer)
-            self._writing_since_s = None
-            self._note_answered(expected)
+        except Exception as error:
+            self._fail_unexpectedly(error)
+            answer = error_response(expected.request_id, self.failure or "")
+        self._writing_since_s = time.monotonic()
+        await self._write(answer)
+        self._writing_since_s = None
+        self._note_answered(expected)
 
     async def _answer(self, expected: _Expected) -> bytes:
         text = expected.text
@@ -358,13 +404,13 @@ class Session:
                 if error is None:
                     return self._with_frames(answer, expected.place)
                 told = self._told(error)
-                if expected.request.start and told.code is ErrorCode.UNAVAILABLE:
+                if expected.start and told.code is ErrorCode.UNAVAILABLE:
                     self._context.meter.add(metrics.SESSIONS_REFUSED, reason=RefusalReason.MEMORY)
                 self.fail(told)
             elif isinstance(answer, Closed) and self.failure is None:
                 self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
             text = self.failure
-        return error_response(expected.request.request_id, text or "")
+        return error_response(expected.request_id, text or "")
 
     def _with_frames(self, answer: bytes, place: Place | None) -> bytes:
         if place is None:
@@ -375,15 +421,14 @@ class Session:
         return whole
 
     def _note_answered(self, expected: _Expected) -> None:
-        request = expected.request
         self._used_s = time.monotonic()
-        if expected.text is None and request.is_block:
+        if expected.text is None and expected.is_block:
             self._context.window.exit(self.sequence)
             if self._record is not None:
                 self._record.blocks += 1
-        if request.end:
-            self._finish(_requested_cause(request))
-        self._has_ended |= request.end or (request.start and self._is_refused)
+        if expected.end is not None:
+            self._finish(expected.end)
+        self._has_ended |= expected.end is not None or (expected.start and self._is_refused)
         self._unanswered -= 1
         if self._unanswered == 0:
             self._all_answered.set()

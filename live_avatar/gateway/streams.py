@@ -9,7 +9,14 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from live_avatar.errors import InputError, LiveAvatarError, SessionError
-from live_avatar.gateway.requests import CallerRequest, Message, error_response, read_request, sequence_of
+from live_avatar.gateway.requests import (
+    MAX_REQUEST_ID_CHARS,
+    CallerRequest,
+    Message,
+    error_response,
+    read_request,
+    sequence_of,
+)
 from live_avatar.gateway.sessions import GATEWAY, Caller, Session, SessionContext, Write
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import describe
@@ -53,6 +60,7 @@ class CallerStream:
 
         Returns whether the stream must end too: its caller has stopped reading, or has had no session for long.
         """
+        self._forget_ended()
         for id_, session in list(self._sessions.items()):
             overdue = session.overdue(now_s)
             if overdue is not None:
@@ -74,19 +82,13 @@ class CallerStream:
         except InputError as error:
             await self._refuse(message, error)
             return
-        session = self._sessions.get(request.session)
-        if session is not None and (session.is_ending or (request.start and session.failure is not None)):
-            await session.wait_answered()  # no answer of the next session with this id comes before
-            self._forget(request.session)
-            session = None
+        session = await self._current(request.session, request.start)
         if request.start:
             if session is not None:
-                session.refuse(
-                    request,
-                    InputError(
-                        f"session {request.session} is live already; start the new session under another sequence id."
-                    ),
+                live = InputError(
+                    f"session {request.session} is live already; start the new session under another sequence id."
                 )
+                await session.refuse(request.request_id, live)
                 return
             if len(self._sessions) >= MAX_SESSIONS:
                 full = InputError(f"the stream has {MAX_SESSIONS} sessions already; open another stream.")
@@ -101,15 +103,28 @@ class CallerStream:
             return
         await session.put(request)
 
+    async def _current(self, id_: int, start: bool = False) -> Session | None:
+        """The session that takes the next request with this id; waits for the end of one that takes none."""
+        session = self._sessions.get(id_)
+        if session is not None and (session.is_ending or (start and session.failure is not None)):
+            await session.wait_answered()  # no answer of the next session with this id comes before
+            self._forget(id_)
+            return None
+        return session
+
+    async def refuse_unread(self, error: InputError) -> None:
+        """Answers a request that is not even parsed."""
+        self._context.meter.add(metrics.SESSIONS_REFUSED, reason=RefusalReason.INPUT)
+        await self._write(error_response("", _text(error)))
+
     async def _refuse(self, message: Message, error: InputError) -> None:
         """Answers a request that cannot be read, in the order of its session if it is live."""
-        id_ = sequence_of(message)
-        session = self._sessions.get(id_)
+        session = await self._current(sequence_of(message))
         if session is not None and not session.is_over:
-            session.refuse(CallerRequest(message.id, id_, False, False, b""), error)
+            await session.refuse(message.id[:MAX_REQUEST_ID_CHARS], error)
             return
         self._context.meter.add(metrics.SESSIONS_REFUSED, reason=RefusalReason.INPUT)
-        await self._write(error_response(message.id[:256], _text(error)))
+        await self._write(error_response(message.id[:MAX_REQUEST_ID_CHARS], _text(error)))
 
     async def _write(self, answer: bytes) -> None:
         async with self._lock:

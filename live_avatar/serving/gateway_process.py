@@ -131,7 +131,8 @@ class GatewayProcess:
         assert process.stdout is not None
         with process.stdout as reports:
             for line in reports:
-                self._note(process, json.loads(line))
+                with suppress(ValueError):  # a library has printed something
+                    self._note(process, json.loads(line))
         self._note(process, {"ended": True, "ready": False, "live": 0})
 
     def _note(self, process: subprocess.Popen[bytes], report: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -62,7 +62,6 @@ class GatewaySettings:
     label_font: Path | None = None
     log_format: str = "plain"
     log_hashes: bool = False
-    stages: tuple[str, ...] = field(default_factory=tuple)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=str)
@@ -72,7 +71,6 @@ class GatewaySettings:
         values: dict[str, Any] = json.loads(text)
         values["served"] = Served(**values["served"])
         values["limits"] = Limits(**values["limits"])
-        values["stages"] = tuple(values["stages"])
         for name, value in values.items():
             if name.startswith(("tls_", "triton_")) or name.endswith(("_file", "_font")):
                 values[name] = None if value is None else Path(value)

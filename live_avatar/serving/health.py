@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from live_avatar.errors import ServerError
 
 MAX_BODY_BYTES: Final = 1024  # no handler reads a body
 KEEP_ALIVE_S: Final = 15.0
+
+log = logging.getLogger(__name__)
+# What is no HTTP is answered, and not logged: aiohttp would write words of the caller into a line of their own.
+log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
 
 
 def health_routes(is_ready: Callable[[], bool]) -> list[web.RouteDef]:
@@ -36,7 +42,7 @@ async def listen(routes: list[web.RouteDef], address: str, port: int, option: st
     app = web.Application(client_max_size=MAX_BODY_BYTES)
     app.add_routes(routes)
     limits: dict[str, Any] = {"max_line_size": 4096, "max_field_size": 4096, "keepalive_timeout": KEEP_ALIVE_S}
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, **limits)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, logger=log, **limits)
     await runner.setup()
     try:
         await web.TCPSite(runner, address, port).start()

@@ -30,7 +30,7 @@ from live_avatar.serving import LOG_MARK
 from live_avatar.serving.access import check_access
 from live_avatar.serving.checks import check, gateway_settings, model_source
 from live_avatar.serving.control import Control
-from live_avatar.serving.gateway_process import PRIVATE, GatewayProcess
+from live_avatar.serving.gateway_process import PRIVATE, GatewayProcess, wait_until
 from live_avatar.serving.gateway_settings import metrics_socket, triton_target
 from live_avatar.serving.health import health_port
 from live_avatar.serving.repository import AUXILIARY_MODELS
@@ -42,6 +42,8 @@ from live_avatar_client.protocol import MODEL_NAME
 
 START_LIMIT_S = 1800.0  # a stage of the 14B model loads tens of gigabytes
 STOP_LIMIT_S = 10.0
+GATEWAY_READY_S = 15.0
+"""How long the gateway may take to open once Triton is ready; it gives Triton its shared memory first."""
 POLL_S = 0.1
 LAST_WORDS_S = 3.0
 """How long Triton may take to report a stage that failed while it started."""
@@ -256,6 +258,7 @@ def _triton(options: ServerOptions, files: _Files, log: ServerLog, gateway: Gate
     try:
         server.wait_ready()
         with supervisor:
+            wait_until(lambda: gateway.is_ready, GATEWAY_READY_S)
             yield server
     finally:
         gateway.stop()  # first, so that Triton has no stream open

@@ -19,11 +19,12 @@ class ServerOptions:
     """The options of a server; None keeps the value of the profile.
 
     known_avatar_seconds: how long a caller's avatar is remembered after its last use. share_avatars: callers
-    without keys reuse one another's avatars. sessions_per_key and
-    starts_per_minute: limits of each caller. longest_session_seconds: after it a session ends. log_format: plain or
-    json. log_hashes: whether the log has the hashes of picture and prompt. trace: a folder for the busy intervals of
-    the stages. For measurements: stage_floor_s is the least time that a stage takes for a block; turns are stages of
-    which only one works at a time, as if they shared a processor.
+    without keys reuse one another's avatars. sessions_per_key and starts_per_minute: limits of each caller.
+    longest_session_seconds: after it a session ends. log_format: plain or json. log_hashes: whether the log has the
+    hashes of picture and prompt. trace: a folder for the busy intervals of the stages.
+
+    For measurements: stage_floor_s is the least time that a stage takes for a block; turns are stages of which only
+    one works at a time, as if they shared a processor.
     """
 
     artifacts: Path

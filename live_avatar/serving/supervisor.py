@@ -192,7 +192,7 @@ def living_stages(triton: int) -> set[str]:
     found = set()
     for folder in PROCESSES.iterdir():
         if folder.name.isdecimal():
-            with suppress(OSError):  # it ended while we looked
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
                 found |= _stage(folder, triton)
     return found
 

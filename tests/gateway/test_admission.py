@@ -171,3 +171,29 @@ def test_avatars_are_forgotten_by_number_and_by_time():
         assert len(avatars) == 0
 
     asyncio.run(main())
+
+
+def test_avatars_of_callers_that_leave_do_not_pile_up():
+    async def main() -> None:
+        running: list[bytes] = []
+
+        async def make(picture: bytes, prompt: str) -> tuple[Array, Array]:
+            running.append(picture)
+            try:
+                await asyncio.sleep(30)
+            finally:
+                running.remove(picture)
+            raise AssertionError
+
+        avatars = Avatars(make, limits())
+        waiting = [asyncio.create_task(get(avatars, "a", picture, "")) for picture in (b"1", b"1", b"2")]
+        while len(running) < 2:
+            await asyncio.sleep(0.01)
+        for task, left in zip(waiting, ([b"1", b"2"], [b"2"], []), strict=True):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.sleep(0)
+            assert running == left
+        assert len(avatars) == 0
+
+    asyncio.run(main())

@@ -186,3 +186,27 @@ def test_the_filter_allows_its_calls_and_no_other(machine: str) -> None:
     assert {number for number in range(600) if verdict(architecture, number) == 0x7FFF0000} == set(calls.values())
     assert verdict(architecture, 1000) == 0x00050001
     assert verdict(architecture ^ 1, 0) == 0x80000000
+
+
+def test_the_process_has_nothing_open_but_its_connection() -> None:
+    """Standard output is where the gateway reports to `live-avatar serve`, and standard error is the log."""
+    program = (
+        "import os\n"
+        "from live_avatar.gateway.pictures import _keep_only\n"
+        "_, kept = os.pipe()\n"
+        "kept = os.dup2(1, kept)\n"
+        "_keep_only(kept)\n"
+        "print('forged', flush=True)\n"
+        "os.write(2, b'forged')\n"
+        "open_now = {}\n"
+        "for number in range(64):\n"
+        "    try:\n"
+        "        open_now[number] = os.readlink(f'/proc/self/fd/{number}')\n"
+        "    except OSError:\n"
+        "        pass\n"
+        "del open_now[kept]\n"
+        "os.write(kept, repr(sorted(open_now.items())).encode())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode() == str([(standard, "/dev/null") for standard in (0, 1, 2)])
+    assert done.stderr == b""

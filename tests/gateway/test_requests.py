@@ -11,6 +11,7 @@ from tritonclient.grpc import service_pb2
 from live_avatar.errors import InputError
 from live_avatar.gateway.requests import (
     CallerRequest,
+    check_size,
     error_response,
     read_request,
     response_error,
@@ -146,3 +147,36 @@ def test_an_error_is_told_from_frames_without_parsing_them():
 def test_a_keep_alive_is_no_block():
     assert not CallerRequest("", 1, False, False, b"").is_block
     assert CallerRequest("", 1, False, False, b"ab").is_block
+
+
+def many(field: bytes) -> bytes:
+    return field * (2**20 // len(field))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        many(b"\x2a\x00"),  # empty inputs: each takes a hundred bytes when parsed
+        many(b"\x32\x08\x0a\x06FRAMES"),
+        many(b"\x3a\x00"),
+        many(b"\x10\x01"),
+        b"\x0b" + bytes(100) + b"\x0c",
+        service_pb2.ModelInferRequest(id="x" * 2**20).SerializeToString(),
+    ],
+    ids=["inputs", "outputs", "raw contents", "numbers", "a group", "an id"],
+)
+def test_a_message_that_is_slow_to_parse_is_not_parsed(content: bytes):
+    with pytest.raises(InputError, match=r"more than 262144 bytes or 128 fields.*send large inputs in raw_input_cont"):
+        check_size(content)
+
+
+def test_the_size_of_a_good_message_is_that_of_its_inputs():
+    made = message(token="secret")
+    add_input(made, "REFERENCE_IMAGE", "UINT8", [2**25], bytes(2**25))
+    check_size(made.SerializeToString())
+    typed = message()
+    del typed.raw_input_contents[:]
+    typed.inputs[0].contents.int_contents.extend([-(2**15)] * BLOCK_SAMPLES)
+    check_size(typed.SerializeToString())
+    for damaged in (b"\xff" * 20, b"\x2a\x80", made.SerializeToString()[:-1]):
+        check_size(damaged)  # the parser tells

@@ -44,6 +44,7 @@ SHARED_MEMORY = Path("/dev/shm")
 def door(artifacts: Artifacts) -> Iterator[TritonServer]:
     options = ServerOptions(artifacts.folder, max_sessions=3, health_port=1).on_free_ports()
     with serving(options) as running:
+        assert running.gateway.is_ready, "a client that comes at once is turned away"
         yield running
 
 
@@ -174,13 +175,41 @@ def test_refused_requests_leave_nothing_in_shared_memory(door: TritonServer, url
     with raw_session(url) as raw:
         raw.ask(NOTHING, picture, start=True)
         assert "AUDIO has 10485760 samples" in raw.ask(np.zeros(10 * MIB, np.int16))
-        assert "there is no parameter 'x'" in raw.ask(BLOCK, x="a" * (20 * MIB))
+        assert "there is no parameter 'x'" in raw.ask(BLOCK, x="a" * 1000)
+        assert "the request has more than 262144 bytes" in raw.ask(BLOCK, x="a" * (20 * MIB))
     with stub(url) as calls:
         for model in ("rolling_sink", "dit_step_1", "avatar_encoder"):
             with pytest.raises(grpc.RpcError) as refused:
                 calls.ModelInfer(request(model, x="a" * (20 * MIB)), timeout=20.0)
             assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert shared_bytes(door) - before < 4 * MIB
+
+
+def test_a_message_that_is_slow_to_parse_makes_nobody_wait(url: str):
+    """30 million numbers one by one kept the gateway busy for 3 s."""
+    message = request(sequence_id=7)
+    message.inputs.add(name="REFERENCE_IMAGE", datatype="UINT8", shape=[30_000_000])
+    message.inputs[0].contents.uint_contents.extend(bytes(30_000_000))
+    slowest_s, over = 0.0, threading.Event()
+
+    def ask() -> None:
+        nonlocal slowest_s
+        with stub(url) as calls:
+            while not over.wait(0.01):
+                begun_s = time.monotonic()
+                calls.ServerLive(service_pb2.ServerLiveRequest(), timeout=60.0)
+                slowest_s = max(slowest_s, time.monotonic() - begun_s)
+
+    asking = threading.Thread(target=ask)
+    with stub(url) as calls:
+        calls.ServerLive(service_pb2.ServerLiveRequest(), timeout=20.0)
+        asking.start()
+        answers = list(calls.ModelStreamInfer(iter([message, with_audio(request(sequence_id=7))]), timeout=60.0))
+        over.set()
+        asking.join()
+    assert "send large inputs in raw_input_contents" in answers[0].error_message
+    assert "is not open on this stream" in answers[1].error_message
+    assert slowest_s < 1.5
 
 
 # 5. A caller that reads nothing

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -46,6 +49,21 @@ def test_a_stage_is_known_by_its_parent_state_and_command(
     (tmp_path / "uptime").touch()
     monkeypatch.setattr("live_avatar.serving.supervisor.PROCESSES", tmp_path)
     assert living_stages(TRITON) == seen
+
+
+def test_a_process_that_cannot_be_looked_at_does_not_count_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a free file descriptor; a stage that counts as gone is loaded again, and all sessions are lost."""
+    process(tmp_path / "99")
+
+    def full(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("live_avatar.serving.supervisor.PROCESSES", tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        living_stages(TRITON)
 
 
 def test_other_commands_are_no_models() -> None:
@@ -158,3 +176,10 @@ def test_a_gateway_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     began_s = time.monotonic()
     gateway.wait_phase("draining", 10.0)
     assert time.monotonic() - began_s < 5.0
+
+
+def test_what_a_library_prints_in_the_gateway_is_no_report(tmp_path: Path) -> None:
+    gateway = GatewayProcess(cast(Any, None), tmp_path, print)
+    gateway._process = running = cast(Any, SimpleNamespace(stdout=BytesIO(b'words\n{"phase": "draining"}\n')))
+    gateway._read_reports(running)
+    assert gateway._state == {"phase": "draining", "ended": True, "ready": False, "live": 0}
