@@ -45,6 +45,8 @@ from live_avatar_client.protocol import EndReason, ErrorCode, FrameFormat, expla
 log = logging.getLogger(__name__)
 
 GATEWAY: Final = "gateway"
+PLACE_LIMIT_S: Final = 1.0
+"""How long the last answer may wait until the session's place is free."""
 CLOSE_LIMIT_S: Final = 30.0
 """How long Triton may take to answer what is under way when a session ends; then its place is free in any case."""
 # A gateway that was started again must not meet the sequences of the one before it.
@@ -129,6 +131,7 @@ class Session:
         self._is_raw = False
         self._places: set[Place] = set()
         self._end_sent = False
+        self._closing: asyncio.Task[None] | None = None
         self._end_asked: EndCause | None = None
         self._is_refused = False
         self._has_ended = False
@@ -389,6 +392,10 @@ class Session:
         except Exception as error:
             self._fail_unexpectedly(error)
             answer = error_response(expected.request_id, self.failure or "")
+        if expected.text is None and expected.is_block and self._record is not None:
+            self._record.blocks += 1
+        if expected.end is not None:
+            await self._free_place(expected.end)
         self._writing_since_s = time.monotonic()
         await self._write(answer)
         self._writing_since_s = None
@@ -424,10 +431,6 @@ class Session:
         self._used_s = time.monotonic()
         if expected.text is None and expected.is_block:
             self._context.window.exit(self.sequence)
-            if self._record is not None:
-                self._record.blocks += 1
-        if expected.end is not None:
-            self._finish(expected.end)
         self._has_ended |= expected.end is not None or (expected.start and self._is_refused)
         self._unanswered -= 1
         if self._unanswered == 0:
@@ -460,9 +463,15 @@ class Session:
         self._context.live.discard(self)
         self._context.meter.add(metrics.SESSIONS_ENDED, reason=cause)
         self._context.audit.ended(self._record, cause, detail)
-        task = asyncio.create_task(self._close_pipe())
-        self._context.closing[task] = self
-        task.add_done_callback(self._context.closing.pop)
+        self._closing = asyncio.create_task(self._close_pipe())
+        self._context.closing[self._closing] = self
+        self._closing.add_done_callback(self._context.closing.pop)
+
+    async def _free_place(self, cause: EndCause) -> None:
+        """Ends the session, and returns when its place is free: its caller may open the next one after this answer."""
+        self._finish(cause)
+        if self._closing is not None and self.failure is None:
+            await asyncio.wait([self._closing], timeout=PLACE_LIMIT_S)
 
     async def _close_pipe(self) -> None:
         context = self._context
