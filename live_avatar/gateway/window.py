@@ -19,13 +19,13 @@ from live_avatar_client.protocol import FPS, FRAMES_PER_BLOCK
 
 BLOCK_S: Final = FRAMES_PER_BLOCK / FPS
 AHEAD_BLOCKS: Final = 2
-"""Blocks by which a session in real time may be ahead of its playback: chunks come in bursts."""
+"""A session in real time may be ahead of its playback by fewer blocks than this, because chunks come in bursts."""
 
 
 @dataclass
 class _Member:
-    began_s: float
-    blocks: int = 0
+    played_s: float
+    """When the playback of all blocks that were let in ends. Time in which nothing was sent is no credit."""
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
 
@@ -94,18 +94,16 @@ class PipeWindow:
     def _let_in(self, session: Hashable, member: _Member) -> None:
         waiter = member.waiting.popleft()
         if not waiter.done():
-            member.blocks += 1
+            member.played_s = max(member.played_s, self._clock()) + BLOCK_S
             self._inside[session] += 1
             waiter.set_result(None)
 
     def _has_place(self, session: Hashable, member: _Member) -> bool:
         inside = self._inside[session]
-        if len(self._members) == 1:
-            return inside < self._limits.lone_blocks
-        if not self._is_ahead(member):
+        if len(self._members) == 1 or not self._is_ahead(member):
             return inside < self._limits.lone_blocks
         share = max(1, self._limits.pipe_blocks // len(self._members))
         return inside < share and self.inside() < max(self._limits.pipe_blocks, len(self._members))
 
     def _is_ahead(self, member: _Member) -> bool:
-        return member.blocks >= (self._clock() - member.began_s) / BLOCK_S + AHEAD_BLOCKS
+        return member.played_s - self._clock() >= AHEAD_BLOCKS * BLOCK_S

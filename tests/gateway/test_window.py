@@ -113,6 +113,19 @@ def test_a_session_in_real_time_never_waits_for_one_that_is_ahead():
     run(beside)
 
 
+def test_silence_is_no_credit_for_a_burst():
+    """A session that was silent for a minute, and then sends all at once, is ahead as any other."""
+
+    async def credit(pipe: Pipe) -> None:
+        for name in ("silent", "other"):
+            pipe.window.join(name)
+        pipe.clock.now_s = 60.0
+        pipe.ask("silent", 100)
+        assert await pipe.settle() == ["silent"] * AHEAD_BLOCKS
+
+    run(credit)
+
+
 def test_a_burst_within_the_tolerance_counts_as_real_time():
     async def burst(pipe: Pipe) -> None:
         for name in ("a", "b"):
