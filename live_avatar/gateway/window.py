@@ -106,4 +106,4 @@ class PipeWindow:
         return inside < share and self.inside() < max(self._limits.pipe_blocks, len(self._members))
 
     def _is_ahead(self, member: _Member) -> bool:
-        return member.played_s - self._clock() >= AHEAD_BLOCKS * BLOCK_S
+        return member.played_s - self._clock() > (AHEAD_BLOCKS - 0.5) * BLOCK_S  # half a block for rounding
