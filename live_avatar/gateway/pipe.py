@@ -96,40 +96,26 @@ class Pipe:
         # The encoder takes one avatar at a time. The others wait here, and go when their caller goes.
         self._encoder_free = asyncio.Semaphore(1)
         options = [*UNLIMITED, ("grpc.enable_http_proxy", 0)]
-        self._channel = cast(
-            Any, grpc.aio.insecure_channel(target, options=options)
-        )  # its stubs ask for every argument
+        # Any, because the type stubs ask for arguments that have defaults.
+        self._channel = cast(Any, grpc.aio.insecure_channel(target, options=options))
         self._stream = self._channel.stream_stream(
             SERVICE + "ModelStreamInfer", request_serializer=service_pb2.ModelInferRequest.SerializeToString
         )
-        self._infer = self._channel.unary_unary(
-            SERVICE + "ModelInfer",
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelInferResponse.FromString,
+        pb = service_pb2
+        self._infer = self._call("ModelInfer", pb.ModelInferRequest, pb.ModelInferResponse)
+        self._statistics = self._call("ModelStatistics", pb.ModelStatisticsRequest, pb.ModelStatisticsResponse)
+        self._register = self._call(
+            "SystemSharedMemoryRegister", pb.SystemSharedMemoryRegisterRequest, pb.SystemSharedMemoryRegisterResponse
         )
-        self._statistics = self._channel.unary_unary(
-            SERVICE + "ModelStatistics",
-            request_serializer=service_pb2.ModelStatisticsRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelStatisticsResponse.FromString,
+        self._unregister = self._call(
+            "SystemSharedMemoryUnregister",
+            pb.SystemSharedMemoryUnregisterRequest,
+            pb.SystemSharedMemoryUnregisterResponse,
         )
-        self._register, self._unregister = (
-            self._channel.unary_unary(
-                f"{SERVICE}SystemSharedMemory{name}",
-                request_serializer=kind.SerializeToString,
-                response_deserializer=answer.FromString,
-            )
-            for name, kind, answer in (
-                (
-                    "Register",
-                    service_pb2.SystemSharedMemoryRegisterRequest,
-                    service_pb2.SystemSharedMemoryRegisterResponse,
-                ),
-                (
-                    "Unregister",
-                    service_pb2.SystemSharedMemoryUnregisterRequest,
-                    service_pb2.SystemSharedMemoryUnregisterResponse,
-                ),
-            )
+
+    def _call(self, name: str, request: Any, response: Any) -> Any:
+        return self._channel.unary_unary(
+            SERVICE + name, request_serializer=request.SerializeToString, response_deserializer=response.FromString
         )
 
     async def register(self, frames: FramePool) -> None:
