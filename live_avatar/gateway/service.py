@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from live_avatar.errors import InputError, ServerError
+from live_avatar.gateway.admission import Phase
 from live_avatar.gateway.keys import ANONYMOUS, KeyRing
 from live_avatar.gateway.requests import Message, check_size
 from live_avatar.gateway.sessions import Caller, SessionContext
@@ -236,7 +237,7 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def status(self) -> dict[str, Any]:
         """What the model `status` says."""
         admission = self._context.admission
-        is_draining = admission.phase != "serving"
+        is_draining = admission.phase is not Phase.SERVING
         return asdict(self._context.served) | {"live_sessions": admission.live, "draining": is_draining}
 
     # Keys

@@ -1,4 +1,4 @@
-"""Digests of files, by which a changed file is found before it is used.
+"""Digests of files. They show that a file was changed before it is used.
 
 Large files are hashed in pieces by several threads. A file whose digest is known is not hashed again in this process
 as long as its inode, size and times stay the same.

@@ -55,7 +55,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 class Running:
-    """A command in a process of its own, with a folder for its temporary files by which all it starts is known.
+    """A command in a process of its own. Its folder for temporary files tells which other processes it has started.
 
     It knows the folder by a short link: the path of a socket has at most 107 bytes.
     """
