@@ -44,8 +44,13 @@ PRIVATE_LIMIT, SHARED_LIMIT = 24.0, 1.0
 """MiB by which a process, and the shared memory of all, may grow after the warm-up."""
 SERVICE = "/inference.GRPCInferenceService/"
 
-CALL_CODES = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-"""How a call may end: its message is no request, or is too large, or the call answers no sessions."""
+CALL_CODES = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+"""How a call may end: its message is no request, names no model, or is too large, or the call answers no sessions."""
 
 
 # ---- pictures
