@@ -198,6 +198,8 @@ class StreamConfig:
     """Blocks of speech, the current one included, that the speech encoder sees."""
     lookahead_ms: int = 0
     """Future speech that a frame may depend on; delays the video by as much. A multiple of one frame, 40 ms."""
+    speakers: int = 1
+    """People in one picture whose mouths move each to its own speech."""
 
     def __post_init__(self) -> None:
         side = SPATIAL_STRIDE * PATCH
@@ -213,6 +215,7 @@ class StreamConfig:
         )
         if self.sigmas is not None:
             _check_sigmas(self.sigmas, self.steps)
+        _require(self.speakers >= 1, f"speakers is {self.speakers}; at least 1 is needed.")
         _require(self.steps >= 1, f"steps is {self.steps}; at least one denoising step is needed.")
         _require(self.schedule_shift > 0, f"schedule_shift is {self.schedule_shift}; it must be above 0.")
         _require(

@@ -15,22 +15,36 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
+from safetensors.torch import save_file
 
+from live_avatar.config import Preset
 from live_avatar.errors import ExportError
 from live_avatar.exporter.quantization import Calibration, quantize_checkpoint, quantize_graph
 from live_avatar.exporter.replacement import replacing
 from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
 from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
-from live_avatar.graphs.artifacts import FORMAT, MANIFEST, TOKENIZER, Artifacts, load_artifacts, weight_file
+from live_avatar.graphs.artifacts import (
+    FORMAT,
+    MANIFEST,
+    MODULATION,
+    TOKENIZER,
+    Artifacts,
+    load_artifacts,
+    weight_file,
+)
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.contract import DIT, TEXT, contracts
 from live_avatar.graphs.digests import file_digests, file_sha256
 from live_avatar.json_files import read_json
+from live_avatar.model.networks import Networks
+from live_avatar.model.schedule import make_schedule
 from live_avatar.version import __version__
 from live_avatar.weights.checkpoint import modulation_networks
 from live_avatar.weights.lora import MergedWeights
 from live_avatar.weights.tensors import Checkpoint, Weights
 
+QUANTIZED = (DIT, TEXT)
+"""Components whose large linears are in FP8 where a calibration is given."""
 LEAST_BYTES = 1024  # constants smaller than this stay in the graph
 Progress = Callable[[str], None]
 
@@ -47,7 +61,9 @@ def export_artifacts(
     """
     _refuse_foreign(output)
     with replacing(output) as folder:
-        _write_graphs(checkpoint, folder, progress, calibration)
+        networks = modulation_networks(checkpoint)
+        _write_modulation(checkpoint.preset, networks, folder / MODULATION)
+        _write_graphs(checkpoint, networks, folder, progress, calibration)
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
         (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, calibration), indent=1))
@@ -71,10 +87,22 @@ def _replaceable(output: Path) -> bool:
     return isinstance(manifest, dict) and {"format", "contracts", "files"} <= manifest.keys()
 
 
-def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress, calibration: Calibration | None) -> None:
+def _write_modulation(preset: Preset, networks: Networks, path: Path) -> None:
+    """Modulation of timestep 0 and of every step, float32."""
+    with torch.no_grad():
+        made = [networks.dit.modulation(timestep) for timestep in (0.0, *make_schedule(preset.stream).timesteps)]
+    tensors = {
+        "modulation": torch.stack([value.layers for value in made]),
+        "head_modulation": torch.stack([value.head for value in made]),
+    }
+    save_file(tensors, path)
+
+
+def _write_graphs(
+    checkpoint: Checkpoint, networks: Networks, folder: Path, progress: Progress, calibration: Calibration | None
+) -> None:
     agreed = contracts(checkpoint.preset)
-    components = build_components(checkpoint.preset, modulation_networks(checkpoint))
-    tracer = Tracer(components)
+    tracer = Tracer(build_components(checkpoint.preset, networks))
     if calibration is not None:
         checkpoint = quantize_checkpoint(checkpoint, calibration)
     by_file: dict[str, list[str]] = {}
@@ -85,7 +113,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Progress, cali
             for name in names:
                 progress(name)
                 graph = tracer.trace(agreed[name])
-                if calibration is not None and name.startswith("dit_"):
+                if calibration is not None and name in QUANTIZED:
                     graph = quantize_graph(graph, name, calibration)
                 _place(graph, checkpoint, weights)
                 onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")

@@ -24,7 +24,7 @@ from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.graphs.digests import file_digests
 from live_avatar.graphs.engines import FOLDER, Engine, engine_path, fault, read_engines, write_engines
-from live_avatar.graphs.memory import WORKSPACE_BYTES, require_room
+from live_avatar.graphs.memory import require_room, workspace_bytes
 from live_avatar.runtime.tensorrt_runtime import Backend, CudaDevice, Device, open_backend
 
 LOCK = "lock"
@@ -67,7 +67,7 @@ def build_engines(
             raise ExportError(f"{folder} has no component {name!r}; it has {', '.join(sorted(artifacts.contracts))}.")
     if options.gpu_memory_gib is not None:
         fp8 = artifacts.manifest["fp8"] is not None
-        require_room(artifacts.preset, options.gpu_memory_gib, options.sessions, options.weights_on_host, fp8)
+        require_room(artifacts.preset, options.gpu_memory_gib, options.sessions, fp8)
     backend = require_tensorrt(options.device, open_device)
     (folder / FOLDER).mkdir(exist_ok=True)
     with _locked(folder / FOLDER / LOCK, progress):
@@ -156,12 +156,12 @@ def _compile(
         errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise ExportError(f"TensorRT {trt.__version__} cannot read {path}: {errors}; export it again.")
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(contract.name))
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a graph means float32
     if on_host:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    if contract.ranges:
-        config.add_optimization_profile(_profile(builder, contract))
+    for profile in contract.profiles:
+        config.add_optimization_profile(_profile(builder, contract, profile))
     cache = _timing_cache(config, path.parent / FOLDER / TIMING_CACHE)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -172,12 +172,12 @@ def _compile(
     return plan, cache.serialize()
 
 
-def _profile(builder: Any, contract: Contract) -> Any:
-    """The ranges of the contract. A least extent of 0 is allowed, and means what it says (no history)."""
+def _profile(builder: Any, contract: Contract, name: str) -> Any:
+    """The ranges of one of the contract's profiles. A least extent of 0 is allowed, and means what it says (no history)."""
     profile = builder.create_optimization_profile()
     for spec in contract.inputs:
         if any(isinstance(extent, str) for extent in spec.shape):
-            profile.set_shape(spec.name, *(contract.shape(spec, extent) for extent in Extent))
+            profile.set_shape(spec.name, *(contract.shape(spec, extent, name) for extent in Extent))
     return profile
 
 

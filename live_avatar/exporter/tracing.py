@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,15 @@ from live_avatar.runtime.host import numpy_dtype
 OPSET = 23  # Attention and RMSNormalization as operators; read by TensorRT 10.15 and later
 
 
-def random_inputs(contract: Contract, seed: int, extent: Extent = Extent.OPT) -> dict[str, Array]:
-    """Fresh inputs of a contract; symbolic dimensions have that extent."""
+def random_inputs(
+    contract: Contract, seed: int, extent: Extent = Extent.OPT, profile: str | None = None
+) -> dict[str, Array]:
+    """Fresh inputs of a contract; symbolic dimensions have that extent in the first profile or the one named."""
     generator = np.random.default_rng(seed)
-    return {spec.name: _random(spec, contract, generator, extent) for spec in contract.inputs}
+    return {spec.name: _random(spec, contract.shape(spec, extent, profile), generator) for spec in contract.inputs}
 
 
-def _random(spec: GraphTensor, contract: Contract, generator: np.random.Generator, extent: Extent) -> Array:
-    shape = contract.shape(spec, extent)
+def _random(spec: GraphTensor, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
     if spec.dtype == "int64":
         return generator.integers(0, 2, shape, dtype=np.int64)
     return generator.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(spec.dtype))
@@ -61,7 +62,6 @@ class Tracer:
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self._components = components
-        self._traced: dict[object, TracedGraph] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._constants = {name: dict(module.named_buffers()) for name, module in components.items()}
         with self._mode:
@@ -71,18 +71,8 @@ class Tracer:
                     module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
     def trace(self, contract: Contract) -> TracedGraph:
-        """The component's graph at `OPSET`. Raises `ExportError` if it does not keep the contract.
-
-        Components that differ in constants alone, such as the steps, are traced once and share the model: place its
-        weights and save it before the next call.
-        """
+        """The component's graph at `OPSET`. Raises `ExportError` if it does not keep the contract."""
         component = self._components[contract.name]
-        key = (type(component), contract.inputs, contract.outputs)
-        if key not in self._traced:
-            self._traced[key] = self._trace(component, contract)
-        return replace(self._traced[key], constants=self._constants[contract.name])
-
-    def _trace(self, component: nn.Module, contract: Contract) -> TracedGraph:
         with self._mode, _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 component,
@@ -155,7 +145,7 @@ def _strip(model: ir.Model) -> None:
 
 def _dynamic_shapes(component: nn.Module, contract: Contract) -> dict[str, object] | None:
     """Torch's notation of the contract's symbolic dimensions, by the names of `forward`'s arguments."""
-    if not contract.ranges:
+    if not contract.profiles:
         return None
     marks = iter(
         [{i: torch.export.Dim.DYNAMIC for i, d in enumerate(s.shape) if isinstance(d, str)} for s in contract.inputs]

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from live_avatar.arrays import Array
 from live_avatar.config import Preset
 from live_avatar.errors import ArtifactError, ConfigError
 from live_avatar.graphs.contract import Contract
@@ -22,12 +25,14 @@ from live_avatar.version import __version__
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-FORMAT = 3
+MODULATION = "dit.modulation.safetensors"
+"""`modulation` [steps + 1, layers, 6, C] and `head_modulation` [steps + 1, 2, C]: of timestep 0, then of every step."""
+FORMAT = 4
 
 
 def weight_file(component: str) -> str:
     """External file of a component; components of one network share theirs."""
-    group = "dit" if component.startswith("dit_") else "vae" if component.startswith("vae_") else component
+    group = "dit" if component.startswith("dit") else "vae" if component.startswith("vae_") else component
     return f"{group}.weights"
 
 
@@ -62,6 +67,11 @@ class Artifacts:
                 f"{self.folder} has no component {component!r}; it has {', '.join(sorted(self.contracts))}."
             )
         return self.folder / f"{component}.onnx"
+
+    def modulation(self, step: int) -> dict[str, Array]:
+        """Modulation of a step counted from 1, or of timestep 0, by the names of the transformer's inputs."""
+        with self.verified([MODULATION]), safe_open(self.folder / MODULATION, "np") as file:
+            return {name: file.get_slice(name)[step] for name in file.keys()}  # noqa: SIM118 - not a mapping
 
     @contextmanager
     def reading(self, component: str) -> Iterator[Path]:

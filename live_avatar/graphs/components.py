@@ -1,22 +1,19 @@
 """The components as torch modules whose arguments and results stand in the order of their contracts.
 
-Thin: each puts positions, shapes and pixel types around one network of `dit.py`, `vae.py` or `transformers`. What is
-exported, and what the torch runtime runs.
+Each is thin: it puts shapes and pixel types around one network of `dit.py`, `vae.py` or `transformers`. They are what
+is exported, and what the torch runtime runs.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from live_avatar.config import Preset, StreamConfig
-from live_avatar.graphs.contract import contracts, step_name
-from live_avatar.model import rope
+from live_avatar.config import Preset
+from live_avatar.graphs.contract import BLOCK_TOKENS, DIT, SINK_TOKENS, TEXT, contracts
 from live_avatar.model.audio import AudioTokens
-from live_avatar.model.dit import KV, CausalDiT, Conditions, Modulation
+from live_avatar.model.dit import KV, Conditions, Modulation
 from live_avatar.model.networks import Networks
-from live_avatar.model.schedule import make_schedule
 
 
 def _pairs(flat: tuple[Tensor, ...]) -> KV:
@@ -97,112 +94,68 @@ class VAEDecoder(nn.Module):
         return (pixels.permute(1, 2, 3, 0).to(torch.uint8), *new_state)
 
 
-class Phases(nn.Module):
-    """Rotary phases of a geometry: space is constant, time comes in (spec section 4).
+class BlockTokens(nn.Module):
+    """latent [1, 16, F, h, w] of a noisy block -> tokens [F, S, C]."""
 
-    `frames` latent frames are denoised together; those of a block if it is left out.
-    """
-
-    block_space: Tensor
-    sink_space: Tensor
-    motion_time: Tensor
-
-    def __init__(self, stream: StreamConfig, head_dim: int, frames: int | None = None) -> None:
-        super().__init__()
-        height, width = stream.latent_height, stream.latent_width
-        self.tokens = stream.frame_tokens
-        frame = rope.frame_grid(height, width, np.zeros(1))
-        motion = rope.motion_grid(height, width)
-        sink = rope.concatenate(frame, motion)
-        for name, value in (
-            (
-                "block_space",
-                np.tile(
-                    rope.space_phase(frame.rows, frame.columns, head_dim), (1, frames or stream.frames_per_block, 1)
-                ),
-            ),
-            ("sink_space", rope.space_phase(sink.rows, sink.columns, head_dim)),
-            ("motion_time", rope.time_phase(motion.frames, head_dim)),
-        ):
-            self.register_buffer(name, torch.from_numpy(value), persistent=False)
-
-    def block(self, time: Tensor) -> Tensor:
-        """time [2, F, n_t] -> [2, F * S, D/2]."""
-        return torch.cat([time.repeat_interleave(self.tokens, dim=1), self.block_space], dim=-1)
-
-    def sink(self, time: Tensor) -> Tensor:
-        """time [2, 1, n_t] of the reference -> [2, Nc, D/2]; motion tokens keep their positions (quirk Q8)."""
-        reference = time.expand(-1, self.tokens, -1)
-        return torch.cat([torch.cat([reference, self.motion_time], dim=1), self.sink_space], dim=-1)
-
-
-class ConstantModulation(nn.Module):
-    """A timestep's modulation as constants."""
-
-    layers: Tensor
-    head: Tensor
-
-    def __init__(self, dit: CausalDiT, timestep: float) -> None:
-        super().__init__()
-        with torch.no_grad():
-            value = dit.modulation(timestep)
-        self.register_buffer("layers", value.layers, persistent=False)
-        self.register_buffer("head", value.head, persistent=False)
-
-    @property
-    def value(self) -> Modulation:
-        return Modulation(self.layers, self.head)
-
-
-class DiTPrefill(nn.Module):
-    """reference, motion, text -> text and sink keys and values of every layer, sink keys un-rotated."""
-
-    phase: Tensor
-
-    def __init__(self, networks: Networks, preset: Preset) -> None:
+    def __init__(self, networks: Networks) -> None:
         super().__init__()
         self.dit = networks.dit
-        head_dim = preset.dit.head_dim
-        time = torch.from_numpy(rope.time_phase(np.array([rope.REFERENCE_POSITION]), head_dim))
-        self.register_buffer("phase", Phases(preset.stream, head_dim).sink(time), persistent=False)
-        self.folded = ConstantModulation(networks.dit, 0.0)
 
-    def forward(self, reference: Tensor, motion: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        text_kv = self.dit.text_kv(text)
-        return (
-            *_flat(text_kv),
-            *_flat(self.dit.prefill(reference, motion, text_kv, self.folded.value, self.phase)),
-        )
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.dit.noisy_tokens(latent, None)[0].unflatten(0, (latent.shape[2], -1))
 
 
-class DiTStep(nn.Module):
-    """One denoising step at its own timestep; see `contract` for the order of the caches."""
+class SinkTokens(nn.Module):
+    """reference [1, 16, 1, h, w] and motion [1, 16, 19, h, w] -> tokens [1, Nc, C]."""
 
-    def __init__(self, networks: Networks, preset: Preset, timestep: float) -> None:
+    def __init__(self, networks: Networks) -> None:
         super().__init__()
         self.dit = networks.dit
-        self.phases = Phases(preset.stream, preset.dit.head_dim)
-        self.folded = ConstantModulation(networks.dit, timestep)
+
+    def forward(self, reference: Tensor, motion: Tensor) -> Tensor:
+        return self.dit.sink_tokens(reference, motion)
+
+
+class TextKV(nn.Module):
+    """text [text_len, text_dim] -> text keys and values of every layer."""
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.dit = networks.dit
+
+    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
+        return _flat(self.dit.text_kv(text))
+
+
+class DiT(nn.Module):
+    """The transformer over the tokens of a block or of a sink; see `contract` for the order of the caches."""
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.dit = networks.dit
 
     def forward(
         self,
-        latent: Tensor,
+        tokens: Tensor,
         audio_local: Tensor,
         audio_global: Tensor,
-        block_phase: Tensor,
-        sink_phase: Tensor,
+        audio_weight: Tensor,
+        modulation: Tensor,
+        head_modulation: Tensor,
+        phase: Tensor,
+        sink_turn: Tensor,
         *kv: Tensor,
     ) -> tuple[Tensor, ...]:
         text, sink, history = (_pairs(part) for part in _thirds(kv))
-        audio = AudioTokens(audio_local[None], audio_global[None])
-        velocity, written = self.dit(
-            latent,
+        audio = AudioTokens(audio_local, audio_global, audio_weight.flatten(1, 2)[..., None])
+        patches, written = self.dit(
+            tokens.flatten(0, 1)[None],
             Conditions(text, sink, history, audio),
-            self.folded.value,
-            self.phases.block(block_phase),
-            self.phases.sink(sink_phase),
+            Modulation(modulation, head_modulation),
+            phase.flatten(1, 2),
+            sink_turn,
         )
-        return (velocity, *_flat(written))
+        return (patches.view(*tokens.shape[:2], -1), *_flat(written))
 
 
 def _thirds(kv: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
@@ -212,7 +165,6 @@ def _thirds(kv: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
 
 def build_components(preset: Preset, networks: Networks) -> dict[str, nn.Module]:
     """Every component of the preset by its contract's name."""
-    schedule = make_schedule(preset.stream)
     encoder = VAEEncoder(networks)
     components: dict[str, nn.Module] = {
         "speech_encoder": SpeechEncoder(networks),
@@ -222,9 +174,10 @@ def build_components(preset: Preset, networks: Networks) -> dict[str, nn.Module]
         "vae_encoder": encoder,
         "vae_decoder_first": VAEDecoderFirst(networks),
         "vae_decoder": VAEDecoder(networks),
-        "dit_prefill": DiTPrefill(networks, preset),
+        BLOCK_TOKENS: BlockTokens(networks),
+        SINK_TOKENS: SinkTokens(networks),
+        TEXT: TextKV(networks),
+        DIT: DiT(networks),
     }
-    for step, timestep in enumerate(schedule.timesteps, start=1):
-        components[step_name(step)] = DiTStep(networks, preset, timestep)
     assert components.keys() == contracts(preset).keys()
     return {name: component.eval() for name, component in components.items()}

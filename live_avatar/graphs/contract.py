@@ -2,11 +2,12 @@
 
 The exporter, the runtimes, the serving models and the tests read contracts here or in an artifacts folder's manifest,
 which carries them along. A shape entry is a number or the name of a symbolic dimension, whose least, usual and greatest
-value stand in `Contract.ranges` (TensorRT's optimization profile).
+value stand in `Contract.profiles` (TensorRT's optimization profiles).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -15,19 +16,26 @@ from typing import Any
 from live_avatar.config import (
     LATENT_CHANNELS,
     MOTION_LATENTS,
+    PATCH,
     SPATIAL_STRIDE,
     TEMPORAL_STRIDE,
     Preset,
     VAEConfig,
 )
-from live_avatar.model.rope import pair_counts
 
 FLOAT, INT64, UINT8 = "float32", "int64", "uint8"
 Shape = tuple[int | str, ...]
+Ranges = Mapping[str, tuple[int, int, int]]
+"""Least, usual and greatest value of every symbolic dimension."""
+
+DIT, BLOCK_TOKENS, SINK_TOKENS, TEXT = "dit", "dit_block_tokens", "dit_sink_tokens", "dit_text"
+"""The transformer, and the small graphs that make its tokens and its text keys and values."""
+BLOCK, SINK = "block", "sink"
+"""Profiles of `dit`: the tokens of a noisy block, or those of a sink."""
 
 
 class Extent(IntEnum):
-    """Which size of a symbolic dimension: an index into the entries of `Contract.ranges`."""
+    """Which size of a symbolic dimension: an index into the entries of `Ranges`."""
 
     MIN = 0
     OPT = 1
@@ -38,53 +46,61 @@ class Extent(IntEnum):
 class GraphTensor:
     """One input or output: its name, numpy type name and shape.
 
-    `resident`: it stays with the stage from call to call (caches, the state of a stream), so a runtime on a GPU
-    keeps it there and never copies it to the host.
+    resident: it stays in the runtime's memory, as caches and the state of a stream do, so a runtime on a GPU never
+    copies it to the host. transient: it is resident for one call, from the graph that makes it to the graph that takes
+    it.
     """
 
     name: str
     dtype: str
     shape: Shape
     resident: bool = False
+    transient: bool = False
 
 
 @dataclass(frozen=True)
 class Contract:
-    """One component: inputs and outputs in order, and the range of every symbolic dimension."""
+    """One component: inputs and outputs in order, and the ranges of its symbolic dimensions in every profile.
+
+    A graph without symbolic dimensions has no profile.
+    """
 
     name: str
     inputs: tuple[GraphTensor, ...]
     outputs: tuple[GraphTensor, ...]
-    ranges: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    profiles: Mapping[str, Ranges] = field(default_factory=dict)
 
-    def shape(self, spec: GraphTensor, extent: Extent) -> tuple[int, ...]:
-        """The shape with every symbolic dimension at that extent."""
-        return tuple(self.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
+    def shape(self, spec: GraphTensor, extent: Extent, profile: str | None = None) -> tuple[int, ...]:
+        """The shape with every symbolic dimension at that extent, in the first profile or the one named."""
+        ranges = self.profiles[profile or next(iter(self.profiles))] if self.profiles else {}
+        return tuple(ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
+
+    def largest(self, spec: GraphTensor) -> int:
+        """Most elements that the tensor has in any profile."""
+        return max(math.prod(self.shape(spec, Extent.MAX, profile)) for profile in self.profiles or (None,))
 
     def to_dict(self) -> dict[str, Any]:
         specs = {
             side: [{**asdict(spec), "shape": list(spec.shape)} for spec in getattr(self, side)]
             for side in ("inputs", "outputs")
         }
-        return {"name": self.name, **specs, "ranges": {k: list(v) for k, v in self.ranges.items()}}
+        profiles = {name: {k: list(v) for k, v in ranges.items()} for name, ranges in self.profiles.items()}
+        return {"name": self.name, **specs, "profiles": profiles}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Contract:
         def specs(side: str) -> tuple[GraphTensor, ...]:
             return tuple(GraphTensor(**{**spec, "shape": tuple(spec["shape"])}) for spec in values[side])
 
-        ranges = {k: (v[0], v[1], v[2]) for k, v in values["ranges"].items()}
-        return cls(values["name"], specs("inputs"), specs("outputs"), ranges)
+        profiles = {
+            name: {k: (v[0], v[1], v[2]) for k, v in ranges.items()} for name, ranges in values["profiles"].items()
+        }
+        return cls(values["name"], specs("inputs"), specs("outputs"), profiles)
 
 
 def kv_names(prefix: str, layers: int) -> tuple[str, ...]:
     """Names of the keys and values of all layers: `prefix_k.0`, `prefix_v.0`, `prefix_k.1`, ..."""
     return tuple(f"{prefix}_{part}.{layer}" for layer in range(layers) for part in "kv")
-
-
-def step_name(step: int) -> str:
-    """Component of denoising step `step`, counted from 1."""
-    return f"dit_step_{step}"
 
 
 def vae_state_shapes(config: VAEConfig, latent_height: int, latent_width: int, part: str) -> list[tuple[int, ...]]:
@@ -117,7 +133,7 @@ def _speech_encoder(preset: Preset) -> Contract:
         "speech_encoder",
         (GraphTensor("samples", FLOAT, (1, "samples")),),
         (GraphTensor("hidden", FLOAT, (preset.dit.audio_states, "features", speech.hidden_size)),),
-        {"samples": (block, most, most), "features": (count(block), count(most), count(most))},
+        {"window": {"samples": (block, most, most), "features": (count(block), count(most), count(most))}},
     )
 
 
@@ -189,40 +205,75 @@ def _vae_decoder(preset: Preset) -> Contract:
     )
 
 
-def _dit_prefill(preset: Preset) -> Contract:
-    return Contract(
-        "dit_prefill",
-        (
-            GraphTensor("reference", FLOAT, _latent_shape(preset, 1)),
-            GraphTensor("motion", FLOAT, _latent_shape(preset, MOTION_LATENTS)),
-            _text_spec(preset),
-        ),
-        (
-            *_kv_specs(preset, "text", preset.dit.text_len),
-            *_kv_specs(preset, "sink", preset.stream.sink_tokens),
-        ),
-    )
+def _token_spec(preset: Preset, frames: int | str, tokens: int | str) -> GraphTensor:
+    return GraphTensor("tokens", FLOAT, (frames, tokens, preset.dit.dim), resident=True, transient=True)
 
 
-def _dit_step(preset: Preset, step: int) -> Contract:
+def _dit_block_tokens(preset: Preset) -> Contract:
     stream = preset.stream
-    pairs = pair_counts(preset.dit.head_dim)[0]
-    latent = _latent_shape(preset, stream.frames_per_block)
-    most = stream.past_blocks * stream.block_tokens
+    latent = GraphTensor("latent", FLOAT, _latent_shape(preset, stream.frames_per_block))
+    return Contract(BLOCK_TOKENS, (latent,), (_token_spec(preset, stream.frames_per_block, stream.frame_tokens),))
+
+
+def _dit_sink_tokens(preset: Preset) -> Contract:
+    latents = (
+        GraphTensor("reference", FLOAT, _latent_shape(preset, 1)),
+        GraphTensor("motion", FLOAT, _latent_shape(preset, MOTION_LATENTS)),
+    )
+    return Contract(SINK_TOKENS, latents, (_token_spec(preset, 1, preset.stream.sink_tokens),))
+
+
+def _dit_text(preset: Preset) -> Contract:
+    return Contract(TEXT, (_text_spec(preset),), _kv_specs(preset, "text", preset.dit.text_len))
+
+
+def _dit(preset: Preset) -> Contract:
+    dit, stream = preset.dit, preset.stream
+    grid = ("frames", "frame_tokens")
+    pairs = dit.head_dim // 2
     return Contract(
-        step_name(step),
+        DIT,
         (
-            GraphTensor("latent", FLOAT, latent),
-            *_audio_specs(preset),
-            GraphTensor("block_phase", FLOAT, (2, stream.frames_per_block, pairs)),
-            GraphTensor("sink_phase", FLOAT, (2, 1, pairs)),
-            *_kv_specs(preset, "text", preset.dit.text_len),
-            *_kv_specs(preset, "sink", stream.sink_tokens),
+            _token_spec(preset, *grid),
+            GraphTensor("audio_local", FLOAT, (stream.speakers, "frames", dit.num_audio_token + 1, dit.dim)),
+            GraphTensor("audio_global", FLOAT, (stream.speakers, "frames", dit.dim)),
+            GraphTensor("audio_weight", FLOAT, (stream.speakers, *grid)),
+            GraphTensor("modulation", FLOAT, (dit.num_layers, 6, dit.dim), resident=True),
+            GraphTensor("head_modulation", FLOAT, (2, dit.dim), resident=True),
+            GraphTensor("phase", FLOAT, (2, *grid, pairs)),
+            GraphTensor("sink_turn", FLOAT, (2, "sink_tokens", pairs)),
+            *_kv_specs(preset, "text", dit.text_len),
+            *_kv_specs(preset, "sink", "sink_tokens"),
             *_kv_specs(preset, "history", "history_tokens"),
         ),
-        (GraphTensor("velocity", FLOAT, latent), *_kv_specs(preset, "block", stream.block_tokens)),
-        {"history_tokens": (0, most, most)},
+        (
+            GraphTensor("patches", FLOAT, (*grid, PATCH * PATCH * LATENT_CHANNELS)),
+            *_kv_specs(preset, "new", "tokens"),
+        ),
+        {
+            BLOCK: _dit_profile(
+                stream.frames_per_block,
+                stream.frame_tokens,
+                stream.sink_tokens,
+                stream.past_blocks * stream.block_tokens,
+            ),
+            SINK: _dit_profile(1, stream.sink_tokens, 0, 0),
+        },
     )
+
+
+def _dit_profile(frames: int, frame_tokens: int, sink_tokens: int, history_tokens: int) -> Ranges:
+    """All fixed but the history, which grows from nothing at the start of a session."""
+    fixed = {
+        "frames": frames,
+        "frame_tokens": frame_tokens,
+        "tokens": frames * frame_tokens,
+        "sink_tokens": sink_tokens,
+    }
+    return {
+        **{name: (size, size, size) for name, size in fixed.items()},
+        "history_tokens": (0, history_tokens, history_tokens),
+    }
 
 
 def contracts(preset: Preset) -> dict[str, Contract]:
@@ -235,8 +286,9 @@ def contracts(preset: Preset) -> dict[str, Contract]:
         lambda p: _vae_encoder(p, first=False),
         _vae_decoder_first,
         _vae_decoder,
-        _dit_prefill,
+        _dit_block_tokens,
+        _dit_sink_tokens,
+        _dit_text,
+        _dit,
     ]
-    made = [maker(preset) for maker in makers]
-    made += [_dit_step(preset, step) for step in range(1, preset.stream.steps + 1)]
-    return {contract.name: contract for contract in made}
+    return {contract.name: contract for contract in (maker(preset) for maker in makers)}

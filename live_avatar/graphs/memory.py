@@ -1,10 +1,9 @@
 """Memory of a preset, in bytes, from its sizes alone: what each process holds once, what each session adds, and what
 each avatar that it remembers.
 
-For engines (`runtime/tensorrt_runtime.py`): every engine has its own copy of its weights, so a step's process holds the
-transformer twice, for the step and for the prefill (of the released model in bfloat16 26 GiB each), unless the prefill
-keeps its weights on the host. TensorRT's activation memory is known only to a built engine; here stands the limit of
-its scratch space.
+For engines (`runtime/tensorrt_runtime.py`): every engine has its own copy of its weights. A process that runs denoising
+steps has one transformer for all of them and for the sink. TensorRT's activation memory is known only to a built
+engine; here stands the limit of its scratch space.
 """
 
 from __future__ import annotations
@@ -19,39 +18,49 @@ from pathlib import Path
 
 from live_avatar.config import LATENT_CHANNELS, MOTION_LATENTS, Preset
 from live_avatar.errors import CapacityError, ConfigError
-from live_avatar.graphs.contract import Contract, Extent, GraphTensor, contracts, step_name
+from live_avatar.graphs.contract import (
+    BLOCK,
+    BLOCK_TOKENS,
+    DIT,
+    SINK,
+    SINK_TOKENS,
+    TEXT,
+    Contract,
+    Extent,
+    GraphTensor,
+    contracts,
+)
 from live_avatar.model.linears import is_fp8_weight
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-WORKSPACE_BYTES = 2 * GIB
-"""Most scratch space that an engine may take beside its weights and tensors."""
+WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES = 2 * GIB, GIB // 4
+"""Most scratch space that an engine may take beside its weights and tensors; the second for the small graphs beside the
+transformer."""
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
 
-# Stages by the names of their models in Triton; the denoising steps have their components' names.
-CONDITIONING, DECODER = "conditioning", "vae_decoder"
+CONDITIONING, DECODER, ENCODER = "conditioning", "vae_decoder", "avatar_encoder"
+"""Stages by the names of their models in Triton. A stage of denoising steps is given by its range of steps."""
+Stage = str | range
 
-# Parts of the transformer that a graph does without; its modulation is a constant of the graph.
-NOT_IN_STEP = (
+SMALL_GRAPHS = (BLOCK_TOKENS, SINK_TOKENS, TEXT)
+# Parts of the transformer that its graph does without, and those of them that the small graphs have.
+IN_SMALL_GRAPHS = (
     "text_embedding",
     "frame_packer",
-    "casual_audio_encoder",
-    "time_embedding",
-    "time_projection",
-    "modulation",
+    "patch_embedding",
+    "cond_encoder",
+    "trainable_cond_mask",
     "cross_attn.k",
     "cross_attn.v",
     "cross_attn.norm_k",
 )
-NOT_IN_PREFILL = (
-    "audio_injector",
-    "casual_audio_encoder",
-    "cond_encoder",
-    "head",
-    "time_embedding",
-    "time_projection",
-    "modulation",
-)
+ELSEWHERE = ("casual_audio_encoder", "time_embedding", "time_projection", "modulation")
+
+
+def workspace_bytes(component: str) -> int:
+    """Most scratch space of a component's engine."""
+    return SMALL_WORKSPACE_BYTES if component in SMALL_GRAPHS else WORKSPACE_BYTES
 
 
 def readable(size: int) -> str:
@@ -87,14 +96,17 @@ class Memory:
         return replace(self, shared={**loaded, **self.shared})
 
 
-def step_memory(preset: Preset, prefill_on_host: bool = False, fp8: bool = False) -> Memory:
-    """A denoising step with its prefill; with `fp8` their large linears take a byte per weight."""
-    prefill = {} if prefill_on_host else {"weights of the prefill": _dit_bytes(preset, NOT_IN_PREFILL, fp8)}
-    return session_memory(preset, step_name(1), _contracts(preset)).beside(
+def denoiser_memory(preset: Preset, steps: range, fp8: bool = False) -> Memory:
+    """A process that runs denoising steps; with `fp8` their large linears take a byte per weight."""
+    small = sum(_fp8_bytes(preset, name, size, fp8) for name, size in _weights(preset, "dit", only=IN_SMALL_GRAPHS))
+    without = (*IN_SMALL_GRAPHS, *ELSEWHERE)
+    large = sum(_fp8_bytes(preset, name, size, fp8) for name, size in _weights(preset, "dit", without=without))
+    return session_memory(preset, steps, _contracts(preset)).beside(
         {
-            "weights of the step": _dit_bytes(preset, NOT_IN_STEP, fp8),
-            **prefill,
-            "scratch space of two engines": 2 * WORKSPACE_BYTES,
+            "weights of the transformer": large,
+            "weights of text and tokens": small,
+            "modulation": (1 + len(steps)) * (6 * preset.dit.num_layers + 2) * preset.dit.dim * BYTES["float32"],
+            "scratch space": sum(workspace_bytes(component) for component in (DIT, *SMALL_GRAPHS)),
         }
     )
 
@@ -103,13 +115,39 @@ def decoder_memory(preset: Preset) -> Memory:
     """The VAE's decoder; its state is there twice while it is renewed."""
     return session_memory(preset, DECODER, _contracts(preset)).beside(
         {
-            "weights of two engines": 2 * sum(size for _, size in _weights(preset, "vae", "decoder")),
+            "weights of two engines": 2 * _part_bytes(preset, "vae", ("decoder",)),
             "scratch space of two engines": 2 * WORKSPACE_BYTES,
         }
     )
 
 
-def session_memory(preset: Preset, stage: str, agreed: Mapping[str, Contract]) -> Memory:
+def conditioning_memory(preset: Preset) -> Memory:
+    """The encoders of speech. Its sessions live on the host."""
+    return Memory(
+        CONDITIONING,
+        {
+            "weights": _part_bytes(preset, "speech") + _part_bytes(preset, "dit", ("casual_audio_encoder",)),
+            "scratch space of two engines": 2 * WORKSPACE_BYTES,
+        },
+        {},
+    )
+
+
+def encoder_memory(preset: Preset, text_on_host: bool = False) -> Memory:
+    """The encoders of pictures and prompts; the text encoder's weights may stay on the host."""
+    text = 0 if text_on_host else _part_bytes(preset, "text")
+    return Memory(
+        "the avatar encoder",
+        {
+            "weights of the text encoder": text,
+            "weights of two engines of the VAE": 2 * _part_bytes(preset, "vae", ("encoder",)),
+            "scratch space of three engines": 3 * WORKSPACE_BYTES,
+        },
+        {},
+    )
+
+
+def session_memory(preset: Preset, stage: Stage, agreed: Mapping[str, Contract]) -> Memory:
     """What the sessions cost a stage after it has loaded: their states, and the tensors of the request in work.
 
     A session shares an avatar's memory until it has its own, but may keep that of one no longer remembered, so both are
@@ -120,9 +158,13 @@ def session_memory(preset: Preset, stage: str, agreed: Mapping[str, Contract]) -
         return _conditioning_sessions(preset)
     if stage == DECODER:
         return _decoder_sessions(agreed[DECODER])
-    if stage not in _stages(preset):
-        raise ConfigError(f"there is no stage {stage!r}; preset {preset.name} has {', '.join(_stages(preset))}.")
-    return _step_sessions(agreed[stage], agreed["dit_prefill"])
+    steps = range(1, preset.stream.steps + 1)
+    if isinstance(stage, str) or not stage or not (stage[0] in steps and stage[-1] in steps):
+        raise ConfigError(
+            f"there is no stage {stage!r}; preset {preset.name} has {CONDITIONING}, {DECODER} and denoising steps 1 to "
+            f"{preset.stream.steps}."
+        )
+    return _denoiser_sessions(agreed[DIT], agreed[TEXT], stage)
 
 
 def require_sessions(
@@ -130,7 +172,7 @@ def require_sessions(
     sessions: int,
     known_avatars: int,
     available_bytes: int,
-    stages: Collection[str] = (),
+    stages: Collection[Stage] = (),
     agreed: Mapping[str, Contract] | None = None,
 ) -> None:
     """Raises `CapacityError`, with the sum, if so many sessions and remembered avatars outgrow a memory.
@@ -168,22 +210,23 @@ def host_available_bytes(root: Path = Path("/")) -> int:
     return max(0, min([available, *_group_bytes(root)]))
 
 
-def _stages(preset: Preset) -> list[str]:
-    return [CONDITIONING, *(step_name(i) for i in range(1, preset.stream.steps + 1)), DECODER]
+def _stages(preset: Preset) -> list[Stage]:
+    return [CONDITIONING, *(range(i, i + 1) for i in range(1, preset.stream.steps + 1)), DECODER]
 
 
-def _step_sessions(step: Contract, prefill: Contract) -> Memory:
-    blocks = _bytes(step.outputs, step)
-    ring = _bytes((spec for spec in step.inputs if spec.name.startswith("history")), step)
-    sink = _bytes(prefill.outputs, prefill)
+def _denoiser_sessions(dit: Contract, text: Contract, steps: range) -> Memory:
+    block = _bytes((spec for spec in dit.outputs if spec.resident), dit, BLOCK)
+    sink = _bytes((spec for spec in dit.outputs if spec.resident), dit, SINK) + _bytes(text.outputs, text)
+    ring = _bytes((spec for spec in dit.inputs if spec.name.startswith("history")), dit, BLOCK)
+    rings = "ring" if len(steps) == 1 else f"{len(steps)} rings"
     return Memory(
-        "a denoising step",
+        "a denoising step" if len(steps) == 1 else f"denoising steps {steps[0]} to {steps[-1]}",
         {
-            "keys and values of the current block": blocks,
-            "copies of a history that is not full": ring - blocks,
+            "keys and values of the current block": max(block, sink),
+            "copies of a history that is not full": ring - block,
             "sink that replaces another": sink,
         },
-        {"ring": ring, "sink and text": sink},
+        {rings: len(steps) * ring, "sink and text": sink},
         {"sink and text": sink},
     )
 
@@ -236,9 +279,7 @@ def _left(mount: Path, group: str, limit: str, usage: str, droppable: str) -> It
             return
 
 
-def require_room(
-    preset: Preset, gpu_memory_gib: float, sessions: int, weights_on_host: Collection[str] = (), fp8: bool = False
-) -> None:
+def require_room(preset: Preset, gpu_memory_gib: float, sessions: int, fp8: bool = False) -> None:
     """Raises `CapacityError`, with the sum, if a step or the decoder with that many sessions outgrows a GPU.
 
     Raises `ConfigError` for a memory or a number of sessions that is not positive.
@@ -247,53 +288,40 @@ def require_room(
         raise ConfigError(
             f"{sessions} sessions on a GPU of {gpu_memory_gib:g} GiB; expected at least 1 session and more than 0 GiB."
         )
-    on_host = "dit_prefill" in weights_on_host
-    remedy = "" if on_host else ", or the prefill's weights on the host (--weights-on-host dit_prefill)"
-    for memory, more in ((step_memory(preset, on_host, fp8), remedy), (decoder_memory(preset), "")):
+    for memory in (denoiser_memory(preset, range(1, 2), fp8), decoder_memory(preset)):
         if memory.total(sessions) > gpu_memory_gib * GIB:
             raise CapacityError(
                 f"{memory.stage} of preset {preset.name} with {sessions} sessions does not fit {gpu_memory_gib:g} GiB: "
-                f"{memory.spelled(sessions)}; take a larger GPU, fewer sessions or 16 bits{more}."
+                f"{memory.spelled(sessions)}; take a larger GPU, fewer sessions, 16 bits or FP8."
             )
 
 
-def fitting_on_host(preset: Preset, gpu_memory_gib: float | None, sessions: int, fp8: bool = False) -> tuple[str, ...]:
-    """Components whose weights must stay on the host for that many sessions to fit a GPU; none if its size is unknown.
-
-    Raises `CapacityError`, with the sum, if they do not fit in any case.
-    """
-    if gpu_memory_gib is None or step_memory(preset, fp8=fp8).total(sessions) <= gpu_memory_gib * GIB:
-        on_host: tuple[str, ...] = ()
-    else:
-        on_host = ("dit_prefill",)
-    if gpu_memory_gib is not None:
-        require_room(preset, gpu_memory_gib, sessions, on_host, fp8)
-    return on_host
-
-
-def _bytes(specs: Iterable[GraphTensor], contract: Contract) -> int:
-    """Bytes of the resident tensors among these, at the largest extents."""
-    total = 0
-    for spec in specs:
-        if spec.resident:
-            total += BYTES[spec.dtype] * math.prod(contract.shape(spec, Extent.MAX))
-    return total
-
-
-def _dit_bytes(preset: Preset, without: Collection[str], fp8: bool) -> int:
-    """Weights of the transformer but for some parts, and the modulation of a timestep, which is float32."""
-    dit = preset.dit
-    modulation = (6 * dit.num_layers + (0 if "head" in without else 2)) * dit.dim * BYTES["float32"]
-    shrunk = BYTES[preset.precision] if fp8 else 1
-    return modulation + sum(
-        size // shrunk if is_fp8_weight(name) else size for name, size in _weights(preset, "dit", without=without)
+def _bytes(specs: Iterable[GraphTensor], contract: Contract, profile: str | None = None) -> int:
+    """Bytes of the resident tensors among these, at the largest extents of a profile."""
+    return sum(
+        BYTES[spec.dtype] * math.prod(contract.shape(spec, Extent.MAX, profile)) for spec in specs if spec.resident
     )
 
 
-def _weights(preset: Preset, part: str, only: str = "", without: Collection[str] = ()) -> Iterator[tuple[str, int]]:
-    """Names and bytes of a network's parameters."""
-    for name, size in _parameters(preset)[part].items():
-        if name.startswith(only) and not any(f".{unused}." in f".{name}." for unused in without):
+def _fp8_bytes(preset: Preset, name: str, size: int, fp8: bool) -> int:
+    """Bytes of a weight; one per number if FP8 is on and quantizes it."""
+    return size // BYTES[preset.precision] if fp8 and is_fp8_weight(name) else size
+
+
+def _part_bytes(preset: Preset, part: str, only: Collection[str] = ()) -> int:
+    return sum(size for _, size in _weights(preset, part, only))
+
+
+def _weights(
+    preset: Preset, network: str, only: Collection[str] = (), without: Collection[str] = ()
+) -> Iterator[tuple[str, int]]:
+    """Names and bytes of a network's parameters, of all parts or of those named."""
+
+    def has(parts: Collection[str], name: str) -> bool:
+        return any(f".{part}." in f".{name}." for part in parts)
+
+    for name, size in _parameters(preset)[network].items():
+        if (not only or has(only, name)) and not has(without, name):
             yield name, size
 
 

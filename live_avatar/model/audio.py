@@ -25,13 +25,13 @@ ADAIN_EPS = 1e-5
 class AudioTokens:
     """Audio of one block for `n` speakers.
 
-    local: [n, F, num_audio_token + 1, C]; global_tokens: [n, F, C]; mask: None for one speaker who moves every
-    token, or [n, F * S, 1].
+    local: [n, F, num_audio_token + 1, C]; global_tokens: [n, F, C]; weight: how much each speaker moves each token,
+    [n, F * S, 1], or None for 1.
     """
 
     local: Tensor
     global_tokens: Tensor
-    mask: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class CausalConv1d(nn.Module):
@@ -139,7 +139,7 @@ class AudioInjector(nn.Module):
         return attention(attention.query(normed), key, value)
 
     def forward(self, layer: int, x: Tensor, audio: AudioTokens) -> Tensor:
-        """x [1, F * S, C] -> the same with each speaker's residual added under its mask."""
+        """x [1, F * S, C] -> the same with each speaker's residual added by its weight."""
         if layer not in self.index:
             return x
         latent_frames = audio.global_tokens.shape[1]
@@ -147,5 +147,5 @@ class AudioInjector(nn.Module):
         for speaker in range(audio.local.shape[0]):
             residual = self._residual(self.index[layer], frames, audio.local[speaker], audio.global_tokens[speaker])
             residual = residual.flatten(0, 1)[None]
-            x = x + (residual if audio.mask is None else residual * audio.mask[speaker])
+            x = x + (residual if audio.weight is None else residual * audio.weight[speaker])
         return x

@@ -33,18 +33,16 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a block attends to beside itself.
+    """What tokens attend to beside themselves, as keys and values of every layer, and the audio that moves them.
 
-    text, sink: keys and values of every layer; sink keys are not rotated. history: rotated keys and plain
-    values of the past blocks (L may be 0). audio: this block's audio tokens. pose: latents
-    [1, 16, F, h, w], or None for no pose video.
+    sink: keys rotated to their positions in the prefill. history: rotated keys of the past blocks. Both may have no
+    tokens (L = 0). audio: None moves nothing.
     """
 
     text: KV
     sink: KV
     history: KV
-    audio: AudioTokens
-    pose: Tensor | None = None
+    audio: AudioTokens | None = None
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -74,22 +72,22 @@ class TransformerBlock(nn.Module):
         phase: Tensor,
         text: tuple[Tensor, Tensor],
         past: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [1, L, C], modulation [6, C], phase [2, L, D/2], past: rotated keys and values seen beside x.
 
-        Returns x (float32), its (un-rotated keys, values), and its rotated keys, in the type of caches.
+        Returns x (float32), and its rotated keys and values in the type of caches.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(0)
         attention = self.self_attn
         normed = _modulated(x, shift1, scale1, self.eps)
-        key, value = attention.key(normed), attention.value(normed)
-        rotated = rotate(key, phase).to(value.dtype)
-        keys = torch.cat([*(k for k, _ in past), rotated], dim=2)
+        value = attention.value(normed)
+        key = rotate(attention.key(normed), phase).to(value.dtype)
+        keys = torch.cat([*(k for k, _ in past), key], dim=2)
         values = torch.cat([*(v for _, v in past), value], dim=2)
         x = x + gate1 * attention(rotate(attention.query(normed), phase), keys, values)
         x = x + self.cross_attn(self.cross_attn.query(self.norm3(x)), *text)
         x = x + gate2 * self.ffn(_modulated(x, shift2, scale2, self.eps))
-        return x, (key.to(value.dtype), value), rotated
+        return x, (key, value)
 
 
 class Head(nn.Module):
@@ -160,40 +158,50 @@ class CausalDiT(nn.Module):
         mask = self.trainable_cond_mask.weight
         return torch.cat([tokens + mask[REFERENCE], self.frame_packer(motion) + mask[MOTION]], dim=1)
 
+    def forward(
+        self, tokens: Tensor, conditions: Conditions, modulation: Modulation, phase: Tensor, sink_turn: Tensor
+    ) -> tuple[Tensor, KV]:
+        """Tokens [1, L, C] of a block or of a sink -> patches [1, L, 4 * 16], and their rotated keys and values.
+
+        phase [2, L, D/2] at the tokens' positions; sink_turn [2, Nc, D/2] rotates the sink's keys from their positions
+        in the prefill to the rolled ones.
+        """
+        x = tokens
+        written: KV = []
+        for layer, block in enumerate(self.layers):
+            sink_key, sink_value = conditions.sink[layer]
+            past = [conditions.history[layer], (rotate(sink_key, sink_turn), sink_value)]
+            x, key_value = block(x, modulation.layers[layer], phase, conditions.text[layer], past)
+            if conditions.audio is not None:
+                x = self.audio_injector(layer, x, conditions.audio)
+            written.append(key_value)
+        return self.head(x, modulation.head), written
+
     def prefill(self, reference: Tensor, motion: Tensor, text: KV, modulation: Modulation, phase: Tensor) -> KV:
-        """Keys (un-rotated) and values of the sink in every layer (spec section 6).
+        """Keys and values of the sink in every layer (spec section 6).
 
         `modulation` is that of timestep 0, `phase` [2, Nc, D/2] has the reference at position 30.
         """
-        x = self.sink_tokens(reference, motion)
-        sink: KV = []
-        for layer, block in enumerate(self.layers):
-            x, key_value, _ = block(x, modulation.layers[layer], phase, text[layer], [])
-            sink.append(key_value)
-        return sink
+        nothing = [(key[:, :, :0], value[:, :, :0]) for key, value in text]
+        conditions = Conditions(text, nothing, nothing)
+        return self(self.sink_tokens(reference, motion), conditions, modulation, phase, phase[:, :0])[1]
 
-    def forward(
+    def denoise(
         self,
         latent: Tensor,
         conditions: Conditions,
         modulation: Modulation,
         phase: Tensor,
-        sink_phase: Tensor,
+        sink_turn: Tensor,
+        pose: Tensor | None = None,
     ) -> tuple[Tensor, KV]:
-        """Velocity [1, 16, F, h, w] of one noisy block, and the block's rotated keys and values.
+        """Velocity [1, 16, F, h, w] of one noisy block, and the block's rotated keys and values (spec section 3).
 
-        latent [1, 16, F, h, w]; phase [2, F * S, D/2] at the block's absolute positions; sink_phase
-        [2, Nc, D/2] at the rolled positions. The history holds the past blocks at this same noise level.
+        The history holds the past blocks at this same noise level. pose: latents [1, 16, F, h, w], or None for no
+        pose video.
         """
-        x = self.noisy_tokens(latent, conditions.pose)
-        written: KV = []
-        for layer, block in enumerate(self.layers):
-            sink_key, sink_value = conditions.sink[layer]
-            past = [conditions.history[layer], (rotate(sink_key, sink_phase), sink_value)]
-            x, (_, value), rotated = block(x, modulation.layers[layer], phase, conditions.text[layer], past)
-            x = self.audio_injector(layer, x, conditions.audio)
-            written.append((rotated, value))
-        return unpatchify(self.head(x, modulation.head), latent.shape), written
+        patches, written = self(self.noisy_tokens(latent, pose), conditions, modulation, phase, sink_turn)
+        return unpatchify(patches, latent.shape), written
 
 
 def unpatchify(tokens: Tensor, shape: torch.Size) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.config import FRAME_PACKING, PATCH
+from live_avatar.config import FRAME_PACKING, PATCH, StreamConfig
 
 THETA = 10_000.0
 REFERENCE_POSITION = 30  # the sink's temporal position in training and in the prefill
@@ -94,3 +94,35 @@ def motion_grid(latent_height: int, latent_width: int) -> TokenGrid:
             TokenGrid.of(np.array(group.positions), sampled(group_rows, rows), sampled(group_columns, columns))
         )
     return concatenate(*groups)
+
+
+class TokenPhases:
+    """Phases of a stream's tokens [2, L, D/2]: those of space are computed once, those of time for the positions."""
+
+    def __init__(self, stream: StreamConfig, head_dim: int) -> None:
+        height, width = stream.latent_height, stream.latent_width
+        frame, motion = frame_grid(height, width, np.zeros(1)), motion_grid(height, width)
+        self._head_dim = head_dim
+        self._tokens = stream.frame_tokens
+        self._frame_space = space_phase(frame.rows, frame.columns, head_dim)
+        self._motion = motion.phase(head_dim)
+
+    def block(self, first: int, frames: int) -> Array:
+        """Phases of `frames` latent frames from number `first` on."""
+        time = np.repeat(time_phase(np.arange(first, first + frames), self._head_dim), self._tokens, axis=1)
+        return np.concatenate([time, np.tile(self._frame_space, (1, frames, 1))], axis=-1)
+
+    def sink(self, position: int = REFERENCE_POSITION) -> Array:
+        """Phases of the sink, with its reference at `position`; motion tokens keep their positions (quirk Q8)."""
+        return np.concatenate([self.block(position, 1), self._motion], axis=1)
+
+    def sink_turn(self, position: int) -> Array:
+        """Phases that rotate the keys of the sink from their positions in the prefill to the reference's `position`.
+
+        Rotations add up, so they are those of the difference in time, and turn nothing else.
+        """
+        turn = np.zeros_like(self.sink())
+        turn[0] = 1
+        time = time_phase(np.array([position - REFERENCE_POSITION]), self._head_dim)
+        turn[:, : self._tokens, : time.shape[-1]] = time
+        return turn

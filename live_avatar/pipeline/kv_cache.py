@@ -20,7 +20,7 @@ class KVRing:
         stream, dit = preset.stream, preset.dit
         self._entries = stream.past_blocks
         self._tokens = stream.block_tokens
-        self._names = dict(zip(kv_names("block", dit.num_layers), kv_names("history", dit.num_layers), strict=True))
+        self._names = dict(zip(kv_names("new", dit.num_layers), kv_names("history", dit.num_layers), strict=True))
         shape = (1, dit.num_heads, self._entries * self._tokens, dit.head_dim)
         self._rings = {history: zeros(shape, preset.precision) for history in self._names.values()}
         self._written = 0
@@ -31,8 +31,8 @@ class KVRing:
         return {name: ring[:, :, :filled] for name, ring in self._rings.items()}
 
     def append(self, outputs: Arrays) -> None:
-        """Writes a block's `block_k.0` ... over the oldest ring entry."""
+        """Writes a block's `new_k.0` ... over the oldest ring entry."""
         start = (self._written % self._entries) * self._tokens
-        for block, history in self._names.items():
-            self._rings[history][:, :, start : start + self._tokens] = outputs[block]
+        for new, history in self._names.items():
+            self._rings[history][:, :, start : start + self._tokens] = outputs[new]
         self._written += 1

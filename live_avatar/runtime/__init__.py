@@ -36,6 +36,13 @@ class Runtime(Protocol):
         """Memory that resident arrays could take now."""
         ...
 
+    def modulation(self, step: int) -> dict[str, Array]:
+        """`modulation` [layers, 6, C] and `head_modulation` [2, C] of a denoising step counted from 1, resident.
+
+        Those of 0 are for the sink, which is prefilled at timestep 0.
+        """
+        ...
+
     def graph(self, component: str) -> Graph:
         """The component's graph, ready to run. Loading may take long; keep what you get."""
         ...

@@ -57,15 +57,21 @@ class OnnxRuntime:
         self._artifacts = artifacts
         self._warm = warm
 
+    def modulation(self, step: int) -> dict[str, Array]:
+        return self._artifacts.modulation(step)
+
     def graph(self, component: str) -> OnnxGraph:
         """Loads the component's graph. Raises `ArtifactError` for one whose files are not those of the manifest."""
         with self._artifacts.reading(component) as path:
             graph = OnnxGraph(str(path))
         if self._warm:
-            graph.run(_usual_inputs(self._artifacts.contracts[component]))
+            contract = self._artifacts.contracts[component]
+            for profile in contract.profiles or (None,):
+                graph.run(_usual_inputs(contract, profile))
         return graph
 
 
-def _usual_inputs(contract: Contract) -> dict[str, Array]:
+def _usual_inputs(contract: Contract, profile: str | None) -> dict[str, Array]:
     """Ones of the usual shapes: masks that hide nothing, token ids that exist."""
-    return {spec.name: np.ones(contract.shape(spec, Extent.OPT), numpy_dtype(spec.dtype)) for spec in contract.inputs}
+    shapes = {spec: contract.shape(spec, Extent.OPT, profile) for spec in contract.inputs}
+    return {spec.name: np.ones(shape, numpy_dtype(spec.dtype)) for spec, shape in shapes.items()}

@@ -12,6 +12,7 @@ from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import Contract, contracts
 from live_avatar.graphs.memory import host_available_bytes
 from live_avatar.inputs.text import make_tokenizer
+from live_avatar.model.schedule import make_schedule
 from live_avatar.runtime.host import host_zeros
 from live_avatar.weights.checkpoint import load_networks
 from live_avatar.weights.tensors import Checkpoint
@@ -55,7 +56,14 @@ class TorchRuntime:
         self.preset = checkpoint.preset
         self.tokenizer = make_tokenizer(self.preset, checkpoint.tokenizer)
         self._contracts = contracts(self.preset)
-        self._components = build_components(self.preset, load_networks(checkpoint))
+        self._networks = load_networks(checkpoint)
+        self._components = build_components(self.preset, self._networks)
+
+    def modulation(self, step: int) -> dict[str, Array]:
+        timestep = (0.0, *make_schedule(self.preset.stream).timesteps)[step]
+        with torch.inference_mode():
+            made = self._networks.dit.modulation(timestep)
+        return {"modulation": made.layers.numpy(), "head_modulation": made.head.numpy()}
 
     def graph(self, component: str) -> TorchGraph:
         return TorchGraph(self._components[component], self._contracts[component])
