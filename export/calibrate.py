@@ -1,7 +1,7 @@
 """The largest inputs of the linears that FP8 quantizes, seen on a stream: `python -m export.calibrate`.
 
 Runs the torch networks as `live-avatar generate` does, on speech and a picture that should be like those to be served,
-and notes what goes into each linear in each component.
+and notes what goes into each linear in each component, at all steps and in the sink.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from live_avatar.arrays import Array, Arrays
 from live_avatar.assets import DEMO_PROMPT, PORTRAIT, SPEECH
 from live_avatar.config import PRECISIONS, PRESETS, preset
 from live_avatar.errors import ExportError, LiveAvatarError
-from live_avatar.exporter.quantization import PART, Calibration
+from live_avatar.exporter.quantization import PART, QUANTIZED, Calibration
 from live_avatar.graphs.contract import Contract
 from live_avatar.model.linears import is_fp8
 from live_avatar.pipeline.generator import Generator, cut_blocks
@@ -39,7 +39,7 @@ class ObservedRuntime(TorchRuntime):
         self.amax: defaultdict[str, dict[str, float]] = defaultdict(dict)
 
     def graph(self, component: str) -> TorchGraph:
-        if not component.startswith("dit_"):
+        if component not in QUANTIZED:
             return super().graph(component)
         module, contract = self._components[component], self._contracts[component]
         return _ObservedGraph(module, contract, self.amax[component])

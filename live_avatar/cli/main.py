@@ -181,13 +181,14 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
         artifacts = export_with_progress(chosen_checkpoint(**model), output, calibration)
     else:
         from live_avatar.exporter.engines import EngineOptions, build_engines, require_tensorrt
-        from live_avatar.graphs.memory import fitting_on_host
+        from live_avatar.graphs.memory import require_room
 
         checkpoint = chosen_checkpoint(**{**model, "precision": model["precision"] or "bfloat16"})
-        on_host = fitting_on_host(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=calibration is not None)
+        if gpu_memory_gib is not None:
+            require_room(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=calibration is not None)
         require_tensorrt()
         artifacts = export_with_progress(checkpoint, output, calibration)
-        build_engines(output, EngineOptions(weights_on_host=on_host), say)
+        build_engines(output, EngineOptions(), say)
     say(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from live_avatar.config import Preset
 from live_avatar.errors import ExportError
-from live_avatar.exporter.quantization import Calibration, quantize_checkpoint, quantize_graph
+from live_avatar.exporter.quantization import QUANTIZED, Calibration, quantize_checkpoint, quantize_graph
 from live_avatar.exporter.replacement import replacing
 from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
 from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
@@ -33,7 +33,7 @@ from live_avatar.graphs.artifacts import (
     weight_file,
 )
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import DIT, TEXT, contracts
+from live_avatar.graphs.contract import contracts
 from live_avatar.graphs.digests import file_digests, file_sha256
 from live_avatar.json_files import read_json
 from live_avatar.model.networks import Networks
@@ -43,8 +43,6 @@ from live_avatar.weights.checkpoint import modulation_networks
 from live_avatar.weights.lora import MergedWeights
 from live_avatar.weights.tensors import Checkpoint, Weights
 
-QUANTIZED = (DIT, TEXT)
-"""Components whose large linears are in FP8 where a calibration is given."""
 LEAST_BYTES = 1024  # constants smaller than this stay in the graph
 Progress = Callable[[str], None]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from live_avatar.errors import ExportError
 from live_avatar.exporter.tracing import TracedGraph
+from live_avatar.graphs.contract import DIT, TEXT
 from live_avatar.json_files import read_json
 from live_avatar.model.linears import is_fp8_weight
 from live_avatar.weights.fp8 import quant_scale, saturate
@@ -33,6 +34,8 @@ from live_avatar.weights.tensors import Checkpoint, Shapes, Weights
 
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE = ".weight", ".weight_scale", ".input_scale"
 PART = "dit."
+QUANTIZED = (DIT, TEXT)
+"""Components that have quantized linears."""
 HEADROOM = 2.0
 """How far beyond the largest calibrated input an input may go before it saturates. It costs next to nothing: numbers of
 floating point are as precise under a larger scale, but for those below 2^-6 scales, where e4m3fn has no more exponents.
@@ -135,14 +138,13 @@ def quantize_checkpoint(checkpoint: Checkpoint, calibration: Calibration) -> Che
 def quantize_graph(graph: TracedGraph, component: str, calibration: Calibration) -> TracedGraph:
     """The graph of a component with its quantized linears; the scales of their inputs are among its constants.
 
-    The model is changed in place, once: components that share it share its form and have their own scales. Raises
-    `ExportError` for a linear that was not calibrated, or is not a Transpose and a MatMul.
+    The model is changed in place. Raises `ExportError` for a linear that was not calibrated, or is not a Transpose and a
+    MatMul.
     """
     initializers = graph.model.graph.initializers
     inputs: dict[ir.Value, ir.Value] = {}
     for name, value in graph.weights:
-        chosen = name.startswith(PART) and is_fp8_weight(name.removeprefix(PART))
-        if chosen and value.dtype != ir.DataType.FLOAT8E4M3FN:  # or another component's call has changed it
+        if name.startswith(PART) and is_fp8_weight(name.removeprefix(PART)):
             _quantize_linear(graph.model.graph, name.removesuffix(WEIGHT), value, inputs)
     graph.model.graph.sort()  # a shared input may be quantized before a linear that comes late
     scales = {name: value for name, value in initializers.items() if name.endswith((WEIGHT_SCALE, INPUT_SCALE))}

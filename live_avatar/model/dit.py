@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
 
         Returns x (float32), and its rotated keys and values in the type of caches.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(0)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
         attention = self.self_attn
         normed = _modulated(x, shift1, scale1, self.eps)
         value = attention.value(normed)
@@ -101,7 +101,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x [1, L, C], modulation [2, C] -> [1, L, 4 * 16]."""
-        return self.head(_modulated(x, modulation[0], modulation[1], self.eps))
+        return self.head(_modulated(x, *modulation.chunk(2), self.eps))
 
 
 class CausalDiT(nn.Module):

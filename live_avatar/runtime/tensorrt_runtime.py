@@ -3,21 +3,23 @@
 What crosses between host and GPU. Resident tensors (caches, states) come in and go out as torch tensors of the GPU.
 All others are numpy arrays: they are copied into buffers that stay where they are, and results are copied out.
 
-Two paths. A graph with a symbolic dimension (a step with its history) has a steady state, in which every symbolic
-dimension is at its greatest: there its call is captured into a CUDA graph, once for each set of resident tensors,
-that is for each session, and replayed as long as the same tensors come. Everything else (the first blocks of a
-session, whose histories are copied to be contiguous; graphs of fixed shapes, which run at the start of a session or
-are few large kernels) is enqueued as it is. A captured call has an execution context of its own, and all contexts of
-a graph share one block of activation memory, as TensorRT's documentation recommends.
+Profiles. A graph with symbolic dimensions has one optimization profile or several; a run takes the one that its inputs
+fit, and an execution context serves one profile.
 
-Outputs. A graph with a symbolic dimension writes its resident outputs into buffers of its own, which the next run
-overwrites: a ring copies them at once. The resident outputs of other graphs are new tensors that belong to the
-caller, because a state comes back as the next input while its successor is written, and a sink stays for long.
+Two paths. A profile in which a dimension grows (a block with its history) has a steady state, in which that dimension is
+at its greatest: there its call is captured into a CUDA graph, once for each set of resident tensors, that is for each
+session and step, and replayed as long as the same tensors come. Everything else (the first blocks of a session, whose
+histories are copied to be contiguous; a sink; graphs of fixed shapes, which run at the start of a session or are few
+large kernels) is enqueued as it is. A captured call has an execution context of its own, and all contexts of a graph
+share one block of activation memory, as TensorRT's documentation recommends.
 
-Weights. TensorRT gives every engine its own copy of its weights, and neither refitting nor a second optimization
-profile shares them between two networks, so a process that runs a step and the prefill holds the transformer twice
-(`memory.py` says what that is). An engine built with its weights on the host keeps none of them on the GPU and
-streams them in every run: that is for the prefill, which runs when a session begins and when its sink is replaced.
+Buffers. Inputs of the host and transient ones are copied into buffers that stay where they are. A graph with symbolic
+dimensions writes its resident outputs into buffers of its own, too, which the next run overwrites: a ring and a sink
+copy them at once. The resident outputs of other graphs are new tensors that belong to the caller, because a state comes
+back as the next input while its successor is written.
+
+Weights. TensorRT gives every engine its own copy of its weights. An engine built with its weights on the host keeps
+none of them on the GPU and streams them in every run: that is for graphs that seldom run, such as the text encoder.
 
 One runtime serves one thread. It has one stream, on which everything that it enqueues is in order; a run starts after
 what its caller has enqueued, and has ended when it returns.
@@ -47,7 +49,7 @@ from live_avatar.runtime.tokenizer import verified_tokenizer
 
 LEAST_VERSION = (10, 15)  # the first that reads every operator of opset 23 that the graphs use
 ALIGNMENT = 256  # bytes, of every address that is bound (TensorRT documentation of setTensorAddress)
-KEPT_CAPTURES = 8  # of one graph: the sessions that take turns at a step
+KEPT_CAPTURES = 32  # of one graph: the sessions that take turns, times the steps
 REASONS = 3  # last errors of TensorRT's log that a message quotes
 
 Inputs = Mapping[str, Any]
@@ -195,12 +197,12 @@ class TensorRTGraph:
         self._device = backend.device
         self._engine = engine
         self._contract = contract
-        kept = [spec for spec in contract.inputs if not spec.resident]
-        kept += [spec for spec in contract.outputs if not spec.resident or contract.ranges]
-        self._buffers = {spec.name: self._empty(contract.shape(spec, Extent.MAX), spec.dtype) for spec in kept}
+        kept = [spec for spec in contract.inputs if not spec.resident or spec.transient]
+        kept += [spec for spec in contract.outputs if not spec.resident or contract.profiles]
+        self._buffers = {spec.name: self._empty((contract.largest(spec),), spec.dtype) for spec in kept}
         self._nothing = self._empty((ALIGNMENT,), "uint8")
         self._activations = self._empty((max(engine.device_memory_size_v2, ALIGNMENT),), "uint8")
-        self._context = self._new_context()
+        self._contexts = {profile: self._new_context(profile) for profile in contract.profiles or (None,)}
         self._captured: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
 
     def run(self, inputs: Inputs) -> dict[str, Any]:
@@ -208,17 +210,17 @@ class TensorRTGraph:
 
         Raises `ArtifactError` for inputs that are not as the contract says.
         """
-        steady = self._check(inputs)
+        profile, steady = self._check(inputs)
         with self._device.working():
             bound = {spec.name: self._input(spec, inputs[spec.name]) for spec in self._contract.inputs}
-            outputs = self._replay(bound) if steady else self._launch(self._context, bound)
+            outputs = self._replay(bound, profile) if steady else self._launch(self._contexts[profile], bound)
             return {
                 spec.name: outputs[spec.name] if spec.resident else outputs[spec.name].to("cpu", copy=True).numpy()
                 for spec in self._contract.outputs
             }
 
-    def _check(self, inputs: Inputs) -> bool:
-        """Compares inputs with the contract; tells whether this is the steady state of a graph that has one."""
+    def _check(self, inputs: Inputs) -> tuple[str | None, bool]:
+        """Compares inputs with the contract; gives their profile, and whether they are in its steady state."""
         extents: dict[str, int] = {}
         for spec in self._contract.inputs:
             shape = tuple(inputs[spec.name].shape)
@@ -232,22 +234,35 @@ class TensorRTGraph:
                     f"{self._contract.name}: {spec.name} is {dtype} {list(shape)}, expected {spec.dtype} "
                     f"{list(spec.shape)}; use artifacts and a program of one version."
                 )
-        return bool(extents) and all(n == self._contract.ranges[name][Extent.MAX] for name, n in extents.items())
+        return self._profile(extents) if extents else (None, False)
 
-    def _replay(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _profile(self, extents: Mapping[str, int]) -> tuple[str, bool]:
+        """The profile whose ranges hold the extents, and whether its growing dimensions are at their greatest."""
+        for profile, ranges in self._contract.profiles.items():
+            if all(ranges[name][Extent.MIN] <= size <= ranges[name][Extent.MAX] for name, size in extents.items()):
+                growing = [name for name in extents if ranges[name][Extent.MIN] < ranges[name][Extent.MAX]]
+                full = all(extents[name] == ranges[name][Extent.MAX] for name in growing)
+                return profile, bool(growing) and full
+        found = ", ".join(f"{name} {size}" for name, size in extents.items())
+        raise ArtifactError(
+            f"{self._contract.name} has no profile for {found}; it has {', '.join(self._contract.profiles)}: use "
+            "artifacts and a program of one version."
+        )
+
+    def _replay(self, inputs: Mapping[str, Tensor], profile: str | None) -> Mapping[str, Tensor]:
         key = tuple(inputs[spec.name].data_ptr() for spec in self._contract.inputs if spec.resident)
         if key in self._captured:
             self._captured.move_to_end(key)
             self._captured[key].replay()
         else:
-            self._captured[key] = self._capture(inputs)
+            self._captured[key] = self._capture(inputs, profile)
             if len(self._captured) > KEPT_CAPTURES:
                 self._captured.popitem(last=False)
         return self._captured[key].outputs
 
-    def _capture(self, inputs: Mapping[str, Tensor]) -> _Captured:
+    def _capture(self, inputs: Mapping[str, Tensor], profile: str | None) -> _Captured:
         """Runs once as it is, which also makes TensorRT settle what depends on shapes, and then captures."""
-        context = self._new_context()
+        context = self._new_context(profile)
         outputs = self._launch(context, inputs)
         return _Captured(context, outputs, self._device.capture(lambda: self._enqueue(context)))
 
@@ -276,24 +291,29 @@ class TensorRTGraph:
             )
 
     def _input(self, spec: GraphTensor, array: Any) -> Tensor:
-        if spec.resident:
+        if spec.resident and not spec.transient:
             return array.contiguous()
-        return self._view(spec, array.shape).copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
+        if not spec.resident:
+            array = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        return self._view(spec, array.shape).copy_(array)
 
     def _output(self, spec: GraphTensor, shape: tuple[int, ...]) -> Tensor:
         return self._view(spec, shape) if spec.name in self._buffers else self._empty(shape, spec.dtype)
 
     def _view(self, spec: GraphTensor, shape: tuple[int, ...]) -> Tensor:
         """The spec's buffer, as much of it as the shape takes."""
-        return self._buffers[spec.name].flatten()[: math.prod(shape)].view(shape)
+        return self._buffers[spec.name][: math.prod(shape)].view(shape)
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device.torch_device)
 
-    def _new_context(self) -> Any:
+    def _new_context(self, profile: str | None) -> Any:
         strategy = self._backend.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(strategy)
         context.set_device_memory(self._activations.data_ptr(), self._activations.numel())
+        if profile is not None:
+            number = list(self._contract.profiles).index(profile)
+            self._demand(context.set_optimization_profile_async(number, self._device.stream))
         return context
 
 
@@ -317,6 +337,10 @@ class TensorRTRuntime:
 
     def free_bytes(self) -> int:
         return self._backend.device.free_bytes()
+
+    def modulation(self, step: int) -> dict[str, Tensor]:
+        made = self._artifacts.modulation(step)
+        return {name: torch.from_numpy(array).to(self._backend.device.torch_device) for name, array in made.items()}
 
     def graph(self, component: str) -> TensorRTGraph:
         """Loads the component's engine. Raises `ArtifactError` for one of another TensorRT, GPU or graph."""

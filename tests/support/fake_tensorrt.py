@@ -183,8 +183,9 @@ class Builder:
             for value in network._model.graph.input
             if any(dim.dim_param for dim in value.type.tensor_type.shape.dim)
         ]
-        shapes = config._profiles[0]._shapes if config._profiles else {}
-        if missing := sorted(set(dynamic) - shapes.keys()):
+        profiles = [profile._shapes for profile in config._profiles]
+        given: set[str] = set.intersection(*map(set, profiles)) if profiles else set()
+        if missing := sorted(set(dynamic) - given):
             self._logger._error("4: Network has dynamic inputs")
             self._logger._error(f"4: no optimization profile has been defined for {missing[0]}")
             return None
@@ -193,7 +194,7 @@ class Builder:
         plan = {
             "version": self.version,
             "path": network._path,
-            "shapes": shapes,
+            "profiles": profiles,
             "strongly_typed": network._strongly_typed,
             "flags": sorted(flag.name for flag in config._flags),
             "workspace": config._pools[MemoryPoolType.WORKSPACE],
@@ -288,14 +289,19 @@ class IExecutionContext:
     def __init__(self, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy) -> None:
         self._engine = engine
         self._memory_given = strategy != ExecutionContextAllocationStrategy.USER_MANAGED
+        self._profile = 0
         self._shapes = {name: engine._shape(name) for name in engine._inputs}
         self._addresses: dict[str, int] = {}
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._memory_given = memory % HOST_ALIGNMENT == 0 and size >= self._engine.device_memory_size_v2
 
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self._profile = profile_index
+        return stream_handle == STREAM and profile_index < len(self._engine._plan["profiles"])
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        least, _, most = self._engine._plan["shapes"][name]
+        least, _, most = self._engine._plan["profiles"][self._profile][name]
         if not all(low <= extent <= high for low, extent, high in zip(least, shape, most, strict=True)):
             return self._engine._logger._error(f"3: {name} of shape {shape} does not satisfy any profile")
         self._shapes[name] = shape
