@@ -161,7 +161,6 @@ def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
     "--gpu-memory-gib",
     type=float,
     help="With tensorrt: memory of one GPU. A model that cannot fit is refused before the export; the prefill's "
-    "weights stay on the host if it fits only that way.",
 )
 @click.option(
     "--fp8",
