@@ -5,7 +5,7 @@ Uses the same stages as the serving models, so on one runtime the two agree to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +16,10 @@ from live_avatar.errors import InputError
 from live_avatar.pipeline.avatar import AvatarEncoder, avatar_key
 from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
-from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.denoiser import Denoiser, Distance, all_steps
 from live_avatar.pipeline.lru import LRU
 from live_avatar.pipeline.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 from live_avatar.runtime import Runtime
-
-Distance = Callable[[int, int], int]
-"""Rolling distance of the sink for (block counted from 0, step counted from 1)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Generator:
         self.preset: Preset = runtime.preset
         self._encoder = AvatarEncoder(runtime)
         self._conditioner = Conditioner(runtime)
-        self._steps = [DenoisingStep(runtime, step) for step in range(1, self.preset.stream.steps + 1)]
+        self._denoiser = Denoiser(runtime, all_steps(self.preset.stream.steps))
         self._decoder = FrameDecoder(runtime)
         self._avatars: LRU[SinkSource] = LRU(KNOWN_AVATARS)
 
@@ -66,19 +63,15 @@ class Generator:
         stream = self.preset.stream
         source = self._avatars.get(avatar_key(image, prompt), lambda: self._encoder.encode_image(image, prompt))
         conditioning = self._conditioner.open(seed)
-        states = [step.open(step.prefill(source)) for step in self._steps]
+        denoising = self._denoiser.open(self._denoiser.prefill(source))
         decoding = DecoderState(self._decoder.warm_up(source.motion))
         first_clean = None
         for samples in blocks:
             given = self._conditioner.block(conditioning, samples)
             if takes_sink(given.index, stream):
                 assert first_clean is not None
-                for step, state in zip(self._steps, states, strict=True):
-                    state.sink = step.prefill(source.replaced(first_clean))
-            latent = given.noise
-            for step, state in zip(self._steps, states, strict=True):
-                chosen = distance(given.index, step.step) if distance else None
-                latent = step.run(state, latent, given.audio, chosen)
+                denoising.sink = self._denoiser.prefill(source.replaced(first_clean))
+            latent = self._denoiser.run(denoising, given.noise, given.audio, distance)
             if gives_sink(given.index, stream):
                 first_clean = first_latent_frame(latent)
             yield GeneratedBlock(given.index, given.first_frame, latent, self._decoder.decode(decoding, latent))
