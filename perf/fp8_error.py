@@ -36,7 +36,7 @@ from live_avatar.graphs.contract import step_name
 from live_avatar.model.linears import is_fp8_in_release
 from live_avatar.pipeline.avatar import AvatarEncoder
 from live_avatar.pipeline.conditioning import Conditioner
-from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.denoiser import Denoiser, all_steps, one_step
 from live_avatar.pipeline.generator import cut_blocks
 from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime import Graph, Runtime
@@ -116,24 +116,24 @@ def record(runtime: Runtime, speech: Array, blocks: int) -> Stream:
     conditioner = Conditioner(heard)
     source = AvatarEncoder(heard).encode_image(PORTRAIT.read_bytes(), DEMO_PROMPT)
     conditioning = conditioner.open(SEED)
-    steps = [DenoisingStep(heard, step) for step in range(1, preset.stream.steps + 1)]
-    states = [step.open(step.prefill(source)) for step in steps]
+    steps = {step: Denoiser(heard, one_step(step)) for step in all_steps(preset.stream.steps)}
+    states = {step: stage.open(stage.prefill(source)) for step, stage in steps.items()}
     audio, latents = [], defaultdict(list)
     for samples in [*cut_blocks(speech, preset.stream)][:blocks]:
         given = conditioner.block(conditioning, samples)
         audio.append(given.audio)
         latent = given.noise
-        for step, state in zip(steps, states, strict=True):
-            latents[step.step].append(latent)
-            latent = step.run(state, latent, given.audio)
-    return Stream(source, audio, latents, {step.step: heard.velocities[step_name(step.step)] for step in steps})
+        for step, stage in steps.items():
+            latents[step].append(latent)
+            latent = stage.run(states[step], latent, given.audio)
+    return Stream(source, audio, latents, {step: heard.velocities[step_name(step)] for step in steps})
 
 
 def replay(runtime: Runtime, stream: Stream) -> Iterator[tuple[int, list[Array]]]:
     """Velocities of every block at every step, for the latents of `stream`."""
     for step, latents in stream.latents.items():
         heard = _Heard(runtime)
-        stage = DenoisingStep(heard, step)
+        stage = Denoiser(heard, one_step(step))
         state = stage.open(stage.prefill(stream.source))
         for latent, audio in zip(latents, stream.audio, strict=True):
             stage.run(state, latent, audio)

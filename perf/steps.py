@@ -27,7 +27,7 @@ from live_avatar.config import SPATIAL_STRIDE, TINY, DiTConfig, Preset, StreamCo
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
 from live_avatar.model.schedule import make_schedule, without_idle_step
-from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.denoiser import Denoiser, all_steps
 from live_avatar.pipeline.sink import SinkSource, first_latent_frame, takes_sink
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import open_checkpoint
@@ -101,21 +101,16 @@ def rollout(checkpoint: Checkpoint, inputs: Mapping[str, Array]) -> list[Array]:
     context = inputs["in/context"]
     text = np.pad(context, ((0, dit.text_len - len(context)), (0, 0)))
     source = SinkSource(inputs["in/ref_latents"], inputs["in/motion_latents"], text)
-    steps = [DenoisingStep(runtime, number) for number in range(1, stream.steps + 1)]
-    states = [step.open(step.prefill(source)) for step in steps]
+    denoiser = Denoiser(runtime, all_steps(stream.steps))
+    state = denoiser.open(denoiser.prefill(source))
     tokens = runtime.graph("audio_tokens")
     clean: list[Array] = []
     for block in range(sum(name.startswith("in/noise/") for name in inputs)):
         if takes_sink(block, stream):
-            sink = steps[0].prefill(source.replaced(first_latent_frame(clean[0])))
-            for state in states:
-                state.sink = sink
+            state.sink = denoiser.prefill(source.replaced(first_latent_frame(clean[0])))
         columns = slice(block * stream.block_frames, (block + 1) * stream.block_frames)
         audio = tokens.run({"states": inputs["in/audio"][0, :, :, columns]})
-        latent = inputs[f"in/noise/block{block}"][None]
-        for step, state in zip(steps, states, strict=True):
-            latent = step.run(state, latent, audio)
-        clean.append(latent)
+        clean.append(denoiser.run(state, inputs[f"in/noise/block{block}"][None], audio))
     return clean
 
 

@@ -160,7 +160,7 @@ def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
 @click.option(
     "--gpu-memory-gib",
     type=float,
-    help="With tensorrt: memory of one GPU. A model that cannot fit is refused before the export; the prefill's "
+    help="With tensorrt: memory of one GPU. A model that does not fit is refused before the export.",
 )
 @click.option(
     "--fp8",

@@ -129,3 +129,13 @@ def unpatchified(patches: Array, shape: tuple[int, ...]) -> Array:
     _, channels, frames, height, width = shape
     grid = patches.reshape(1, frames, height // PATCH, width // PATCH, PATCH, PATCH, channels)
     return grid.transpose(0, 6, 1, 2, 4, 3, 5).reshape(shape)
+
+
+def all_steps(steps: int) -> range:
+    """The steps of a schedule of so many."""
+    return range(1, steps + 1)
+
+
+def one_step(step: int) -> range:
+    """One step alone."""
+    return range(step, step + 1)

@@ -16,10 +16,11 @@ from live_avatar.errors import InputError
 from live_avatar.pipeline.avatar import AvatarEncoder, avatar_key
 from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
-from live_avatar.pipeline.denoiser import Denoiser, Distance
+from live_avatar.pipeline.denoiser import Denoiser, Distance, all_steps
 from live_avatar.pipeline.lru import LRU
 from live_avatar.pipeline.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 from live_avatar.runtime import Runtime
+
 
 @dataclass(frozen=True)
 class GeneratedBlock:
@@ -46,7 +47,7 @@ class Generator:
         self.preset: Preset = runtime.preset
         self._encoder = AvatarEncoder(runtime)
         self._conditioner = Conditioner(runtime)
-        self._denoiser = Denoiser(runtime, range(1, self.preset.stream.steps + 1))
+        self._denoiser = Denoiser(runtime, all_steps(self.preset.stream.steps))
         self._decoder = FrameDecoder(runtime)
         self._avatars: LRU[SinkSource] = LRU(KNOWN_AVATARS)
 
@@ -62,15 +63,15 @@ class Generator:
         stream = self.preset.stream
         source = self._avatars.get(avatar_key(image, prompt), lambda: self._encoder.encode_image(image, prompt))
         conditioning = self._conditioner.open(seed)
-        state = self._denoiser.open(self._denoiser.prefill(source))
+        denoising = self._denoiser.open(self._denoiser.prefill(source))
         decoding = DecoderState(self._decoder.warm_up(source.motion))
         first_clean = None
         for samples in blocks:
             given = self._conditioner.block(conditioning, samples)
             if takes_sink(given.index, stream):
                 assert first_clean is not None
-                state.sink = self._denoiser.prefill(source.replaced(first_clean))
-            latent = self._denoiser.run(state, given.noise, given.audio, distance)
+                denoising.sink = self._denoiser.prefill(source.replaced(first_clean))
+            latent = self._denoiser.run(denoising, given.noise, given.audio, distance)
             if gives_sink(given.index, stream):
                 first_clean = first_latent_frame(latent)
             yield GeneratedBlock(given.index, given.first_frame, latent, self._decoder.decode(decoding, latent))

@@ -24,13 +24,14 @@ from live_avatar.arrays import Array
 from live_avatar.errors import ArtifactError, InputError, SessionError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import require_sessions, session_memory
+from live_avatar.pipeline.denoiser import one_step
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import LOG_MARK
 from live_avatar.serving.avatar_encoder import AvatarEncoderStage
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
-from live_avatar.serving.dit_step import DiTStepStage
+from live_avatar.serving.denoising import DenoiserStage
 from live_avatar.serving.failures import describe
 from live_avatar.serving.metrics import BLOCKS, BUSY, STARTS, Kind, Metric
 from live_avatar.serving.resources import SessionRoom
@@ -313,7 +314,7 @@ class ConditioningModel(StageModel):
 class DiTStepModel(StageModel):
     def make_stage(self) -> Stage:
         step = int(self.name.rsplit("_", 1)[1])
-        return DiTStepStage(self.runtime, step, TritonSinkClient(), self.meter, self.room, self.limits)
+        return DenoiserStage(self.runtime, one_step(step), TritonSinkClient(), self.meter, self.room, self.limits)
 
 
 class VAEDecoderModel(StageModel):

@@ -31,7 +31,7 @@ from live_avatar.graphs.memory import (
 )
 from live_avatar.inputs.speech import SpeechWindow
 from live_avatar.pipeline.decoder import FrameDecoder
-from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.denoiser import Denoiser, one_step
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from tests.support.networks import drawn_source
 
@@ -99,7 +99,7 @@ def test_weights_are_those_of_the_graphs(artifacts: Artifacts) -> None:
 
 
 def test_a_session_takes_what_its_caches_have(onnx_runtime: OnnxRuntime) -> None:
-    step = DenoisingStep(onnx_runtime, 1)
+    step = Denoiser(onnx_runtime, one_step(1))
     state = step.open(step.prefill(drawn_source(TINY, 1)))
     memory = step_memory(TINY).per_session
     assert memory["sink and text"] == sum(array.nbytes for array in state.sink.values())

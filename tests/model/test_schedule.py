@@ -14,7 +14,7 @@ from live_avatar.errors import ConfigError
 from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import step_name
 from live_avatar.model.schedule import make_schedule, without_idle_step
-from live_avatar.pipeline.denoiser import DenoisingStep
+from live_avatar.pipeline.denoiser import Denoiser, all_steps
 from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.torch_runtime import TorchRuntime
@@ -106,10 +106,8 @@ def denoised(runtime: Runtime) -> Array:
         "audio_global": zeros(frames, dit.dim),
     }
     latent = np.random.default_rng(3).standard_normal((1, *stream.latent_shape), dtype=np.float32)
-    for number in range(1, stream.steps + 1):
-        step = DenoisingStep(runtime, number)
-        latent = step.run(step.open(step.prefill(source)), latent, audio)
-    return latent
+    denoiser = Denoiser(runtime, all_steps(stream.steps))
+    return denoiser.run(denoiser.open(denoiser.prefill(source)), latent, audio)
 
 
 def test_every_graph_has_the_modulation_of_its_own_noise_level() -> None:

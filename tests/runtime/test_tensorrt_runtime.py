@@ -25,7 +25,7 @@ from live_avatar.graphs.contract import kv_names
 from live_avatar.graphs.digests import file_sha256
 from live_avatar.graphs.engines import RECORDS, engine_path, read_engines, write_engines
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
-from live_avatar.pipeline.denoiser import DenoisingStep, StepState
+from live_avatar.pipeline.denoiser import Denoiser, DenoiserState, one_step
 from live_avatar.pipeline.generator import Generator, cut_blocks
 from live_avatar.pipeline.kv_cache import KVRing
 from live_avatar.runtime import tensorrt_runtime
@@ -63,7 +63,7 @@ def runtime(built: Artifacts, device: HostDevice) -> TensorRTRuntime:
 class Session:
     """One session of a step on two runtimes, with inputs of its own."""
 
-    def __init__(self, ours: DenoisingStep, theirs: DenoisingStep, seed: int) -> None:
+    def __init__(self, ours: Denoiser, theirs: Denoiser, seed: int) -> None:
         self.steps = (ours, theirs)
         given = drawn_source(ours.preset, seed)
         self.states = [step.open(step.prefill(given)) for step in self.steps]
@@ -87,12 +87,12 @@ class Session:
 
 
 @pytest.fixture
-def steps(runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime) -> tuple[DenoisingStep, DenoisingStep]:
-    return DenoisingStep(runtime, 2), DenoisingStep(onnx_runtime, 2)
+def steps(runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime) -> tuple[Denoiser, Denoiser]:
+    return Denoiser(runtime, one_step(2)), Denoiser(onnx_runtime, one_step(2))
 
 
 def test_a_session_gives_the_same_bits_and_is_captured_once(
-    steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice
+    steps: tuple[Denoiser, Denoiser], device: HostDevice
 ) -> None:
     session = Session(*steps, seed=1)
     full = TINY.stream.past_blocks
@@ -102,7 +102,7 @@ def test_a_session_gives_the_same_bits_and_is_captured_once(
     assert device.replays == BLOCKS - full - 1
 
 
-def test_interleaved_sessions_share_an_engine(steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice) -> None:
+def test_interleaved_sessions_share_an_engine(steps: tuple[Denoiser, Denoiser], device: HostDevice) -> None:
     early, late = Session(*steps, seed=1), Session(*steps, seed=2)
     for _ in range(2):
         early.run()
@@ -112,7 +112,7 @@ def test_interleaved_sessions_share_an_engine(steps: tuple[DenoisingStep, Denois
     assert device.captures == 2
 
 
-def test_a_replaced_sink_is_seen(steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice) -> None:
+def test_a_replaced_sink_is_seen(steps: tuple[Denoiser, Denoiser], device: HostDevice) -> None:
     session = Session(*steps, seed=1)
     for _ in range(5):
         session.run()
@@ -126,18 +126,18 @@ def test_a_replaced_sink_is_seen(steps: tuple[DenoisingStep, DenoisingStep], dev
 
 
 def test_a_new_session_at_the_addresses_of_an_ended_one_is_not_mistaken_for_it(
-    steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice
+    steps: tuple[Denoiser, Denoiser], device: HostDevice
 ) -> None:
     ended = Session(*steps, seed=1)
     for _ in range(5):
         ended.run()
     old = ended.states[0]
-    places = [*old.ring.history().values()]
+    places = [*old.rings[0].history().values()]
     follower = Session(*steps, seed=2)
     rings = iter([tensor.zero_() for tensor in places])
     for name, tensor in follower.states[0].sink.items():
         old.sink[name].copy_(tensor)
-    follower.states[0] = StepState(KVRing(TINY, lambda shape, dtype: next(rings)), old.sink)
+    follower.states[0] = DenoiserState([KVRing(TINY, lambda shape, dtype: next(rings))], old.sink)
     captured = device.captures
     for _ in range(BLOCKS):
         follower.run()
@@ -145,7 +145,7 @@ def test_a_new_session_at_the_addresses_of_an_ended_one_is_not_mistaken_for_it(
 
 
 def test_a_bounded_number_of_captures_is_kept(
-    steps: tuple[DenoisingStep, DenoisingStep], device: HostDevice, monkeypatch: pytest.MonkeyPatch
+    steps: tuple[Denoiser, Denoiser], device: HostDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt_runtime, "KEPT_CAPTURES", 2)
     sessions = [Session(*steps, seed=seed) for seed in range(3)]
@@ -161,10 +161,12 @@ def test_a_bounded_number_of_captures_is_kept(
 
 
 def test_caches_stay_on_the_device(runtime: TensorRTRuntime) -> None:
-    step = DenoisingStep(runtime, 1)
+    step = Denoiser(runtime, one_step(1))
     state = step.open(step.prefill(drawn_source(TINY, 1)))
-    assert all(isinstance(tensor, torch.Tensor) for tensor in (*state.sink.values(), *state.ring.history().values()))
-    assert state.ring.history()["history_k.0"].dtype == torch.float32
+    assert all(
+        isinstance(tensor, torch.Tensor) for tensor in (*state.sink.values(), *state.rings[0].history().values())
+    )
+    assert state.rings[0].history()["history_k.0"].dtype == torch.float32
 
 
 def test_two_streams_of_frames_decode_to_the_same_pixels(runtime: TensorRTRuntime, onnx_runtime: OnnxRuntime) -> None:
@@ -211,10 +213,10 @@ def test_a_session_in_float16_gives_the_same_bits(tmp_path: Path, monkeypatch: p
     install(monkeypatch, "10.15.1.29")
     build_engines(made.folder, EngineOptions(), lambda line: None, HostDevice)
     ours, theirs = TensorRTRuntime(made, 0, HostDevice), OnnxRuntime(made)
-    session = Session(DenoisingStep(ours, 2), DenoisingStep(theirs, 2), seed=1)
+    session = Session(Denoiser(ours, one_step(2)), Denoiser(theirs, one_step(2)), seed=1)
     for _ in range(BLOCKS):
         session.run()
-    assert session.states[0].ring.history()["history_k.0"].dtype == torch.float16
+    assert session.states[0].rings[0].history()["history_k.0"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(

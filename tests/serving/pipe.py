@@ -9,11 +9,12 @@ import numpy as np
 
 from live_avatar.arrays import Array
 from live_avatar.pipeline.avatar import AvatarEncoder, avatar_key
+from live_avatar.pipeline.denoiser import one_step
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
 from live_avatar.serving.conditioning import ConditioningStage
 from live_avatar.serving.control import Control
-from live_avatar.serving.dit_step import DiTStepStage
+from live_avatar.serving.denoising import DenoiserStage
 from live_avatar.serving.resources import SessionRoom
 from live_avatar.serving.rolling_sink import RollingSink, SinkReceiver
 from live_avatar.serving.sessions import SessionLimits
@@ -52,7 +53,7 @@ class Pipe:
             runtime, self.meters["conditioning"], SinkReceiver(self.sinks, self.control), limits
         )
         self.steps = [
-            DiTStepStage(runtime, step, self.sinks, self.meters[f"dit_step_{step}"], room, limits)
+            DenoiserStage(runtime, one_step(step), self.sinks, self.meters[f"dit_step_{step}"], room, limits)
             for step in range(1, 5)
         ]
         self.decoder = VAEDecoderStage(runtime, self.meters["vae_decoder"], room, limits)
@@ -94,7 +95,7 @@ class Pipe:
         tensors = self.denoise(tensors, start=start, end=end, session=session)
         return self.decode(tensors, start, end, session)
 
-    def stages(self) -> list[ConditioningStage | DiTStepStage | VAEDecoderStage]:
+    def stages(self) -> list[ConditioningStage | DenoiserStage | VAEDecoderStage]:
         return [self.conditioning, *self.steps, self.decoder]
 
     def live(self) -> list[int]:

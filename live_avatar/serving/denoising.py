@@ -1,7 +1,8 @@
-"""One denoising step as a served stage, with the caches of every session at its noise level.
+"""A range of denoising steps as a served stage, with the caches of every session at its noise levels.
 
-A new sink is prefilled after the answer to an earlier block, if there is one. If every step prefilled it with the block
-at which it takes effect, that block would be late. `live_avatar.pipeline.sink` says at which block the sink changes.
+A new sink is prefilled after the answer to an earlier block, if there is one. If every stage prefilled it with the
+block at which it takes effect, that block would be late. `live_avatar.pipeline.sink` says at which block the sink
+changes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from live_avatar.arrays import Array
 from live_avatar.errors import SessionError
-from live_avatar.pipeline.denoiser import DenoisingStep, StepState
+from live_avatar.pipeline.denoiser import Denoiser, DenoiserState
 from live_avatar.pipeline.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 from live_avatar.runtime import Runtime
 from live_avatar.serving.failures import PipeError, failure_tensor
@@ -25,6 +26,7 @@ from live_avatar.serving.resources import KnownAvatars, SessionRoom
 from live_avatar.serving.rolling_sink import SinkClient
 from live_avatar.serving.sessions import SessionLimits, SessionTable
 from live_avatar.serving.stage import PipeStage, StageRequest, StageResponse, expect_block
+from live_avatar.serving.steps import stage_name
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
@@ -43,26 +45,27 @@ from live_avatar.serving.tensors import (
 class _Session:
     """One session's caches. Until its next sink takes effect: what it is made of, and the sink once it is prefilled."""
 
-    state: StepState
+    state: DenoiserState
     next_source: SinkSource | None = None
     next_sink: dict[str, Array] | None = None
 
 
-class DiTStepStage(PipeStage[_Session]):
-    """Step `step` (from 1) of all live sessions: LATENT at its noise level -> LATENT at the next."""
+class DenoiserStage(PipeStage[_Session]):
+    """Contiguous steps (counted from 1) of all live sessions: LATENT at the first one's noise level -> LATENT at the
+    level after the last one."""
 
     def __init__(
         self,
         runtime: Runtime,
-        step: int,
+        steps: range,
         sinks: SinkClient,
         meter: Meter,
         room: SessionRoom,
         limits: SessionLimits,
     ) -> None:
-        super().__init__(f"dit_step_{step}", meter, SessionTable(limits.idle_s))
+        super().__init__(stage_name(steps), meter, SessionTable(limits.idle_s))
         self._stream = runtime.preset.stream
-        self._denoiser = DenoisingStep(runtime, step)
+        self._denoiser = Denoiser(runtime, steps)
         self._sinks = sinks
         self._room = room
         self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(limits.known_avatars, meter)
@@ -85,7 +88,7 @@ class DiTStepStage(PipeStage[_Session]):
             self._replace_sink(session)
         audio = {"audio_local": request.inputs[AUDIO_LOCAL], "audio_global": request.inputs[AUDIO_GLOBAL]}
         latent = self._denoiser.run(session.state, latent, audio)
-        if self._denoiser.step == self._stream.steps and gives_sink(block, self._stream):
+        if self._denoiser.steps[-1] == self._stream.steps and gives_sink(block, self._stream):
             self._sinks.put(_sink_key(request), first_latent_frame(latent))
         return latent
 
