@@ -77,9 +77,14 @@ def compare(
 
 
 def _inputs(contract: Contract, seed: int) -> list[dict[str, Array]]:
-    """Inputs at every extent of the symbolic dimensions: least, usual, greatest, less those that are equal."""
-    extents = {tuple(sizes[extent] for sizes in contract.ranges.values()): extent for extent in Extent}
-    return [random_inputs(contract, seed + extent, extent) for extent in extents.values()]
+    """Inputs at every extent of every profile: least, usual, greatest, less those that are equal."""
+    extents = {
+        tuple(sizes[extent] for sizes in ranges.values()): (profile, extent)
+        for profile, ranges in contract.profiles.items()
+        for extent in Extent
+    }
+    chosen: list[tuple[str | None, Extent]] = [*extents.values()] or [(None, Extent.OPT)]
+    return [random_inputs(contract, seed + extent, extent, profile) for profile, extent in chosen]
 
 
 def _difference(ours: list[dict[str, Array]], theirs: list[dict[str, Array]]) -> tuple[float, float]:

@@ -32,7 +32,7 @@ from live_avatar.config import S2V_14B, TINY, Preset
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
 from live_avatar.exporter.build import export_artifacts
-from live_avatar.graphs.contract import step_name
+from live_avatar.graphs.contract import DIT
 from live_avatar.model.linears import is_fp8_in_release
 from live_avatar.pipeline.avatar import AvatarEncoder
 from live_avatar.pipeline.conditioning import Conditioner
@@ -72,16 +72,18 @@ class Error:
 
 
 class _Heard:
-    """A runtime that records the velocities of its graphs."""
+    """A runtime that records the patches that its transformer predicts for blocks."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.preset, self.tokenizer, self.zeros = runtime.preset, runtime.tokenizer, runtime.zeros
         self.free_bytes = runtime.free_bytes
+        self.modulation = runtime.modulation
         self._runtime = runtime
-        self.velocities: defaultdict[str, list[Array]] = defaultdict(list)
+        self.velocities: list[Array] = []
 
     def graph(self, component: str) -> Graph:
-        return _HeardGraph(self._runtime.graph(component), self.velocities[component])
+        graph = self._runtime.graph(component)
+        return _HeardGraph(graph, self.velocities) if component == DIT else graph
 
 
 class _HeardGraph:
@@ -90,8 +92,8 @@ class _HeardGraph:
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         outputs = self._graph.run(inputs)
-        if "velocity" in outputs:
-            self._velocities.append(outputs["velocity"])
+        if inputs["sink_k.0"].shape[2]:  # not a sink itself
+            self._velocities.append(outputs["patches"])
         return outputs
 
 
@@ -100,7 +102,7 @@ class ReleasedFP8(TorchRuntime):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        for name, module in self._components["dit_prefill"].named_modules():
+        for name, module in self._networks.dit.named_modules():
             if isinstance(module, nn.Linear) and is_fp8_in_release(name):
                 module.weight.data = fp8.fake_quantize(module.weight.data)
                 module.register_forward_pre_hook(_round_input)
@@ -126,7 +128,8 @@ def record(runtime: Runtime, speech: Array, blocks: int) -> Stream:
         for step, stage in steps.items():
             latents[step].append(latent)
             latent = stage.run(states[step], latent, given.audio)
-    return Stream(source, audio, latents, {step: heard.velocities[step_name(step)] for step in steps})
+    count = len(steps)
+    return Stream(source, audio, latents, {step: heard.velocities[step - 1 :: count] for step in steps})
 
 
 def replay(runtime: Runtime, stream: Stream) -> Iterator[tuple[int, list[Array]]]:
@@ -137,7 +140,7 @@ def replay(runtime: Runtime, stream: Stream) -> Iterator[tuple[int, list[Array]]
         state = stage.open(stage.prefill(stream.source))
         for latent, audio in zip(latents, stream.audio, strict=True):
             stage.run(state, latent, audio)
-        yield step, heard.velocities[step_name(step)]
+        yield step, heard.velocities
 
 
 def errors(variant: str, runtime: Runtime, stream: Stream) -> Iterator[Error]:

@@ -67,11 +67,13 @@ def random_networks(preset: Preset, on: torch.device, seed: int = 0) -> Networks
     return networks
 
 
-def random_tensors(contract: Contract, on: torch.device, extent: Extent, seed: int = 0) -> list[Tensor]:
+def random_tensors(
+    contract: Contract, on: torch.device, extent: Extent, profile: str | None = None, seed: int = 0
+) -> list[Tensor]:
     """Inputs of a component, made on the device; symbolic dimensions have the given extent."""
     generator = torch.Generator(on).manual_seed(seed)
     return [
-        torch.empty(contract.shape(spec, extent), dtype=getattr(torch, spec.dtype), device=on).normal_(
+        torch.empty(contract.shape(spec, extent, profile), dtype=getattr(torch, spec.dtype), device=on).normal_(
             generator=generator
         )
         for spec in contract.inputs

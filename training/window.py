@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from live_avatar.arrays import Array
 from live_avatar.config import FPS, Preset, StreamConfig
-from live_avatar.graphs.components import Phases
 from live_avatar.model import rope
 from live_avatar.model.audio import AudioTokens
 from live_avatar.model.dit import KV, CausalDiT, Conditions
@@ -116,8 +115,7 @@ class Window:
         self.frames = blocks * self.stream.frames_per_block
         self._rolls = rolls
         self._head_dim = preset.dit.head_dim
-        self._block = Phases(self.stream, self._head_dim).to(device)
-        self._whole = Phases(self.stream, self._head_dim, self.frames).to(device)
+        self._phases = rope.TokenPhases(self.stream, self._head_dim)
 
     @property
     def late_index(self) -> int | None:
@@ -173,29 +171,29 @@ class Window:
             self._history(scene, past),
             scene.audio(index * size, (index + 1) * size),
         )
-        return dit(
+        return dit.denoise(
             latent,
             conditions,
             dit.modulation(timestep(level)),
-            self._block.block(self._time(np.arange(first, first + size))),
-            self._sink_phase(first, place.distance),
+            self._on_device(self._phases.block(first, size)),
+            self._sink_turn(first, place.distance),
         )
 
     def whole(self, dit: CausalDiT, scene: Scene, place: Place, latents: Tensor, level: float) -> Tensor:
         """Velocity [1, 16, F, h, w] of all frames of the window together, at one level: the bidirectional teacher."""
         first = place.first_block * self.stream.frames_per_block
         conditions = Conditions(scene.text, scene.sink, self._history(scene, []), scene.audio(0, self.frames))
-        velocity, _ = dit(
+        velocity, _ = dit.denoise(
             latents,
             conditions,
             dit.modulation(timestep(level)),
-            self._whole.block(self._time(np.arange(first, first + self.frames))),
-            self._sink_phase(first, place.distance),
+            self._on_device(self._phases.block(first, self.frames)),
+            self._sink_turn(first, place.distance),
         )
         return velocity
 
     def _prefill(self, dit: CausalDiT, reference: Tensor, motion: Tensor, text: KV) -> KV:
-        phase = self._block.sink(self._time(np.array([rope.REFERENCE_POSITION])))
+        phase = self._on_device(self._phases.sink())
         return dit.prefill(reference, motion, text, dit.modulation(0.0), phase)
 
     def _sink(self, scene: Scene, index: int) -> KV:
@@ -210,9 +208,9 @@ class Window:
         layers = zip(*seen, strict=True)
         return [(torch.cat([k for k, _ in layer], dim=2), torch.cat([v for _, v in layer], dim=2)) for layer in layers]
 
-    def _sink_phase(self, first_frame: int, distance: int) -> Tensor:
+    def _sink_turn(self, first_frame: int, distance: int) -> Tensor:
         position = rope.sink_position(first_frame, distance) if self._rolls else rope.REFERENCE_POSITION
-        return self._block.sink(self._time(np.array([position])))
+        return self._on_device(self._phases.sink_turn(position))
 
-    def _time(self, positions: np.typing.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(rope.time_phase(positions, self._head_dim)).to(self.device)
+    def _on_device(self, phase: Array) -> Tensor:
+        return torch.from_numpy(phase).to(self.device)

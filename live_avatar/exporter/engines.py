@@ -173,7 +173,7 @@ def _compile(
 
 
 def _profile(builder: Any, contract: Contract, name: str) -> Any:
-    """The ranges of one of the contract's profiles. A least extent of 0 is allowed, and means what it says (no history)."""
+    """The ranges of a profile. A least extent of 0 is allowed, and means what it says (no history)."""
     profile = builder.create_optimization_profile()
     for spec in contract.inputs:
         if any(isinstance(extent, str) for extent in spec.shape):

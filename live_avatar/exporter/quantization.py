@@ -138,8 +138,8 @@ def quantize_checkpoint(checkpoint: Checkpoint, calibration: Calibration) -> Che
 def quantize_graph(graph: TracedGraph, component: str, calibration: Calibration) -> TracedGraph:
     """The graph of a component with its quantized linears; the scales of their inputs are among its constants.
 
-    The model is changed in place. Raises `ExportError` for a linear that was not calibrated, or is not a Transpose and a
-    MatMul.
+    The model is changed in place. Raises `ExportError` for a linear that was not calibrated, or is not a Transpose and
+    a MatMul.
     """
     initializers = graph.model.graph.initializers
     inputs: dict[ir.Value, ir.Value] = {}

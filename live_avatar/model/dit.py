@@ -101,7 +101,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x [1, L, C], modulation [2, C] -> [1, L, 4 * 16]."""
-        return self.head(_modulated(x, *modulation.chunk(2), self.eps))
+        shift, scale = modulation.chunk(2)
+        return self.head(_modulated(x, shift, scale, self.eps))
 
 
 class CausalDiT(nn.Module):

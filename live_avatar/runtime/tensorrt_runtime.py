@@ -6,12 +6,12 @@ All others are numpy arrays: they are copied into buffers that stay where they a
 Profiles. A graph with symbolic dimensions has one optimization profile or several; a run takes the one that its inputs
 fit, and an execution context serves one profile.
 
-Two paths. A profile in which a dimension grows (a block with its history) has a steady state, in which that dimension is
-at its greatest: there its call is captured into a CUDA graph, once for each set of resident tensors, that is for each
-session and step, and replayed as long as the same tensors come. Everything else (the first blocks of a session, whose
-histories are copied to be contiguous; a sink; graphs of fixed shapes, which run at the start of a session or are few
-large kernels) is enqueued as it is. A captured call has an execution context of its own, and all contexts of a graph
-share one block of activation memory, as TensorRT's documentation recommends.
+Two paths. A profile in which a dimension grows (a block with its history) has a steady state, in which that dimension
+is at its greatest: there its call is captured into a CUDA graph, once for each set of resident tensors, that is for
+each session and step, and replayed as long as the same tensors come. Everything else (the first blocks of a session,
+whose histories are copied to be contiguous; a sink; graphs of fixed shapes, which run at the start of a session or are
+few large kernels) is enqueued as it is. A captured call has an execution context of its own, and all contexts of a
+graph share one block of activation memory, as TensorRT's documentation recommends.
 
 Buffers. Inputs of the host and transient ones are copied into buffers that stay where they are. A graph with symbolic
 dimensions writes its resident outputs into buffers of its own, too, which the next run overwrites: a ring and a sink
@@ -338,7 +338,7 @@ class TensorRTRuntime:
     def free_bytes(self) -> int:
         return self._backend.device.free_bytes()
 
-    def modulation(self, step: int) -> dict[str, Tensor]:
+    def modulation(self, step: int) -> dict[str, Any]:
         made = self._artifacts.modulation(step)
         return {name: torch.from_numpy(array).to(self._backend.device.torch_device) for name, array in made.items()}
 

@@ -274,9 +274,14 @@ class StageModel:
         return TensorRTRuntime(self.artifacts, self._gpu)
 
     @property
+    def memory_stage(self) -> str | range:
+        """The stage as `graphs.memory` knows it."""
+        return self.name
+
+    @property
     def room(self) -> SessionRoom:
         """The memory that one more session needs in this stage."""
-        memory = session_memory(self.artifacts.preset, self.name, self.artifacts.contracts)
+        memory = session_memory(self.artifacts.preset, self.memory_stage, self.artifacts.contracts)
         return SessionRoom(self.name, self.runtime, sum(memory.per_session.values()))
 
     def _require_sessions(self) -> None:
@@ -287,7 +292,7 @@ class StageModel:
         if self._gpu is not None and "max_sessions" in self._config["parameters"]:
             preset, free = self.artifacts.preset, self.runtime.free_bytes()
             sessions = int(self.parameter("max_sessions"))
-            require_sessions(preset, sessions, self.known_avatars, free, [self.name], self.artifacts.contracts)
+            require_sessions(preset, sessions, self.known_avatars, free, [self.memory_stage], self.artifacts.contracts)
 
     @property
     def known_avatars(self) -> int:

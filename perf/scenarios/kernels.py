@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from live_avatar.config import LATENT_CHANNELS, S2V_14B, Preset
 from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import Extent, contracts, vae_state_shapes
+from live_avatar.graphs.contract import DIT, SINK, Extent, contracts, vae_state_shapes
 from live_avatar.model.networks import Networks
 from perf.kernels import (
     Timed,
@@ -35,15 +35,16 @@ from perf.kernels import (
     timed,
     to_fp8,
 )
-from perf.preset_cost import CONDITIONING, DECODER, preset_costs
+from perf.preset_cost import CONDITIONING, DECODER, PREFILL, STEP, preset_costs, use_name
 from perf.report import BLUE, axes, save
 from perf.roofline import Ceilings, Cost
 from perf.scenario import Context, Figures, Scenario, check
 from perf.scenarios.schedule import StageDurations, asked
 
 RUNS, QUICK_RUNS = 20, 3
-STEP, PREFILL = "dit_step_1", "dit_prefill"
-TRANSFORMER = (STEP, PREFILL)
+BLOCK_USE, SINK_USE = DIT, use_name(DIT, SINK, first=False)
+TRANSFORMER = (BLOCK_USE, SINK_USE)
+REST = tuple(name for name in (*STEP, *PREFILL) if name not in TRANSFORMER)
 PROFILES = {"cuda": ("h800x5", "h800x4"), "cpu": ("cpu",)}
 SIZES = {"cuda": (8192, 2**32), "cpu": (1024, 2**28)}
 """Sides of the square products, and bytes copied, for the device's peak rates."""
@@ -88,9 +89,10 @@ class Bench:
         )
 
     def component(self, name: str, ways: Mapping[str, Way]) -> dict[str, Timed]:
-        """One component in several ways, with full caches."""
-        module = build_components(self.preset, self.networks)[name].to(self.on)
-        inputs = random_tensors(contracts(self.preset)[name], self.on, Extent.MAX)
+        """One use of a component in several ways, with full caches."""
+        component, _, profile = name.partition(", ")
+        module = build_components(self.preset, self.networks)[component].to(self.on)
+        inputs = random_tensors(contracts(self.preset)[component], self.on, Extent.MAX, profile or None)
         return {way: timed(lambda make=make: make(module, inputs), self.on, self.runs) for way, make in ways.items()}  # type: ignore[misc]
 
     def figures(self, name: str, found: Mapping[str, Timed], expected: Timed, fp8: bool = False) -> Figures:
@@ -118,8 +120,8 @@ def measure(context: Context) -> Figures:
         bench.ceilings.name,
         "the fastest way of each component, measured in torch",
         conditioning_s=sum(fastest(components[name]) for name in CONDITIONING),
-        step_s=fastest(components[STEP]),
-        prefill_s=fastest(components[PREFILL]),
+        step_s=sum(fastest(components[name]) for name in STEP),
+        prefill_s=sum(fastest(components[name]) for name in PREFILL),
         decoder_s=fastest(components[DECODER]),
     )
     _picture(context, preset, components)
@@ -144,7 +146,7 @@ def measure(context: Context) -> Figures:
 
 def _components(bench: Bench) -> dict[str, Figures]:
     """Every way of every component. FP8 comes last, because it replaces the transformer's weights."""
-    found = {name: bench.component(name, bench.ways) for name in (*CONDITIONING, *TRANSFORMER)}
+    found = {name: bench.component(name, bench.ways) for name in (*CONDITIONING, *REST, *TRANSFORMER)}
     found[DECODER] = bench.component(DECODER, {**bench.ways, **OF_DECODER})
     figures = {name: bench.figures(name, ways, ways["eager"]) for name, ways in found.items()}
     to_fp8(bench.networks.dit)
@@ -161,7 +163,7 @@ def fastest(ways: Figures) -> float:
 def _attention(bench: Bench) -> Figures:
     """Time of one layer's self-attention over history, block and sink, by kernel."""
     dit, stream = bench.preset.dit, bench.preset.stream
-    agreed = contracts(bench.preset)[STEP]
+    agreed = contracts(bench.preset)[DIT]
     widths = {spec.name: agreed.shape(spec, Extent.MAX)[-2] for spec in agreed.inputs if spec.name.endswith("_k.0")}
     queries = stream.frames_per_block * stream.frame_tokens
     keys = queries + sum(tokens for name, tokens in widths.items() if not name.startswith("text"))

@@ -23,7 +23,7 @@ from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.contract import Extent
 from live_avatar.runtime.onnx_runtime import OnnxGraph, OnnxRuntime
 from live_avatar_client.protocol import FPS
-from perf.preset_cost import artifacts_costs, preset_costs, stage_components
+from perf.preset_cost import PREFILL, artifacts_costs, preset_costs, stage_components
 from perf.report import BLUE, GREEN, axes, save
 from perf.roofline import Ceilings, Cost
 from perf.scenario import Context, Figures, Scenario, check
@@ -89,7 +89,7 @@ def of_gpus(preset: Preset) -> Figures:
         "preset": preset.name,
         "picture": [preset.stream.width, preset.stream.height],
         "components": {name: _counted(cost) for name, cost in costs.items()},
-        "gpus": {gpu.name: _bounds(gpu, stages, costs["dit_prefill"], preset) for gpu in GPUS},
+        "gpus": {gpu.name: _bounds(gpu, stages, stage_cost(costs, PREFILL), preset) for gpu in GPUS},
     }
 
 
@@ -174,7 +174,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def graph_seconds(artifacts: Artifacts, runs: int) -> dict[str, float]:
     """Median seconds of every component that a stage runs for a block, in this process, with full caches."""
     runtime, seconds = OnnxRuntime(artifacts), {}
-    for name in (part for parts in stage_components(artifacts.preset).values() for part in parts):
+    for name in {part for parts in stage_components(artifacts.preset).values() for part in parts}:
         graph, inputs = runtime.graph(name), random_inputs(artifacts.contracts[name], 0, Extent.MAX)
         graph.run(inputs)
         seconds[name] = median(_seconds(lambda: graph.run(inputs)) for _ in range(runs))  # noqa: B023 - run at once
