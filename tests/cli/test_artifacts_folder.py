@@ -117,7 +117,7 @@ def test_folders_that_cannot_be_used(
 
 
 def test_a_damaged_graph(copy: Path, inputs: Path, image: Path, tmp_path: Path) -> None:
-    graph = copy / "dit_step_2.onnx"
+    graph = copy / "dit.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
     words = ("--audio", inputs / "short.wav", "--image", image, "--output", tmp_path / "a.mp4", "--artifacts", copy)
     assert_refused(invoke("generate", *words), f"{graph} has digest ", "; export the artifacts again.")

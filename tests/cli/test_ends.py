@@ -169,10 +169,10 @@ def test_wishes_that_no_server_fulfils(tmp_path: Path, artifacts: Artifacts) -> 
 def test_a_model_that_does_not_load(tmp_path: Path, artifacts: Artifacts) -> None:
     """The sentence says which, and why, and Triton's log is not poured out."""
     copy = shutil.copytree(artifacts.folder, tmp_path / "copy")
-    graph = copy / "dit_step_2.onnx"
+    graph = copy / "dit.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
     result = run("serve", "--artifacts", copy, *ports(copy))
     assert result.returncode == 2
-    assert "failed to load 'dit_step_2'" in result.stderr
+    assert "failed to load 'dit_step_" in result.stderr
     assert "export the artifacts again" in result.stderr
     assert "Traceback" not in result.stderr

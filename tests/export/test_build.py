@@ -112,8 +112,8 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_touched(tm
 @pytest.mark.parametrize(
     ("component", "file"),
     [
-        ("dit_prefill", "dit.weights"),
-        ("dit_step_4", "dit.weights"),
+        ("dit_sink_tokens", "dit.weights"),
+        ("dit", "dit.weights"),
         ("vae_decoder_first", "vae.weights"),
         ("audio_tokens", "audio_tokens.weights"),
     ],

@@ -92,10 +92,10 @@ def test_the_command_finds_graphs_with_other_weights(least_artifacts: Artifacts,
     result = CliRunner().invoke(main, ["--artifacts", str(folder)])
     assert result.exit_code == 1
     marked = {row.split()[0] for row in result.output.splitlines() if row.endswith("TOO LARGE")}
-    assert marked == {"dit_prefill", "dit_step_1"}
+    assert marked == {"dit", "dit_block_tokens", "dit_sink_tokens", "dit_text"}
     assert (
-        "dit_prefill, dit_step_1 differ from torch by more than what their precision allows; export again."
-        in result.output
+        "dit_block_tokens, dit_sink_tokens, dit_text, dit differ from torch by more than what their precision allows; "
+        "export again." in result.output
     )
 
 
@@ -105,7 +105,7 @@ def test_16_bits_have_a_tolerance_of_their_own(tmp_path: Path) -> None:
     low = export_artifacts(checkpoint, tmp_path / "low", lambda component: None)
     found = {difference.component: difference for difference in compare(low, checkpoint, seed=5)}
     assert all(difference.within for difference in found.values()), found
-    tolerances = [found[name].tolerance for name in ("vae_decoder", "dit_step_1", "speech_encoder")]
+    tolerances = [found[name].tolerance for name in ("vae_decoder", "dit", "speech_encoder")]
     assert tolerances == [COARSE_TOLERANCE, FLOAT16_TOLERANCE, RELATIVE_TOLERANCE]
 
 

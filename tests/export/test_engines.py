@@ -49,19 +49,19 @@ def test_every_graph_becomes_an_engine_with_a_record(artifacts_copy: Artifacts) 
     engines = read_engines(artifacts_copy)
     assert engines.keys() == artifacts_copy.contracts.keys()
     known = artifacts_copy.manifest["files"]
-    step = engines["dit_step_1"]
+    step = engines["dit"]
     assert step == Engine(
         machine=Machine(VERSION, "stand-in", "9.0"),
-        files={name: known[name]["digest"] for name in ("dit_step_1.onnx", "dit.weights")},
+        files={name: known[name]["digest"] for name in ("dit.onnx", "dit.weights")},
         weights_on_host=False,
         build_s=step.build_s,
-        bytes=engine_path(artifacts_copy, "dit_step_1").stat().st_size,
-        digest=file_sha256(engine_path(artifacts_copy, "dit_step_1")),
+        bytes=engine_path(artifacts_copy, "dit").stat().st_size,
+        digest=file_sha256(engine_path(artifacts_copy, "dit")),
     )
     assert step.build_s >= 0
-    message = "dit_step_1: has not been built; building for TensorRT 11.4.0.106 on stand-in (compute capability 9.0)"
+    message = "dit: has not been built; building for TensorRT 11.4.0.106 on stand-in (compute capability 9.0)"
     assert message in told
-    assert f"dit_step_1: {step.bytes} bytes in {step.build_s} s" in told
+    assert f"dit: {step.bytes} bytes in {step.build_s} s" in told
 
 
 def test_the_graphs_stay_as_they_were(artifacts_copy: Artifacts) -> None:
@@ -75,7 +75,7 @@ def test_types_are_those_of_the_graph_in_every_version(
 ) -> None:
     install(monkeypatch, version)
     build(artifacts_copy)
-    made = plan(artifacts_copy, "dit_step_1")
+    made = plan(artifacts_copy, "dit")
     assert made["version"] == version
     assert made["strongly_typed"] is True
     assert made["flags"] == []  # TF32, which is on by default, is off
@@ -84,17 +84,21 @@ def test_types_are_those_of_the_graph_in_every_version(
 
 def test_attention_may_be_decomposed_where_nothing_is_fused(artifacts_copy: Artifacts) -> None:
     build(artifacts_copy)
-    assert plan(artifacts_copy, "dit_step_1")["decomposable"] == [1, 1, 1]  # of itself, the text and the audio
+    assert plan(artifacts_copy, "dit")["decomposable"] == [1, 1, 1]  # of itself, the text and the audio
 
 
-def test_the_profile_has_the_ranges_of_the_contract(artifacts_copy: Artifacts) -> None:
+def test_the_profiles_have_the_ranges_of_the_contract(artifacts_copy: Artifacts) -> None:
     build(artifacts_copy)
-    shapes = plan(artifacts_copy, "dit_step_1")["shapes"]
-    least, usual, most = artifacts_copy.contracts["dit_step_1"].ranges["history_tokens"]
-    assert least == 0
-    expected = [[1, 2, tokens, 8] for tokens in (least, usual, most)]
-    assert shapes == {"history_k.0": expected, "history_v.0": expected}
-    assert plan(artifacts_copy, "dit_prefill")["shapes"] == {}
+    contract = artifacts_copy.contracts["dit"]
+    block, sink = plan(artifacts_copy, "dit")["profiles"]
+    assert block["history_v.0"] == [[1, 2, tokens, 8] for tokens in contract.profiles["block"]["history_tokens"]]
+    assert block["history_v.0"][0][2] == 0
+    for name, shapes in block.items():
+        assert name.startswith("history") or shapes[0] == shapes[1] == shapes[2], name
+    assert sink["history_v.0"] == sink["sink_k.0"] == [[1, 2, 0, 8]] * 3
+    tokens = contract.profiles["sink"]["tokens"][0]
+    assert sink["tokens"] == [[1, tokens, artifacts_copy.preset.dit.dim]] * 3
+    assert plan(artifacts_copy, "text_encoder")["profiles"] == []
 
 
 def test_engines_that_are_up_to_date_are_kept(artifacts_copy: Artifacts) -> None:
@@ -126,13 +130,13 @@ def test_another_tensorrt_builds_them_again(artifacts_copy: Artifacts, monkeypat
 
 
 def test_weights_move_to_the_host_on_request(artifacts_copy: Artifacts) -> None:
-    components = ["audio_tokens", "dit_prefill"]
+    components = ["audio_tokens", "text_encoder"]
     build(artifacts_copy, EngineOptions(components=components))
-    told = build(artifacts_copy, EngineOptions(components=components, weights_on_host=["dit_prefill"]))
+    told = build(artifacts_copy, EngineOptions(components=components, weights_on_host=["text_encoder"]))
     assert told[0] == "audio_tokens: up to date"
-    assert told[1].startswith("dit_prefill: has its weights on the GPU; building")
-    assert plan(artifacts_copy, "dit_prefill")["flags"] == ["WEIGHT_STREAMING"]
-    assert read_engines(artifacts_copy)["dit_prefill"].weights_on_host
+    assert told[1].startswith("text_encoder: has its weights on the GPU; building")
+    assert plan(artifacts_copy, "text_encoder")["flags"] == ["WEIGHT_STREAMING"]
+    assert read_engines(artifacts_copy)["text_encoder"].weights_on_host
 
 
 def test_the_timing_cache_is_kept_and_used(artifacts_copy: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,14 +165,14 @@ def test_what_the_parser_cannot_read_is_told_in_its_words(
 def test_a_failed_build_is_told_in_tensorrts_words_and_leaves_what_was_built(artifacts_copy: Artifacts) -> None:
     path = artifacts_copy.folder / MANIFEST
     manifest = json.loads(path.read_text())
-    manifest["contracts"]["dit_step_1"]["ranges"] = {}  # so that no profile is made, which TensorRT demands
+    manifest["contracts"]["dit"]["profiles"] = {}  # so that no profile is made, which TensorRT demands
     path.write_text(json.dumps(manifest))
     message = (
-        r"TensorRT 11.4.0.106 cannot build dit_step_1: 4: Network has dynamic inputs; 4: no optimization profile has "
-        r"been defined for history_k.0; see whether the GPU has room and this version"
+        r"TensorRT 11.4.0.106 cannot build dit: 4: Network has dynamic inputs; 4: no optimization profile has been "
+        r"defined for audio_global; see whether the GPU has room and this version"
     )
     with pytest.raises(ExportError, match=message):
-        build(artifacts_copy, EngineOptions(components=["audio_tokens", "dit_step_1"]))
+        build(artifacts_copy, EngineOptions(components=["audio_tokens", "dit"]))
     assert read_engines(artifacts_copy).keys() == {"audio_tokens"}
     names = {item.name for item in (artifacts_copy.folder / FOLDER).iterdir()}
     assert names == {"audio_tokens.plan", "engines.json", LOCK, TIMING_CACHE}
@@ -178,7 +182,7 @@ def test_a_changed_graph_is_not_built(artifacts_copy: Artifacts) -> None:
     path = artifacts_copy.folder / "dit.weights"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ArtifactError, match=r"dit\.weights has digest .*; export the artifacts again"):
-        build(artifacts_copy, EngineOptions(components=["dit_step_1"]))
+        build(artifacts_copy, EngineOptions(components=["dit"]))
 
 
 def test_a_second_process_waits_and_then_finds_everything_built(artifacts_copy: Artifacts) -> None:
@@ -202,7 +206,9 @@ def test_a_second_process_waits_and_then_finds_everything_built(artifacts_copy: 
 
 
 def test_an_unknown_component_is_refused(artifacts_copy: Artifacts) -> None:
-    with pytest.raises(ExportError, match=r"has no component 'dit_step_9'; it has audio_tokens, dit_prefill, "):
+    with pytest.raises(
+        ExportError, match=r"has no component 'dit_step_9'; it has audio_tokens, dit, dit_block_tokens, "
+    ):
         build(artifacts_copy, EngineOptions(components=["dit_step_9"]))
 
 

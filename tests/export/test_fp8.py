@@ -34,7 +34,7 @@ from live_avatar.exporter.quantization import (
 from live_avatar.exporter.tracing import TracedGraph, Tracer, random_inputs
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.contract import DIT, TEXT, contracts
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.linears import is_fp8, is_fp8_in_release
 from live_avatar.model.networks import meta_networks
@@ -69,12 +69,12 @@ def traced(precision: str, calibration: Calibration, *components: str) -> dict[s
 
 @pytest.fixture(scope="module")
 def float32_graphs(calibration: Calibration) -> dict[str, TracedGraph]:
-    return traced("float32", calibration, "dit_step_1", "dit_step_2")
+    return traced("float32", calibration, DIT)
 
 
 @pytest.fixture(scope="module")
 def bfloat16_graphs(calibration: Calibration) -> dict[str, TracedGraph]:
-    return traced("bfloat16", calibration, "dit_prefill", "dit_step_1")
+    return traced("bfloat16", calibration, DIT, TEXT)
 
 
 def test_the_release_quantizes_the_same_linears_and_adaln() -> None:
@@ -140,7 +140,7 @@ def test_weights_are_read_once_and_all_but_the_quantized_as_they_are() -> None:
 
 
 def test_every_quantized_linear_is_a_product_of_dequantized_numbers(bfloat16_graphs: dict[str, TracedGraph]) -> None:
-    graph = bfloat16_graphs["dit_step_1"]
+    graph = bfloat16_graphs[DIT]
     products = 0
     for name, value in graph.weights:
         linear = name.removesuffix(WEIGHT).removeprefix(PART)
@@ -169,24 +169,18 @@ def test_every_quantized_linear_is_a_product_of_dequantized_numbers(bfloat16_gra
 
 
 def test_linears_of_one_input_share_its_numbers(float32_graphs: dict[str, TracedGraph]) -> None:
-    quantizers = [node for node in float32_graphs["dit_step_1"].model.graph if node.op_type == "QuantizeLinear"]
+    quantizers = [node for node in float32_graphs[DIT].model.graph if node.op_type == "QuantizeLinear"]
     assert sorted(len(list(node.outputs[0].uses())) for node in quantizers) == [1, 1, 1, 1, 1, 1, 1, 2, 3]
 
 
-def test_steps_share_a_model_and_have_their_own_scales(
+def test_an_inputs_scale_is_that_of_the_calibration(
     float32_graphs: dict[str, TracedGraph], calibration: Calibration
 ) -> None:
-    first, second = float32_graphs["dit_step_1"], float32_graphs["dit_step_2"]
-    assert first.model is second.model
-    assert [name for name, _ in first.weights] == [name for name, _ in second.weights]
-    for component, graph in float32_graphs.items():
-        scales = {name: value for name, value in graph.constants.items() if name.endswith(INPUT_SCALE)}
-        assert len(scales) == 9
-        for name, value in scales.items():
-            amax = calibration.amax[component][name.removesuffix(INPUT_SCALE)]
-            assert value == static_scale(torch.tensor(HEADROOM * amax))
-    name = "dit.blocks.0.ffn.2" + INPUT_SCALE
-    assert first.constants[name] != second.constants[name]
+    scales = {name: value for name, value in float32_graphs[DIT].constants.items() if name.endswith(INPUT_SCALE)}
+    assert len(scales) == 9
+    for name, value in scales.items():
+        amax = calibration.amax[DIT][name.removesuffix(INPUT_SCALE)]
+        assert value == static_scale(torch.tensor(HEADROOM * amax))
 
 
 def test_tensorrt_reads_every_operator(bfloat16_graphs: dict[str, TracedGraph]) -> None:
@@ -199,9 +193,9 @@ def test_tensorrt_reads_every_operator(bfloat16_graphs: dict[str, TracedGraph]) 
 
 
 def test_a_linear_without_calibration_is_refused(calibration: Calibration) -> None:
-    bare = replace(calibration, amax={"dit_prefill": calibration.amax["dit_prefill"]})
-    with pytest.raises(ExportError, match=r"dit_step_1: the calibration has no input of dit\.blocks\.0\..*calibrate"):
-        traced("float32", bare, "dit_step_1")
+    bare = replace(calibration, amax={TEXT: calibration.amax[TEXT]})
+    with pytest.raises(ExportError, match=r"dit: the calibration has no input of dit\.blocks\.0\..*calibrate"):
+        traced("float32", bare, DIT)
 
 
 def test_a_calibration_of_another_preset_is_refused(calibration: Calibration) -> None:
@@ -217,7 +211,7 @@ def test_a_linear_of_other_operators_is_refused(calibration: Calibration) -> Non
     node = ir.node("Gemm", [x, w], {"transB": 1})
     model = ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 23}), ir_version=10)
     with pytest.raises(ExportError, match=r"dit\.blocks\.0\.ffn\.0 is made of Gemm, expected Transpose, MatMul; leave"):
-        quantize_graph(TracedGraph(model, [("dit.blocks.0.ffn.0.weight", w)], {}), "dit_step_1", calibration)
+        quantize_graph(TracedGraph(model, [("dit.blocks.0.ffn.0.weight", w)], {}), DIT, calibration)
 
 
 def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Path) -> None:
@@ -231,7 +225,7 @@ def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Pat
     with pytest.raises(ExportError, match=r"calibration\.json is not a calibration \(it is nested too deeply\); make"):
         Calibration.read(path)
     for wrong in ("NaN", "Infinity", "-1"):
-        path.write_text(f'{{"preset": "tiny", "blocks": 2, "amax": {{"dit_step_1": {{"dit.head": {wrong}}}}}}}')
+        path.write_text(f'{{"preset": "tiny", "blocks": 2, "amax": {{"dit": {{"dit.head": {wrong}}}}}}}')
         with pytest.raises(
             ExportError, match=r"calibration \(a largest input is .*, expected a number of at least 0\)"
         ):
@@ -244,16 +238,14 @@ def test_calibration_sees_every_quantized_linear(calibration: Calibration) -> No
     with torch.device("meta"):
         names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if is_fp8(name)}
     text = {f"{PART}blocks.0.cross_attn.{part}" for part in "kv"}
-    audio = {name for name in names if "audio" in name}
     assert calibration.blocks == BLOCKS
     assert {component: set(amax) for component, amax in calibration.amax.items()} == {
-        "dit_step_1": names - text,
-        "dit_step_2": names - text,
-        "dit_prefill": names - audio,
+        DIT: names - text,
+        TEXT: text,
     }
-    for amax in calibration.amax.values():
-        assert min(amax.values()) > 0
-        assert amax["dit.blocks.0.self_attn.q"] == amax["dit.blocks.0.self_attn.k"] == amax["dit.blocks.0.self_attn.v"]
+    assert min(value for amax in calibration.amax.values() for value in amax.values()) > 0
+    amax = calibration.amax[DIT]
+    assert amax["dit.blocks.0.self_attn.q"] == amax["dit.blocks.0.self_attn.k"] == amax["dit.blocks.0.self_attn.v"]
 
 
 def test_an_input_that_is_no_number_ends_a_calibration(picture: bytes) -> None:
@@ -280,12 +272,12 @@ class BrokenWeights(RenamedWeights):
 
 def test_the_largest_input_of_all_runs_is_kept_and_no_hook_is_left() -> None:
     runtime = ObservedRuntime(open_checkpoint(LEAST))
-    graph, contract = runtime.graph("dit_step_1"), contracts(LEAST)["dit_step_1"]
+    graph, contract = runtime.graph(DIT), contracts(LEAST)[DIT]
     small, large = random_inputs(contract, seed=1), random_inputs(contract, seed=2)
     large["audio_local"] = 100 * large["audio_local"]
     for inputs in (small, large, small):
         graph.run(inputs)
-    seen = runtime.amax["dit_step_1"]["dit.audio_injector.injector.0.k"]
+    seen = runtime.amax[DIT]["dit.audio_injector.injector.0.k"]
     assert seen == np.abs(large["audio_local"]).max()
     for component in runtime.amax:
         modules = runtime._components[component].modules()
@@ -322,10 +314,10 @@ def fp8_artifacts(
     return export_artifacts(checkpoint, tmp_path_factory.mktemp("fp8") / "fp8", lambda component: None, calibration)
 
 
-def emulated(checkpoint: Checkpoint, amax: Mapping[str, float]) -> TorchRuntime:
+def emulated(checkpoint: Checkpoint, component: str, amax: Mapping[str, float]) -> TorchRuntime:
     """The recipe in torch, with the input scales of one component."""
     runtime = TorchRuntime(checkpoint)
-    for name, module in runtime._components["dit_prefill"].named_modules():
+    for name, module in runtime._components[component].named_modules():
         if name in amax:
             assert isinstance(module, nn.Linear)
             numbers, counts = quantize_weight(module.weight.data)
@@ -338,13 +330,13 @@ def static(counts: Tensor):
     return lambda _, args: (fp8.dequantize(fp8.saturate(args[0] / counts), counts),)
 
 
-@pytest.mark.parametrize("component", ["dit_prefill", "dit_step_2"])
+@pytest.mark.parametrize("component", [DIT, TEXT])
 def test_onnx_computes_what_the_recipe_says(
     fp8_artifacts: Artifacts, checkpoint: Checkpoint, calibration: Calibration, component: str
 ) -> None:
     inputs = random_inputs(contracts(TWO_STEPS)[component], seed=3)
     got = OnnxRuntime(fp8_artifacts).graph(component).run(inputs)
-    expected = emulated(checkpoint, calibration.amax[component]).graph(component).run(inputs)
+    expected = emulated(checkpoint, component, calibration.amax[component]).graph(component).run(inputs)
     plain = TorchRuntime(checkpoint).graph(component).run(inputs)
     for name, value in expected.items():
         allowed = EXPORT * np.abs(value).max()
@@ -352,12 +344,9 @@ def test_onnx_computes_what_the_recipe_says(
         assert np.abs(plain[name] - value).max() > allowed, name
 
 
-def test_the_weights_of_a_linear_stand_once_in_a_quarter_of_the_bytes(fp8_artifacts: Artifacts) -> None:
-    places = []
-    for component in ("dit_prefill", "dit_step_1", "dit_step_2"):
-        model = onnx.load(fp8_artifacts.graph_path(component), load_external_data=False)
-        (tensor,) = [t for t in model.graph.initializer if t.name == "dit.blocks.0.self_attn.k.weight"]
-        assert tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN
-        places.append({entry.key: entry.value for entry in tensor.external_data})
-    assert places[0] == places[1] == places[2]
-    assert int(places[0]["length"]) == TWO_STEPS.dit.dim**2
+def test_the_weights_of_a_linear_stand_in_a_quarter_of_the_bytes(fp8_artifacts: Artifacts) -> None:
+    model = onnx.load(fp8_artifacts.graph_path(DIT), load_external_data=False)
+    (tensor,) = [t for t in model.graph.initializer if t.name == "dit.blocks.0.self_attn.k.weight"]
+    assert tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    assert int(place["length"]) == TWO_STEPS.dit.dim**2

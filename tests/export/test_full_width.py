@@ -33,6 +33,6 @@ def test_a_layer_of_the_14b_transformer_equals_torch_on_onnx_runtime(tmp_path: P
     assert (dit.dim, dit.num_heads, stream) == (S2V_14B.dit.dim, S2V_14B.dit.num_heads, S2V_14B.stream)
     assert (stream.block_tokens, stream.sink_tokens) == (3168, 2640)  # spec sections 1 and 11
     assert (artifacts / "dit.weights").stat().st_size > 2**31  # beyond what a graph itself can hold
-    components = ("--component", "dit_prefill", "--component", "dit_step_1")
+    components = ("--component", "dit", "--component", "dit_text")
     compared = CliRunner().invoke(compare.main, ["--artifacts", str(artifacts), *map(str, words), *components])
     assert compared.exit_code == 0, compared.output

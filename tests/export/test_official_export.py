@@ -73,10 +73,10 @@ def test_a_stream_on_onnx_runtime_equals_torch(files: Path, exported: Artifacts,
 
 
 def test_the_comparison_takes_folder_and_adapter(files: Path, exported: Artifacts) -> None:
-    words = ["--artifacts", str(exported.folder), "--checkpoint", str(files / "weights"), "--component", "dit_step_1"]
+    words = ["--artifacts", str(exported.folder), "--checkpoint", str(files / "weights"), "--component", "dit"]
     good = CliRunner().invoke(compare.main, [*words, "--lora", str(files / "lora.safetensors")])
     assert good.exit_code == 0, good.output
-    assert [row.split()[0] for row in good.output.splitlines()] == ["component", "dit_step_1"]
+    assert [row.split()[0] for row in good.output.splitlines()] == ["component", "dit"]
     assert "TOO LARGE" in CliRunner().invoke(compare.main, words).output
     unknown = CliRunner().invoke(compare.main, [*words, "--component", "nose"])
     assert "has no component 'nose'; it has" in unknown.output

@@ -33,8 +33,8 @@ def test_pose(trace: Trace, dit: CausalDiT, dit_step: Golden, dit_extra: Golden)
 def test_two_speakers(trace: Trace, dit: CausalDiT, dit_step: Golden, dit_extra: Golden) -> None:
     speakers = [audio_tokens(dit, states) for states in dit_extra["actors/in/audio"]]
     frames = trace.geometry.frames
-    mask = dit_extra["actors/in/mask"][:, :frames].flatten(1, 3)  # quirk Q20: always the first three frames
-    audio = AudioTokens(torch.cat([s.local for s in speakers]), torch.cat([s.global_tokens for s in speakers]), mask)
+    weight = dit_extra["actors/in/mask"][:, :frames].flatten(1, 3)  # quirk Q20: always the first three frames
+    audio = AudioTokens(torch.cat([s.local for s in speakers]), torch.cat([s.global_tokens for s in speakers]), weight)
     velocity = trace.run(0, dit_step["in/noise/block0"][None], audio, 30)
     dit_extra.check("actors/velocity/block0", velocity, PORT)
 

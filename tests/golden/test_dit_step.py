@@ -26,7 +26,7 @@ def test_velocity_and_ring_of_every_block(
         dit, geometry, dit_step["in/context"], dit_step["in/ref_latents"], dit_step["in/motion_latents"]
     )
     for layer, (key, value) in enumerate(sink):
-        dit_step.check(f"sink/cond_k/layer{layer}", token_major(key), PORT)
+        dit_step.check(f"sink/cond_k/layer{layer}", token_major(geometry.not_rotated(key)), PORT)
         dit_step.check(f"sink/cond_v/layer{layer}", token_major(value), PORT)
 
     trace = Trace(dit, geometry, float(dit_step["in/timestep"][0, 0]), text, sink)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from live_avatar.model import rope
+from live_avatar.model.attention import rotate
 from live_avatar.model.audio import AudioTokens
 from live_avatar.model.dit import KV, CausalDiT, Conditions
 
@@ -43,6 +44,16 @@ class Geometry:
             rope.motion_grid(self.height, self.width),
         )
         return torch.from_numpy(grid.phase(self.head_dim))
+
+    def sink_turn(self, position: int) -> Tensor:
+        """From the positions of the prefill to those with the reference at `position`."""
+        (cosine, sine), (to_cosine, to_sine) = self.sink_phase(rope.REFERENCE_POSITION), self.sink_phase(position)
+        return torch.stack([to_cosine * cosine + to_sine * sine, to_sine * cosine - to_cosine * sine])
+
+    def not_rotated(self, key: Tensor) -> Tensor:
+        """Keys of the sink [1, N, L, D] as they were before the prefill rotated them."""
+        cosine, sine = self.sink_phase(rope.REFERENCE_POSITION)
+        return rotate(key, torch.stack([cosine, -sine]))
 
 
 def padded_text(dit: CausalDiT, context: Tensor) -> Tensor:
@@ -81,14 +92,13 @@ class Trace:
         if not self.slots:
             self.slots = [None] * self.geometry.window
         position = rope.sink_position(block * self.geometry.frames, distance)
-        conditions = Conditions(self.text, self.sink, self.history(block), audio, pose)
-        modulation = self.dit.modulation(self.timestep)
-        velocity, written = self.dit(
+        velocity, written = self.dit.denoise(
             latent,
-            conditions,
-            modulation,
+            Conditions(self.text, self.sink, self.history(block), audio),
+            self.dit.modulation(self.timestep),
             self.geometry.block_phase(block),
-            self.geometry.sink_phase(position),
+            self.geometry.sink_turn(position),
+            pose,
         )
         self.slots[block % self.geometry.window] = written
         return velocity

@@ -9,30 +9,47 @@ import pytest
 
 from live_avatar.config import S2V_14B, TINY
 from live_avatar.exporter.tracing import random_inputs
-from live_avatar.graphs.contract import Contract, Extent, GraphTensor, contracts, kv_names
+from live_avatar.graphs.contract import (
+    BLOCK,
+    BLOCK_TOKENS,
+    DIT,
+    SINK,
+    SINK_TOKENS,
+    TEXT,
+    Contract,
+    Extent,
+    GraphTensor,
+    Ranges,
+    contracts,
+    kv_names,
+)
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.support.networks import SMALL
 
 CONTRACTS = contracts(SMALL)
 CASES = [
-    pytest.param(name, extent, id=f"{name}-{size}")
+    pytest.param(name, profile, extent, id=f"{name}-{profile}-{extent.name}" if profile else name)
     for name, contract in CONTRACTS.items()
-    for extent, size in enumerate(("least", "usual", "greatest") if contract.ranges else ("fixed",))
+    for profile in contract.profiles or (None,)
+    for extent in (Extent if profile else (Extent.OPT,))
 ]
 
 
-def shape_at(spec: GraphTensor, contract: Contract, extent: Extent) -> tuple[int, ...]:
-    return tuple(contract.ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
+def shape_at(spec: GraphTensor, ranges: Ranges, extent: Extent) -> tuple[int, ...]:
+    return tuple(ranges[d][extent] if isinstance(d, str) else d for d in spec.shape)
 
 
-@pytest.mark.parametrize(("name", "extent"), CASES)
-def test_a_component_gives_what_its_contract_says(small_runtime: TorchRuntime, name: str, extent: Extent) -> None:
+@pytest.mark.parametrize(("name", "profile", "extent"), CASES)
+def test_a_component_gives_what_its_contract_says(
+    small_runtime: TorchRuntime, name: str, profile: str | None, extent: Extent
+) -> None:
     contract = CONTRACTS[name]
-    outputs = small_runtime.graph(name).run(random_inputs(contract, seed=1, extent=extent))
+    ranges = contract.profiles[profile] if profile else {}
+    outputs = small_runtime.graph(name).run(random_inputs(contract, 1, extent, profile))
     assert list(outputs) == [spec.name for spec in contract.outputs]
     for spec in contract.outputs:
         got = outputs[spec.name]
-        assert got.shape == shape_at(spec, contract, extent), spec.name
+        assert got.shape == shape_at(spec, ranges, extent), spec.name
         assert got.dtype == np.dtype(spec.dtype), spec.name
         assert np.isfinite(got).all(), spec.name
 
@@ -49,8 +66,10 @@ def test_names_are_unique_and_every_symbol_has_a_rising_range(name: str) -> None
     for specs in (contract.inputs, contract.outputs):
         assert len({spec.name for spec in specs}) == len(specs)
     symbols = {d for spec in (*contract.inputs, *contract.outputs) for d in spec.shape if isinstance(d, str)}
-    assert symbols == set(contract.ranges)
-    assert all(0 <= least <= usual <= greatest for least, usual, greatest in contract.ranges.values())
+    assert bool(symbols) == bool(contract.profiles)
+    for ranges in contract.profiles.values():
+        assert symbols == set(ranges)
+        assert all(0 <= least <= usual <= greatest for least, usual, greatest in ranges.values())
 
 
 def test_a_streams_state_comes_back_as_it_went_in() -> None:
@@ -62,25 +81,29 @@ def test_a_streams_state_comes_back_as_it_went_in() -> None:
 
 
 def test_what_one_component_gives_the_next_one_takes() -> None:
-    given = {spec.name: spec for part in ("audio_tokens", "dit_prefill") for spec in CONTRACTS[part].outputs}
-    steps = [CONTRACTS[f"dit_step_{step}"] for step in (1, 2, 3, 4)]
-    for step in steps:
-        taken = {spec.name: spec for spec in step.inputs}
-        assert {name: taken[name] for name in given} == given
-        assert step.outputs[0].shape == taken["latent"].shape
-        written = {spec.name.replace("block", "history"): spec.shape for spec in step.outputs[1:]}
-        assert list(written) == [name for name in taken if name.startswith("history")]
-    assert steps[0].inputs == steps[3].inputs
+    dit = CONTRACTS[DIT]
+    taken = {spec.name: spec for spec in dit.inputs}
+    given = {spec.name: spec for spec in CONTRACTS[TEXT].outputs}
+    assert {name: taken[name] for name in given} == given
+    for profile, maker in ((BLOCK, BLOCK_TOKENS), (SINK, SINK_TOKENS)):
+        (tokens,) = CONTRACTS[maker].outputs
+        assert tokens.shape == dit.shape(taken["tokens"], Extent.MAX, profile)
+        written = {spec.name.removeprefix("new_"): dit.shape(spec, Extent.MAX, profile) for spec in dit.outputs[1:]}
+        assert list(written) == [name.removeprefix("history_") for name in taken if name.startswith("history_")]
+        if profile == SINK:
+            kept = {name: dit.shape(taken[f"sink_{name}"], Extent.MAX, BLOCK) for name in written}
+            assert written == kept
 
 
 def test_the_14b_contracts_are_made_without_its_weights() -> None:
     made = contracts(S2V_14B)
-    step = made["dit_step_1"]
-    assert step.ranges["history_tokens"] == (0, 3 * 3168, 3 * 3168)
-    assert {spec.name: spec.shape for spec in step.inputs}["sink_k.39"] == (1, 40, 2640, 128)
+    dit = made[DIT]
+    assert dit.profiles[BLOCK]["history_tokens"] == (0, 3 * 3168, 3 * 3168)
+    specs = {spec.name: spec for spec in dit.inputs}
+    assert dit.shape(specs["sink_k.39"], Extent.MAX, BLOCK) == (1, 40, 2640, 128)
     assert made["vae_decoder"].outputs[0].shape == (12, 704, 384, 3)
-    assert made["speech_encoder"].ranges["samples"] == (7680, 76_800, 76_800)
-    assert len(step.inputs) == 5 + 3 * 2 * 40
+    assert made["speech_encoder"].profiles["window"]["samples"] == (7680, 76_800, 76_800)
+    assert len(dit.inputs) == 8 + 3 * 2 * 40
 
 
 def test_names_of_keys_and_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,42 +14,42 @@ import pytest
 from live_avatar.config import S2V_14B, TINY, DiTConfig, Preset
 from live_avatar.errors import CapacityError, ConfigError
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.contract import BLOCK_TOKENS, DIT, SINK_TOKENS, TEXT, contracts
 from live_avatar.graphs.memory import (
     CONDITIONING,
     DECODER,
     GIB,
     MIB,
-    WORKSPACE_BYTES,
     Memory,
+    Stage,
     decoder_memory,
-    fitting_on_host,
+    denoiser_memory,
     host_available_bytes,
     require_room,
     require_sessions,
     session_memory,
-    step_memory,
 )
 from live_avatar.inputs.speech import SpeechWindow
 from live_avatar.pipeline.decoder import FrameDecoder
-from live_avatar.pipeline.denoiser import Denoiser, one_step
+from live_avatar.pipeline.denoiser import Denoiser, all_steps, one_step
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from tests.support.networks import drawn_source
 
 LARGE = S2V_14B.with_precision("bfloat16")
+ONE, ALL = one_step(1), all_steps(4)
 SIZES = {1: 4, 16: 2, 7: 8, 9: 1}  # of ONNX types
 
 
 def test_a_ring_of_the_large_model_is_three_quarters_of_the_references() -> None:
     """Spec section 11: 10.4 GB for 4 blocks of 3168 tokens, of which ours stores the 3 past ones."""
-    assert step_memory(LARGE).per_session["ring"] == 12_672 * 5120 * 2 * 2 * 40 * 3 // 4
-    assert step_memory(LARGE).per_session["ring"] == pytest.approx(10.4e9 * 3 / 4, rel=0.01)
+    assert denoiser_memory(LARGE, ONE).per_session["ring"] == 12_672 * 5120 * 2 * 2 * 40 * 3 // 4
+    assert denoiser_memory(LARGE, ONE).per_session["ring"] == pytest.approx(10.4e9 * 3 / 4, rel=0.01)
 
 
 def test_a_sink_of_the_large_model_is_the_references_condition_cache() -> None:
     """Spec section 11: 2640 tokens, 2.2 GB; the text keys and values of 512 tokens are counted with it."""
-    assert step_memory(LARGE).per_session["sink and text"] == (2640 + 512) * 5120 * 2 * 2 * 40
-    assert step_memory(LARGE).per_session["sink and text"] * 2640 / 3152 == pytest.approx(2.2e9, rel=0.02)
+    assert denoiser_memory(LARGE, ONE).per_session["sink and text"] == (2640 + 512) * 5120 * 2 * 2 * 40
+    assert denoiser_memory(LARGE, ONE).per_session["sink and text"] * 2640 / 3152 == pytest.approx(2.2e9, rel=0.02)
 
 
 def test_a_decoder_state_of_the_large_model_is_the_references() -> None:
@@ -58,10 +59,15 @@ def test_a_decoder_state_of_the_large_model_is_the_references() -> None:
 
 
 def test_weights_of_the_large_model() -> None:
-    """Of 16.30 billion parameters of the transformer a step needs 13.85, a prefill 14.15."""
-    shared = step_memory(LARGE).shared
-    assert shared["weights of the step"] == pytest.approx(27.7e9, rel=0.01)
-    assert shared["weights of the prefill"] == pytest.approx(28.3e9, rel=0.01)
+    """Of 16.30 billion parameters the transformer has 13.85, once for all steps; text and tokens have 2.2."""
+    shared = denoiser_memory(LARGE, ONE).shared
+    assert shared["weights of the transformer"] == pytest.approx(27.7e9, rel=0.01)
+    assert shared["weights of text and tokens"] == pytest.approx(4.3e9, rel=0.03)
+    four = denoiser_memory(LARGE, ALL)
+    assert {name: size for name, size in four.shared.items() if name in shared and name != "modulation"} == {
+        name: size for name, size in shared.items() if name != "modulation"
+    }
+    assert four.per_session["4 rings"] == 4 * denoiser_memory(LARGE, ONE).per_session["ring"]
     assert decoder_memory(LARGE).shared["weights of two engines"] < 2 * 126_892_531 * 2
 
 
@@ -69,15 +75,15 @@ def test_fp8_takes_a_byte_for_each_weight_that_it_quantizes() -> None:
     """Per step and layer 6 of the 8 attention projections and the feed-forward; 12 injectors of 4 projections."""
     dit = LARGE.dit
     quantized = dit.num_layers * (6 * dim_square(dit) + 2 * dit.dim * dit.ffn_dim) + 12 * 4 * dim_square(dit)
-    low, high = step_memory(LARGE, fp8=True), step_memory(LARGE)
-    assert high.shared["weights of the step"] - low.shared["weights of the step"] == quantized
+    low, high = denoiser_memory(LARGE, ONE, fp8=True), denoiser_memory(LARGE, ONE)
+    text = dit.num_layers * 2 * dim_square(dit)
+    for part, numbers in (("weights of the transformer", quantized), ("weights of text and tokens", text)):
+        assert high.shared[part] - low.shared[part] == numbers
     assert {**low.shared, **high.shared} == dict(high.shared)
     assert low.per_session == high.per_session
-    assert fitting_on_host(LARGE, 60, sessions=1, fp8=True) == ()
-    assert fitting_on_host(LARGE, 60, sessions=1) == ("dit_prefill",)
-    assert fitting_on_host(LARGE, None, sessions=1) == ()
-    with pytest.raises(CapacityError, match=r"does not fit 40 GiB: .* = 49\.11 GiB; take a larger GPU"):
-        fitting_on_host(LARGE, 40, sessions=1)
+    require_room(LARGE, 40, 1, fp8=True)
+    with pytest.raises(CapacityError, match=r"does not fit 40 GiB: .*; take a larger GPU"):
+        require_room(LARGE, 40, 1)
 
 
 def dim_square(dit: DiTConfig) -> int:
@@ -90,18 +96,18 @@ def graph_bytes(artifacts: Artifacts, component: str) -> int:
 
 
 def test_weights_are_those_of_the_graphs(artifacts: Artifacts) -> None:
-    """Within 2 %: a graph has some constants more. The prefill's last layer only makes keys and values."""
-    step, decoder = step_memory(TINY).shared, decoder_memory(TINY).shared
-    assert step["weights of the step"] == pytest.approx(graph_bytes(artifacts, "dit_step_1"), rel=0.02)
+    """Within 2 %: a graph has some constants more."""
+    step, decoder = denoiser_memory(TINY, ONE).shared, decoder_memory(TINY).shared
+    assert step["weights of the transformer"] == pytest.approx(graph_bytes(artifacts, DIT), rel=0.02)
+    small = sum(graph_bytes(artifacts, name) for name in (BLOCK_TOKENS, SINK_TOKENS, TEXT))
+    assert step["weights of text and tokens"] == pytest.approx(small, rel=0.05)  # two graphs embed latents
     assert decoder["weights of two engines"] == pytest.approx(2 * graph_bytes(artifacts, "vae_decoder"), rel=0.02)
-    last_layer = step["weights of the prefill"] / TINY.dit.num_layers
-    assert 0 <= step["weights of the prefill"] - graph_bytes(artifacts, "dit_prefill") < last_layer
 
 
 def test_a_session_takes_what_its_caches_have(onnx_runtime: OnnxRuntime) -> None:
-    step = Denoiser(onnx_runtime, one_step(1))
-    state = step.open(step.prefill(drawn_source(TINY, 1)))
-    memory = step_memory(TINY).per_session
+    denoiser = Denoiser(onnx_runtime, ONE)
+    state = denoiser.open(denoiser.prefill(drawn_source(TINY, 1)))
+    memory = denoiser_memory(TINY, ONE).per_session
     assert memory["sink and text"] == sum(array.nbytes for array in state.sink.values())
     tokens = TINY.stream.past_blocks * TINY.stream.block_tokens
     assert memory["ring"] == 2 * TINY.dit.num_layers * tokens * TINY.dit.dim * 4
@@ -120,7 +126,7 @@ def test_a_decoder_and_conditioning_keep_what_is_counted(onnx_runtime: OnnxRunti
 
 
 def test_sixteen_bits_halve_the_caches() -> None:
-    full, half = step_memory(TINY), step_memory(TINY.with_precision("bfloat16"))
+    full, half = denoiser_memory(TINY, ONE), denoiser_memory(TINY.with_precision("bfloat16"), ONE)
     assert [2 * size for size in half.per_session.values()] == list(full.per_session.values())
 
 
@@ -137,55 +143,45 @@ def test_the_sum_of_a_small_preset_is_in_mib() -> None:
     assert memory.total(3, 2) == 6.5 * MIB
 
 
-def test_a_prefill_on_the_host_leaves_the_gpu() -> None:
-    with_it, without = step_memory(LARGE), step_memory(LARGE, prefill_on_host=True)
-    assert with_it.total(1) - without.total(1) == with_it.shared["weights of the prefill"]
-    assert with_it.shared["scratch space of two engines"] == 2 * WORKSPACE_BYTES
-
-
 @pytest.mark.parametrize(("memory_gib", "sessions"), [(math.nan, 1), (0.0, 1), (-8.0, 1), (80.0, 0)])
 def test_numbers_that_mean_nothing_are_refused(memory_gib: float, sessions: int) -> None:
     message = (
         rf"^{sessions} sessions on a GPU of {memory_gib:g} GiB; expected at least 1 session and more than 0 GiB\.$"
     )
     with pytest.raises(ConfigError, match=message):
-        fitting_on_host(TINY, memory_gib, sessions)
+        require_room(TINY, memory_gib, sessions)
 
 
 def test_what_fits_is_accepted() -> None:
-    require_room(LARGE, 79.6, 1)
-    require_room(LARGE, 79.6, 4, ("dit_prefill",))
+    require_room(LARGE, 79.6, 3)
 
 
 @pytest.mark.parametrize(
-    ("preset", "memory_gib", "sessions", "on_host", "stage"),
+    ("preset", "memory_gib", "sessions", "stage"),
     [
-        (LARGE, 79.6, 2, (), "a denoising step"),
-        (LARGE, 79.6, 5, ("dit_prefill",), "a denoising step"),
-        (S2V_14B, 79.6, 1, (), "a denoising step"),
-        (replace(LARGE, dit=TINY.dit, speech=TINY.speech, text=TINY.text), 5, 1, (), "the VAE decoder"),
+        (LARGE, 79.6, 4, "a denoising step"),
+        (S2V_14B, 79.6, 1, "a denoising step"),
+        (replace(LARGE, dit=TINY.dit, speech=TINY.speech, text=TINY.text), 5, 1, "the VAE decoder"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_sum(
-    preset: Preset, memory_gib: float, sessions: int, on_host: tuple[str, ...], stage: str
+    preset: Preset, memory_gib: float, sessions: int, stage: str
 ) -> None:
     message = (
         rf"{stage} of preset s2v-14b with {sessions} sessions does not fit {memory_gib:g} GiB: weights of .* \+ .* \+ "
-        rf"{sessions} x .* = [\d.]+ GiB; take a larger GPU, fewer sessions or 16 bits"
+        rf"{sessions} x .* = [\d.]+ GiB; take a larger GPU, fewer sessions, 16 bits or FP8\."
     )
-    with pytest.raises(CapacityError, match=message) as caught:
-        require_room(preset, memory_gib, sessions, on_host)
-    may_move = stage == "a denoising step" and not on_host
-    assert ("--weights-on-host dit_prefill" in str(caught.value)) == may_move
+    with pytest.raises(CapacityError, match=message):
+        require_room(preset, memory_gib, sessions)
 
 
-def bytes_of(preset: Preset, stage: str, sessions: int, avatars: int) -> int:
+def bytes_of(preset: Preset, stage: Stage, sessions: int, avatars: int) -> int:
     return session_memory(preset, stage, contracts(preset)).total(sessions, avatars)
 
 
 def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
-    needed = bytes_of(LARGE, "dit_step_3", 2, 1)
-    require_sessions(LARGE, 2, 1, needed, ["dit_step_3"])
+    needed = bytes_of(LARGE, one_step(3), 2, 1)
+    require_sessions(LARGE, 2, 1, needed, [one_step(3)])
     message = (
         r"^2 sessions and 1 known avatars of preset s2v-14b need 31\.37 GiB, but 31\.37 GiB are free, enough for 1 "
         r"sessions: a denoising step: keys and values of the current block 2\.42 GiB \+ copies of a history that is "
@@ -194,11 +190,11 @@ def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
         r"\(--max-sessions\), fewer known avatars \(--known-avatars\) or more memory\.$"
     )
     with pytest.raises(CapacityError, match=message):
-        require_sessions(LARGE, 2, 1, needed - 1, ["dit_step_3"])
+        require_sessions(LARGE, 2, 1, needed - 1, [one_step(3)])
 
 
 def test_a_host_holds_the_sessions_of_all_stages() -> None:
-    stages = [CONDITIONING, *(f"dit_step_{step}" for step in range(1, 5)), DECODER]
+    stages = [CONDITIONING, *map(one_step, ALL), DECODER]
     needed = sum(bytes_of(TINY, stage, 4, 16) for stage in stages)
     require_sessions(TINY, 4, 16, needed)
     require_sessions(TINY, 4, 16, needed, stages, contracts(TINY))
@@ -223,10 +219,12 @@ def test_numbers_of_sessions_that_mean_nothing_are_refused(sessions: int, avatar
 
 
 def test_a_stage_that_is_none_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^there is no stage 'dit_step_5'; preset tiny has conditioning, dit_step_1, "
-    ):
-        require_sessions(TINY, 1, 1, GIB, ["dit_step_5"])
+    for stage in ("nose", one_step(5), range(3, 6), range(2, 2)):
+        message = (
+            rf"^there is no stage {re.escape(repr(stage))}; preset tiny has conditioning, vae_decoder and denoising "
+        )
+        with pytest.raises(ConfigError, match=message):
+            require_sessions(TINY, 1, 1, GIB, [stage])
 
 
 def test_this_machine_has_memory_and_not_more_than_all() -> None:

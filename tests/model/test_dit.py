@@ -78,22 +78,32 @@ class Session:
         grid = rope.concatenate(reference, rope.motion_grid(height, width))
         return torch.from_numpy(grid.phase(self.preset.dit.head_dim))
 
-    def rolled(self, block: int) -> Tensor:
+    def position(self, block: int) -> int:
+        """Rolled position of the reference."""
         stream = self.preset.stream
-        return self.sink_phase(rope.sink_position(block * stream.frames_per_block, stream.sink_distance))
+        return rope.sink_position(block * stream.frames_per_block, stream.sink_distance)
+
+    def turn(self, block: int) -> Tensor:
+        phases = rope.TokenPhases(self.preset.stream, self.preset.dit.head_dim)
+        return torch.from_numpy(phases.sink_turn(self.position(block)))
+
+    def rolled(self, key: Tensor, block: int) -> Tensor:
+        """Keys of the sink at the rolled positions: those of the prefill undone, and rotated anew."""
+        cosine, sine = self.sink_phase(rope.REFERENCE_POSITION)
+        return rotate(rotate(key, torch.stack([cosine, -sine])), self.sink_phase(self.position(block)))
 
 
 def streamed(session: Session) -> list[Tensor]:
     """Velocities of all blocks, one after another through the ring."""
     preset, ring = session.preset, KVRing(session.preset, host_zeros)
-    names, frames = kv_names("block", preset.dit.num_layers), preset.stream.frames_per_block
+    names, frames = kv_names("new", preset.dit.num_layers), preset.stream.frames_per_block
     velocities = []
     for block, (latent, audio) in enumerate(zip(session.latents, session.audio, strict=True)):
         held = [torch.from_numpy(array) for array in ring.history().values()]
         history = list(zip(held[::2], held[1::2], strict=True))
         conditions = Conditions(session.text, session.sink, history, audio)
         phase = session.phase(block * frames, frames)
-        velocity, written = session.dit(latent, conditions, session.modulation, phase, session.rolled(block))
+        velocity, written = session.dit.denoise(latent, conditions, session.modulation, phase, session.turn(block))
         flat = [tensor.numpy() for pair in written for tensor in pair]
         ring.append(dict(zip(names, flat, strict=True)))
         velocities.append(velocity)
@@ -119,7 +129,6 @@ def joint(session: Session) -> Tensor:
         torch.cat([a.local for a in session.audio], dim=1), torch.cat([a.global_tokens for a in session.audio], dim=1)
     )
     phase = session.phase(0, latent.shape[2])
-    rolled = [session.rolled(block) for block in range(BLOCKS)]
     mask = visible(BLOCKS, stream.block_tokens, stream.sink_tokens, stream.window_blocks)
     x = dit.noisy_tokens(latent, None)
     for layer, block in enumerate(dit.layers):
@@ -127,7 +136,8 @@ def joint(session: Session) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale1) + shift1
         key, value = block.self_attn.key_value(normed)
         sink_key, sink_value = session.sink[layer]
-        keys = torch.cat([rotate(key, phase), *(rotate(sink_key, at) for at in rolled)], dim=2)
+        rolled = [session.rolled(sink_key, block) for block in range(BLOCKS)]
+        keys = torch.cat([rotate(key, phase), *rolled], dim=2)
         values = torch.cat([value, *[sink_value] * BLOCKS], dim=2)
         query = rotate(block.self_attn.query(normed), phase)
         seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)

@@ -6,13 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from live_avatar.arrays import Array
 from live_avatar.config import MOTION_LATENTS, TINY, StreamConfig
 from live_avatar.errors import ConfigError
-from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import step_name
 from live_avatar.model.schedule import make_schedule, without_idle_step
 from live_avatar.pipeline.denoiser import Denoiser, all_steps
 from live_avatar.pipeline.sink import SinkSource
@@ -110,15 +107,14 @@ def denoised(runtime: Runtime) -> Array:
     return denoiser.run(denoiser.open(denoiser.prefill(source)), latent, audio)
 
 
-def test_every_graph_has_the_modulation_of_its_own_noise_level() -> None:
+def test_every_step_has_the_modulation_of_its_own_noise_level() -> None:
     preset = dataclasses.replace(TINY, stream=without_idle_step(TINY.stream))
-    networks = load_networks(open_checkpoint(preset))
-    components = build_components(preset, networks)
-    for number, timestep in enumerate(TIMESTEPS[:3], start=1):
-        folded = components[step_name(number)].folded
-        expected = networks.dit.modulation(timestep)
-        assert torch.equal(folded.layers, expected.layers)
-        assert torch.equal(folded.head, expected.head)
+    checkpoint = open_checkpoint(preset)
+    runtime, networks = TorchRuntime(checkpoint), load_networks(checkpoint)
+    for step, timestep in enumerate((0.0, *TIMESTEPS[:3])):
+        given, expected = runtime.modulation(step), networks.dit.modulation(timestep)
+        assert np.array_equal(given["modulation"], expected.layers.detach())
+        assert np.array_equal(given["head_modulation"], expected.head.detach())
 
 
 def zeros(*shape: int) -> Array:

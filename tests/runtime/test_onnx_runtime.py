@@ -22,7 +22,7 @@ def test_bfloat16_is_refused_with_what_to_do(artifacts: Artifacts) -> None:
         OnnxRuntime(low)
 
 
-@pytest.mark.parametrize("name", ["dit_step_2.onnx", "dit.weights"])
+@pytest.mark.parametrize("name", ["dit.onnx", "dit.weights"])
 def test_a_graph_whose_files_were_changed_is_refused(artifacts: Artifacts, tmp_path: Path, name: str) -> None:
     """Of the same size, as a stage finds them that comes back."""
     shutil.copytree(artifacts.folder, tmp_path / "copy")
@@ -32,7 +32,7 @@ def test_a_graph_whose_files_were_changed_is_refused(artifacts: Artifacts, tmp_p
     path.with_suffix(".new").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     path.with_suffix(".new").replace(path)
     with pytest.raises(ArtifactError, match=rf"{name} has digest .*, so it was changed after the export"):
-        runtime.graph("dit_step_2")
+        runtime.graph("dit")
     runtime.graph("audio_tokens")
 
 

@@ -41,12 +41,12 @@ BLOCKS = 7
 
 @pytest.fixture(scope="module")
 def built(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artifacts]:
-    """The tiny preset with engines, those of the prefill with their weights on the host; tests must not change it."""
+    """The tiny preset with engines, that of the text encoder with its weights on the host; tests must not change it."""
     folder = tmp_path_factory.mktemp("engines") / "tiny"
     shutil.copytree(artifacts.folder, folder, copy_function=os.link)
     with pytest.MonkeyPatch.context() as monkeypatch:
         install(monkeypatch)
-        build_engines(folder, EngineOptions(weights_on_host=("dit_prefill",)), lambda line: None, HostDevice)
+        build_engines(folder, EngineOptions(weights_on_host=("text_encoder",)), lambda line: None, HostDevice)
         yield load_artifacts(folder)
 
 
@@ -235,7 +235,7 @@ def test_a_session_in_float16_gives_the_same_bits(tmp_path: Path, monkeypatch: p
 def test_inputs_that_break_the_contract_are_refused(
     runtime: TensorRTRuntime, changed: dict[str, Any], message: str
 ) -> None:
-    contract = runtime._artifacts.contracts["dit_step_1"]
+    contract = runtime._artifacts.contracts["dit"]
     inputs: dict[str, Any] = {
         spec.name: (torch.zeros if spec.resident else np.zeros)([n if isinstance(n, int) else 0 for n in spec.shape])
         for spec in contract.inputs
@@ -243,26 +243,26 @@ def test_inputs_that_break_the_contract_are_refused(
     inputs = {
         name: array if isinstance(array, torch.Tensor) else array.astype(np.float32) for name, array in inputs.items()
     }
-    with pytest.raises(ArtifactError, match=f"dit_step_1: {message}"):
-        runtime.graph("dit_step_1").run({**inputs, **changed})
+    with pytest.raises(ArtifactError, match=f"dit: {message}"):
+        runtime.graph("dit").run({**inputs, **changed})
 
 
 def test_a_history_outside_the_profile_is_refused_with_tensorrts_words(runtime: TensorRTRuntime) -> None:
-    contract = runtime._artifacts.contracts["dit_step_1"]
+    contract = runtime._artifacts.contracts["dit"]
     tokens = contract.ranges["history_tokens"][2] + 1
     inputs: dict[str, Any] = {}
     for spec in contract.inputs:
         shape = [n if isinstance(n, int) else tokens for n in spec.shape]
         inputs[spec.name] = torch.zeros(shape) if spec.resident else np.zeros(shape, np.float32)
-    with pytest.raises(ArtifactError, match=r"dit_step_1 cannot run on stand-in: 3: history_k.0 .* any profile; build"):
-        runtime.graph("dit_step_1").run(inputs)
+    with pytest.raises(ArtifactError, match=r"dit cannot run on stand-in: 3: history_k.0 .* any profile; build"):
+        runtime.graph("dit").run(inputs)
 
 
 def test_an_engine_that_was_not_built_is_refused(artifacts: Artifacts, built: Artifacts) -> None:
     runtime = TensorRTRuntime(artifacts, 0, HostDevice)
-    message = r"dit_prefill.plan has not been built; run `python -m export.engines --artifacts .*tiny` on this machine"
+    message = r"dit.plan has not been built; run `python -m export.engines --artifacts .*tiny` on this machine"
     with pytest.raises(ArtifactError, match=message):
-        runtime.graph("dit_prefill")
+        runtime.graph("dit")
 
 
 def test_an_engine_of_another_tensorrt_is_refused(built: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,21 +272,21 @@ def test_an_engine_of_another_tensorrt_is_refused(built: Artifacts, monkeypatch:
         r"stand-in \(compute capability 9.0\); run `python -m export.engines"
     )
     with pytest.raises(ArtifactError, match=message):
-        TensorRTRuntime(built, 0, HostDevice).graph("dit_prefill")
+        TensorRTRuntime(built, 0, HostDevice).graph("dit")
 
 
 def test_an_engine_of_another_gpu_is_refused(built: Artifacts, device: HostDevice) -> None:
     device.gpu, device.compute_capability = "another", "8.9"
     with pytest.raises(ArtifactError, match=r"but this is TensorRT 11.4.0.106 on another \(compute capability 8.9\)"):
-        TensorRTRuntime(built, 0, lambda index: device).graph("dit_prefill")
+        TensorRTRuntime(built, 0, lambda index: device).graph("dit")
 
 
-@pytest.mark.parametrize("name", ["dit_prefill.onnx", "dit.weights"])
+@pytest.mark.parametrize("name", ["dit.onnx", "dit.weights"])
 def test_an_engine_of_another_graph_or_other_weights_is_refused(built: Artifacts, name: str) -> None:
     files = {**built.manifest["files"], name: {"bytes": 1, "digest": "0"}}
     other = replace(built, manifest={**built.manifest, "files": files})
-    with pytest.raises(ArtifactError, match=rf"dit_prefill.plan was built from another {name}; run"):
-        TensorRTRuntime(other, 0, HostDevice).graph("dit_prefill")
+    with pytest.raises(ArtifactError, match=rf"dit.plan was built from another {name}; run"):
+        TensorRTRuntime(other, 0, HostDevice).graph("dit")
 
 
 @pytest.fixture
@@ -297,11 +297,11 @@ def damaged(built: Artifacts, tmp_path: Path) -> Artifacts:
 
 
 def test_a_cut_engine_is_refused(damaged: Artifacts) -> None:
-    path = engine_path(damaged, "dit_prefill")
+    path = engine_path(damaged, "dit")
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match=rf"dit_prefill.plan has {size - 1} bytes, but {size} were written; run"):
-        TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
+    with pytest.raises(ArtifactError, match=rf"dit.plan has {size - 1} bytes, but {size} were written; run"):
+        TensorRTRuntime(damaged, 0, HostDevice).graph("dit")
 
 
 def record(artifacts: Artifacts, path: Path) -> None:
@@ -312,36 +312,36 @@ def record(artifacts: Artifacts, path: Path) -> None:
 
 
 def test_an_altered_engine_of_the_same_size_is_refused(damaged: Artifacts) -> None:
-    path = engine_path(damaged, "dit_prefill")
+    path = engine_path(damaged, "dit")
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
     message = (
-        r"dit_prefill.plan has digest [0-9a-f]{12}, expected [0-9a-f]{12}, so it was changed after it was built; "
+        r"dit.plan has digest [0-9a-f]{12}, expected [0-9a-f]{12}, so it was changed after it was built; "
         r"remove it; run .*export.engines"
     )
     with pytest.raises(ArtifactError, match=message):
-        TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
+        TensorRTRuntime(damaged, 0, HostDevice).graph("dit")
 
 
 def test_an_engine_that_tensorrt_refuses_is_refused_with_its_words(damaged: Artifacts) -> None:
-    path = engine_path(damaged, "dit_prefill")
+    path = engine_path(damaged, "dit")
     path.write_bytes(b"x" * path.stat().st_size)
     record(damaged, path)
-    message = r"dit_prefill.plan cannot be loaded \(6: The engine plan file is not compatible .*\); run"
+    message = r"dit.plan cannot be loaded \(6: The engine plan file is not compatible .*\); run"
     with pytest.raises(ArtifactError, match=message):
-        TensorRTRuntime(damaged, 0, HostDevice).graph("dit_prefill")
+        TensorRTRuntime(damaged, 0, HostDevice).graph("dit")
 
 
 def test_an_engine_with_other_tensors_is_refused(built: Artifacts) -> None:
-    other = replace(built, contracts={**built.contracts, "dit_prefill": built.contracts["dit_step_1"]})
-    with pytest.raises(ArtifactError, match=r"dit_prefill.plan has other inputs and outputs than its contract; run"):
-        TensorRTRuntime(other, 0, HostDevice).graph("dit_prefill")
+    other = replace(built, contracts={**built.contracts, "dit": built.contracts["dit"]})
+    with pytest.raises(ArtifactError, match=r"dit.plan has other inputs and outputs than its contract; run"):
+        TensorRTRuntime(other, 0, HostDevice).graph("dit")
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        '{"dit_prefill": {"bytes": 1}}',
-        pytest.param('{"dit_prefill":' * 100_000, id="nested too deeply"),
+        '{"dit": {"bytes": 1}}',
+        pytest.param('{"dit":' * 100_000, id="nested too deeply"),
     ],
 )
 def test_a_damaged_record_is_refused(damaged: Artifacts, text: str) -> None:

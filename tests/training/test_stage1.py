@@ -44,6 +44,12 @@ def phase_of(frames: Tensor, sink: bool = False) -> Tensor:
     return torch.from_numpy(grid.phase(SMALL.dit.head_dim))
 
 
+def not_rotated(key: Tensor) -> Tensor:
+    """Keys of the sink as they were before the prefill rotated them."""
+    cosine, sine = phase_of(torch.tensor([rope.REFERENCE_POSITION]), sink=True)
+    return rotate(key, torch.stack([cosine, -sine]))
+
+
 def masked_velocity(dit: CausalDiT, scene: Scene, noisy: Tensor) -> Tensor:
     """Velocity [1, 16, F, h, w] of all blocks in one pass from the same layers."""
     stream, eps, size = SMALL.stream, SMALL.dit.eps, SMALL.stream.frames_per_block
@@ -62,7 +68,7 @@ def masked_velocity(dit: CausalDiT, scene: Scene, noisy: Tensor) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale1) + shift1
         key, value = block.self_attn.key_value(normed)
         sinks: KV = [scene.sink[layer], (scene.late_sink or scene.sink)[layer]]
-        keys = torch.cat([rotate(key, phase), *(rotate(k, at) for k, _ in sinks for at in rolled)], dim=2)
+        keys = torch.cat([rotate(key, phase), *(rotate(not_rotated(k), at) for k, _ in sinks for at in rolled)], dim=2)
         values = torch.cat([value, *(v for _, v in sinks for _ in rolled)], dim=2)
         query = rotate(block.self_attn.query(normed), phase)
         seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)

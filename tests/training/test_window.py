@@ -61,12 +61,12 @@ def test_the_teachers_pass_is_the_network_over_all_frames_at_once(
     audio = [dit.casual_audio_encoder(states) for states in clip.states]
     tokens = AudioTokens(torch.cat([a for a, _ in audio])[None], torch.cat([b for _, b in audio])[None])
     nothing = [(key[:, :, :0], value[:, :, :0]) for key, value in sink]
-    expected, _ = dit(
+    expected, _ = dit.denoise(
         clip.latents,
         Conditions(text, sink, nothing, tokens),
         dit.modulation(700.0),
         torch.from_numpy(grid.phase(head_dim)),
-        sink_phase(30),  # 6 + 17 is less
+        torch.from_numpy(rope.TokenPhases(stream, head_dim).sink_turn(30)),  # 6 + 17 is less
     )
     ours = whole(dit, window, clip)
     assert (ours - expected).abs().max() <= STREAMED * expected.abs().max()
@@ -96,8 +96,7 @@ def test_only_position_tells_a_reference_that_rolls_along(dit: CausalDiT, clip: 
     reference = [
         (key[:, :, : SMALL.stream.frame_tokens], value[:, :, : SMALL.stream.frame_tokens]) for key, value in scene.sink
     ]
-    window._block.sink_space = window._block.sink_space[:, : SMALL.stream.frame_tokens]
-    window._block.motion_time = window._block.motion_time[:, :0]
+    window._phases._motion = window._phases._motion[:, :0]
     alone = scene._replace(sink=reference)
     near, far = (window.whole(dit, alone, Place(first, 17), clip.latents, LEVEL) for first in (10, 70_000))
     assert (near - far).abs().max() <= STREAMED * near.abs().max()
