@@ -340,7 +340,8 @@ class TensorRTRuntime:
 
     def modulation(self, step: int) -> dict[str, Any]:
         made = self._artifacts.modulation(step)
-        return {name: torch.from_numpy(array).to(self._backend.device.torch_device) for name, array in made.items()}
+        device = self._backend.device.torch_device
+        return {name: torch.from_numpy(array).to(device, copy=True) for name, array in made.items()}
 
     def graph(self, component: str) -> TensorRTGraph:
         """Loads the component's engine. Raises `ArtifactError` for one of another TensorRT, GPU or graph."""

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     """Two files that stand for graphs, and a true manifest."""
     made = tmp_path / "made"
     made.mkdir()
-    (made / "dit_step_1.onnx").write_bytes(b"graph" * 10)
+    (made / "dit.onnx").write_bytes(b"graph" * 10)
     (made / "dit.weights").write_bytes(bytes(range(256)))
     files = {path.name: {"bytes": path.stat().st_size, "digest": file_sha256(path)} for path in made.iterdir()}
     manifest = {
@@ -48,7 +48,7 @@ def test_a_whole_folder_is_read(folder: Path) -> None:
     artifacts = load_artifacts(folder)
     assert artifacts.preset == SMALL
     assert artifacts.contracts == contracts(SMALL)
-    assert artifacts.graph_path("dit_step_1") == folder / "dit_step_1.onnx"
+    assert artifacts.graph_path("dit") == folder / "dit.onnx"
     artifacts.verify()
 
 
@@ -147,29 +147,29 @@ def test_a_flipped_byte_is_found_by_verify_alone(folder: Path) -> None:
         artifacts.verify()
 
 
-@pytest.mark.parametrize("name", ["dit_step_1.onnx", "dit.weights"])
+@pytest.mark.parametrize("name", ["dit.onnx", "dit.weights"])
 def test_a_component_is_read_only_if_its_files_are_those_of_the_manifest(folder: Path, name: str) -> None:
     artifacts = load_artifacts(folder)
-    with artifacts.reading("dit_step_1") as path:
-        assert path == folder / "dit_step_1.onnx"
+    with artifacts.reading("dit") as path:
+        assert path == folder / "dit.onnx"
     flip_a_byte(folder / name)
-    with pytest.raises(ArtifactError, match=rf"{name} {CHANGED}"), artifacts.reading("dit_step_1"):
+    with pytest.raises(ArtifactError, match=rf"{name} {CHANGED}"), artifacts.reading("dit"):
         pytest.fail("it was read")
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_found(folder: Path) -> None:
     with (
         pytest.raises(ArtifactError, match=rf"dit\.weights {CHANGED}"),
-        load_artifacts(folder).reading("dit_step_1"),
+        load_artifacts(folder).reading("dit"),
     ):
         flip_a_byte(folder / "dit.weights")
 
 
 def test_a_file_that_the_manifest_does_not_list_is_not_read(folder: Path) -> None:
     artifacts = load_artifacts(folder)
-    (folder / "dit_step_2.onnx").write_bytes(b"graph")
-    message = r"manifest\.json does not list dit_step_2\.onnx; export the artifacts again\."
-    with pytest.raises(ArtifactError, match=message), artifacts.reading("dit_step_2"):
+    (folder / "vae_encoder.onnx").write_bytes(b"graph")
+    message = r"manifest\.json does not list vae_encoder\.onnx; export the artifacts again\."
+    with pytest.raises(ArtifactError, match=message), artifacts.reading("vae_encoder"):
         pytest.fail("it was read")
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_has_gone_is_told(folder: Path) -> None:
 
 
 def test_an_unknown_component(folder: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"has no component 'dit_step_9'; it has audio_tokens, dit_prefill, .*"):
+    with pytest.raises(ArtifactError, match=r"has no component 'dit_step_9'; it has audio_tokens, dit, .*"):
         load_artifacts(folder).graph_path("dit_step_9")
 
 

@@ -44,7 +44,9 @@ def test_a_tokenizer_that_was_changed_is_refused(artifacts: Artifacts, tmp_path:
         OnnxRuntime(changed)
 
 
-def test_a_warm_graph_has_run_once_when_it_is_given_out(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_graph_has_run_in_every_profile_when_it_is_given_out(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of every component: what it is run on fits the graph, and what it then gives is the same to the bit."""
     ran: list[set[str]] = []
     run = OnnxGraph.run
@@ -57,8 +59,8 @@ def test_a_warm_graph_has_run_once_when_it_is_given_out(artifacts: Artifacts, mo
     warm = OnnxRuntime(artifacts, warm=True)
     for name, contract in artifacts.contracts.items():
         warm.graph(name)
-        assert ran.pop() == {spec.name for spec in contract.inputs}
-        assert not ran
+        assert ran == [{spec.name for spec in contract.inputs}] * max(1, len(contract.profiles))
+        ran.clear()
     OnnxRuntime(artifacts).graph("audio_tokens")
     assert not ran
     shape = artifacts.contracts["audio_tokens"].shape(artifacts.contracts["audio_tokens"].inputs[0], 1)

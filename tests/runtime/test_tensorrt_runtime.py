@@ -21,7 +21,7 @@ from live_avatar.errors import ArtifactError
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.exporter.engines import EngineOptions, build_engines
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
-from live_avatar.graphs.contract import kv_names
+from live_avatar.graphs.contract import Extent, kv_names
 from live_avatar.graphs.digests import file_sha256
 from live_avatar.graphs.engines import RECORDS, engine_path, read_engines, write_engines
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
@@ -219,12 +219,24 @@ def test_a_session_in_float16_gives_the_same_bits(tmp_path: Path, monkeypatch: p
     assert session.states[0].rings[0].history()["history_k.0"].dtype == torch.float16
 
 
+def block_inputs(runtime: TensorRTRuntime, **extents: int) -> dict[str, Any]:
+    """Zeros for a full block, with other extents where they are given."""
+    contract = runtime._artifacts.contracts["dit"]
+    ranges = {name: size[Extent.MAX] for name, size in contract.profiles["block"].items()} | extents
+    inputs: dict[str, Any] = {}
+    for spec in contract.inputs:
+        shape = [ranges[n] if isinstance(n, str) else n for n in spec.shape]
+        inputs[spec.name] = torch.zeros(shape) if spec.resident else np.zeros(shape, np.float32)
+    return inputs
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"latent": np.zeros((1, 16, 3, 12, 11), np.float32)}, r"latent is float32 \[1, 16, 3, 12, 11\], expected"),
-        ({"latent": np.zeros((1, 16, 3, 12, 12), np.float64)}, r"latent is float64 .* expected float32"),
-        ({"latent": np.zeros((16, 3, 12, 12), np.float32)}, r"latent is float32 \[16, 3, 12, 12\], expected"),
+        ({"tokens": torch.zeros(3, 36, 127)}, r"tokens is float32 \[3, 36, 127\], expected float32 \['frames', "),
+        ({"phase": np.zeros((2, 3, 36, 16), np.float64)}, r"phase is float64 .* expected float32"),
+        ({"audio_global": np.zeros((3, 128), np.float32)}, r"audio_global is float32 \[3, 128\], expected"),
+        ({"audio_global": np.zeros((1, 2, 128), np.float32)}, r"audio_global is float32 \[1, 2, 128\], expected"),
         (
             {"history_v.0": torch.zeros(1, 4, 5, 32)},
             r"history_v.0 is float32 \[1, 4, 5, 32\], expected float32 \[1, 4, 'history_tokens', 32\]; "
@@ -235,27 +247,16 @@ def test_a_session_in_float16_gives_the_same_bits(tmp_path: Path, monkeypatch: p
 def test_inputs_that_break_the_contract_are_refused(
     runtime: TensorRTRuntime, changed: dict[str, Any], message: str
 ) -> None:
-    contract = runtime._artifacts.contracts["dit"]
-    inputs: dict[str, Any] = {
-        spec.name: (torch.zeros if spec.resident else np.zeros)([n if isinstance(n, int) else 0 for n in spec.shape])
-        for spec in contract.inputs
-    }
-    inputs = {
-        name: array if isinstance(array, torch.Tensor) else array.astype(np.float32) for name, array in inputs.items()
-    }
     with pytest.raises(ArtifactError, match=f"dit: {message}"):
-        runtime.graph("dit").run({**inputs, **changed})
+        runtime.graph("dit").run({**block_inputs(runtime), **changed})
 
 
-def test_a_history_outside_the_profile_is_refused_with_tensorrts_words(runtime: TensorRTRuntime) -> None:
-    contract = runtime._artifacts.contracts["dit"]
-    tokens = contract.ranges["history_tokens"][2] + 1
-    inputs: dict[str, Any] = {}
-    for spec in contract.inputs:
-        shape = [n if isinstance(n, int) else tokens for n in spec.shape]
-        inputs[spec.name] = torch.zeros(shape) if spec.resident else np.zeros(shape, np.float32)
-    with pytest.raises(ArtifactError, match=r"dit cannot run on stand-in: 3: history_k.0 .* any profile; build"):
-        runtime.graph("dit").run(inputs)
+def test_extents_of_no_profile_are_refused(runtime: TensorRTRuntime) -> None:
+    most = runtime._artifacts.contracts["dit"].profiles["block"]["history_tokens"][Extent.MAX]
+    for extents in ({"history_tokens": most + 1}, {"sink_tokens": 0}):
+        message = r"dit has no profile for frames 3, .*; it has block, sink: use artifacts and a program of one version"
+        with pytest.raises(ArtifactError, match=message):
+            runtime.graph("dit").run(block_inputs(runtime, **extents))
 
 
 def test_an_engine_that_was_not_built_is_refused(artifacts: Artifacts, built: Artifacts) -> None:
@@ -332,7 +333,7 @@ def test_an_engine_that_tensorrt_refuses_is_refused_with_its_words(damaged: Arti
 
 
 def test_an_engine_with_other_tensors_is_refused(built: Artifacts) -> None:
-    other = replace(built, contracts={**built.contracts, "dit": built.contracts["dit"]})
+    other = replace(built, contracts={**built.contracts, "dit": built.contracts["dit_text"]})
     with pytest.raises(ArtifactError, match=r"dit.plan has other inputs and outputs than its contract; run"):
         TensorRTRuntime(other, 0, HostDevice).graph("dit")
 
@@ -371,8 +372,14 @@ def test_without_a_gpu_the_message_says_so() -> None:
 
 
 def test_names_of_caches_are_resident(built: Artifacts) -> None:
-    """What the runtime keeps on the device is exactly the caches and the states."""
+    """What the runtime keeps on the device is exactly caches, states, modulation, and tokens on their way."""
     resident = {spec.name for contract in built.contracts.values() for spec in contract.inputs if spec.resident}
     prefixes = {name.split(".")[0] for name in resident}
-    assert prefixes == {"state", *(f"{kind}_{part}" for kind in ("text", "sink", "history") for part in "kv")}
+    assert prefixes == {
+        "state",
+        "tokens",
+        "modulation",
+        "head_modulation",
+        *(f"{kind}_{part}" for kind in ("text", "sink", "history") for part in "kv"),
+    }
     assert set(kv_names("history", TINY.dit.num_layers)) <= resident
