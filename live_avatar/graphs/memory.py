@@ -34,8 +34,8 @@ from live_avatar.model.linears import is_fp8_weight
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES = 2 * GIB, GIB // 4
-"""Most scratch space that an engine may take beside its weights and tensors; the second for the small graphs beside the
-transformer."""
+"""Most scratch space that an engine may take beside its weights and tensors: the transformer and the VAE's networks, and
+all others."""
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
 
@@ -60,7 +60,7 @@ ELSEWHERE = ("casual_audio_encoder", "time_embedding", "time_projection", "modul
 
 def workspace_bytes(component: str) -> int:
     """Most scratch space of a component's engine."""
-    return SMALL_WORKSPACE_BYTES if component in SMALL_GRAPHS else WORKSPACE_BYTES
+    return WORKSPACE_BYTES if component == DIT or component.startswith("vae_") else SMALL_WORKSPACE_BYTES
 
 
 def readable(size: int) -> str:
@@ -106,9 +106,13 @@ def denoiser_memory(preset: Preset, steps: range, fp8: bool = False) -> Memory:
             "weights of the transformer": large,
             "weights of text and tokens": small,
             "modulation": (1 + len(steps)) * (6 * preset.dit.num_layers + 2) * preset.dit.dim * BYTES["float32"],
-            "scratch space": sum(workspace_bytes(component) for component in (DIT, *SMALL_GRAPHS)),
+            **_scratch(DIT, *SMALL_GRAPHS),
         }
     )
+
+
+def _scratch(*components: str) -> dict[str, int]:
+    return {"scratch space": sum(workspace_bytes(component) for component in components)}
 
 
 def decoder_memory(preset: Preset) -> Memory:
@@ -116,7 +120,7 @@ def decoder_memory(preset: Preset) -> Memory:
     return session_memory(preset, DECODER, _contracts(preset)).beside(
         {
             "weights of two engines": 2 * _part_bytes(preset, "vae", ("decoder",)),
-            "scratch space of two engines": 2 * WORKSPACE_BYTES,
+            **_scratch("vae_decoder_first", "vae_decoder"),
         }
     )
 
@@ -127,7 +131,7 @@ def conditioning_memory(preset: Preset) -> Memory:
         CONDITIONING,
         {
             "weights": _part_bytes(preset, "speech") + _part_bytes(preset, "dit", ("casual_audio_encoder",)),
-            "scratch space of two engines": 2 * WORKSPACE_BYTES,
+            **_scratch("speech_encoder", "audio_tokens"),
         },
         {},
     )
@@ -141,7 +145,7 @@ def encoder_memory(preset: Preset, text_on_host: bool = False) -> Memory:
         {
             "weights of the text encoder": text,
             "weights of two engines of the VAE": 2 * _part_bytes(preset, "vae", ("encoder",)),
-            "scratch space of three engines": 3 * WORKSPACE_BYTES,
+            **_scratch("text_encoder", "vae_encoder_first", "vae_encoder"),
         },
         {},
     )
