@@ -28,7 +28,8 @@ WORKSPACE_BYTES = 2 * GIB
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
 
-# Stages by the names of their models in Triton; the denoising steps have their components' names.
+# Stages by the names of their models in Triton; a denoising stage is the range of its steps, counted from 1.
+Stage = str | range
 CONDITIONING, DECODER = "conditioning", "vae_decoder"
 
 # Parts of the transformer that a graph does without; its modulation is a constant of the graph.
@@ -90,7 +91,7 @@ class Memory:
 def step_memory(preset: Preset, prefill_on_host: bool = False, fp8: bool = False) -> Memory:
     """A denoising step with its prefill; with `fp8` their large linears take a byte per weight."""
     prefill = {} if prefill_on_host else {"weights of the prefill": _dit_bytes(preset, NOT_IN_PREFILL, fp8)}
-    return session_memory(preset, step_name(1), _contracts(preset)).beside(
+    return session_memory(preset, range(1, 2), _contracts(preset)).beside(
         {
             "weights of the step": _dit_bytes(preset, NOT_IN_STEP, fp8),
             **prefill,
@@ -109,7 +110,7 @@ def decoder_memory(preset: Preset) -> Memory:
     )
 
 
-def session_memory(preset: Preset, stage: str, agreed: Mapping[str, Contract]) -> Memory:
+def session_memory(preset: Preset, stage: Stage, agreed: Mapping[str, Contract]) -> Memory:
     """What the sessions cost a stage after it has loaded: their states, and the tensors of the request in work.
 
     A session shares an avatar's memory until it has its own, but may keep that of one no longer remembered, so both are
@@ -120,9 +121,12 @@ def session_memory(preset: Preset, stage: str, agreed: Mapping[str, Contract]) -
         return _conditioning_sessions(preset)
     if stage == DECODER:
         return _decoder_sessions(agreed[DECODER])
-    if stage not in _stages(preset):
-        raise ConfigError(f"there is no stage {stage!r}; preset {preset.name} has {', '.join(_stages(preset))}.")
-    return _step_sessions(agreed[stage], agreed["dit_prefill"])
+    if isinstance(stage, range) and 1 <= stage.start < stage.stop <= preset.stream.steps + 1:
+        return _step_sessions(agreed[step_name(stage[0])], agreed["dit_prefill"], len(stage))
+    raise ConfigError(
+        f"there is no stage {stage!r}; preset {preset.name} has {CONDITIONING}, denoising steps 1 to "
+        f"{preset.stream.steps} and {DECODER}."
+    )
 
 
 def require_sessions(
@@ -130,14 +134,14 @@ def require_sessions(
     sessions: int,
     known_avatars: int,
     available_bytes: int,
-    stages: Collection[str] = (),
+    stages: Collection[Stage] = (),
     agreed: Mapping[str, Contract] | None = None,
 ) -> None:
     """Raises `CapacityError`, with the sum, if so many sessions and remembered avatars outgrow a memory.
 
     `available_bytes` is what that memory has free when the weights are loaded; `stages` are those that live in it (none
-    named: all, on one host). `agreed` as in `session_memory`; without it torch works the contracts out. Raises
-    `ConfigError` for numbers that mean nothing.
+    named: all, each step a stage, on one host). `agreed` as in `session_memory`; without it torch works the contracts
+    out. Raises `ConfigError` for numbers that mean nothing.
     """
     if sessions < 1 or known_avatars < 0:
         raise ConfigError(
@@ -168,22 +172,23 @@ def host_available_bytes(root: Path = Path("/")) -> int:
     return max(0, min([available, *_group_bytes(root)]))
 
 
-def _stages(preset: Preset) -> list[str]:
-    return [CONDITIONING, *(step_name(i) for i in range(1, preset.stream.steps + 1)), DECODER]
+def _stages(preset: Preset) -> list[Stage]:
+    return [CONDITIONING, *(range(step, step + 1) for step in range(1, preset.stream.steps + 1)), DECODER]
 
 
-def _step_sessions(step: Contract, prefill: Contract) -> Memory:
+def _step_sessions(step: Contract, prefill: Contract, steps: int) -> Memory:
+    """So many steps in one process: each has a ring, and they run one after another."""
     blocks = _bytes(step.outputs, step)
     ring = _bytes((spec for spec in step.inputs if spec.name.startswith("history")), step)
     sink = _bytes(prefill.outputs, prefill)
     return Memory(
-        "a denoising step",
+        "a denoising step" if steps == 1 else f"{steps} denoising steps",
         {
             "keys and values of the current block": blocks,
             "copies of a history that is not full": ring - blocks,
             "sink that replaces another": sink,
         },
-        {"ring": ring, "sink and text": sink},
+        {"ring" if steps == 1 else "rings": steps * ring, "sink and text": sink},
         {"sink and text": sink},
     )
 

@@ -44,7 +44,7 @@ from perf.scenarios.schedule import StageDurations, asked
 RUNS, QUICK_RUNS = 20, 3
 STEP, PREFILL = "dit_step_1", "dit_prefill"
 TRANSFORMER = (STEP, PREFILL)
-PROFILES = {"cuda": ("h800x5", "h800x4"), "cpu": ("cpu",)}
+PROFILES = {"cuda": ("gpux5", "gpux4"), "cpu": ("cpu",)}
 SIZES = {"cuda": (8192, 2**32), "cpu": (1024, 2**28)}
 """Sides of the square products, and bytes copied, for the device's peak rates."""
 TILE_HALO = 4

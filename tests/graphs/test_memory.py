@@ -21,6 +21,7 @@ from live_avatar.graphs.memory import (
     MIB,
     WORKSPACE_BYTES,
     Memory,
+    Stage,
     decoder_memory,
     fitting_on_host,
     host_available_bytes,
@@ -179,13 +180,13 @@ def test_what_does_not_fit_is_refused_with_the_sum(
     assert ("--weights-on-host dit_prefill" in str(caught.value)) == may_move
 
 
-def bytes_of(preset: Preset, stage: str, sessions: int, avatars: int) -> int:
+def bytes_of(preset: Preset, stage: Stage, sessions: int, avatars: int) -> int:
     return session_memory(preset, stage, contracts(preset)).total(sessions, avatars)
 
 
 def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
-    needed = bytes_of(LARGE, "dit_step_3", 2, 1)
-    require_sessions(LARGE, 2, 1, needed, ["dit_step_3"])
+    needed = bytes_of(LARGE, range(3, 4), 2, 1)
+    require_sessions(LARGE, 2, 1, needed, [range(3, 4)])
     message = (
         r"^2 sessions and 1 known avatars of preset s2v-14b need 31\.37 GiB, but 31\.37 GiB are free, enough for 1 "
         r"sessions: a denoising step: keys and values of the current block 2\.42 GiB \+ copies of a history that is "
@@ -194,11 +195,11 @@ def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
         r"\(--max-sessions\), fewer known avatars \(--known-avatars\) or more memory\.$"
     )
     with pytest.raises(CapacityError, match=message):
-        require_sessions(LARGE, 2, 1, needed - 1, ["dit_step_3"])
+        require_sessions(LARGE, 2, 1, needed - 1, [range(3, 4)])
 
 
 def test_a_host_holds_the_sessions_of_all_stages() -> None:
-    stages = [CONDITIONING, *(f"dit_step_{step}" for step in range(1, 5)), DECODER]
+    stages = [CONDITIONING, *(range(step, step + 1) for step in range(1, 5)), DECODER]
     needed = sum(bytes_of(TINY, stage, 4, 16) for stage in stages)
     require_sessions(TINY, 4, 16, needed)
     require_sessions(TINY, 4, 16, needed, stages, contracts(TINY))
@@ -224,9 +225,19 @@ def test_numbers_of_sessions_that_mean_nothing_are_refused(sessions: int, avatar
 
 def test_a_stage_that_is_none_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"^there is no stage 'dit_step_5'; preset tiny has conditioning, dit_step_1, "
+        ConfigError,
+        match=r"^there is no stage range\(4, 6\); preset tiny has conditioning, denoising steps 1 to 4 and vae_",
     ):
-        require_sessions(TINY, 1, 1, GIB, ["dit_step_5"])
+        require_sessions(TINY, 1, 1, GIB, [range(4, 6)])
+
+
+def test_steps_in_one_process_share_all_but_their_rings() -> None:
+    one, three = (session_memory(LARGE, steps, contracts(LARGE)) for steps in (range(1, 2), range(2, 5)))
+    assert (three.shared, three.per_avatar) == (one.shared, one.per_avatar)
+    assert three.per_session == {
+        "rings": 3 * one.per_session["ring"],
+        "sink and text": one.per_session["sink and text"],
+    }
 
 
 def test_this_machine_has_memory_and_not_more_than_all() -> None:
