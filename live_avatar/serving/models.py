@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from tritonclient.grpc import model_config_pb2
-from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from live_avatar.graphs.memory import CONDITIONING, DECODER
 from live_avatar.serving.profiles import Place, Profile
@@ -148,10 +147,10 @@ def beside_the_pipe(profile: Profile) -> tuple[Place, ...]:
     return Place(ROLLING_SINK, None), Place(AVATAR_ENCODER, profile.encoder_gpu)
 
 
-def model_config(place: Place, profile: Profile, idle_margin_s: float = 0.0) -> ModelConfig:
+def model_config(place: Place, profile: Profile, idle_margin_s: float = 0.0) -> model_config_pb2.ModelConfig:
     """The configuration of a stage's model. Its sequences live `idle_margin_s` longer than the profile's idle limit."""
     kind = kind_of(place)
-    config = ModelConfig(name=place.name, backend="python")
+    config = model_config_pb2.ModelConfig(name=place.name, backend="python")
     _tensors(config, kind.inputs, kind.outputs, kind.optional)
     group = config.instance_group.add(count=1, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
     if place.gpu is not None:
@@ -166,13 +165,13 @@ def model_config(place: Place, profile: Profile, idle_margin_s: float = 0.0) -> 
     return config
 
 
-def ensemble_config(profile: Profile) -> ModelConfig:
+def ensemble_config(profile: Profile) -> model_config_pb2.ModelConfig:
     """The pipe, which only the gateway calls. Every stage has its own sequence batcher, so while a stage works on block
     i of a session, the one before it works on block i + 1: timestep-forcing pipeline parallelism.
 
     Every output comes from the last stage: Triton leaves out stages that the outputs a client asks for do not need.
     """
-    config = ModelConfig(name=protocol.MODEL_NAME, platform="ensemble")
+    config = model_config_pb2.ModelConfig(name=protocol.MODEL_NAME, platform="ensemble")
     _tensors(config, CONDITIONING_KIND.inputs, DECODER_KIND.outputs, CONDITIONING_KIND.optional)
     latest = {name: name for name in CONDITIONING_KIND.inputs}
     for number, place in enumerate(profile.chain):
@@ -198,7 +197,9 @@ def _parameters(place: Place, kind: Kind, profile: Profile) -> dict[str, str]:
     return parameters
 
 
-def _tensors(config: ModelConfig, inputs: Iterable[str], outputs: Iterable[str], optional: Iterable[str]) -> None:
+def _tensors(
+    config: model_config_pb2.ModelConfig, inputs: Iterable[str], outputs: Iterable[str], optional: Iterable[str]
+) -> None:
     for name in inputs:
         datatype, dims = TENSORS[name]
         config.input.add(name=name, data_type=_type(datatype), dims=dims, optional=name in optional)

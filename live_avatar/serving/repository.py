@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc import model_config_pb2
 
 from live_avatar.errors import ServerError
 from live_avatar.serving.models import Kind, beside_the_pipe, ensemble_config, kind_of, model_config
@@ -55,7 +55,7 @@ def write_new_repository(profile: Profile, folder: Path) -> None:
         raise ServerError(f"cannot write {folder} ({error.strerror}); choose another --output.") from error
 
 
-def _text(config: ModelConfig, profile: Profile) -> str:
+def _text(config: model_config_pb2.ModelConfig, profile: Profile) -> str:
     text = text_format.MessageToString(config, use_short_repeated_primitives=True)
     return HEADER.format(profile=profile.name) + text
 
