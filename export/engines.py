@@ -23,7 +23,7 @@ from live_avatar.exporter.engines import EngineOptions, build_engines
 @click.option(
     "--weights-on-host",
     multiple=True,
-    help="Component whose weights stay in host memory and are streamed in every run, such as dit_prefill.",
+    help="Component whose weights stay in host memory and are streamed in every run, such as text_encoder.",
 )
 @click.option("--rebuild", is_flag=True, help="Build engines that are up to date, too.")
 @click.option("--gpu-memory-gib", type=float, help="Memory of the GPU: refuse before building what would not fit.")

@@ -1,4 +1,4 @@
-"""Predicts a profile's speed from stage times: `python -m perf.predict --profile h800x5 --step-ms 120 --decoder-ms 60`.
+"""Predicts a profile's speed from stage times: `python -m perf.predict --profile gpux5 --step-ms 120 --decoder-ms 60`.
 
 It is the command line of the model in `perf.schedule`.
 """
@@ -16,7 +16,7 @@ MILLISECONDS = click.FloatRange(min=0)
 
 
 @click.command()
-@click.option("--profile", default="h800x5", show_default=True, help="Hardware profile.")
+@click.option("--profile", default="gpux5", show_default=True, help="Hardware profile: a name, or a file (NAME.toml).")
 @click.option("--step-ms", type=MILLISECONDS, required=True, help="Time of one denoising step.")
 @click.option("--decoder-ms", type=MILLISECONDS, required=True, help="Time to decode a block.")
 @click.option("--conditioning-ms", type=MILLISECONDS, default=0.0, help="Time to condition a block.")

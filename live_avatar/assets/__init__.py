@@ -1,5 +1,5 @@
-"""What the package ships: the weights of the tiny preset, and the demo's inputs, a drawn face and six seconds of
-synthetic speech."""
+"""What the package ships: the weights of the tiny preset, the hardware profiles, and the demo's inputs, a drawn face
+and six seconds of synthetic speech."""
 
 from pathlib import Path
 
@@ -9,3 +9,4 @@ SPEECH = _FOLDER / "speech.wav"
 PORTRAIT = _FOLDER / "portrait.png"
 DEMO_PROMPT = "a red-haired woman in a yellow shirt, orange background"
 TINY_WEIGHTS = _FOLDER / "tiny"
+PROFILES = _FOLDER / "profiles"

@@ -193,7 +193,12 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
 
 @main.command()
 @artifacts_option(required=True)
-@click.option("--profile", default="cpu", show_default=True, help="Hardware profile: assigns models to devices.")
+@click.option(
+    "--profile",
+    default="cpu",
+    show_default=True,
+    help="Hardware profile, which says what runs on which device: a name, or a file of your own (NAME.toml).",
+)
 @click.option(
     "--address", callback=listening_address, default="127.0.0.1", show_default=True, help="Address to listen on."
 )
@@ -212,9 +217,6 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
 )
 @click.option(
     "--metrics-port", type=Integer(1, 65535), default=8002, show_default=True, help="Port of Prometheus metrics."
-)
-@click.option(
-    "--model-repository", type=FILE, help="Triton model repository to serve; default: the one of this checkout."
 )
 @click.option("--max-sessions", type=Integer(min=1), help="Maximum concurrent sessions; default: from the profile.")
 @click.option(
@@ -275,7 +277,6 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
 def serve(
     artifacts: Path,
     drain_seconds: float,
-    model_repository: Path | None,
     api_key_file: Path | None,
     admin_key_file: Path | None,
     tls_certificate: Path | None,
@@ -288,12 +289,11 @@ def serve(
     from live_avatar.serving.access import Access, access_warnings
     from live_avatar.serving.foreground import run_until_signal
     from live_avatar.serving.log_relay import LogRelay
-    from live_avatar.serving.repository import MODEL_REPOSITORY
     from live_avatar.serving.server import is_for_operators, serving
     from live_avatar.serving.server_options import ServerOptions
 
     access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
-    chosen = ServerOptions(artifacts, model_repository=model_repository or MODEL_REPOSITORY, access=access, **options)
+    chosen = ServerOptions(artifacts, access=access, **options)
     require_places(artifacts=artifacts, label_font=chosen.label_font, trace=chosen.trace)
     ready = False
     relay = LogRelay(sys.stderr)
@@ -315,6 +315,19 @@ def serve(
     finally:
         relay.close(LOG_FLUSH_S)
     say("Stopped.")
+
+
+@main.command()
+@click.option("--profile", default="cpu", show_default=True, help="Hardware profile: a name, or a file (NAME.toml).")
+@click.option("--output", type=FILE, required=True, help="Folder to write; it must be new or empty.")
+def repository(profile: str, output: Path) -> None:
+    """Write the Triton model repository of a profile, for a Triton that you start yourself."""
+    from live_avatar.serving.profiles import load_profile
+    from live_avatar.serving.repository import write_new_repository
+
+    chosen = load_profile(profile)
+    write_new_repository(chosen, output)
+    say(f"Wrote {output} (profile {chosen.name}).")
 
 
 @main.command()

@@ -34,14 +34,14 @@ from live_avatar.model.linears import is_fp8_weight
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES = 2 * GIB, GIB // 4
-"""Most scratch space that an engine may take beside its weights and tensors: the transformer and the VAE's networks, and
-all others."""
+"""Most scratch space that an engine may take beside its weights and tensors: the transformer and the VAE's networks,
+and all others."""
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
 
-CONDITIONING, DECODER, ENCODER = "conditioning", "vae_decoder", "avatar_encoder"
-"""Stages by the names of their models in Triton. A stage of denoising steps is given by its range of steps."""
+# Stages by the names of their models in Triton; a denoising stage is the range of its steps, counted from 1.
 Stage = str | range
+CONDITIONING, DECODER, ENCODER = "conditioning", "vae_decoder", "avatar_encoder"
 
 SMALL_GRAPHS = (BLOCK_TOKENS, SINK_TOKENS, TEXT)
 # Parts of the transformer that its graph does without, and those of them that the small graphs have.
@@ -162,13 +162,12 @@ def session_memory(preset: Preset, stage: Stage, agreed: Mapping[str, Contract])
         return _conditioning_sessions(preset)
     if stage == DECODER:
         return _decoder_sessions(agreed[DECODER])
-    steps = range(1, preset.stream.steps + 1)
-    if isinstance(stage, str) or not stage or not (stage[0] in steps and stage[-1] in steps):
-        raise ConfigError(
-            f"there is no stage {stage!r}; preset {preset.name} has {CONDITIONING}, {DECODER} and denoising steps 1 to "
-            f"{preset.stream.steps}."
-        )
-    return _denoiser_sessions(agreed[DIT], agreed[TEXT], stage)
+    if isinstance(stage, range) and 1 <= stage.start < stage.stop <= preset.stream.steps + 1:
+        return _denoiser_sessions(agreed[DIT], agreed[TEXT], len(stage))
+    raise ConfigError(
+        f"there is no stage {stage!r}; preset {preset.name} has {CONDITIONING}, denoising steps 1 to "
+        f"{preset.stream.steps} and {DECODER}."
+    )
 
 
 def require_sessions(
@@ -182,8 +181,8 @@ def require_sessions(
     """Raises `CapacityError`, with the sum, if so many sessions and remembered avatars outgrow a memory.
 
     `available_bytes` is what that memory has free when the weights are loaded; `stages` are those that live in it (none
-    named: all, on one host). `agreed` as in `session_memory`; without it torch works the contracts out. Raises
-    `ConfigError` for numbers that mean nothing.
+    named: all, each step a stage, on one host). `agreed` as in `session_memory`; without it torch works the contracts
+    out. Raises `ConfigError` for numbers that mean nothing.
     """
     if sessions < 1 or known_avatars < 0:
         raise ConfigError(
@@ -215,22 +214,22 @@ def host_available_bytes(root: Path = Path("/")) -> int:
 
 
 def _stages(preset: Preset) -> list[Stage]:
-    return [CONDITIONING, *(range(i, i + 1) for i in range(1, preset.stream.steps + 1)), DECODER]
+    return [CONDITIONING, *(range(step, step + 1) for step in range(1, preset.stream.steps + 1)), DECODER]
 
 
-def _denoiser_sessions(dit: Contract, text: Contract, steps: range) -> Memory:
+def _denoiser_sessions(dit: Contract, text: Contract, steps: int) -> Memory:
+    """So many steps in one process: each has a ring, and they run one after another."""
     block = _bytes((spec for spec in dit.outputs if spec.resident), dit, BLOCK)
     sink = _bytes((spec for spec in dit.outputs if spec.resident), dit, SINK) + _bytes(text.outputs, text)
     ring = _bytes((spec for spec in dit.inputs if spec.name.startswith("history")), dit, BLOCK)
-    rings = "ring" if len(steps) == 1 else f"{len(steps)} rings"
     return Memory(
-        "a denoising step" if len(steps) == 1 else f"denoising steps {steps[0]} to {steps[-1]}",
+        "a denoising step" if steps == 1 else f"{steps} denoising steps",
         {
             "keys and values of the current block": max(block, sink),
             "copies of a history that is not full": ring - block,
             "sink that replaces another": sink,
         },
-        {rings: len(steps) * ring, "sink and text": sink},
+        {"ring" if steps == 1 else "rings": steps * ring, "sink and text": sink},
         {"sink and text": sink},
     )
 

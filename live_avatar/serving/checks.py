@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
-
-from tritonclient.grpc import model_config_pb2
 
 from live_avatar.errors import ServerError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import host_available_bytes, require_sessions
 from live_avatar.serving.gateway_settings import GatewaySettings, Limits, metrics_socket, triton_target
 from live_avatar.serving.label import Label
-from live_avatar.serving.repository import ProfileModels, chain, profiles
+from live_avatar.serving.profiles import (
+    ALIASES,
+    GREATEST_IDLE_S,
+    LEAST_IDLE_S,
+    Profile,
+    load_profile,
+    profile_names,
+    require_gpus,
+)
 from live_avatar.serving.served import Served
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
 
-FIRST_STEP = "dit_step_1"
-"""The stage whose limits stand for those of the server; all stages have the same."""
+log = logging.getLogger(__name__)
+
 SPARE_STREAMS = 64
 """Streams that callers may have beside two for each session. Each may be reading a picture of 32 MiB."""
-LEAST_IDLE_S, GREATEST_IDLE_S = 1.0, 86_400.0
 
 
-def model_source(options: ServerOptions) -> ProfileModels:
-    """The models that the options ask for."""
-    return ProfileModels(
-        options.model_repository, options.profile, options.max_sessions, options.known_avatars, options.idle_seconds
-    )
+def served_profile(options: ServerOptions) -> Profile:
+    """The profile that the options ask for, with their limits. Raises `ConfigError` as `load_profile` does."""
+    if (current := ALIASES.get(options.profile)) is not None:
+        log.warning("Profile %s is now called %s; the old name still works.", options.profile, current)
+    profile = load_profile(options.profile)
+    return profile.limited(options.max_sessions, options.known_avatars, options.idle_seconds)
 
 
-def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
+def gateway_settings(options: ServerOptions, profile: Profile, scratch: Path) -> GatewaySettings:
     """The gateway's settings for a server in the folder `scratch`."""
     artifacts = load_artifacts(options.artifacts)
-    config = model_source(options).config(FIRST_STEP)
-    max_sessions, known_avatars = (int(config.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
-    stages = len(chain(options.model_repository, options.profile))
-    on_cpu = config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+    stages, max_sessions = len(profile.chain), profile.max_sessions
     limits = Limits(
         max_sessions=max_sessions,
-        idle_s=config.sequence_batching.max_sequence_idle_microseconds / 1e6,
+        idle_s=profile.idle_seconds,
         # On a CPU the stages share the cores, so more blocks than cores only wait for one another.
-        pipe_blocks=min(stages + 1, max(2, os.cpu_count() or 1)) if on_cpu else stages + 1,
+        pipe_blocks=min(stages + 1, max(2, os.cpu_count() or 1)) if profile.on_cpu else stages + 1,
         lone_blocks=stages + 2,
-        known_avatars=known_avatars,
+        known_avatars=profile.known_avatars,
         known_avatar_s=options.known_avatar_seconds,
         share_avatars=options.share_avatars,
         sessions_per_key=options.sessions_per_key,
@@ -62,7 +66,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
         grpc_port=options.grpc_port,
         http_port=options.http_port,
         metrics_port=options.metrics_port,
-        served=Served(__version__, preset.name, artifacts.fingerprint, options.profile, max_sessions),
+        served=Served(__version__, preset.name, artifacts.fingerprint, profile.name, max_sessions),
         height=preset.stream.height,
         width=preset.stream.width,
         limits=limits,
@@ -82,21 +86,22 @@ def _absolute(path: Path | None) -> Path | None:
     return path and path.absolute()
 
 
-def check(options: ServerOptions) -> None:
+def check(options: ServerOptions, profile: Profile) -> None:
     """Raises a `LiveAvatarError` for options that the server cannot start with."""
     artifacts = load_artifacts(options.artifacts)
-    known = profiles(options.model_repository)
-    if not known:
-        raise ServerError(
-            f"{options.model_repository} is not the project's model repository; run from a checkout or give "
-            "--model-repository."
-        )
-    if options.profile not in known:
-        raise ServerError(f"there is no profile {options.profile!r}; choose one of {', '.join(known)}.")
-    _check_steps(options, known, artifacts.preset.stream.steps)
-    _check_sessions(options, artifacts)
+    _check_steps(profile, artifacts)
+    if profile.gpus:
+        require_gpus(profile, gpu_count())
+    _check_sessions(options, profile, artifacts)
     _check_ports(options)
     _check_trace(options)
+
+
+def gpu_count() -> int:
+    """The NVIDIA GPUs that a process of this server would see."""
+    import torch  # here alone: a server of the CPU needs none
+
+    return torch.cuda.device_count()
 
 
 def _check_ports(options: ServerOptions) -> None:
@@ -131,7 +136,7 @@ def _check_trace(options: ServerOptions) -> None:
             raise ServerError(f"cannot write to {options.trace} ({error.strerror}); choose another --trace.") from error
 
 
-def _check_sessions(options: ServerOptions, artifacts: Artifacts) -> None:
+def _check_sessions(options: ServerOptions, profile: Profile, artifacts: Artifacts) -> None:
     """Checks the limits of sessions. A stage on a GPU checks its memory itself, after its weights were loaded."""
     if options.idle_seconds is not None and not LEAST_IDLE_S <= options.idle_seconds <= GREATEST_IDLE_S:
         raise ServerError(
@@ -139,22 +144,17 @@ def _check_sessions(options: ServerOptions, artifacts: Artifacts) -> None:
         )
     if options.label_font is not None:
         Label("A", artifacts.preset.stream.height, artifacts.preset.stream.width, options.label_font)
-    step = model_source(options).config(FIRST_STEP)
-    if step.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU:
-        sessions, avatars = (int(step.parameters[n].string_value) for n in ("max_sessions", "known_avatars"))
-        require_sessions(artifacts.preset, sessions, avatars, host_available_bytes(), agreed=artifacts.contracts)
+    if stages := [place.memory_stage for place in profile.on_cpu]:
+        sessions, avatars, free = profile.max_sessions, profile.known_avatars, host_available_bytes()
+        require_sessions(artifacts.preset, sessions, avatars, free, stages, artifacts.contracts)
 
 
-def _check_steps(options: ServerOptions, known: list[str], exported: int) -> None:
-    steps = {profile: _step_count(chain(options.model_repository, profile)) for profile in known}
-    if steps[options.profile] != exported:
-        fitting = [profile for profile in known if steps[profile] == exported]
+def _check_steps(profile: Profile, artifacts: Artifacts) -> None:
+    serves, exported = profile.step_count, artifacts.preset.stream.steps
+    if serves != exported:
+        fitting = [name for name in profile_names() if load_profile(name).step_count == exported]
         choose = f"choose --profile {' or '.join(fitting)}, or " if fitting else ""
         raise ServerError(
-            f"profile {options.profile} serves {steps[options.profile]} denoising steps, but {options.artifacts} was "
-            f"exported with {exported}; {choose}export with {steps[options.profile]} (`live-avatar export --help`)."
+            f"profile {profile.name} serves {serves} denoising steps, but {artifacts.folder} was exported with "
+            f"{exported}; {choose}export with {serves} (`live-avatar export --help`)."
         )
-
-
-def _step_count(models: list[str]) -> int:
-    return sum(model.startswith("dit_step_") for model in models)

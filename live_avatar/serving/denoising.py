@@ -21,7 +21,7 @@ from live_avatar.pipeline.denoiser import Denoiser, DenoiserState
 from live_avatar.pipeline.sink import SinkSource, first_latent_frame, gives_sink, takes_sink
 from live_avatar.runtime import Runtime
 from live_avatar.serving.failures import PipeError, failure_tensor
-from live_avatar.serving.metrics import SINKS_AHEAD, Meter
+from live_avatar.serving.metrics import SINKS_AHEAD, STEPS, Meter
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
 from live_avatar.serving.rolling_sink import SinkClient
 from live_avatar.serving.sessions import SessionLimits, SessionTable
@@ -71,6 +71,7 @@ class DenoiserStage(PipeStage[_Session]):
         self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(limits.known_avatars, meter)
         self._ahead: WeakSet[_Session] = WeakSet()  # weak: an ended session frees its sink
         meter.declare(SINKS_AHEAD)
+        meter.set(STEPS, len(steps))
 
     def work(self, request: StageRequest, block: int) -> StageResponse:
         latent = request.inputs[LATENT]

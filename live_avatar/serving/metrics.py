@@ -100,6 +100,12 @@ BUSY: Final = Metric(
     "Time that a stage spent processing, excluding rejected requests.",
     ("stage",),
 )
+STEPS: Final = Metric(
+    "live_avatar_stage_steps",
+    Kind.GAUGE,
+    "Denoising steps that a stage runs for every block; stages that do not denoise have no such series.",
+    ("stage",),
+)
 FAILURES: Final = Metric(
     "live_avatar_stage_failures_total", Kind.COUNTER, "Sessions that failed in a stage.", ("stage",)
 )
@@ -152,6 +158,7 @@ METRICS: Final = (
     SESSIONS_ENDED,
     BLOCKS,
     BUSY,
+    STEPS,
     FAILURES,
     STARTS,
     FRAMES,

@@ -28,15 +28,17 @@ from live_avatar.errors import ServerError
 from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.serving import LOG_MARK
 from live_avatar.serving.access import check_access
-from live_avatar.serving.checks import check, gateway_settings, model_source
+from live_avatar.serving.checks import check, gateway_settings, served_profile
 from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_process import PRIVATE, GatewayProcess, wait_until
 from live_avatar.serving.gateway_settings import metrics_socket, triton_target
 from live_avatar.serving.health import health_port
-from live_avatar.serving.repository import AUXILIARY_MODELS
+from live_avatar.serving.profiles import Profile
+from live_avatar.serving.repository import IDLE_MARGIN_S, write_repository
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.settings import StageSettings
 from live_avatar.serving.supervisor import Admin, Supervisor, living_stages
+from live_avatar.serving.tensors import AVATAR_ENCODER, ROLLING_SINK
 from live_avatar.serving.turns import turns_value
 from live_avatar_client.protocol import MODEL_NAME
 
@@ -67,7 +69,6 @@ exec "$@" <&4 3<&- 4<&-
 """
 FAILED_MODEL = re.compile(r"failed to (?:load|start) ('.*?')(?: version \d+)?: (?:\w+: )*(.*)")
 LOAD_FAILURE = re.compile(r'"(failed to (?:load|start) .*?)(\\n|")')
-NO_SUCH_GPU = re.compile(r"unsupported gpu id (\d+)\. GPUs with .*? are: ([\d, ]*)")
 
 
 class ServerLog:
@@ -131,7 +132,6 @@ class TritonServer:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 time.sleep(POLL_S)  # for its last words
-                self._expect_gpus()
                 raise ServerError(
                     f"Triton ended with code {self.process.returncode} while it started:\n{self.errors()}"
                 )
@@ -189,33 +189,24 @@ class TritonServer:
                 os.killpg(self.process.pid, signal.SIGKILL)  # the group is the server's own: workers it left behind
             self.process.wait()
 
-    def _expect_gpus(self) -> None:
-        missing = NO_SUCH_GPU.findall(self._log.text())
-        if missing:
-            wanted = ", ".join(sorted({number for number, _ in missing}, key=int))
-            present = ", ".join(missing[0][1].split()) or "none"
-            raise ServerError(
-                f"profile {self.options.profile} needs GPU {wanted}, but Triton sees {present} on this machine; serve "
-                "where there are enough of them, or choose another --profile."
-            )
-
 
 @contextmanager
 def serving(options: ServerOptions, echo: Callable[[str], None] = lambda line: None) -> Iterator[TritonServer]:
     """A server that is ready inside the `with` and gone after it, workers and temporary files included.
 
     `echo` is given every line that Triton, the stages and the gateway write; it must not block. Raises `ArtifactError`
-    for unusable artifacts, `CapacityError` for more sessions than memory has room for, and `ServerError` for a taken
-    port, a key or certificate that cannot be used, a profile that is unknown, has another number of steps than the
-    artifacts, or needs GPUs that are not there, or a server that does not come up.
+    for unusable artifacts, `CapacityError` for more sessions than memory has room for, `ConfigError` for a profile that
+    is unknown or wrong, or needs GPUs that are not there, and `ServerError` for a profile of another number of steps
+    than the artifacts, a taken port, a key or certificate that cannot be used, or a server that does not come up.
     """
-    check(options)
+    profile = served_profile(options)
+    check(options, profile)
     check_access(options.access)
     with _scratch_folder() as scratch:
-        files = _Files(scratch, options)
+        files = _Files(scratch, options, profile)
         files.write()
         log = ServerLog(echo)
-        gateway = GatewayProcess(gateway_settings(options, scratch), files.work, log.add)
+        gateway = GatewayProcess(gateway_settings(options, profile, scratch), files.work, log.add)
         gateway.start()
         try:
             with (
@@ -245,7 +236,7 @@ def _triton(options: ServerOptions, files: _Files, log: ServerLog, gateway: Gate
     admin = Admin(triton_target(files.scratch))
     supervisor = Supervisor(
         process.pid,
-        files.stages(),
+        files.stages,
         admin,
         Control(files.control),
         gateway,
@@ -299,24 +290,21 @@ def _scratch_folder() -> Iterator[Path]:
 class _Files:
     """What a server has on disk: models, backend, control files and an empty working directory, all in `scratch`."""
 
-    def __init__(self, scratch: Path, options: ServerOptions) -> None:
+    def __init__(self, scratch: Path, options: ServerOptions, profile: Profile) -> None:
         self.scratch = scratch
         self.control = scratch / "control"
         self.work = scratch / "work"
         self._models = scratch / "models"
         self._options = options
-        self._source = model_source(options)
+        self._profile = profile
+        self.stages: list[str] = []
 
     def write(self) -> None:
-        """Makes what is missing."""
+        """Makes what is missing; `stages` are then the models that have a process."""
         for folder in (self.control, self.work):
             folder.mkdir(exist_ok=True)
-        self._source.write(self._models)
+        self.stages = write_repository(self._profile, self._models, IDLE_MARGIN_S)
         _backends(self.scratch)
-
-    def stages(self) -> list[str]:
-        """The models that have a process."""
-        return [path.name for path in self._models.iterdir() if (path / "1").exists() and path.name != MODEL_NAME]
 
     def command(self) -> list[str]:
         """Triton's command line."""
@@ -358,7 +346,7 @@ def _command(options: ServerOptions, models: Path, backends: Path | None, scratc
         binary,
         f"--model-repository={models}",
         "--model-control-mode=explicit",
-        *(f"--load-model={model}" for model in (MODEL_NAME, *AUXILIARY_MODELS)),
+        *(f"--load-model={model}" for model in (MODEL_NAME, ROLLING_SINK, AVATAR_ENCODER)),
         "--disable-auto-complete-config",
         "--exit-timeout-secs=2",
         f"--backend-config=python,shm-region-prefix-name={scratch.name}",

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 from live_avatar.serving.access import Access
-from live_avatar.serving.repository import MODEL_REPOSITORY
 
 ANY_ADDRESSES: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses to listen on that no client can connect to, and the one for clients on this machine."""
@@ -18,10 +17,11 @@ ANY_ADDRESSES: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 class ServerOptions:
     """The options of a server; None keeps the value of the profile.
 
-    known_avatar_seconds: how long a caller's avatar is remembered after its last use. share_avatars: callers
-    without keys reuse one another's avatars. sessions_per_key and starts_per_minute: limits of each caller.
-    longest_session_seconds: after it a session ends. log_format: plain or json. log_hashes: whether the log has the
-    hashes of picture and prompt. trace: a folder for the busy intervals of the stages.
+    profile: the name of a shipped one, or a file (`serving.profiles`). known_avatar_seconds: how long a caller's
+    avatar is remembered after its last use. share_avatars: callers without keys reuse one another's avatars.
+    sessions_per_key and starts_per_minute: limits of each caller. longest_session_seconds: after it a session ends.
+    log_format: plain or json. log_hashes: whether the log has the hashes of picture and prompt. trace: a folder for
+    the busy intervals of the stages.
 
     For measurements: stage_floor_s is the least time that a stage takes for a block; turns are stages of which only
     one works at a time, as if they shared a processor.
@@ -34,7 +34,6 @@ class ServerOptions:
     http_port: int = 8000
     metrics_port: int = 8002
     health_port: int | None = None
-    model_repository: Path = MODEL_REPOSITORY
     max_sessions: int | None = None
     idle_seconds: float | None = None
     known_avatars: int | None = None

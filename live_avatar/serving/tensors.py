@@ -30,7 +30,8 @@ AVATAR_ENCODER = "avatar_encoder"
 """The model that encodes a picture and a prompt; the gateway calls it before a session starts."""
 PIXELS = "PIXELS"  # UINT8 [H, W, 3]: a picture of the preset's size; an input of avatar_encoder
 
-# rolling_sink, called by other stages
+ROLLING_SINK = "rolling_sink"
+"""The model that holds new sinks; the stages call it."""
 OPERATION = "OPERATION"  # BYTES [1]: put, take or fail
 SESSION = "SESSION"  # UINT64 [1]: a SINK_KEY
 STATE = "STATE"  # UINT8 [n]: text, ready, absent or failed

@@ -1,6 +1,6 @@
 """The stages as Triton models: the only module that uses `triton_python_backend_utils`.
 
-Each folder of `model_repository/` re-exports one class from here. A class converts Triton requests to `StageRequest`s,
+The file `1/model.py` of each model re-exports one class from here. A class converts Triton requests to `StageRequest`s,
 errors to Triton errors with a code and metrics to Triton's metrics, and writes the trace.
 """
 
@@ -23,8 +23,8 @@ import triton_python_backend_utils as pb_utils
 from live_avatar.arrays import Array
 from live_avatar.errors import ArtifactError, InputError, SessionError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.memory import Stage as MemoryStage
 from live_avatar.graphs.memory import require_sessions, session_memory
-from live_avatar.pipeline.denoiser import one_step
 from live_avatar.runtime import Runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import LOG_MARK
@@ -39,7 +39,16 @@ from live_avatar.serving.rolling_sink import FAIL, NOTHING, PUT, TAKE, RollingSi
 from live_avatar.serving.sessions import SessionLimits
 from live_avatar.serving.settings import StageSettings
 from live_avatar.serving.stage import Stage, StageRequest, StageResponse
-from live_avatar.serving.tensors import LATENT, NO_BLOCK, OPERATION, SESSION, STATE, read_text
+from live_avatar.serving.steps import STEPS_PARAMETER, read_steps
+from live_avatar.serving.tensors import (
+    LATENT,
+    NO_BLOCK,
+    OPERATION,
+    ROLLING_SINK,
+    SESSION,
+    STATE,
+    read_text,
+)
 from live_avatar.serving.trace import TraceWriter
 from live_avatar.serving.turns import turn_of
 from live_avatar.serving.vae_decoder import VAEDecoderStage
@@ -111,7 +120,7 @@ class TritonSinkClient:
 
     def _call(self, operation: str, key: int, latent: Array) -> Any:
         request = pb_utils.InferenceRequest(
-            model_name="rolling_sink",
+            model_name=ROLLING_SINK,
             requested_output_names=[STATE, LATENT],
             inputs=[
                 pb_utils.Tensor(OPERATION, np.array([operation.encode()], dtype=np.object_)),
@@ -274,7 +283,7 @@ class StageModel:
         return TensorRTRuntime(self.artifacts, self._gpu)
 
     @property
-    def memory_stage(self) -> str | range:
+    def memory_stage(self) -> MemoryStage:
         """The stage as `graphs.memory` knows it."""
         return self.name
 
@@ -316,10 +325,15 @@ class ConditioningModel(StageModel):
         return ConditioningStage(self.runtime, self.meter, sinks, self.limits)
 
 
-class DiTStepModel(StageModel):
+class DenoiserModel(StageModel):
+    @property
+    def memory_stage(self) -> range:
+        """The steps that the stage runs."""
+        return read_steps(self.parameter(STEPS_PARAMETER))
+
     def make_stage(self) -> Stage:
-        step = int(self.name.rsplit("_", 1)[1])
-        return DenoiserStage(self.runtime, one_step(step), TritonSinkClient(), self.meter, self.room, self.limits)
+        sinks = TritonSinkClient()
+        return DenoiserStage(self.runtime, self.memory_stage, sinks, self.meter, self.room, self.limits)
 
 
 class VAEDecoderModel(StageModel):

@@ -45,7 +45,7 @@ RUNS, QUICK_RUNS = 20, 3
 BLOCK_USE, SINK_USE = DIT, use_name(DIT, SINK, first=False)
 TRANSFORMER = (BLOCK_USE, SINK_USE)
 REST = tuple(name for name in (*STEP, *PREFILL) if name not in TRANSFORMER)
-PROFILES = {"cuda": ("h800x5", "h800x4"), "cpu": ("cpu",)}
+PROFILES = {"cuda": ("gpux5", "gpux4"), "cpu": ("cpu",)}
 SIZES = {"cuda": (8192, 2**32), "cpu": (1024, 2**28)}
 """Sides of the square products, and bytes copied, for the device's peak rates."""
 TILE_HALO = 4

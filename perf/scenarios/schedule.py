@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from live_avatar.serving.profiles import load_profile
 from perf.figures import BlockTimes, hops, throughput
-from perf.placement import placement, session_limit
 from perf.report import RESULTS, lines_picture
 from perf.scenario import Context, Figures, Scenario, Target, check
 from perf.schedule import (
@@ -37,7 +37,7 @@ BLOCKS, QUICK_BLOCKS = 30, 10
 TOLERANCE = 0.05
 CPU = "cpu"
 
-PROFILES = ("h800x5", "h800x4", "h800x1")
+PROFILES = ("gpux5", "gpux4", "gpux3", "gpux2", "gpux1")
 MOST_SESSIONS = 16
 NODES = (1, 2, 4, 8, 16, 32, 64)
 SLOTS = (1, 2, 4)
@@ -192,15 +192,15 @@ class StageDurations:
         return replace(self, name=f"{self.name}, {share:.0%} of it", **times)
 
     def pipeline(self, profile: str) -> Pipeline:
-        """The profile's pipe, with each stage on the processor of its configuration."""
+        """The profile's pipe, with each stage on its processor. A stage runs its steps one after another, and prefills
+        a sink once for all of them."""
         works = {"conditioning": (self.conditioning_s,), "vae_decoder": (self.decoder_s,)}
-        places = placement(profile)
         return Pipeline(
             tuple(
-                StageWork(name, place, works[name])
-                if name in works
-                else StageWork(name, place, (self.step_s,), prefill_s=self.prefill_s)
-                for name, place in places.items()
+                StageWork(place.name, place.processor, works[place.name])
+                if place.steps is None
+                else StageWork(place.name, place.processor, (len(place.steps) * self.step_s,), prefill_s=self.prefill_s)
+                for place in load_profile(profile).chain
             )
         )
 
@@ -248,7 +248,7 @@ def asked(given: StageDurations, profile: str) -> Figures:
         "ttff_s": spoken[0].received_s,
         "latest_block_s": max(late_s),
         "real_time_sessions_by_time": sessions_without_stall(pipeline, MOST_SESSIONS),
-        "sessions_by_the_profile": session_limit(profile),
+        "sessions_by_the_profile": load_profile(profile).max_sessions,
     }
 
 

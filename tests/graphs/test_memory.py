@@ -67,7 +67,7 @@ def test_weights_of_the_large_model() -> None:
     assert {name: size for name, size in four.shared.items() if name in shared and name != "modulation"} == {
         name: size for name, size in shared.items() if name != "modulation"
     }
-    assert four.per_session["4 rings"] == 4 * denoiser_memory(LARGE, ONE).per_session["ring"]
+    assert four.per_session["rings"] == 4 * denoiser_memory(LARGE, ONE).per_session["ring"]
     assert decoder_memory(LARGE).shared["weights of two engines"] < 2 * 126_892_531 * 2
 
 
@@ -219,12 +219,21 @@ def test_numbers_of_sessions_that_mean_nothing_are_refused(sessions: int, avatar
 
 
 def test_a_stage_that_is_none_is_refused() -> None:
-    for stage in ("nose", one_step(5), range(3, 6), range(2, 2)):
+    for stage in ("nose", range(4, 6), range(2, 2)):
         message = (
-            rf"^there is no stage {re.escape(repr(stage))}; preset tiny has conditioning, vae_decoder and denoising "
+            rf"^there is no stage {re.escape(repr(stage))}; preset tiny has conditioning, denoising steps 1 to 4 and"
         )
         with pytest.raises(ConfigError, match=message):
             require_sessions(TINY, 1, 1, GIB, [stage])
+
+
+def test_steps_in_one_process_share_all_but_their_rings() -> None:
+    one, three = (session_memory(LARGE, steps, contracts(LARGE)) for steps in (range(1, 2), range(2, 5)))
+    assert (three.shared, three.per_avatar) == (one.shared, one.per_avatar)
+    assert three.per_session == {
+        "rings": 3 * one.per_session["ring"],
+        "sink and text": one.per_session["sink and text"],
+    }
 
 
 def test_this_machine_has_memory_and_not_more_than_all() -> None:

@@ -15,13 +15,11 @@ from typing import Any
 import click
 import jsonschema
 import kubernetes_validate
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 import export.engines
 import live_avatar.cli.main
 from live_avatar.serving import gateway_process, server, supervisor
-from live_avatar.serving.repository import MODEL_REPOSITORY
+from live_avatar.serving.profiles import load_profile
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.version import __version__
 from tests.k8s.manifests import (
@@ -315,14 +313,7 @@ def gpu_faults(objects: Sequence[Object]) -> Iterator[str]:
 
 def gpus_of(profile: str) -> int:
     """The GPUs that a profile's models are spread over."""
-    configs = MODEL_REPOSITORY.glob(f"*/configs/{profile}.pbtxt")
-    groups = [
-        group
-        for path in configs
-        for group in text_format.Parse(path.read_text(), model_config_pb2.ModelConfig()).instance_group
-    ]
-    assert groups, profile
-    return len({gpu for group in groups for gpu in group.gpus})
+    return len(load_profile(profile).gpus)
 
 
 def resource_faults(objects: Sequence[Object]) -> Iterator[str]:

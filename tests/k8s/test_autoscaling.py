@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.observing import AUTOSCALING, K8S, deployment, hpa, pods_wanted, rule
+from live_avatar.serving.profiles import load_profile
+from tests.k8s.observing import AUTOSCALING, deployment, hpa, pods_wanted, rule
 
 TOLERANCE = 0.1
 SYNC_S = 15
@@ -144,10 +145,9 @@ def test_sessions_that_come_every_few_minutes_move_no_pods() -> None:
 def test_the_table_s_numbers() -> None:
     text = (AUTOSCALING / "rules.yaml").read_text()
     rows = re.findall(r"^#   (\w+) +(\d) +(\d+ -> .*)$", text, re.M)
-    assert [name for name, _, _ in rows] == ["h800x5", "cpu"]
+    assert [name for name, _, _ in rows] == ["gpux5", "cpu"]
     for profile, slots, cells in rows:
-        config = (K8S.parent / "model_repository" / "conditioning" / "configs" / f"{profile}.pbtxt").read_text()
-        assert f'key: "max_sessions" value {{ string_value: "{slots}" }}' in config
+        assert load_profile(profile).max_sessions == int(slots)
         for live, wanted, replicas in re.findall(r"(\d+) -> ([\d.]+) -> (\d+)", cells):
             assert pods_wanted(int(live), int(slots)) == pytest.approx(float(wanted))
             assert math.ceil(float(wanted)) == int(replicas)

@@ -103,7 +103,7 @@ BROKEN: dict[str, tuple[Check, Breaks, str]] = {
     ),
     "an option that an init container does not know": (
         checks.command_faults,
-        lambda o: engines(o)["args"].append("--profile=h800x5"),
+        lambda o: engines(o)["args"].append("--profile=gpux5"),
         "engines: No such option '--profile'",
     ),
     "an option that the export does not know": (
@@ -255,8 +255,8 @@ BROKEN: dict[str, tuple[Check, Breaks, str]] = {
     ),
     "a GPU too few": (
         checks.gpu_faults,
-        lambda o: settings(o).update(PROFILE="h800x4"),
-        "profile h800x4 runs on 4 GPUs, but the server has 5",
+        lambda o: settings(o).update(PROFILE="gpux4"),
+        "profile gpux4 runs on 4 GPUs, but the server has 5",
     ),
     "a profile of the CPU on a node of GPUs": (
         checks.gpu_faults,

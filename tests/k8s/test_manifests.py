@@ -14,7 +14,7 @@ from live_avatar.config import S2V_14B
 from live_avatar.gateway.pictures import AT_ONCE
 from live_avatar.gateway.sandbox import MIB, Limits
 from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
-from live_avatar.serving.repository import MODEL_REPOSITORY, chain
+from live_avatar.serving.profiles import load_profile
 from live_avatar_client.protocol import FRAMES_PER_BLOCK
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
@@ -68,9 +68,9 @@ def every(check: Check) -> str:
 
 def test_every_folder_is_looked_at():
     assert {"overlays/h800", "overlays/cpu-kind", "artifacts", "examples", "namespace", "base"} <= set(BUILT)
-    assert {f"components/{name}" for name in ("tls", "mtls", "network-policy", "cpu-only", "four-gpu")} <= set(
-        COMPONENTS
-    )
+    assert {
+        f"components/{name}" for name in ("tls", "mtls", "network-policy", "cpu-only", "one-gpu", "two-gpu", "four-gpu")
+    } <= set(COMPONENTS)
 
 
 def test_the_schemas_are_of_the_versions_that_we_say():
@@ -138,12 +138,10 @@ def test_every_volume_claim_and_secret_is_made_by_us_or_named_in_the_readme(obje
 
 
 def test_a_component_changes_the_profile_and_its_gpus_together(objects_of):
-    profiles = {
-        folder: option(objects_of(folder), server_of(objects_of(folder)), "profile")
-        for folder in ("base", "components/four-gpu", "components/cpu-only")
-    }
-    assert profiles == {"base": "h800x5", "components/four-gpu": "h800x4", "components/cpu-only": "cpu"}
-    assert [gpus_of(profile) for profile in profiles.values()] == [5, 4, 0]
+    folders = ("base", *(f"components/{name}" for name in ("four-gpu", "two-gpu", "one-gpu", "cpu-only")))
+    profiles = {folder: option(objects_of(folder), server_of(objects_of(folder)), "profile") for folder in folders}
+    assert list(profiles.values()) == ["gpux5", "gpux4", "gpux2", "gpux1", "cpu"]
+    assert [gpus_of(profile) for profile in profiles.values()] == [5, 4, 2, 1, 0]
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -215,7 +213,7 @@ def tensor_bytes() -> dict[str, int]:
 
 def frames_bytes() -> int:
     """The gateway's region: blocks of frames of `lone_blocks` and a session (`serving.checks`, `gateway.frames`)."""
-    stages = len(chain(MODEL_REPOSITORY, "h800x5"))
+    stages = len(load_profile("gpux5").chain)
     stream = S2V_14B.stream
     return (stages + 2 + 1) * FRAMES_PER_BLOCK * stream.height * stream.width * 3
 
@@ -246,7 +244,7 @@ def test_the_volume_holds_two_releases(objects_of):
 
 def test_the_hosts_memory_holds_the_prefills_weights_of_every_step_and_the_gateways_pictures(objects_of):
     prefill = step_memory(S2V_14B.with_precision("bfloat16")).shared["weights of the prefill"]
-    for folder in ("base", "overlays/h800", "components/four-gpu"):
+    for folder in ("base", "overlays/h800", *(f"components/{number}-gpu" for number in ("four", "two", "one"))):
         container = server_of(objects_of(folder))
         limit = quantity(container["resources"]["limits"]["memory"])
         assert limit >= S2V_14B.stream.steps * prefill + 8 * 4 * GIB + GIB + gateway_bytes(), folder

@@ -106,7 +106,7 @@ def test_the_table_of_costs():
     assert len(rows) == 4
     for live, pods, five, four in rows:
         assert int(pods) == math.ceil(pods_wanted(int(live), 1))
-        for profile, cost in (("h800x5", five), ("h800x4", four)):
+        for profile, cost in (("gpux5", five), ("gpux4", four)):
             exact = gpus_of(profile) * int(pods) / int(live)
             assert float(cost) == pytest.approx(exact, abs=0.051), (live, profile)
 

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from live_avatar.errors import ConfigError
 from perf.figures import BlockTimes, playback, throughput
-from perf.placement import placement, session_limit
 from perf.predict import main
 from perf.scenarios.schedule import PAPER, Case, StageDurations, asked, bounds, calibrated, compared, predicted
 from perf.schedule import (
@@ -209,30 +208,33 @@ def test_errors_are_of_the_measured_value() -> None:
     assert row["error"] == pytest.approx({"fps": 0.1, "ttff_s": -0.1})
 
 
-def test_profiles_are_read_from_the_model_repository() -> None:
-    five, four, one = (placement(profile) for profile in ("h800x5", "h800x4", "h800x1"))
-    assert list(five.values()) == ["gpu4", "gpu0", "gpu1", "gpu2", "gpu3", "gpu4"]
-    assert list(four.values()) == ["gpu3", "gpu0", "gpu1", "gpu2", "gpu3"]
-    assert set(one.values()) == {"gpu0"}
-    assert set(placement("cpu").values()) == {"cpu"}
-    assert session_limit("h800x5") == 1
-    with pytest.raises(ConfigError, match="there is no profile 'h900'; choose one of cpu, cpu-3-steps, h800x1"):
-        placement("h900")
+def test_a_stage_runs_its_steps_one_after_another_on_its_gpu() -> None:
+    given = StageDurations("", "", conditioning_s=0.01, step_s=0.2, prefill_s=0.1, decoder_s=0.3)
+    stages = given.pipeline("gpux2").stages
+    assert [(stage.processor, stage.blocks_s, stage.prefill_s) for stage in stages] == [
+        ("gpu1", (0.01,), 0.0),
+        ("gpu0", (0.4,), 0.1),
+        ("gpu1", (0.4,), 0.1),
+        ("gpu1", (0.3,), 0.0),
+    ]
+    assert asked(given, "gpux2")["steady_fps"] == pytest.approx(12 / (0.01 + 0.4 + 0.3), rel=0.01)
+    with pytest.raises(ConfigError, match="there is no profile 'h900'; choose one of cpu, cpu-3-steps, gpux1"):
+        asked(given, "h900")
 
 
 def test_the_papers_figures_come_out_of_its_own_times() -> None:
-    figures = asked(PAPER, "h800x5")
+    figures = asked(PAPER, "gpux5")
     assert figures["steady_fps"] == pytest.approx(45.0)
     assert figures["ttff_speech_at_hand_s"] == pytest.approx(1.21)
     assert figures["ttff_s"] == pytest.approx(0.48 + 1.21)
     assert figures["real_time_sessions_by_time"] == 1
-    assert asked(PAPER, "h800x4")["ttff_speech_at_hand_s"] == pytest.approx(1.21 - 12 / 45)
+    assert asked(PAPER, "gpux4")["ttff_speech_at_hand_s"] == pytest.approx(1.21 - 12 / 45)
     in_sequence_s = 4 * 12 / 45 + 1.21 - 4 * 12 / 45
-    assert asked(PAPER, "h800x1")["fps"] == pytest.approx(12 / in_sequence_s)
+    assert asked(PAPER, "gpux1")["fps"] == pytest.approx(12 / in_sequence_s)
 
 
 def test_given_times_on_the_command_line() -> None:
-    done = CliRunner().invoke(main, ["--step-ms", "200", "--decoder-ms", "100", "--profile", "h800x5"])
+    done = CliRunner().invoke(main, ["--step-ms", "200", "--decoder-ms", "100", "--profile", "gpux5"])
     assert done.exit_code == 0, done.output
     lines = dict(line.split() for line in done.output.splitlines())
     assert lines["steady_fps"] == "60"
@@ -249,8 +251,8 @@ def test_bounds_and_half_of_them() -> None:
     bound, half = bounds({"figures": {"s2v_14b": {"gpus": gpus}}})
     assert (bound.step_s, bound.prefill_s) == (0.1, 0.06)
     assert (half.name, half.step_s) == ("H200, 50% of it", 0.2)
-    assert asked(half, "h800x5")["steady_fps"] < 60 < asked(bound, "h800x5")["steady_fps"] < 120
-    assert [stage.prefill_s for stage in bound.pipeline("h800x5").stages] == [0, 0.06, 0.06, 0.06, 0.06, 0]
+    assert asked(half, "gpux5")["steady_fps"] < 60 < asked(bound, "gpux5")["steady_fps"] < 120
+    assert [stage.prefill_s for stage in bound.pipeline("gpux5").stages] == [0, 0.06, 0.06, 0.06, 0.06, 0]
 
 
 PREFILL_S = 0.07
@@ -281,6 +283,6 @@ def test_a_new_sink_that_came_before_is_prefilled_behind_a_block_and_makes_none_
 
 
 def test_sessions_by_time_when_sinks_are_prefilled_ahead() -> None:
-    figures = asked(StageDurations("", "", 0.0, step_s=0.1, prefill_s=PREFILL_S, decoder_s=0.05), "h800x5")
+    figures = asked(StageDurations("", "", 0.0, step_s=0.1, prefill_s=PREFILL_S, decoder_s=0.05), "gpux5")
     assert figures["latest_block_s"] == pytest.approx(0)
     assert figures["real_time_sessions_by_time"] == 4

@@ -10,7 +10,7 @@ import pytest
 from live_avatar.gateway.keys import KeyRing, add_key
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.access import Access
-from live_avatar.serving.checks import gateway_settings
+from live_avatar.serving.checks import gateway_settings, served_profile
 from live_avatar.serving.server_options import ServerOptions
 
 
@@ -41,7 +41,7 @@ def test_the_keys_of_a_mounted_secret_are_read_again_when_it_changes(
     artifacts: Artifacts, secret: Path, tmp_path: Path
 ) -> None:
     options = ServerOptions(artifacts.folder, access=Access(api_key_file=secret))
-    path = gateway_settings(options, tmp_path).api_key_file
+    path = gateway_settings(options, served_profile(options), tmp_path).api_key_file
     assert path is not None
     ring = KeyRing.from_file(path)
     write_secret(secret.parent, "alice", "bob")
@@ -54,4 +54,4 @@ def test_files_stay_where_they_are_for_a_gateway_in_another_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ServerOptions(artifacts.folder, access=Access(api_key_file=Path("api-keys")))
-    assert gateway_settings(options, tmp_path).api_key_file == tmp_path / "api-keys"
+    assert gateway_settings(options, served_profile(options), tmp_path).api_key_file == tmp_path / "api-keys"

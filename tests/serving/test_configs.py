@@ -1,37 +1,48 @@
-"""Every `config.pbtxt`, parsed with Triton's own protobuf, against the protocol and against each other."""
+"""Every `config.pbtxt` of a profile, parsed with Triton's own protobuf, against the protocol and against each other."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
+from tritonclient.grpc.model_config_pb2 import ModelParameter
 
 from live_avatar import config
 from live_avatar.inputs import image, text
 from live_avatar.pipeline import conditioning
 from live_avatar.serving import tensors
-from live_avatar.serving.repository import MODEL_REPOSITORY
+from live_avatar.serving.models import model_config
+from live_avatar.serving.profiles import load_profile, profile_names
+from live_avatar.serving.repository import write_repository
+from live_avatar.serving.steps import steps_text
 from live_avatar_client import protocol
+from tests.cli.support import assert_refused, invoke
 
-MODELS = sorted(path.name for path in MODEL_REPOSITORY.iterdir() if path.is_dir())
-# Steps and placement of every profile: the GPU of each step, then that of the encoders and the decoder; None: a CPU.
-PROFILES: dict[str, tuple[tuple[int | None, ...], int | None]] = {
-    "cpu": ((None, None, None, None), None),
-    "cpu-3-steps": ((None, None, None), None),
-    "h800x1": ((0, 0, 0, 0), 0),
-    "h800x4": ((0, 1, 2), 3),
-    "h800x5": ((0, 1, 2, 3), 4),
-}
+PROFILES = profile_names()
+
 SINK = "rolling_sink"
 ENCODER = "avatar_encoder"
 AUXILIARY_MODELS = (SINK, ENCODER)
+COMMITTED = Path(__file__).parents[2] / "model_repository"
+
+
+@cache
+def configs(profile: str) -> dict[str, model_config_pb2.ModelConfig]:
+    """The configurations of a profile by model, as Triton reads them."""
+    with TemporaryDirectory() as folder:
+        write_repository(load_profile(profile), Path(folder))
+        return {
+            path.parent.name: text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+            for path in Path(folder).glob("*/config.pbtxt")
+        }
 
 
 def parsed(model: str, profile: str) -> model_config_pb2.ModelConfig:
-    text = (MODEL_REPOSITORY / model / "configs" / f"{profile}.pbtxt").read_text()
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
+    return configs(profile)[model]
 
 
 def chain(profile: str) -> list[str]:
@@ -52,27 +63,49 @@ def signature(specs: object) -> dict[str, tuple[str, tuple[int, ...], bool]]:
     return made
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_models_of_a_profile_have_its_file_and_no_other_model_has(profile: str) -> None:
-    """Triton falls back to config.pbtxt in silence where the file is missing."""
-    having = {path.parents[1].name for path in MODEL_REPOSITORY.glob(f"*/configs/{profile}.pbtxt")}
-    assert having == {protocol.MODEL_NAME, *stages(profile)}
-    for model in having:
-        config = parsed(model, profile)
-        assert config.max_batch_size == 0
-        assert config.platform == "ensemble" or config.backend == "python"
+def files(folder: Path) -> dict[str, str]:
+    """Contents by name, without what Python compiled."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in found}
 
 
-def test_there_are_no_files_but_those_of_the_profiles() -> None:
-    assert {path.stem for path in MODEL_REPOSITORY.glob("*/configs/*")} == set(PROFILES)
-    assert set(MODELS) == {protocol.MODEL_NAME, *stages("cpu")}
+def test_the_committed_repository_is_what_the_cpu_profile_makes(tmp_path: Path) -> None:
+    """If it is not: `rm -r model_repository; live-avatar repository --profile cpu --output model_repository`."""
+    written = write_repository(load_profile("cpu"), tmp_path)
+    assert files(COMMITTED) == files(tmp_path)
+    assert sorted(written) == sorted({path.name for path in COMMITTED.iterdir()} - {protocol.MODEL_NAME})
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_default_is_the_cpu_profile(model: str) -> None:
-    """Triton falls back to config.pbtxt in silence, so it must be one of the profiles."""
-    default = MODEL_REPOSITORY / model / "config.pbtxt"
-    assert default.read_bytes() == (MODEL_REPOSITORY / model / "configs" / "cpu.pbtxt").read_bytes()
+def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
+    write_repository(load_profile("cpu"), tmp_path)
+    code = tmp_path / "conditioning" / "1" / "model.py"
+    code.write_text("changed")
+    (tmp_path / "vae_decoder" / "config.pbtxt").unlink()
+    write_repository(load_profile("cpu"), tmp_path)
+    assert code.read_text() == "changed"
+    assert (tmp_path / "vae_decoder" / "config.pbtxt").is_file()
+
+
+def test_a_new_repository_takes_no_folder_with_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    result = invoke("repository", "--profile", "gpux2", "--output", folder)
+    assert (result.exit_code, result.stdout) == (0, f"Wrote {folder} (profile gpux2).\n")
+    assert {path.name for path in folder.iterdir()} == {protocol.MODEL_NAME, *stages("gpux2")}
+    again = invoke("repository", "--profile", "gpux2", "--output", folder)
+    assert_refused(again, f"{folder} is not empty; remove it, or choose another --output.")
+    file = folder / protocol.MODEL_NAME / "config.pbtxt"
+    assert_refused(
+        invoke("repository", "--profile", "cpu", "--output", file),
+        f"cannot write {file} (Not a directory); choose another --output.",
+    )
+
+
+def test_a_server_keeps_sequences_longer_than_its_gateway_keeps_sessions() -> None:
+    profile = load_profile("cpu").limited(max_sessions=500, idle_seconds=5)
+    config = model_config(profile.chain[1], profile, idle_margin_s=30)
+    assert config.sequence_batching.max_sequence_idle_microseconds == 35_000_000
+    assert config.sequence_batching.oldest.max_candidate_sequences == 2000
+    assert config.parameters["max_sessions"].string_value == "500"
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -104,40 +137,31 @@ def test_the_wiring_connects_tensors_of_one_type(profile: str) -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_model_stands_in_its_place(profile: str) -> None:
-    steps, ends = PROFILES[profile]
-    places = [ends, *steps, ends, None, ends]
-    models = ["conditioning", *(f"dit_step_{i}" for i in range(1, len(steps) + 1)), "vae_decoder", *AUXILIARY_MODELS]
-    assert stages(profile) == models
-    for model, gpu in zip(models, places, strict=True):
-        [group] = parsed(model, profile).instance_group
+    chosen = load_profile(profile)
+    places = {place.name: place for place in chosen.chain}
+    gpus = {name: place.gpu for name, place in places.items()} | {SINK: None, ENCODER: chosen.encoder_gpu}
+    assert stages(profile) == list(gpus)
+    for model, gpu in gpus.items():
+        config = parsed(model, profile)
+        [group] = config.instance_group
         kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
         assert (kind, list(group.gpus), group.count) == (
             ("KIND_CPU", [], 1) if gpu is None else ("KIND_GPU", [gpu], 1)
         ), model
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_profiles_differ_in_place_and_in_numbers_of_sessions_and_avatars_alone(profile: str) -> None:
-    for model in stages(profile):
-        ours, cpu = parsed(model, profile), parsed(model, "cpu")
-        for one in (ours, cpu):
-            one.ClearField("instance_group")
-            one.parameters.pop("max_sessions", None)
-            one.parameters.pop("known_avatars", None)
-        assert ours == cpu, model
+        assert (config.backend, config.max_batch_size) == ("python", 0)
+        steps = places[model].steps if model in places else None
+        assert dict(config.parameters).get("steps") == (steps and ModelParameter(string_value=steps_text(steps)))
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_limits_agree(profile: str) -> None:
     """One idle limit everywhere; candidates far above the sessions, for those that were left without an end."""
-    configs = {model: parsed(model, profile) for model in stages(profile)}
-    sequences = {model: c.sequence_batching for model, c in configs.items() if c.HasField("sequence_batching")}
+    models = {model: parsed(model, profile) for model in stages(profile)}
+    sequences = {model: c.sequence_batching for model, c in models.items() if c.HasField("sequence_batching")}
     assert list(sequences) == chain(profile)
     idle_s = {s.max_sequence_idle_microseconds / 1e6 for s in sequences.values()}
-    assert idle_s == {float(configs[SINK].parameters["idle_limit_s"].string_value)}
-    limits = {
-        int(c.parameters["max_sessions"].string_value) for c in configs.values() if "max_sessions" in c.parameters
-    }
+    assert idle_s == {float(models[SINK].parameters["idle_limit_s"].string_value)}
+    limits = {int(c.parameters["max_sessions"].string_value) for c in models.values() if "max_sessions" in c.parameters}
     assert len(limits) == 1
     [sessions] = limits
     assert all(s.oldest.max_candidate_sequences >= 4 * sessions for s in sequences.values())
@@ -145,7 +169,7 @@ def test_limits_agree(profile: str) -> None:
 
 @pytest.mark.parametrize("model", stages("cpu"))
 def test_model_files_only_re_export(model: str) -> None:
-    lines = (Path(MODEL_REPOSITORY) / model / "1" / "model.py").read_text().split("\n")
+    lines = (COMMITTED / model / "1" / "model.py").read_text().split("\n")
     code = [line for line in lines if line and not line.startswith("__all__")]
     assert len(code) == 1
     assert code[0].startswith("from live_avatar.serving.triton_model import ")

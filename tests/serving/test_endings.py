@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +26,8 @@ from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.pipeline.generator import Generator
-from live_avatar.serving import metrics
-from live_avatar.serving.repository import MODEL_REPOSITORY
+from live_avatar.serving import metrics, repository
+from live_avatar.serving.models import ENCODER_KIND, Kind
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
@@ -72,17 +71,18 @@ Ending = Callable[..., AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="module")
-def faulty(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def faulty(artifacts: Artifacts) -> Iterator[TritonServer]:
     """A server of two sessions, with a short idle limit, whose stages fail when asked to."""
-    repository = tmp_path_factory.mktemp("faulty") / "models"
-    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
-    for stage in (*STAGES, "rolling_sink"):
-        shutil.copy(FAULTY_MODEL, repository / stage / "1")
-    options = ServerOptions(
-        artifacts.folder, model_repository=repository, max_sessions=SESSIONS, idle_seconds=IDLE_S
-    ).on_free_ports()
-    with serving(options) as running:
-        yield running
+    faulty_code, served_code = FAULTY_MODEL.read_text(), repository.model_file
+
+    def model_file(kind: Kind) -> str:
+        return served_code(kind) if kind is ENCODER_KIND else faulty_code
+
+    options = ServerOptions(artifacts.folder, max_sessions=SESSIONS, idle_seconds=IDLE_S).on_free_ports()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repository, "model_file", model_file)
+        with serving(options) as running:
+            yield running
 
 
 @pytest.fixture

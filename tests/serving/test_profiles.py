@@ -1,4 +1,4 @@
-"""Profiles on the real server: three steps serve what `generate` makes; what does not fit is refused at the start."""
+"""Profiles on the real server: every split of the steps serves what `generate` makes; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from live_avatar.arrays import Array
-from live_avatar.errors import ServerError
+from live_avatar.errors import LiveAvatarError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving.metrics import BLOCKS as BLOCKS_DONE
+from live_avatar.serving.metrics import STEPS
+from live_avatar.serving.profiles import load_profile
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
+from live_avatar.serving.steps import read_steps
 from live_avatar.serving.supervisor import living_stages
 from live_avatar.serving.trace import read_trace
+from live_avatar_client.status import server_status
 from tests.cli.support import assert_refused, invoke
 from tests.serving.conftest import generated
-from tests.serving.support import frames_of, received
+from tests.serving.support import frames_of, frames_until, received, scrape, series, speech_of
 
 CHAIN = ["conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "vae_decoder"]
 
@@ -72,8 +77,41 @@ def test_a_profile_loads_its_models_alone_and_no_client_can_change_that(short_se
         assert client.is_model_ready("live_avatar")
 
 
+SPLITS = {
+    "one": ("1-4",),
+    "two": ("1-2", "3-4"),
+    "three": ("1", "2-3", "4"),
+}
+"""Steps of every process; four processes are the profile `cpu`, which `test_equality` serves."""
+BLOCKS = 6  # the sink is replaced at block 5
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_of_the_steps_serves_the_same_frames(
+    name: str, artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array, expected: Array
+) -> None:
+    profile = tmp_path / f"{name}.toml"
+    ends = [f'{stage} = "cpu"' for stage in ("conditioning", "avatar_encoder", "decoder")]
+    steps = [f'{steps} = "cpu"' for steps in SPLITS[name]]
+    profile.write_text("\n".join(["max_sessions = 2", "known_avatars = 1", *ends, "[steps]", *steps]))
+    trace = tmp_path / "trace"
+    options = ServerOptions(artifacts.folder, str(profile), trace=trace).on_free_ports()
+    stages = [place.name for place in load_profile(str(profile)).chain]
+    with serving(options) as server:
+        assert living_stages(server.process.pid) == {*stages, "rolling_sink", "avatar_encoder"}
+        frames = frames_of(received(server.options.url, picture, speech_of(speech, 0, BLOCKS)))
+        assert np.array_equal(frames, frames_until(expected, BLOCKS))
+        numbers = scrape(server)
+        assert server_status(server.options.url).profile == name
+    assert {interval.stage for interval in read_trace(trace)} == set(stages)
+    assert numbers["live_avatar_sink_updates_total"] == 1
+    denoising = [stage for stage in stages if stage.startswith("dit_")]
+    assert [numbers[series(BLOCKS_DONE, stage)] for stage in denoising] == [BLOCKS] * len(SPLITS[name])
+    assert [numbers[series(STEPS, stage)] for stage in denoising] == [len(read_steps(text)) for text in SPLITS[name]]
+
+
 def refusal(folder: Path, profile: str) -> str:
-    with pytest.raises(ServerError) as caught, serving(ServerOptions(folder, profile).on_free_ports()):
+    with pytest.raises(LiveAvatarError) as caught, serving(ServerOptions(folder, profile).on_free_ports()):
         pass
     return str(caught.value)
 
@@ -81,22 +119,33 @@ def refusal(folder: Path, profile: str) -> str:
 def test_artifacts_of_another_number_of_steps_are_refused(artifacts: Artifacts, three_steps: Artifacts) -> None:
     assert refusal(artifacts.folder, "cpu-3-steps") == (
         f"profile cpu-3-steps serves 3 denoising steps, but {artifacts.folder} was exported with 4; choose --profile "
-        "cpu or h800x1 or h800x5, or export with 3 (`live-avatar export --help`)."
+        "cpu or gpux1 or gpux2 or gpux3 or gpux5, or export with 3 (`live-avatar export --help`)."
     )
-    for profile in ("cpu", "h800x5"):
+    for profile in ("cpu", "gpux5"):
         assert refusal(three_steps.folder, profile) == (
             f"profile {profile} serves 4 denoising steps, but {three_steps.folder} was exported with 3; choose "
-            "--profile cpu-3-steps or h800x4, or export with 4 (`live-avatar export --help`)."
+            "--profile cpu-3-steps or gpux4, or export with 4 (`live-avatar export --help`)."
         )
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a machine with GPUs may serve the profile")
-def test_a_profile_of_gpus_without_gpus_is_one_sentence(artifacts: Artifacts) -> None:
-    free = ServerOptions(artifacts.folder).on_free_ports()
-    ports = ("--grpc-port", free.grpc_port, "--http-port", free.http_port, "--metrics-port", free.metrics_port)
-    result = invoke("serve", "--artifacts", artifacts.folder, "--profile", "h800x5", *ports)
+@pytest.mark.parametrize("name", ["gpux5", "h800x5"])
+def test_a_profile_of_gpus_without_gpus_is_one_sentence(artifacts: Artifacts, name: str) -> None:
     assert_refused(
-        result,
-        "profile h800x5 needs GPU 0, 1, 2, 3, 4, but Triton sees none on this machine; serve where there are enough of "
-        "them, or choose another --profile.",
+        invoke("serve", "--artifacts", artifacts.folder, "--profile", name),
+        "profile gpux5 needs GPU 0, 1, 2, 3, 4, but NVIDIA's driver shows none on this machine; serve where there are "
+        "enough of them, or choose another --profile.",
+    )
+
+
+def test_a_wrong_profile_is_one_sentence(artifacts: Artifacts, tmp_path: Path) -> None:
+    profile = tmp_path / "mine.toml"
+    assert_refused(
+        invoke("serve", "--artifacts", artifacts.folder, "--profile", profile),
+        f"cannot read the profile {profile} (No such file or directory); give an existing file, or one of cpu, ",
+    )
+    profile.write_text("max_sessions = 4")
+    assert_refused(
+        invoke("serve", "--artifacts", artifacts.folder, "--profile", profile),
+        f"profile {profile}: 'known_avatars' is missing; a profile has max_sessions, ",
     )

@@ -1,3 +1,3 @@
-from live_avatar.serving.triton_model import DiTStepModel as TritonPythonModel
+from live_avatar.serving.triton_model import DenoiserModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,6 +1,6 @@
 """A stage as it is served, that fails when a session asks for it, and tells how many sessions it holds.
 
-Copied over `1/model.py` of each stage of a private repository. A session asks by the JPEG quality of its START, which
+Written in place of `1/model.py` of each stage. A session asks by the JPEG quality of its START, which
 raw frames do not need: its tens are the number of the stage in `STAGES`, from 1 on, and its ones the block at which the
 device falls off; with block 0 the memory of the stage is full at the start.
 """
@@ -20,7 +20,7 @@ from live_avatar.serving.stage import StageRequest
 from live_avatar.serving.tensors import LATENT
 from live_avatar.serving.triton_model import (
     ConditioningModel,
-    DiTStepModel,
+    DenoiserModel,
     RollingSinkModel,
     StageModel,
     VAEDecoderModel,
@@ -63,7 +63,7 @@ class FaultyRuntime:
         return 0 if self._model.is_due and not self._model.block else self._runtime.free_bytes()
 
 
-class TritonPythonModel(MODELS.get(STAGE, DiTStepModel)):
+class TritonPythonModel(MODELS.get(STAGE, DenoiserModel)):
     def initialize(self, args: dict[str, str]) -> None:
         self.is_due, self.block = False, 0
         self._plans: dict[int, int] = {}
