@@ -10,7 +10,7 @@ from torch import nn
 
 from live_avatar.config import TINY
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import Extent, contracts
+from live_avatar.graphs.contract import DIT, Extent, contracts
 from live_avatar.model.attention import Linear
 from live_avatar.weights.fp8 import fake_quantize
 from perf.kernels import (
@@ -26,14 +26,13 @@ from perf.kernels import (
     timed,
     to_fp8,
 )
-from perf.preset_cost import CONDITIONING, DECODER
+from perf.preset_cost import CONDITIONING, DECODER, PREFILL, STEP
 from perf.roofline import Ceilings, Cost
 from perf.scenario import Figures, broken
 from perf.scenarios.kernels import (
+    BLOCK_USE,
     FURTHER,
     PLAIN,
-    PREFILL,
-    STEP,
     Bench,
     _attention,
     _checks,
@@ -51,7 +50,7 @@ ONE_LAYER = replace(SMALL, dit=replace(TINY.dit, num_layers=1, audio_inject_laye
 def bench() -> Bench:
     """One layer at 64x64, in every way but the compiler's, which takes a minute."""
     ways = {name: way for name, way in {**PLAIN, **FURTHER}.items() if "compiled" not in name}
-    costs = {name: Cost({"MatMul": 10**6}) for name in (*CONDITIONING, STEP, PREFILL, DECODER)}
+    costs = {name: Cost({"MatMul": 10**6}) for name in (*CONDITIONING, *STEP, *PREFILL, DECODER)}
     roof = Ceilings("a desk", 1e9, 1e9, "given", {"MatMul": 2e9})
     return Bench(ONE_LAYER, CPU, ways, 1, random_networks(ONE_LAYER, CPU), roof, costs)
 
@@ -64,13 +63,13 @@ def components(bench: Bench) -> dict[str, Figures]:
 def test_every_way_gives_eager_torchs_result_or_says_why_not(
     components: dict[str, Figures],
 ) -> None:
-    assert set(components) == {*CONDITIONING, STEP, PREFILL, DECODER}
-    assert set(components[STEP]) == {"eager", "CUDA graph", "FP8, eager", "FP8, CUDA graph"}
+    assert set(components) == {*CONDITIONING, *STEP, *PREFILL, DECODER}
+    assert set(components[BLOCK_USE]) == {"eager", "CUDA graph", "FP8, eager", "FP8, CUDA graph"}
     assert set(components[DECODER]) == {"eager", "CUDA graph", "channels last"}
     checks = _checks(components)
     assert [one["what"] for one in checks] == [
-        "difference of dit_step_1, FP8, eager",
-        "difference of dit_prefill, FP8, eager",
+        "difference of dit, FP8, eager",
+        "difference of dit, sink, FP8, eager",
         "difference of vae_decoder, channels last",
     ]
     assert broken({"checks": checks}) == []
@@ -83,14 +82,14 @@ def test_every_way_gives_eager_torchs_result_or_says_why_not(
 def test_a_share_is_of_the_roof_for_its_numbers(components: dict[str, Figures]) -> None:
     """10^6 operations at 10^9 a second, or at twice that for FP8 products."""
     for way, bound_s in (("eager", 1e-3), ("FP8, eager", 0.5e-3)):
-        found = components[STEP][way]
+        found = components[BLOCK_USE][way]
         assert found["share_of_bound"] == pytest.approx(bound_s / found["seconds"])
 
 
 def test_attention_is_over_history_block_and_sink(bench: Bench) -> None:
     found = _attention(bench)
-    shapes = {spec.name: spec for spec in contracts(ONE_LAYER)[STEP].inputs}
-    agreed = contracts(ONE_LAYER)[STEP]
+    shapes = {spec.name: spec for spec in contracts(ONE_LAYER)[DIT].inputs}
+    agreed = contracts(ONE_LAYER)[DIT]
     past = sum(agreed.shape(shapes[name], Extent.MAX)[2] for name in ("sink_k.0", "history_k.0"))
     assert found["keys"] == found["queries"] + past
     assert found["kernels"]["math"]["seconds"] > 0
@@ -126,7 +125,7 @@ def test_networks_of_no_file_have_finite_results() -> None:
     networks = random_networks(ONE_LAYER, CPU)
     module = build_components(ONE_LAYER, networks)[STEP]
     with torch.inference_mode():
-        velocity, *_ = module(*random_tensors(contracts(ONE_LAYER)[STEP], CPU, Extent.MAX))
+        velocity, *_ = module(*random_tensors(contracts(ONE_LAYER)[DIT], CPU, Extent.MAX))
     assert bool(velocity.isfinite().all())
     assert float(velocity.std()) > 0
 
