@@ -151,6 +151,26 @@ def encoder_memory(preset: Preset, text_on_host: bool = False) -> Memory:
     )
 
 
+def process_memory(preset: Preset, stage: Stage, fp8: bool = False, text_on_host: bool = False) -> Memory:
+    """The process of a stage, the avatar encoder included. Raises `ConfigError` for a stage that the preset lacks."""
+    if isinstance(stage, range):
+        return denoiser_memory(preset, stage, fp8)
+    if stage == ENCODER:
+        return encoder_memory(preset, text_on_host)
+    if stage == CONDITIONING:
+        return conditioning_memory(preset)
+    session_memory(preset, stage, _contracts(preset))  # refuses what is no stage
+    return decoder_memory(preset)
+
+
+def fitting_sessions(processes: Collection[Memory], gpu_memory_gib: float, avatars: int = 1) -> int:
+    """Sessions for which a GPU has room with all these processes, each with so many remembered avatars; 0 if it has
+    room for none."""
+    held = sum(process.total(0, avatars) for process in processes)
+    each = sum(process.total(1) - process.total(0) for process in processes)
+    return max(0, int((gpu_memory_gib * GIB - held) // each))
+
+
 def session_memory(preset: Preset, stage: Stage, agreed: Mapping[str, Contract]) -> Memory:
     """What the sessions cost a stage after it has loaded: their states, and the tensors of the request in work.
 

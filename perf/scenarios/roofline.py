@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -102,10 +103,20 @@ def _bounds(gpu: Ceilings, stages: Mapping[str, Cost], prefill: Cost, preset: Pr
         "bound_s": bounds,
         "prefill_bound_s": gpu.bound_s(prefill),
         "limited_by": {name: gpu.limited_by(cost) for name, cost in stages.items()},
+        "two_sessions_in_one_call_by_two_calls": {
+            name: gpu.bound_s(together(cost)) / (2 * gpu.bound_s(cost))
+            for name, cost in stages.items()
+            if name.startswith("dit_step")
+        },
         "fps_at_most": preset.stream.block_frames / slowest,
         "sessions_at_most": int(preset.stream.block_frames / slowest / FPS),
         "share_of_bound_at_the_papers_fps": slowest * PAPER_FPS / preset.stream.block_frames,
     }
+
+
+def together(cost: Cost) -> Cost:
+    """Two sessions' blocks at one step in one call: everything twice but the weights, which are read once."""
+    return replace(Cost.combined((2, cost)), weight_bytes=cost.weight_bytes)
 
 
 def _counted(cost: Cost) -> Figures:

@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from live_avatar.serving.profiles import load_profile
+from live_avatar.config import S2V_14B
+from live_avatar.graphs.memory import ENCODER, Stage, fitting_sessions, process_memory
+from live_avatar.serving.profiles import Profile, load_profile
 from perf.figures import BlockTimes, hops, throughput
 from perf.report import RESULTS, lines_picture
 from perf.scenario import Context, Figures, Scenario, Target, check
@@ -42,6 +44,15 @@ MOST_SESSIONS = 16
 NODES = (1, 2, 4, 8, 16, 32, 64)
 SLOTS = (1, 2, 4)
 REFUSED = 0.01
+GPU_MEMORY_GIB = {"80 GB": 79.6, "96 GB": 95.6, "141 GB": 140.4}
+"""What drivers show of GPUs with so much memory."""
+WAYS = {
+    "bfloat16": (False, False),
+    "bfloat16, text encoder on the host": (False, True),
+    "FP8": (True, False),
+    "FP8, text encoder on the host": (True, True),
+}
+"""Types of the transformer's large linears (FP8 or not), and whether the text encoder's weights stay on the host."""
 SIMULATED_SESSIONS, QUICK_SIMULATED_SESSIONS = 100_000, 50_000
 CHECKED_NODES = 4
 """With more nodes, refusals come in bursts that are too long for this number of sessions to average."""
@@ -241,15 +252,46 @@ def asked(given: StageDurations, profile: str) -> Figures:
     fast = simulate(pipeline, [Client(60)]).sessions[0]
     spoken = simulate(pipeline, [Client(12, pace_s=pipeline.block_s)]).sessions[0]
     late_s = [block.received_s - spoken[0].received_s - n * pipeline.block_s for n, block in enumerate(spoken)]
+    chosen = load_profile(profile)
+    by_time = sessions_without_stall(pipeline, MOST_SESSIONS)
+    by_memory = {name: sessions_by_memory(chosen, gib) for name, gib in GPU_MEMORY_GIB.items()}
     return {
+        "gpus": len(chosen.gpus),
         "fps": throughput(fast).fps,
         "steady_fps": throughput(fast).steady_fps,
         "ttff_speech_at_hand_s": fast[0].received_s,
         "ttff_s": spoken[0].received_s,
         "latest_block_s": max(late_s),
-        "real_time_sessions_by_time": sessions_without_stall(pipeline, MOST_SESSIONS),
-        "sessions_by_the_profile": load_profile(profile).max_sessions,
+        "real_time_sessions_by_time": by_time,
+        "sessions_by_memory": by_memory,
+        "gpus_per_real_time_session": {
+            name: {
+                way: len(chosen.gpus) / min(by_time, fits) if by_time and fits else None for way, fits in ways.items()
+            }
+            for name, ways in by_memory.items()
+        },
+        "sessions_by_the_profile": chosen.max_sessions,
     }
+
+
+def _per_session(gpus: int, sessions: int) -> float | None:
+    return gpus / sessions if sessions else None
+
+
+def sessions_by_memory(profile: Profile, gpu_memory_gib: float) -> Figures:
+    """Sessions of the 14B model for which every GPU of a profile has room, with the avatars that it remembers."""
+    preset = S2V_14B.with_precision("bfloat16")
+    stages: list[tuple[int | None, Stage]] = [(place.gpu, place.memory_stage) for place in profile.chain]
+    stages.append((profile.encoder_gpu, ENCODER))
+
+    def fitting(fp8: bool, text_on_host: bool) -> int:
+        on_gpus = (
+            [process_memory(preset, stage, fp8, text_on_host) for gpu, stage in stages if gpu == number]
+            for number in profile.gpus
+        )
+        return min((fitting_sessions(one, gpu_memory_gib, profile.known_avatars) for one in on_gpus), default=0)
+
+    return {name: fitting(*way) for name, way in WAYS.items()}
 
 
 def on_gpus() -> Figures:

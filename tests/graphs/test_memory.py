@@ -18,13 +18,16 @@ from live_avatar.graphs.contract import BLOCK_TOKENS, DIT, SINK_TOKENS, TEXT, co
 from live_avatar.graphs.memory import (
     CONDITIONING,
     DECODER,
+    ENCODER,
     GIB,
     MIB,
     Memory,
     Stage,
     decoder_memory,
     denoiser_memory,
+    fitting_sessions,
     host_available_bytes,
+    process_memory,
     require_room,
     require_sessions,
     session_memory,
@@ -173,6 +176,26 @@ def test_what_does_not_fit_is_refused_with_the_sum(
     )
     with pytest.raises(CapacityError, match=message):
         require_room(preset, memory_gib, sessions)
+
+
+def test_sessions_of_one_gpu_that_runs_everything() -> None:
+    """Algorithm 3 on GPUs of 80, 96 and 141 GB, whose driver shows so many GiB; no avatar is remembered beside them."""
+    stages = (CONDITIONING, ALL, DECODER, ENCODER)
+
+    def fitting(fp8: bool, text_on_host: bool) -> list[int]:
+        processes = [process_memory(LARGE, stage, fp8, text_on_host) for stage in stages]
+        found = [fitting_sessions(processes, gib, avatars=0) for gib in (79.6, 95.6, 140.4)]
+        for sessions, gib in zip(found, (79.6, 95.6, 140.4), strict=True):
+            assert sum(process.total(sessions) for process in processes) <= gib * GIB or sessions == 0
+            assert sum(process.total(sessions + 1) for process in processes) > gib * GIB
+        return found
+
+    assert fitting(fp8=False, text_on_host=False) == [0, 0, 2]
+    assert fitting(fp8=False, text_on_host=True) == [0, 1, 2]
+    assert fitting(fp8=True, text_on_host=False) == [0, 1, 2]
+    assert fitting(fp8=True, text_on_host=True) == [1, 1, 3]
+    with pytest.raises(ConfigError, match="there is no stage 'nose'"):
+        process_memory(LARGE, "nose")
 
 
 def bytes_of(preset: Preset, stage: Stage, sessions: int, avatars: int) -> int:

@@ -13,7 +13,8 @@ import yaml
 from live_avatar.config import S2V_14B
 from live_avatar.gateway.pictures import AT_ONCE
 from live_avatar.gateway.sandbox import MIB, Limits
-from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, step_memory
+from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, denoiser_memory
+from live_avatar.pipeline.denoiser import one_step
 from live_avatar.serving.profiles import load_profile
 from live_avatar_client.protocol import FRAMES_PER_BLOCK
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
@@ -232,22 +233,22 @@ def test_shared_memory_has_room_for_the_largest_requests_and_some_dead_stages(ob
 
 def test_the_volume_holds_two_releases(objects_of):
     preset = S2V_14B.with_precision("bfloat16")
-    step = step_memory(preset).shared
+    step = denoiser_memory(preset, one_step(1)).shared
+    transformer = step["weights of the transformer"]
     # Text and speech encoder, audio tokens and VAE: at most all parts that are not the transformer, and one more VAE.
     rest = decoder_memory(preset).shared["weights of two engines"] + (10.6 + 1.2 + 0.4) * GIB
-    engines = preset.stream.steps * step["weights of the step"] + step["weights of the prefill"] + rest
+    engines = transformer + step["weights of text and tokens"] + rest
     release = 42.2 * GIB + engines
-    assert 184 * GIB < release < 186 * GIB  # what the comment says
+    assert 84 * GIB < release < 86 * GIB  # what the comment says
     claim = the(objects_of("artifacts"), "PersistentVolumeClaim", "live-avatar-artifacts")
-    assert quantity(claim["spec"]["resources"]["requests"]["storage"]) >= 2 * release + step["weights of the prefill"]
+    assert quantity(claim["spec"]["resources"]["requests"]["storage"]) >= 2 * release + transformer
 
 
-def test_the_hosts_memory_holds_the_prefills_weights_of_every_step_and_the_gateways_pictures(objects_of):
-    prefill = step_memory(S2V_14B.with_precision("bfloat16")).shared["weights of the prefill"]
+def test_the_hosts_memory_holds_the_stages_and_the_gateways_pictures(objects_of):
     for folder in ("base", "overlays/h800", *(f"components/{number}-gpu" for number in ("four", "two", "one"))):
         container = server_of(objects_of(folder))
         limit = quantity(container["resources"]["limits"]["memory"])
-        assert limit >= S2V_14B.stream.steps * prefill + 8 * 4 * GIB + GIB + gateway_bytes(), folder
+        assert limit >= 8 * 4 * GIB + GIB + gateway_bytes(), folder
 
 
 def test_the_cpu_pods_memory_holds_its_processes_and_the_gateways_pictures(objects_of):
@@ -266,7 +267,7 @@ def test_the_gpus_memory_is_asked_for_before_engines_are_built(objects_of):
     [engines] = pod_of(the(objects, "Deployment"))["initContainers"]
     free = float(option(objects, engines, "gpu-memory-gib")) * GIB
     sessions = int(option(objects, engines, "sessions"))
-    assert step_memory(S2V_14B.with_precision("bfloat16")).total(sessions) + WORKSPACE_BYTES < free
+    assert denoiser_memory(S2V_14B.with_precision("bfloat16"), one_step(1)).total(sessions) + WORKSPACE_BYTES < free
     assert sessions == int(option(objects, server_of(objects), "max-sessions"))
 
 
