@@ -1,8 +1,8 @@
 """Operations and bytes of an ONNX graph, counted node by node, and the least time in which a machine can run it.
 
-A multiplication with its addition counts as two operations. Only products count (MatMul, Gemm, Conv, ConvTranspose and
-the two products of Attention), which are nearly all of a transformer's and a VAE's work; elementwise operators count
-only with their bytes.
+A multiplication with its addition counts as two operations. Only products count (MatMul, Gemm, Conv and the two
+products of Attention), which are nearly all of a transformer's and a VAE's work; elementwise operators count only with
+their bytes.
 """
 
 from __future__ import annotations
@@ -187,12 +187,6 @@ def _conv(node: NodeProto, tensors: Mapping[str, Tensor]) -> int:
     return 2 * math.prod(kernel) * math.prod(_shape(node, tensors, node.output[0]))
 
 
-def _conv_transpose(node: NodeProto, tensors: Mapping[str, Tensor]) -> int:
-    """Weights are [in, out / group, *kernel]: each input element is multiplied with all but the first dimension."""
-    kernel = _shape(node, tensors, node.input[1])[1:]
-    return 2 * math.prod(kernel) * math.prod(_shape(node, tensors, node.input[0]))
-
-
 def _attention(node: NodeProto, tensors: Mapping[str, Tensor]) -> int:
     """Queries with keys, and weights with values, of [batch, heads, tokens, width]; masks do not reduce it."""
     queries, keys, values = (_shape(node, tensors, name) for name in node.input[:3])
@@ -211,7 +205,6 @@ FLOPS: Mapping[str, Callable[[NodeProto, Mapping[str, Tensor]], int]] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
-    "ConvTranspose": _conv_transpose,
     "Attention": _attention,
 }
 

@@ -61,12 +61,6 @@ def test_grouped_convolution() -> None:
     assert count(graph([node], ["x"], ["y"], w=(4, 4, 3, 3)), {"x": (1, 8, 8, 8)}).flops == 2 * (4 * 36) * 36
 
 
-def test_transposed_convolution() -> None:
-    """8 channels in 2 groups to 4, 4x4: each of 8 x 6 x 6 values goes into 2 x 16 products."""
-    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=2, strides=[2, 2])
-    assert count(graph([node], ["x"], ["y"], w=(8, 2, 4, 4)), {"x": (1, 8, 6, 6)}).flops == 2 * (8 * 36) * (2 * 16)
-
-
 def test_attention_is_two_products() -> None:
     """10 queries, 30 keys, 2 heads of 8; values 16 wide."""
     node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
