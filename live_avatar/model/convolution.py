@@ -16,12 +16,15 @@ PAIRED = 4
 """Frames that `_fast_fir` makes at once: two pairs."""
 
 
-def causal_conv(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor, time_stride: int = 1) -> Tensor:
+def causal_conv(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, time_stride: int = 1) -> Tensor:
     """A 3-D convolution that sees no future, with zero padding in space.
 
     x [T, C, h, w], the frames before it [kernel - stride, C, h, w], weight [C', C, kernel, k, k], bias [C'] ->
-    [T / stride, C', h, w].
+    [T / stride, C', h, w]. Without history, the kernel is 1 or x is the first frame of a stream, and the newest tap is
+    all that counts.
     """
+    if history is None:
+        return _conv(x, weight[:, :, -1], bias)
     if time_stride == 1 and weight.shape[2] == 3 and max(weight.shape[:2]) <= NARROW and x.shape[0] % PAIRED == 0:
         return _fast_fir(x, history, weight, bias)
     return _sum_of_taps(x, history, weight, bias, time_stride)

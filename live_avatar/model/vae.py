@@ -40,21 +40,20 @@ class FeatureCache:
         self._slots: Iterator[Tensor] | None = None if slots is None else iter(slots)
         self.out: list[Tensor] = []
 
-    def exchange(self, x: Tensor, frames: int) -> Tensor:
-        """Returns the slot's `frames` frames before x [T, C, h, w], and keeps the newest ones instead."""
-        history = self._history(x, frames)
-        self.out.append((x if x.shape[0] >= frames else torch.cat([history, x]))[-frames:])
+    def exchange(self, x: Tensor, frames: int) -> Tensor | None:
+        """Returns the slot's `frames` frames before x [T, C, h, w], and keeps the newest ones instead.
+
+        None at the start of a stream, where x is one frame.
+        """
+        history = None if self._slots is None else next(self._slots)
+        past = x.new_zeros(frames, *x.shape[1:]) if history is None else history
+        self.out.append((x if x.shape[0] >= frames else torch.cat([past, x]))[-frames:])
         return history
 
     def skip(self, x: Tensor, frames: int, remembered: bool) -> None:
         """Fills the slot of a layer that skips the first frame of a stream: with x if `remembered`, else with zeros."""
         zeros = x.new_zeros(frames, *x.shape[1:])
         self.out.append(torch.cat([zeros, x])[-frames:] if remembered else zeros)
-
-    def _history(self, x: Tensor, frames: int) -> Tensor:
-        if self._slots is None:
-            return x.new_zeros(frames, *x.shape[1:])
-        return next(self._slots)
 
 
 @runtime_checkable
@@ -76,7 +75,7 @@ class CausalConv3d(nn.Conv3d):
 
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[T, C, h, w] -> [T / stride, C', h, w]."""
-        history = cache.exchange(x, self.history) if self.history else x[:0]
+        history = cache.exchange(x, self.history) if self.history else None
         return causal_conv(x, history, self.weight, self.bias, self.time_stride)
 
 
