@@ -2,7 +2,8 @@
 
 Official parameter names; the state of a stream is a list of tensors that the caller passes in and gets back, never on
 the module, so any number of streams share one VAE. A stream begins with state None and one frame (or latent), which
-time resampling leaves alone. State has the type of the weights; frames and latents are float32.
+time resampling leaves alone. State has the type of the weights; frames and latents are float32. Inside, frames are a
+batch: [T, C, h, w].
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from live_avatar.config import LATENT_CHANNELS, VAEConfig
 from live_avatar.model.attention import attend
+from live_avatar.model.convolution import causal_conv, upsampled_conv
 
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -39,22 +40,20 @@ class FeatureCache:
         self._slots: Iterator[Tensor] | None = None if slots is None else iter(slots)
         self.out: list[Tensor] = []
 
-    def extend(self, x: Tensor, frames: int) -> Tensor:
-        """x [1, C, T, h, w] with the slot's last `frames` frames before it; keeps the newest ones."""
-        history = self._history(x, frames)
-        x = torch.cat([history, x], dim=2)
-        self.out.append(x[:, :, x.shape[2] - frames :])
-        return x
+    def exchange(self, x: Tensor, frames: int) -> Tensor | None:
+        """Returns the slot's `frames` frames before x [T, C, h, w], and keeps the newest ones instead.
+
+        None at the start of a stream, where x is one frame.
+        """
+        history = None if self._slots is None else next(self._slots)
+        past = x.new_zeros(frames, *x.shape[1:]) if history is None else history
+        self.out.append((x if x.shape[0] >= frames else torch.cat([past, x]))[-frames:])
+        return history
 
     def skip(self, x: Tensor, frames: int, remembered: bool) -> None:
         """Fills the slot of a layer that skips the first frame of a stream: with x if `remembered`, else with zeros."""
-        zeros = x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
-        self.out.append(torch.cat([zeros, x], dim=2)[:, :, -frames:] if remembered else zeros)
-
-    def _history(self, x: Tensor, frames: int) -> Tensor:
-        if self._slots is None:
-            return x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
-        return next(self._slots)
+        zeros = x.new_zeros(frames, *x.shape[1:])
+        self.out.append(torch.cat([zeros, x])[-frames:] if remembered else zeros)
 
 
 @runtime_checkable
@@ -67,24 +66,17 @@ class Streamed(Protocol):
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees no future: its temporal history is a slot of the stream."""
 
+    bias: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
-        margin = (0, kernel[1] // 2, kernel[2] // 2)
-        super().__init__(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), padding=margin)
-        self.margin = margin
+        super().__init__(in_channels, out_channels, kernel)
+        self.time_stride = time_stride
         self.history = kernel[0] - time_stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[1, C, T, h, w] -> [1, C', T', h', w'], without the history."""
-        # For one clip in float32 on a CPU torch chooses a loop of its own, which is five times slower than oneDNN.
-        if x.device.type == "cpu" and x.dtype == torch.float32 and _is_plain_inference():
-            return torch.mkldnn_convolution(
-                x, self.weight, self.bias, self.margin, self.stride, self.dilation, self.groups
-            )
-        return super().forward(x)
-
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """[1, C, T, h, w] -> [1, C', T / stride, h, w]."""
-        return self(cache.extend(x, self.history) if self.history else x)
+        """[T, C, h, w] -> [T / stride, C', h, w]."""
+        history = cache.exchange(x, self.history) if self.history else None
+        return causal_conv(x, history, self.weight, self.bias, self.time_stride)
 
 
 class RMSNorm(nn.Module):
@@ -92,13 +84,14 @@ class RMSNorm(nn.Module):
 
     def __init__(self, channels: int, trailing: int) -> None:
         super().__init__()
-        self.scale = channels**0.5
+        self.least_square = EPS**2 / channels
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * trailing))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[T, C, h, w] -> the same."""
         wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-        return (wide * (self.scale / length.clamp(min=EPS)) * self.gamma).to(x.dtype)
+        square = (wide * wide).mean(dim=1, keepdim=True)
+        return (wide * square.clamp(min=self.least_square).rsqrt() * self.gamma.reshape(-1, 1, 1)).to(x.dtype)
 
 
 class Residual(nn.Module):
@@ -116,12 +109,11 @@ class Residual(nn.Module):
             nn.Identity(),  # the place of the dropout in the official numbering
             CausalConv3d(out_channels, out_channels, kernel),
         )
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else CausalConv3d(in_channels, out_channels, (1, 1, 1))
-        )
+        self.shortcut = None if in_channels == out_channels else CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return self.shortcut(x) + _through(self.residual, x, cache)
+        kept = x if self.shortcut is None else self.shortcut.stream(x, cache)
+        return kept + _through(self.residual, x, cache)
 
 
 class SpatialAttention(nn.Module):
@@ -134,12 +126,10 @@ class SpatialAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, C, T, h, w] -> the same."""
-        frames = x[0].transpose(0, 1)  # [T, C, h, w]
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None]  # [T, 1, h * w, 3C]
+        """[T, C, h, w] -> the same."""
+        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None]  # [T, 1, h * w, 3C]
         out = attend(*qkv.chunk(3, dim=-1))
-        out = self.proj(out[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:]))
-        return x + out.transpose(0, 1)[None]
+        return x + self.proj(out[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Downsample(nn.Module):
@@ -151,7 +141,7 @@ class Downsample(nn.Module):
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if time else None
 
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        x = _per_frame(self.resample, x)
+        x = self.resample(x)
         if self.time_conv is None:
             return x
         if cache.first:
@@ -160,12 +150,14 @@ class Downsample(nn.Module):
         return self.time_conv.stream(x, cache)
 
 
-class NearestUpsample2x(nn.Module):
-    """Nearest neighbours at twice the size, through float32: TensorRT resizes no bfloat16."""
+class UpsampledConv2d(nn.Conv2d):
+    """3x3 convolution of the nearest neighbours at twice the size."""
+
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, C, h, w] -> [T, C, 2h, 2w]."""
-        return F.interpolate(x.float(), scale_factor=2.0, mode="nearest").to(x.dtype)
+        """[T, C, h, w] -> [T, C', 2h, 2w]."""
+        return upsampled_conv(x, self.weight, self.bias)
 
 
 class Upsample(nn.Module):
@@ -173,7 +165,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(NearestUpsample2x(), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.resample = nn.Sequential(
+            nn.Identity(),  # the place of the upsampling in the official numbering
+            UpsampledConv2d(channels, channels // 2, 3),
+        )
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time else None
 
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
@@ -181,19 +176,8 @@ class Upsample(nn.Module):
             if cache.first:
                 cache.skip(x, self.time_conv.history, remembered=False)
             else:
-                early, late = self.time_conv.stream(x, cache).chunk(2, dim=1)
-                x = torch.stack([early, late], dim=3).flatten(2, 3)
-        return _per_frame(self.resample, x)
-
-
-def _is_plain_inference() -> bool:
-    """Whether this is plain eager inference: no grad, no compile, no autocast."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-
-
-def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
-    """Runs a 2-D module on every frame of [1, C, T, h, w]."""
-    return module(x[0].transpose(0, 1)).transpose(0, 1)[None]
+                x = self.time_conv.stream(x, cache).reshape(-1, *x.shape[1:])  # earlier half of the channels first
+        return self.resample(x)
 
 
 def _through(layers: nn.Sequential | nn.ModuleList, x: Tensor, cache: FeatureCache) -> Tensor:
@@ -201,6 +185,16 @@ def _through(layers: nn.Sequential | nn.ModuleList, x: Tensor, cache: FeatureCac
     for layer in layers:
         x = layer.stream(x, cache) if isinstance(layer, Streamed) else layer(x)
     return x
+
+
+def _as_batch(clip: Tensor) -> Tensor:
+    """[1, C, T, h, w] -> [T, C, h, w]."""
+    return clip[0].transpose(0, 1)
+
+
+def _as_clip(frames: Tensor) -> Tensor:
+    """[T, C, h, w] -> [1, C, T, h, w]."""
+    return frames.transpose(0, 1)[None]
 
 
 class Encoder(nn.Module):
@@ -282,8 +276,9 @@ class VAE(nn.Module):
         With state None T is 1 and T' is 1: the first frame of a stream. Later T is a multiple of 4 and T' = T / 4.
         """
         cache = FeatureCache(state)
-        moments = self.conv1(self.encoder.stream(frames.to(self.conv1.weight.dtype), cache)).float()
-        return (moments[:, : self.config.z_dim] - self.mean) / self.std, cache.out
+        x = self.encoder.stream(_as_batch(frames).to(self.conv1.weight.dtype), cache)
+        moments = _as_clip(self.conv1.stream(x, cache)[:, : self.config.z_dim].float())
+        return (moments - self.mean) / self.std, cache.out
 
     def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Latents [1, 16, T, h, w] -> frames [1, 3, T', 8h, 8w], not clamped, and the stream's new state.
@@ -291,5 +286,6 @@ class VAE(nn.Module):
         With state None T is 1 and T' is 1: the first latent of a stream. Later T' = 4 T.
         """
         cache = FeatureCache(state)
-        denormalised = (latents * self.std + self.mean).to(self.conv2.weight.dtype)
-        return self.decoder.stream(self.conv2(denormalised), cache).float(), cache.out
+        denormalised = _as_batch(latents * self.std + self.mean).to(self.conv2.weight.dtype)
+        x = self.conv2.stream(denormalised, cache)
+        return _as_clip(self.decoder.stream(x, cache).float()), cache.out

@@ -133,11 +133,11 @@ def test_time_resampling_remembers_the_first_frame_when_encoding_and_not_when_de
     vae: VAE, latents: Tensor, frames: Tensor
 ) -> None:
     _, encoder = vae.encode(frames[:, :, :1], None)
-    assert [i for i, slot in enumerate(encoder) if slot.shape[2] == 1] == [9, 14]
-    assert all(slot[:, :, -1].any() for slot in encoder)
+    assert [i for i, slot in enumerate(encoder) if slot.shape[0] == 1] == [9, 14]
+    assert all(slot[-1].any() for slot in encoder)
     _, decoder = vae.decode(latents[:, :, :1], None)
     assert [i for i, slot in enumerate(decoder) if not slot.any()] == [11, 18]  # spec section 13
-    assert all(not slot[:, :, 0].any() for slot in decoder)
+    assert all(not slot[0].any() for slot in decoder)
 
 
 def test_the_14b_decoder_keeps_what_the_spec_says() -> None:

@@ -15,8 +15,6 @@ from live_avatar.exporter.tracing import OPSET
 LIST = json.loads((Path(__file__).parents[1] / "export" / "data" / "tensorrt_operators.json").read_text())
 TYPES = {1: "FP32", 10: "FP16", 16: "BF16", 6: "INT32", 7: "INT64", 2: "UINT8", 9: "BOOL", 11: "DOUBLE", 17: "FP8"}
 TWO_TYPES = ("Cast", "ConstantOfShape")  # what they give is a type of its own
-COORDINATES = (b"half_pixel", b"pytorch_half_pixel", b"tf_half_pixel_for_nn", b"asymmetric", b"align_corners")
-NEAREST = (b"floor", b"ceil", b"round_prefer_floor", b"round_prefer_ceil")
 
 
 @dataclass(frozen=True)
@@ -57,19 +55,6 @@ def attention(graph: Graph, node: onnx.NodeProto) -> bool:
     )
 
 
-def resize(graph: Graph, node: onnx.NodeProto) -> bool:
-    given = attributes(node)
-    return (
-        graph.types[node.input[0]] in ("FP32", "FP16")
-        and given["mode"] in (b"nearest", b"linear")
-        and given["coordinate_transformation_mode"] in COORDINATES
-        and given["nearest_mode"] in NEAREST
-        and given["keep_aspect_ratio_policy"] == b"stretch"
-        and given["antialias"] == 0
-        and "axes" not in given
-    )
-
-
 def first_output_only(graph: Graph, node: onnx.NodeProto) -> bool:
     return len(node.output) == 1
 
@@ -97,7 +82,6 @@ RULES: Mapping[str, Callable[[Graph, onnx.NodeProto], bool]] = {
     "ReduceL2": constant_axes,
     "ReduceMean": constant_axes,
     "ReduceSum": constant_axes,
-    "Resize": resize,
     "Squeeze": constant_axes,
     "Unsqueeze": constant_axes,
 }
