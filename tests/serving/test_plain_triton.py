@@ -16,8 +16,8 @@ from live_avatar.arrays import Array
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving import server
 from live_avatar.serving.server_options import ServerOptions
-from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
-from tests.serving.support import frames_until
+from live_avatar_client.protocol import FRAMES_PER_BLOCK
+from tests.serving.support import frames_until, speech_of
 
 COMMITTED = Path(__file__).parents[2] / "model_repository"
 START_LIMIT_S = 300.0
@@ -74,10 +74,7 @@ def test_the_committed_repository_runs_in_a_plain_triton(
 ) -> None:
     frames = []
     for block in range(2):
-        inputs = {
-            "AUDIO": speech[block * BLOCK_SAMPLES : (block + 1) * BLOCK_SAMPLES],
-            **(opening if not block else {}),
-        }
+        inputs = {"AUDIO": speech_of(speech, block, block + 1)} | (opening if block == 0 else {})
         answer = triton.infer(
             "live_avatar",
             [tensor(name, array) for name, array in inputs.items()],
