@@ -236,10 +236,8 @@ def asked(given: StageDurations, profile: str) -> Figures:
     """Recorded speech for FPS; real-time speech for TTFF and sessions, with a known avatar.
 
     `latest_block_s` is the largest delay of a block behind a player that began with the first one.
-    `gpus_per_real_time_session` decides between profiles; it is None for one that keeps up with no session.
     """
-    pipeline, gpus = given.pipeline(profile), len(load_profile(profile).gpus)
-    sessions = sessions_without_stall(pipeline, MOST_SESSIONS)
+    pipeline = given.pipeline(profile)
     fast = simulate(pipeline, [Client(60)]).sessions[0]
     spoken = simulate(pipeline, [Client(12, pace_s=pipeline.block_s)]).sessions[0]
     late_s = [block.received_s - spoken[0].received_s - n * pipeline.block_s for n, block in enumerate(spoken)]
@@ -249,10 +247,8 @@ def asked(given: StageDurations, profile: str) -> Figures:
         "ttff_speech_at_hand_s": fast[0].received_s,
         "ttff_s": spoken[0].received_s,
         "latest_block_s": max(late_s),
-        "real_time_sessions_by_time": sessions,
+        "real_time_sessions_by_time": sessions_without_stall(pipeline, MOST_SESSIONS),
         "sessions_by_the_profile": load_profile(profile).max_sessions,
-        "gpus": gpus,
-        "gpus_per_real_time_session": gpus / sessions if sessions else None,
     }
 
 

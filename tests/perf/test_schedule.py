@@ -222,15 +222,6 @@ def test_a_stage_runs_its_steps_one_after_another_on_its_gpu() -> None:
         asked(given, "h900")
 
 
-@pytest.mark.parametrize(
-    ("profile", "step_s", "gpus", "each"),
-    [("gpux1", 0.1, 1, 1.0), ("gpux1", 0.2, 1, None), ("gpux2", 0.05, 2, 0.5), ("gpux5", 0.2, 5, 2.5)],
-)
-def test_gpus_of_a_real_time_session(profile: str, step_s: float, gpus: int, each: float | None) -> None:
-    figures = asked(StageDurations("", "", 0.0, step_s, prefill_s=0.0, decoder_s=0.02), profile)
-    assert (figures["gpus"], figures["gpus_per_real_time_session"]) == (gpus, each)
-
-
 def test_the_papers_figures_come_out_of_its_own_times() -> None:
     figures = asked(PAPER, "gpux5")
     assert figures["steady_fps"] == pytest.approx(45.0)
