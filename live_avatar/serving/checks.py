@@ -43,11 +43,12 @@ def gateway_settings(options: ServerOptions, profile: Profile, scratch: Path) ->
     """The gateway's settings for a server in the folder `scratch`."""
     artifacts = load_artifacts(options.artifacts)
     stages, max_sessions = len(profile.chain), profile.max_sessions
+    steps_on_cpu = any(place.steps for place in profile.on_cpu)
     limits = Limits(
         max_sessions=max_sessions,
         idle_s=profile.idle_seconds,
-        # On a CPU the stages share the cores, so more blocks than cores only wait for one another.
-        pipe_blocks=min(stages + 1, max(2, os.cpu_count() or 1)) if profile.on_cpu else stages + 1,
+        # Steps on a CPU share the cores, so more blocks than cores only wait for one another.
+        pipe_blocks=min(stages + 1, max(2, os.cpu_count() or 1)) if steps_on_cpu else stages + 1,
         lone_blocks=stages + 2,
         known_avatars=profile.known_avatars,
         known_avatar_s=options.known_avatar_seconds,

@@ -184,11 +184,9 @@ def _steps(table: object) -> dict[range, int | None]:
     """Ranges that cover the steps from 1 on without a gap, in order, each with its GPU."""
     if not isinstance(table, dict) or not table:
         raise ConfigError('steps is no table of steps; write [steps] and below it lines such as 1-2 = "gpu0".')
-    devices = {read_steps(key): _gpu(f"steps {key}", device) for key, device in table.items()}
-    if len(devices) < len(table):  # "1" and "1-1"
-        _require_cover([read_steps(key) for key in table])
-    _require_cover(devices)
-    return devices
+    ranges = [read_steps(key) for key in table]
+    _require_cover(ranges)
+    return dict(zip(ranges, (_gpu(f"steps {key}", device) for key, device in table.items()), strict=True))
 
 
 def _require_cover(ranges: Collection[range]) -> None:

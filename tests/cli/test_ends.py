@@ -161,7 +161,7 @@ def test_wishes_that_no_server_fulfils(tmp_path: Path, artifacts: Artifacts) -> 
         (("--address", "no.such.host.invalid"), "is no address to listen on"),
         (("--grpc-port", "9000", "--http-port", "9000"), "two of these are the same; give each a port of its own."),
         (("--trace", tmp_path / "file"), f"cannot write to {tmp_path / 'file'} (File exists); choose another --trace."),
-        (("--model-repository", tmp_path), "is not the project's model repository; run from a checkout or give"),
+        (("--profile", tmp_path / "none.toml"), f"cannot read the profile {tmp_path / 'none.toml'} (No such file or"),
     ):
         assert_refused(invoke("serve", "--artifacts", artifacts.folder, *ports(artifacts.folder), *words), sentence)
 
