@@ -241,6 +241,14 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     "--longest-session-seconds", type=click.FloatRange(min=1), help="A session that lasts this long is ended."
 )
 @click.option(
+    "--answer-seconds",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    show_default=True,
+    help="How long a block may take in the server: then its session ends with an error, and a stage that is stuck is "
+    "started again.",
+)
+@click.option(
     "--idle-seconds",
     type=float,
     help="A session that sends nothing for this long is dropped; default: from the profile (30).",

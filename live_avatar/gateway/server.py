@@ -31,6 +31,7 @@ from live_avatar.serving.failures import PipeError
 from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.serving.health import listen
 from live_avatar.serving.options import OptionsReader
+from live_avatar.serving.tensors import AVATAR_ENCODER
 from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,12 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES: Final = MAX_IMAGE_BYTES + 64 * 1024
 CHECK_S: Final = 0.5
 KEY_CHECK_S: Final = 1.0
+RELEASE_S: Final = 10.0
 REPORT_S: Final = 0.1
+SAME_REPORT_S: Final = 1.0
 GRACE_S: Final = 1.0
+CLOSING_S: Final = 2.0
+"""How long Triton may take at the end to answer what is under way."""
 # gRPC checks the size of a compressed message before and after it is decompressed.
 GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -65,7 +70,8 @@ Report = Callable[[dict[str, Any]], None]
 async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]], report: Report) -> None:
     """Serves until `commands` ends. Raises `ServerError` for a port, key or certificate that cannot be used.
 
-    report: is told once that the ports are open, and then of each change of the live sessions and of readiness.
+    report: is told once that the ports are open, and then the phase, readiness and the live sessions at each change and
+    every second.
     Commands: {"pipe_ready": bool}, {"phase": str}, {"lost": name of a stage}.
     """
     raise_file_limit()
@@ -80,6 +86,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         for act, seconds in (
             (service.check, CHECK_S),
             (partial(_check_keys, keys), KEY_CHECK_S),
+            (context.frames.release_others, RELEASE_S),
             (_Reporter(context.admission, report).act, REPORT_S),
         )
     ]
@@ -99,7 +106,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
             task.cancel()
         await server.stop(GRACE_S)
         if context.closing:
-            await asyncio.wait(context.closing, timeout=GRACE_S)
+            await asyncio.wait(context.closing, timeout=CLOSING_S)
         for runner in runners:
             await runner.cleanup()
         await context.pipe.close()
@@ -108,7 +115,8 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
 
 def session_context(settings: GatewaySettings) -> SessionContext:
     """What the sessions share."""
-    pipe, pictures, meter = Pipe(settings.triton), PictureDecoder(), GatewayMeter(settings.served)
+    pipe = Pipe(settings.triton, settings.limits.answer_s)
+    pictures, meter = PictureDecoder(), GatewayMeter(settings.served)
 
     async def make_avatar(picture: bytes, prompt: str) -> tuple[Array, Array]:
         began_s = time.monotonic()
@@ -153,8 +161,12 @@ async def _obey(context: SessionContext, command: dict[str, Any]) -> None:
         context.admission.phase = Phase(command["phase"])
     if "lost" in command:
         text = f"stage {command['lost']} of the server has stopped and is being started again; start a new session."
-        for session in [*context.live, *context.closing.values()]:
-            session.lose(PipeError(ErrorCode.FAILED, text))
+        lost = PipeError(ErrorCode.FAILED, text)
+        if command["lost"] == AVATAR_ENCODER:
+            context.pipe.lose_encoder(lost)
+        else:
+            for session in [*context.live, *context.closing.values()]:
+                session.lose(lost)
     context.report()
 
 
@@ -169,19 +181,20 @@ async def _repeat(act: Callable[[], None], seconds: float) -> None:
 
 
 class _Reporter:
-    """Reports changes of the phase, of readiness and of the number of live sessions."""
+    """Reports the phase, readiness and the number of live sessions: at once when they change, and each second."""
 
     def __init__(self, admission: Admission, report: Report) -> None:
         self._admission = admission
         self._report = report
         self._told: dict[str, Any] = {}
+        self._told_s = 0.0
 
     def act(self) -> None:
-        admission = self._admission
+        admission, now_s = self._admission, time.monotonic()
         state = {"phase": admission.phase, "ready": admission.is_ready, "live": admission.live}
-        if state != self._told:
+        if state != self._told or now_s - self._told_s > SAME_REPORT_S:
             self._report(state)
-            self._told = state
+            self._told, self._told_s = state, now_s
 
 
 def _check_keys(keys: Keys) -> None:

@@ -116,7 +116,8 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return grpc.stream_stream_rpc_method_handler(serve)
 
     def check(self) -> None:
-        """Ends sessions that are silent or too long, and streams whose caller has stopped reading."""
+        """Ends sessions that are silent, too long or left without an answer, and streams whose caller has stopped
+        reading."""
         now_s = time.monotonic()
         for stream, task in list(self._streams.items()):
             if stream.check(now_s):
@@ -124,6 +125,8 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         for session in list(self._context.live):
             if session.is_too_long(now_s):
                 session.end_too_long()
+            elif session.is_unanswered(now_s):
+                session.end_unanswered()
         self._context.avatars.forget_old()
         self._context.meter.set(metrics.PIPE_BLOCKS, self._context.window.inside())
         self._context.report()

@@ -138,6 +138,7 @@ class Session:
         self._unanswered = 0
         self._all_answered = asyncio.Event()
         self._used_s = self._began_s = time.monotonic()
+        self._waiting_since_s: float | None = None
         self._writing_since_s: float | None = None
         self._tasks = [asyncio.create_task(self._guarded(work)) for work in (self._forward(), self._return())]
 
@@ -189,6 +190,19 @@ class Session:
         """Whether it has lasted longer than a session may."""
         longest_s = self._context.limits.session_s
         return longest_s is not None and self.failure is None and now_s - self._began_s > longest_s
+
+    def is_unanswered(self, now_s: float) -> bool:
+        """Whether Triton has owed it an answer for longer than it may."""
+        since_s = self._waiting_since_s
+        return since_s is not None and now_s - since_s > self._context.limits.answer_s
+
+    def end_unanswered(self) -> None:
+        """Ends the session because its answer does not come."""
+        text = (
+            f"the server has not answered a request of session {self.id} for {self._context.limits.answer_s:g} s; "
+            "start a new session."
+        )
+        self.fail(PipeError(ErrorCode.FAILED, text))
 
     def end_too_long(self) -> None:
         """Ends the session because it has lasted as long as it may."""
@@ -405,7 +419,7 @@ class Session:
         text = expected.text
         if text is None:
             assert self._stream is not None
-            answer = self.failure if self.failure is not None else await self._stream.answers.get()
+            answer = self.failure if self.failure is not None else await self._next_answer(self._stream)
             if isinstance(answer, bytes):
                 error = response_error(answer)
                 if error is None:
@@ -418,6 +432,13 @@ class Session:
                 self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
             text = self.failure
         return error_response(expected.request_id, text or "")
+
+    async def _next_answer(self, stream: PipeStream) -> bytes | Closed:
+        self._waiting_since_s = time.monotonic()
+        try:
+            return await stream.answers.get()
+        finally:
+            self._waiting_since_s = None
 
     def _with_frames(self, answer: bytes, place: Place | None) -> bytes:
         if place is None:

@@ -45,6 +45,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
         # On a CPU the stages share the cores, so more blocks than cores only wait for one another.
         pipe_blocks=min(stages + 1, max(2, os.cpu_count() or 1)) if on_cpu else stages + 1,
         lone_blocks=stages + 2,
+        answer_s=options.answer_seconds,
         known_avatars=known_avatars,
         known_avatar_s=options.known_avatar_seconds,
         share_avatars=options.share_avatars,

@@ -138,7 +138,7 @@ class TritonServer:
             make_private(self._shared_memory)
             if self._admin.ready():
                 return
-            alive = living_stages(self.process.pid)
+            alive = living_stages(self.process.pid).keys()
             started |= alive
             if gone := sorted(started - alive):
                 self._expect_stages(gone)
@@ -250,6 +250,7 @@ def _triton(options: ServerOptions, files: _Files, log: ServerLog, gateway: Gate
         Control(files.control),
         gateway,
         START_LIMIT_S,
+        options.answer_seconds,
         lambda: process.poll() is None,
         files.write,
         lambda: make_private(files.scratch.name),
