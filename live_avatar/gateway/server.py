@@ -17,6 +17,7 @@ from live_avatar.errors import ServerError
 from live_avatar.gateway.admission import Admission, Phase
 from live_avatar.gateway.audit import AuditLog
 from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.certificates import Certificates
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.http import http_routes, metrics_routes
 from live_avatar.gateway.keys import KeyRing
@@ -27,6 +28,7 @@ from live_avatar.gateway.service import GatewayService, Keys
 from live_avatar.gateway.sessions import SessionContext
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
+from live_avatar.serving.access import Access
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.serving.health import listen
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = MAX_IMAGE_BYTES + 64 * 1024
 CHECK_S: Final = 0.5
-KEY_CHECK_S: Final = 1.0
+FILE_CHECK_S: Final = 1.0
 RELEASE_S: Final = 10.0
 REPORT_S: Final = 0.1
 SAME_REPORT_S: Final = 1.0
@@ -76,7 +78,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     """
     raise_file_limit()
     context = session_context(settings)
-    keys = load_keys(settings)
+    keys, certificates = load_keys(settings), load_certificates(settings)
     service = GatewayService(context, keys, settings.limits.idle_s)
     server = grpc.aio.server(options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((service,))
@@ -85,13 +87,13 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         asyncio.create_task(_repeat(act, seconds))
         for act, seconds in (
             (service.check, CHECK_S),
-            (partial(_check_keys, keys), KEY_CHECK_S),
+            (partial(_check_files, keys, certificates), FILE_CHECK_S),
             (context.frames.release_others, RELEASE_S),
             (_Reporter(context.admission, report).act, REPORT_S),
         )
     ]
     try:
-        _listen_grpc(server, settings)
+        _listen_grpc(server, settings, certificates)
         for routes, port, option in (
             (http_routes(context.admission, settings.served), settings.http_port, "--http-port"),
             (metrics_routes(context.meter, settings.triton_metrics), settings.metrics_port, "--metrics-port"),
@@ -197,12 +199,15 @@ class _Reporter:
             self._told, self._told_s = state, now_s
 
 
-def _check_keys(keys: Keys) -> None:
-    """Reads the key files again when they have changed."""
-    for ring in filter(None, (keys.callers, keys.admin)):
-        fault = ring.reload_if_changed()
-        if fault is not None:
-            log.error("the old keys stay in use: %s", fault)
+def _check_files(keys: Keys, certificates: Certificates | None) -> None:
+    """Reads the files of keys and certificates again when they have changed."""
+    rings = [keys.callers.reload_if_changed(keys.admin)]
+    if keys.admin is not None:
+        rings.append(keys.admin.reload_if_changed(keys.callers))
+    for key_fault in filter(None, rings):
+        log.error("the old keys stay in use: %s", key_fault)
+    if certificates is not None and (fault := certificates.reload_if_changed()) is not None:
+        log.error("the old certificates stay in use: %s", fault)
 
 
 def load_keys(settings: GatewaySettings) -> Keys:
@@ -211,33 +216,30 @@ def load_keys(settings: GatewaySettings) -> Keys:
     if settings.admin_key_file is None:
         return Keys(callers)
     admin = KeyRing.from_file(settings.admin_key_file)
-    if callers.shares_key_with(admin):
-        raise ServerError(
-            f"{settings.api_key_file} and {settings.admin_key_file} hold the same key, so that a caller would be an "
-            "operator; put another key into one of them."
-        )
+    if (fault := callers.shared_key(admin)) is not None:
+        raise ServerError(fault)
     return Keys(callers, admin)
 
 
-def _listen_grpc(server: Any, settings: GatewaySettings) -> None:
+def load_certificates(settings: GatewaySettings) -> Certificates | None:
+    """None without TLS. Raises `ServerError` for files that cannot be used."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    tls = (settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    return Certificates(Access(None, None, *tls))
+
+
+def _listen_grpc(server: Any, settings: GatewaySettings, certificates: Certificates | None) -> None:
     target = f"{_bracketed(settings.address)}:{settings.grpc_port}"
     try:
-        if settings.tls_certificate is not None and settings.tls_key is not None:
-            server.add_secure_port(target, _credentials(settings))
-        else:
+        if certificates is None:
             server.add_insecure_port(target)
+        else:
+            server.add_secure_port(target, certificates.credentials())
     except RuntimeError as error:
         raise ServerError(
             f"cannot listen on {target} ({str(error).splitlines()[0]}); choose another --grpc-port or --address."
         ) from error
-
-
-def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials:
-    assert settings.tls_certificate is not None
-    assert settings.tls_key is not None
-    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
-    authority = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
 
 
 def _bracketed(address: str) -> str:

@@ -22,6 +22,9 @@ FIRST_STEP = "dit_step_1"
 """The stage whose limits stand for those of the server; all stages have the same."""
 SPARE_STREAMS = 64
 """Streams that callers may have beside two for each session. Each may be reading a picture of 32 MiB."""
+STARTS_PER_SLOT = 60
+"""Sessions that one key may start in a minute, for each session that the server takes at once: the first blocks of a
+session have their turn before those of sessions that are ahead."""
 LEAST_IDLE_S, GREATEST_IDLE_S = 1.0, 86_400.0
 
 
@@ -50,7 +53,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
         known_avatar_s=options.known_avatar_seconds,
         share_avatars=options.share_avatars,
         sessions_per_key=options.sessions_per_key,
-        starts_per_minute=options.starts_per_minute,
+        starts_per_minute=options.starts_per_minute or STARTS_PER_SLOT * max_sessions,
         session_s=options.longest_session_seconds,
         streams=SPARE_STREAMS + 2 * max_sessions,
     )

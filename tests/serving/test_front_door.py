@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import resource
 import signal
@@ -137,6 +138,22 @@ def test_sessions_that_are_cancelled_at_every_moment(url: str):
                 raw.send(BLOCK)
             time.sleep(pause_s)
             raw.vanish()
+
+
+def test_a_message_that_is_none_leaves_the_other_sessions_of_its_stream(url: str, picture: bytes):
+    """As a proxy's stream, which carries those of many."""
+    first = with_audio(request(sequence_id=7, sequence_start=True), 7680)
+    first.inputs.add(name="REFERENCE_IMAGE", datatype="UINT8", shape=[len(picture)])
+    first.raw_input_contents.append(picture)
+    block, end = (with_audio(request(sequence_id=7, sequence_end=last), 7680) for last in (False, True))
+    rubbish = [b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"{}"]
+    messages = [first.SerializeToString(), *rubbish, block.SerializeToString(), end.SerializeToString()]
+    with grpc.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stream = channel.stream_stream(f"{SERVICE}ModelStreamInfer")(iter(messages), timeout=60.0)
+        answers = [service_pb2.ModelStreamInferResponse.FromString(answer) for answer in stream]
+    errors = [answer.error_message for answer in answers if answer.error_message]
+    assert errors == ["[INVALID_ARGUMENT] the message is no ModelInferRequest; send one of KServe v2."] * len(rubbish)
+    assert len(answers) == len(messages)
 
 
 # 3. and 4. Messages that take memory for ever
@@ -444,6 +461,22 @@ def test_a_log_that_nobody_reads_stops_nothing(artifacts: Artifacts, tmp_path: P
         with AvatarSession(options.url, image=picture) as session:
             assert len(spoken(session, speech[:7680]).frames) == 12
         assert running.end_unread(signal.SIGTERM) == 0
+
+
+def test_each_line_of_a_json_log_is_an_object(artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array):
+    """Of the gateway, the supervisor, the stages and Triton."""
+    with served(tmp_path / "served", artifacts, "--log-format", "json", "--verbose") as (running, options):
+        with AvatarSession(options.url, image=picture) as session:
+            spoken(session, speech[:7680])
+        with raw_session(options.url) as raw:
+            raw.ask(NOTHING, start=True)
+        code, said = running.end(signal.SIGTERM)
+    assert code == 0
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert all(isinstance(line["time"], str) for line in lines)
+    events = [line["event"] for line in lines if "event" in line]
+    assert events == ["session started", "session ended", "session refused"]
+    assert any("Started GRPCInferenceService" in line.get("message", "") for line in lines)
 
 
 def test_streams_without_a_session_end_and_are_bounded(artifacts: Artifacts, picture: bytes, speech: Array):

@@ -403,10 +403,7 @@ class Attacker:
 
     def _together(self, requests: Sequence[Request], in_turn: bool) -> None:
         messages = [request.serialised() for request in requests]
-        readable = [
-            request.damage[0] == "none" and len(message) <= MAX_MESSAGE_BYTES
-            for request, message in zip(requests, messages, strict=True)
-        ]
+        readable = [len(message) <= MAX_MESSAGE_BYTES for message in messages]
         answered = threading.Semaphore(1 if in_turn else len(messages))
         answers = 0
         try:
@@ -418,7 +415,7 @@ class Attacker:
             self._check_close(error)
         finally:
             answered.release()
-        # A message that is no request ends the stream, and answers that are under way are lost.
+        # A message that is too large ends the stream, and answers that are under way are lost.
         least = len(messages) if all(readable) else readable.index(False) if in_turn else 0
         assert least <= answers <= len(messages), f"{answers} answers to {len(messages)} requests"
 
