@@ -33,6 +33,7 @@ from live_avatar.serving.supervisor import living_stages
 from live_avatar_client import AvatarError, AvatarSession
 from live_avatar_client.protocol import MAX_IMAGE_BYTES
 from tests.cli.support import served, wait_until
+from tests.gateway.test_certificates import Folder, shown_name
 from tests.serving.raw import BLOCK, NOTHING, raw_session
 from tests.serving.support import bystander, scrape, series, spoken
 
@@ -461,6 +462,14 @@ def test_a_log_that_nobody_reads_stops_nothing(artifacts: Artifacts, tmp_path: P
         with AvatarSession(options.url, image=picture) as session:
             assert len(spoken(session, speech[:7680]).frames) == 12
         assert running.end_unread(signal.SIGTERM) == 0
+
+
+def test_a_new_certificate_needs_no_restart(artifacts: Artifacts, tmp_path: Path):
+    folder = Folder(tmp_path)
+    with serving(ServerOptions(artifacts.folder, access=folder.access).on_free_ports()) as server:
+        assert shown_name(folder, server.options.grpc_port) == "first"
+        folder.issue("second")
+        wait_until(lambda: shown_name(folder, server.options.grpc_port) == "second")
 
 
 def test_each_line_of_a_json_log_is_an_object(artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array):
