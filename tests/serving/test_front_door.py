@@ -147,7 +147,7 @@ def test_a_message_that_is_none_leaves_the_other_sessions_of_its_stream(url: str
     first.inputs.add(name="REFERENCE_IMAGE", datatype="UINT8", shape=[len(picture)])
     first.raw_input_contents.append(picture)
     block, end = (with_audio(request(sequence_id=7, sequence_end=last), 7680) for last in (False, True))
-    rubbish = [b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"{}"]
+    rubbish = [b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"\xff"]
     messages = [first.SerializeToString(), *rubbish, block.SerializeToString(), end.SerializeToString()]
     with grpc.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         stream = channel.stream_stream(f"{SERVICE}ModelStreamInfer")(iter(messages), timeout=60.0)
