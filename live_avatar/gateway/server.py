@@ -29,6 +29,7 @@ from live_avatar.gateway.sessions import SessionContext
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
 from live_avatar.serving.access import Access
+from live_avatar.serving.control import Control
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.serving.health import listen
@@ -137,6 +138,7 @@ def session_context(settings: GatewaySettings) -> SessionContext:
         audit=AuditLog(settings.log_format == "json", settings.log_hashes),
         served=settings.served,
         limits=settings.limits,
+        control=Control(settings.control),
         frames=FramePool(
             settings.shared_memory,
             settings.limits.lone_blocks + settings.limits.max_sessions,

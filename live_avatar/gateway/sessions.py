@@ -32,6 +32,7 @@ from live_avatar.gateway.requests import (
 )
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
+from live_avatar.serving.control import Control
 from live_avatar.serving.failures import PipeError, describe
 from live_avatar.serving.gateway_settings import Limits
 from live_avatar.serving.metrics import EndCause, RefusalReason
@@ -82,6 +83,7 @@ class SessionContext:
     served: Served
     limits: Limits
     frames: FramePool
+    control: Control
     live: set[Session] = field(default_factory=set)
     closing: dict[asyncio.Task[None], Session] = field(default_factory=dict)
 
@@ -231,6 +233,8 @@ class Session:
         self.stop()
         self._has_ended, self._unanswered = True, 0
         self._all_answered.set()
+        if self._context.window.inside(self.sequence):
+            self._context.control.abandon(self.sequence)
         self._finish(self._end_asked or cause if cause is EndCause.DISCONNECTED else cause, detail)
 
     def stop(self) -> None:
@@ -506,6 +510,7 @@ class Session:
         except TimeoutError:
             log.error("session %d did not end in the pipe within %g s", self.sequence, CLOSE_LIMIT_S)
         finally:
+            context.control.forget_abandoned(self.sequence)
             context.window.leave(self.sequence)
             context.admission.close(self._caller.name)
             context.report()

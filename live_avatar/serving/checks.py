@@ -11,7 +11,7 @@ from tritonclient.grpc import model_config_pb2
 from live_avatar.errors import ServerError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import host_available_bytes, require_sessions
-from live_avatar.serving.gateway_settings import GatewaySettings, Limits, metrics_socket, triton_target
+from live_avatar.serving.gateway_settings import GatewaySettings, Limits, control_folder, metrics_socket, triton_target
 from live_avatar.serving.label import Label
 from live_avatar.serving.repository import ProfileModels, chain, profiles
 from live_avatar.serving.served import Served
@@ -61,6 +61,7 @@ def gateway_settings(options: ServerOptions, scratch: Path) -> GatewaySettings:
     return GatewaySettings(
         triton=triton_target(scratch),
         triton_metrics=metrics_socket(scratch),
+        control=control_folder(scratch),
         shared_memory=f"{scratch.name}-frames",
         address=options.address,
         grpc_port=options.grpc_port,

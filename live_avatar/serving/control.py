@@ -1,5 +1,5 @@
-"""State that the supervisor and the stages share through files in one folder: how often a stage was loaded again, and
-whether each stage still works.
+"""State that the supervisor, the gateway and the stages share through files in one folder: how often a stage was loaded
+again, whether each stage still works, and which sessions nobody waits for.
 
 Without a folder (a Triton started by hand) no stage ever was loaded again, and nobody asks whether one works.
 """
@@ -38,6 +38,19 @@ class Control:
         """Removes the sign of a stage whose process is gone."""
         if self._folder is not None:
             self._folder.joinpath(f"beat_{stage}").unlink(missing_ok=True)
+
+    def abandon(self, session: int) -> None:
+        """Says that nobody waits for the blocks of a session that are under way. Does nothing if the folder is gone."""
+        with suppress(OSError):
+            self._write(f"abandoned_{session}", "")
+
+    def is_abandoned(self, session: int) -> bool:
+        return self._folder is not None and self._folder.joinpath(f"abandoned_{session}").exists()
+
+    def forget_abandoned(self, session: int) -> None:
+        """The session has ended in all stages."""
+        if self._folder is not None:
+            self._folder.joinpath(f"abandoned_{session}").unlink(missing_ok=True)
 
     def _read(self, name: str) -> str:
         if self._folder is None:

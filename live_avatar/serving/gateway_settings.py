@@ -42,11 +42,13 @@ class GatewaySettings:
     """Where the gateway listens, where Triton is, and what it may do. Ports are TCP ports on `address`.
 
     triton: a gRPC target. triton_metrics: Triton's Unix socket for metrics.
+    control: the folder that the stages look into (`control`).
     shared_memory: how the names of regions in /dev/shm for frames begin.
     """
 
     triton: str
     triton_metrics: Path
+    control: Path
     shared_memory: str
     address: str
     grpc_port: int
@@ -74,7 +76,7 @@ class GatewaySettings:
         values["served"] = Served(**values["served"])
         values["limits"] = Limits(**values["limits"])
         for name, value in values.items():
-            if name.startswith(("tls_", "triton_")) or name.endswith(("_file", "_font")):
+            if name == "control" or name.startswith(("tls_", "triton_")) or name.endswith(("_file", "_font")):
                 values[name] = None if value is None else Path(value)
         return cls(**values)
 
@@ -87,3 +89,8 @@ def triton_target(scratch: Path) -> str:
 def metrics_socket(scratch: Path) -> Path:
     """Triton's socket for metrics."""
     return scratch / "metrics"
+
+
+def control_folder(scratch: Path) -> Path:
+    """What the supervisor, the gateway and the stages tell one another."""
+    return scratch / "control"

@@ -31,7 +31,7 @@ from live_avatar.serving.access import check_access
 from live_avatar.serving.checks import check, gateway_settings, model_source
 from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_process import PRIVATE, GatewayProcess, wait_until
-from live_avatar.serving.gateway_settings import metrics_socket, triton_target
+from live_avatar.serving.gateway_settings import control_folder, metrics_socket, triton_target
 from live_avatar.serving.health import health_port
 from live_avatar.serving.repository import AUXILIARY_MODELS
 from live_avatar.serving.server_options import ServerOptions
@@ -302,7 +302,7 @@ class _Files:
 
     def __init__(self, scratch: Path, options: ServerOptions) -> None:
         self.scratch = scratch
-        self.control = scratch / "control"
+        self.control = control_folder(scratch)
         self.work = scratch / "work"
         self._models = scratch / "models"
         self._options = options

@@ -244,6 +244,7 @@ class StageModel:
             end=bool(flags & SequenceFlag.END),
             inputs=inputs,
             parameters=json.loads(request.parameters() or "{}"),
+            abandoned=self._control.is_abandoned(session),
         )
 
     def _answer(self, response: StageResponse) -> Any:

@@ -374,6 +374,23 @@ def test_the_place_of_a_killed_client_is_free_at_once(door: TritonServer, url: s
     assert scrape(door)[series(metrics.SESSIONS_ENDED, "disconnected")] >= 1
 
 
+def test_blocks_that_nobody_waits_for_are_not_computed(slow_server: TritonServer, picture: bytes):
+    """The place was free only when all of them had gone through the pipe. Conditioning waits for a sink meanwhile."""
+    made, live = series(metrics.BLOCKS, "vae_decoder"), series(metrics.SESSIONS_LIVE)
+    with raw_session(slow_server.options.url) as raw:
+        raw.ask(BLOCK, picture, start=True)
+        before = scrape(slow_server)[made]
+        for _ in range(8):
+            raw.send(BLOCK)
+        wait_until(lambda: scrape(slow_server)[metrics.PIPE_BLOCKS.name] >= 6)
+        raw.vanish()
+    wait_until(lambda: scrape(slow_server)[live] == 0)
+    assert scrape(slow_server)[made] - before < 6
+    with raw_session(slow_server.options.url) as raw:
+        raw.ask(NOTHING, picture, start=True)
+    assert not list((scratch_of(slow_server) / "control").glob("abandoned*"))
+
+
 def test_a_session_belongs_to_its_stream(url: str, picture: bytes):
     with raw_session(url) as owner, raw_session(url, owner.session) as other:
         owner.ask(BLOCK, picture, start=True)
