@@ -227,6 +227,7 @@ class SoakContext:
     utterances: Sequence[Utterance]
     idle_s: float
     """The server's idle limit."""
+    api_key: str | None = None
     results: Results = field(default_factory=Results)
     begun_s: float = field(default_factory=time.monotonic)
     outages: list[tuple[float, float]] = field(default_factory=list)
@@ -280,6 +281,7 @@ class SoakSession:
             seed=utterance.seed,
             keep_alive_s=1.0,
             answer_timeout_s=ANSWER_S,
+            api_key=self.context.api_key,
             **self.frame_options.options,
             **options,
         )
