@@ -33,9 +33,9 @@ from live_avatar.serving.supervisor import living_stages
 from live_avatar_client import AvatarError, AvatarSession
 from live_avatar_client.protocol import MAX_IMAGE_BYTES
 from tests.cli.support import served, wait_until
-from tests.gateway.test_certificates import Folder, shown_name
 from tests.serving.raw import BLOCK, NOTHING, raw_session
 from tests.serving.support import bystander, scrape, series, spoken
+from tests.support.certificates import CertificateFolder, shown_name
 
 MIB = 2**20
 SERVICE = "/inference.GRPCInferenceService/"
@@ -482,7 +482,7 @@ def test_a_log_that_nobody_reads_stops_nothing(artifacts: Artifacts, tmp_path: P
 
 
 def test_a_new_certificate_needs_no_restart(artifacts: Artifacts, tmp_path: Path):
-    folder = Folder(tmp_path)
+    folder = CertificateFolder(tmp_path)
     with serving(ServerOptions(artifacts.folder, access=folder.access).on_free_ports()) as server:
         assert shown_name(folder, server.options.grpc_port) == "first"
         folder.issue("second")

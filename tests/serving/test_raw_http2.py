@@ -28,7 +28,7 @@ from tests.serving.http2 import (
     message,
     setting,
 )
-from tests.serving.test_fuzz import neighbour, watched
+from tests.serving.support import neighbour, watched
 
 ROUNDS = 150
 """Connections with frames drawn at random."""

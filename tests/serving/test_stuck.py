@@ -14,7 +14,7 @@ import pytest
 
 from live_avatar.arrays import Array
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.serving import gateway_process, supervisor
+from live_avatar.serving import gateway_process, metrics, supervisor
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import living_stages
@@ -22,7 +22,7 @@ from live_avatar_client import AvatarError, AvatarSession, SessionFailed
 from live_avatar_client.status import server_status
 from tests.cli.support import wait_until
 from tests.serving.raw import BLOCK, NOTHING, raw_session
-from tests.serving.support import assert_every_slot_serves, bystander, spoken
+from tests.serving.support import assert_every_slot_serves, bystander, scrape, spoken
 
 ANSWER_S = 8.0
 """More than a block takes on a busy machine."""
@@ -58,6 +58,7 @@ def test_a_stopped_stage_is_started_again_and_its_callers_are_told(
         with pytest.raises(SessionFailed, match=r"(open|start) a new session"):
             list(session)
     wait_restarted(strict, stage, before)
+    assert scrape(strict)[metrics.PIPE_BLOCKS.name] == 0, "places of blocks that were never answered"
     assert_every_slot_serves(strict, picture, speech, expected)
 
 
