@@ -76,6 +76,22 @@ def test_a_stopped_encoder_fails_new_avatars_alone(
             assert not isinstance(raw.ask(NOTHING, picture, b"encoded again", start=True), str)
 
 
+def test_a_session_that_triton_does_not_answer_is_told(
+    strict: TritonServer, picture: bytes, speech: Array, expected: Array
+):
+    """No stage is stuck, so the gateway's own deadline ends it."""
+    with raw_session(strict.options.url) as raw:
+        raw.ask(BLOCK, picture, start=True)
+        try:
+            os.kill(strict.process.pid, signal.SIGSTOP)
+            error = f"[FAILED] the server has not answered a request of session {raw.session} for {ANSWER_S:g} s; start"
+            assert raw.ask(BLOCK).startswith(error)
+        finally:
+            os.kill(strict.process.pid, signal.SIGCONT)
+    wait_until(lambda: scrape(strict)[metrics.SESSIONS_LIVE.name] == 0)
+    assert_every_slot_serves(strict, picture, speech, expected)
+
+
 def test_a_stage_that_does_not_finish_a_request_is_started_again(artifacts: Artifacts, picture: bytes):
     """Each stage sleeps for a minute with a block: the process is alive, and its other threads run."""
     options = ServerOptions(artifacts.folder, answer_seconds=4.0, stage_floor_s=60.0).on_free_ports()
