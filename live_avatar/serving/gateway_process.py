@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -24,6 +25,8 @@ LAST_WORDS_S: Final = 2.0
 REPORT_LIMIT_S: Final = 10.0
 """A gateway that has reported nothing for so long is not ready; it reports once a second."""
 PRIVATE: Final = 0o077
+MEMORY: Final = {"MALLOC_ARENA_MAX": "2"}
+"""glibc keeps free memory for each of many arenas: large messages on gRPC's threads would leave tens of megabytes."""
 
 
 class GatewayProcess:
@@ -83,6 +86,7 @@ class GatewayProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=self._folder,
+            env={**os.environ, **MEMORY},
             umask=PRIVATE,
             start_new_session=True,  # Ctrl-C comes to us, and we end it in order
         )
