@@ -1,8 +1,10 @@
-"""The soak test: sessions of random length, pace and ending on a real server, with a check of every frame.
+"""The soak test: sessions of random length, pace and ending on a real server, with a check of every frame, and
+attackers among the callers.
 
 `make soak MINUTES=60` prints a line per minute and a summary, and writes the report as JSON. Ctrl-C or SIGTERM ends it
 early, with a report of the part that was run. Exit code 1: a frame was wrong, a session ended unexpectedly, a slot was
-lost, a process was left behind, or memory grew by more than the bound (by more than three standard errors).
+lost, an attack worked, the gateway has died, a process was left behind, or memory grew by more than the bound (by more
+than three standard errors).
 
 The expected frames come from the generator, on the same graphs. A pool of utterances (avatar, prompt, seed, speech) is
 generated before the run. The model is causal, so a session that says the first blocks of an utterance gets its first
@@ -16,6 +18,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -32,17 +35,20 @@ from live_avatar import interrupts
 from live_avatar.arrays import Array
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
+from live_avatar.gateway.keys import add_key
 from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving.access import Access
 from live_avatar.serving.metrics import read_series
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar.serving.supervisor import WITHOUT_PROXY
 from live_avatar_client.errors import AvatarError
 from live_avatar_client.pacing import BLOCK_S
-from live_avatar_client.status import server_status
+from live_avatar_client.status import ServerStatus, server_status
 from perf.growth import MIB, Memory, Process, Slope, group, own_cpu_s
+from perf.soak_attacks import Attacker
 from perf.soak_endings import CALL_S, ENDINGS
 from perf.soak_sessions import (
     AVATARS,
@@ -70,6 +76,8 @@ WARM_UP = 1 / 3
 """The part of the run in which stages are killed. Triton 2.51 leaks memory at each kill, so the growth of memory is
 measured after it, when no process is replaced."""
 MOST_CREDIT_S = 10.0
+ATTACK_PAUSE_S = 4.0
+"""Mean time between two attacks."""
 MOST_SHOWN = 20
 
 
@@ -134,9 +142,18 @@ class Stop:
 class Soak:
     """One run against a running server."""
 
-    def __init__(self, server: TritonServer, context: SoakContext, seconds: float, seed: int, cores: float) -> None:
+    def __init__(
+        self,
+        server: TritonServer,
+        context: SoakContext,
+        attacker: Attacker,
+        seconds: float,
+        seed: int,
+        cores: float,
+    ) -> None:
         self.server = server
         self.context = context
+        self.attacker = attacker
         self.governor = Governor(cores)
         self.memory = Memory(server.process.pid)
         self.counters = Counters()
@@ -151,7 +168,7 @@ class Soak:
     def run(self) -> bool:
         """Returns whether it ran to its end. All its clients have ended then."""
         threads = [threading.Thread(target=self._run_sessions, args=(n,), daemon=True) for n in range(SESSIONS + 1)]
-        threads.append(threading.Thread(target=self._kill_stages, daemon=True))
+        threads += [threading.Thread(target=work, daemon=True) for work in (self._kill_stages, self._attack)]
         for thread in threads:
             thread.start()
         try:
@@ -173,11 +190,20 @@ class Soak:
             time.sleep(0.5)
         return lost
 
+    def _attack(self) -> None:
+        rng = random.Random(self._seed - 1)
+        while not self._stop.event.wait(rng.expovariate(1 / ATTACK_PAUSE_S)) and not self._stop.come():
+            if self.governor.wait(0.5):
+                self.attacker.attack()
+
+    def status(self) -> ServerStatus:
+        return server_status(self.server.options.url, api_key=self.context.api_key)
+
     def _slots_taken(self) -> int:
         """Number of slots in use; all of them if the server does not answer."""
         with suppress(OSError, AvatarError):
             free = scrape(self.server.options.metrics_port).get("live_avatar_sessions_free", 0.0)
-            live = server_status(self.server.options.url).live_sessions
+            live = self.status().live_sessions
             return max(SESSIONS - int(free), SESSIONS if live is None else live)
         return SESSIONS
 
@@ -208,7 +234,7 @@ class Soak:
     def _come_late(self, rng: random.Random, utterance: Utterance) -> None:
         """Starts one more session as soon as the server is no longer ready."""
         with suppress(AvatarError):
-            while server_status(self.server.options.url).ready:
+            while self.status().ready:
                 time.sleep(0.05)
         SoakSession(self.context, rng, Ending.DRAINED, utterance, 1).run(ENDINGS[Ending.DRAINED])
 
@@ -227,7 +253,8 @@ class Soak:
             self.governor.update(sum(process.cpu_s for process in processes) + own_cpu_s(), now_s)
             if now_s >= sample_s:
                 sample_s += SAMPLE_S
-                self.memory.sample(processes, now_s)
+                leaders = self.server.process_ids  # those that decode pictures come and go
+                self.memory.sample([one for one in processes if one.stage or one.pid in leaders], now_s)
                 with suppress(OSError):
                     self.counters.update(scrape(self.server.options.metrics_port))
             if now_s >= progress_s:
@@ -241,7 +268,8 @@ class Soak:
         return (
             f"{minutes:5.1f} min: {results.outcomes.total()} sessions, "
             f"{results.frames} frames, {results.wrong_frames} wrong, "
-            f"{results.count(Outcome.UNEXPECTED)} unexpected; {len(self.kills)} stages killed; "
+            f"{results.count(Outcome.UNEXPECTED)} unexpected; {self.attacker.done.total()} attacks, "
+            f"{len(self.attacker.breaches)} worked; {len(self.kills)} stages killed; "
             f"MiB: Triton {mib('triton'):.1f}, gateway {mib('gateway'):.1f}, vae_decoder {mib('vae_decoder'):.1f}, "
             f"/dev/shm {mib('/dev/shm'):.1f}; "
             f"{self.governor.used_s / max(now_s - self.begun_s, 1.0):.2f} cores"
@@ -273,7 +301,7 @@ class Soak:
     def _is_back(self, stage: Process) -> bool:
         again = [one for one in group(self.server.process_ids) if one.name == stage.name and one.pid != stage.pid]
         with suppress(AvatarError):
-            return bool(again) and server_status(self.server.options.url).ready
+            return bool(again) and bool(self.status().ready)
         return False
 
 
@@ -304,6 +332,8 @@ FAULTS = (
     "sessions_without_answer",
     "stages_not_restored",
     "slots_lost",
+    "attacks_that_worked",
+    "gateways_lost",
     "clients_stuck",
     "drain_surprises",
     "zombies_unexplained",
@@ -325,6 +355,7 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
         threads = f"{one['threads_first']} to {one['threads_last']} threads"
         yield f"  {one['name']:16} {one['first_mib']:8.1f} {one['last_mib']:8.1f}  {shown}, {threads}"
     yield f"Stages killed: {report['stages_killed']}, back after {report['restored_s']} s, {report['zombies']} zombies"
+    yield "Attacks: " + ", ".join(f"{name} {number}" for name, number in report["attacks"].items())
     yield f"Drain: {report['drain']}"
     yield from report["findings"]
 
@@ -338,12 +369,18 @@ def left_behind(leaders: Collection[int]) -> int:
 
 
 def soak(
-    options: ServerOptions, log: Callable[[str], None], context: SoakContext, minutes: float, seed: int, cores: float
+    options: ServerOptions,
+    log: Callable[[str], None],
+    context: SoakContext,
+    attacker: Attacker,
+    minutes: float,
+    seed: int,
+    cores: float,
 ) -> dict[str, Any]:
     """Starts a server, whose output goes to `log`, runs the soak, and returns the report."""
     with serving(options, log) as server:
         leaders = server.process_ids
-        run = Soak(server, context, minutes * 60, seed, cores)
+        run = Soak(server, context, attacker, minutes * 60, seed, cores)
         finished = run.run()
         ran_s = time.monotonic() - run.begun_s
         slots_lost = run.slots_lost()
@@ -351,6 +388,7 @@ def soak(
         with suppress(OSError):
             run.counters.update(scrape(options.metrics_port))
         drain = run.drain()
+        gateways_lost = int(server.process_ids != leaders)
     results = context.results
     counted = {name: number for name, number in sorted(run.counters.totals.items()) if "_bucket" not in name}
     return {
@@ -369,6 +407,9 @@ def soak(
         "sessions_without_answer": results.count(Outcome.HUNG),
         "stages_not_restored": len(run.kills) - len(run.restores_s),
         "slots_lost": slots_lost,
+        "attacks_that_worked": len(attacker.breaches),
+        "attacks": dict(sorted(attacker.done.items())),
+        "gateways_lost": gateways_lost,
         "clients_stuck": run.clients_stuck,
         "drain_surprises": sum(abs(drain["clients_saw"][seen.value] - due) for seen, due in DRAIN_ENDS.items()),
         "zombies": zombies,
@@ -380,7 +421,7 @@ def soak(
         "drain": drain,
         "memory": run.memory.findings(run.begun_s + WARM_UP * ran_s),
         "metrics": {name: number for name, number in counted.items() if "_total" in name or "_count" in name},
-        "findings": results.findings[:MOST_SHOWN],
+        "findings": [*attacker.breaches, *results.findings][:MOST_SHOWN],
         "environment": environment("nvidia-pytriton", "onnxruntime", "numpy", "grpcio"),
     }
 
@@ -429,19 +470,27 @@ def main(
 ) -> None:
     """Run sessions of every kind, and check every frame and the server's memory."""
     interrupts.install()
-    options = ServerOptions(
-        artifacts, max_sessions=SESSIONS, idle_seconds=IDLE_S, known_avatars=KNOWN_AVATARS
-    ).on_free_ports()
     try:
         oracle, utterances = prepare(artifacts, seed)
-        report = soak(
-            options,
-            partial(click.echo, file=log),
-            SoakContext(options.url, oracle, utterances, IDLE_S),
-            minutes,
-            seed,
-            cores,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            keys = Path(folder) / "keys"
+            caller, attacker = (add_key(keys, name) for name in ("caller", "attacker"))
+            options = ServerOptions(
+                artifacts,
+                max_sessions=SESSIONS,
+                idle_seconds=IDLE_S,
+                known_avatars=KNOWN_AVATARS,
+                access=Access(keys),
+            ).on_free_ports()
+            report = soak(
+                options,
+                partial(click.echo, file=log),
+                SoakContext(options.url, oracle, utterances, IDLE_S, caller),
+                Attacker(options, attacker, random.Random(seed)),
+                minutes,
+                seed,
+                cores,
+            )
     except LiveAvatarError as problem:
         raise click.ClickException(str(problem)) from problem
     wrong = failures(report, bound)

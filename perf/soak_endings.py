@@ -20,7 +20,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2_grpc
 
 from live_avatar.arrays import Array
-from live_avatar_client.base import open_channel
+from live_avatar_client.base import call_metadata, open_channel
 from live_avatar_client.errors import AvatarError, SessionFailed, SessionRefused
 from live_avatar_client.messages import Opening, Request, Response
 from live_avatar_client.protocol import (
@@ -56,7 +56,8 @@ class RawStream:
         self._given = threading.Semaphore(0)
         self._over = False
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._call = stub.ModelStreamInfer(self._requests(), timeout=CALL_S)
+        metadata = call_metadata(session.context.api_key)
+        self._call = stub.ModelStreamInfer(self._requests(), timeout=CALL_S, metadata=metadata)
 
     def __enter__(self) -> Self:
         return self
@@ -197,8 +198,9 @@ from live_avatar_client import AvatarSession
 from live_avatar_client.errors import AvatarError
 given = np.load(io.BytesIO(sys.stdin.buffer.read()))
 try:
-    url, prompt, seed = sys.argv[1:]
-    with AvatarSession(url, image=given["image"].tobytes(), prompt=prompt, seed=int(seed)) as session:
+    url, prompt, seed, key = sys.argv[1:]
+    avatar = {"image": given["image"].tobytes(), "prompt": prompt, "seed": int(seed)}
+    with AvatarSession(url, **avatar, api_key=key or None) as session:
         for block in session.stream([given["speech"]]):
             print(block.first_frame, *(hashlib.sha256(frame).hexdigest() for frame in block.frames), flush=True)
 except AvatarError as error:
@@ -210,7 +212,8 @@ def killed(session: SoakSession) -> None:
     """A client in a separate process gets SIGKILL."""
     utterance, given = session.utterance, io.BytesIO()
     np.savez(given, image=np.frombuffer(utterance.image, dtype=np.uint8), speech=utterance.speech_of(session.blocks))
-    command = [sys.executable, "-c", CLIENT, session.context.url, utterance.prompt, str(utterance.seed)]
+    arguments = (session.context.url, utterance.prompt, str(utterance.seed), session.context.api_key or "")
+    command = [sys.executable, "-c", CLIENT, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
         assert client.stdin is not None
         assert client.stdout is not None

@@ -238,9 +238,21 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     "by time whether somebody else has used a picture and prompt.",
 )
 @click.option("--sessions-per-key", type=Integer(min=1), help="Maximum concurrent sessions of one API key.")
-@click.option("--starts-per-minute", type=Integer(min=1), help="Sessions that one API key may start within a minute.")
+@click.option(
+    "--starts-per-minute",
+    type=Integer(min=1),
+    help="Sessions that one API key may start within a minute; default: 60 for each of --max-sessions.",
+)
 @click.option(
     "--longest-session-seconds", type=click.FloatRange(min=1), help="A session that lasts this long is ended."
+)
+@click.option(
+    "--answer-seconds",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    show_default=True,
+    help="How long a block may take in the server: then its session ends with an error, and a stage that is stuck is "
+    "started again.",
 )
 @click.option(
     "--idle-seconds",
@@ -269,7 +281,7 @@ def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: 
     type=click.Choice(["plain", "json"]),
     default="plain",
     show_default=True,
-    help="Form of the lines that say which key has started and ended which session.",
+    help="Form of the lines on stderr; json: each line is an object.",
 )
 @click.option("--log-hashes", is_flag=True, help="Add SHA-256 hashes of picture and prompt to those lines.")
 @click.option("--trace", type=FILE, help="Folder for the busy intervals of each stage.")
@@ -288,7 +300,7 @@ def serve(
     from live_avatar.cli.places import require_places
     from live_avatar.serving.access import Access, access_warnings
     from live_avatar.serving.foreground import run_until_signal
-    from live_avatar.serving.log_relay import LogRelay
+    from live_avatar.serving.log_relay import LogRelay, json_line
     from live_avatar.serving.server import is_for_operators, serving
     from live_avatar.serving.server_options import ServerOptions
 
@@ -296,7 +308,8 @@ def serve(
     chosen = ServerOptions(artifacts, access=access, **options)
     require_places(artifacts=artifacts, label_font=chosen.label_font, trace=chosen.trace)
     ready = False
-    relay = LogRelay(sys.stderr)
+    as_json = chosen.log_format == "json"
+    relay = LogRelay(sys.stderr, form=json_line if as_json else str)
 
     def echo(line: str) -> None:
         if chosen.verbose or (ready and is_for_operators(line)):
@@ -307,11 +320,16 @@ def serve(
         with serving(chosen, echo) as server:
             ready = True
             for warning in access_warnings(access, chosen.address):
-                say(f"Warning: {warning}", err=True)
+                relay.write(f"Warning: {shown(warning)}")
             say(f"Serving {artifacts} with profile {chosen.profile} on {chosen.url} (press Ctrl-C to stop).")
             run_until_signal(server, drain_seconds, say)
     except KeyboardInterrupt:
         pass
+    except LiveAvatarError as error:
+        if not as_json:
+            raise
+        relay.write(f"Error: {shown(str(error))}")
+        sys.exit(USER_ERROR)
     finally:
         relay.close(LOG_FLUSH_S)
     say("Stopped.")

@@ -2,6 +2,9 @@
 
 One region has a place for each block that may be under way; Triton writes the output FRAMES there, and the gateway
 copies it once, into the answer for the caller. A block that finds no place takes the way of all other outputs.
+
+Each gateway has a region of its own. Triton may still write into that of one that was killed, so such a region stays
+registered, and its memory is given back to the system.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +23,6 @@ from tritonclient.grpc import service_pb2
 from live_avatar.gateway.requests import OUTPUT_NAMES, Message
 from live_avatar_client.protocol import FRAMES, FRAMES_PER_BLOCK
 
-REGION: Final = "frames"
-"""Name of the region in Triton."""
 SHARED_MEMORY: Final = Path("/dev/shm")
 SMALLEST_BYTES: Final = 2**20
 """Blocks of fewer bytes are as fast through the socket."""
@@ -31,30 +33,36 @@ _CONTENT_TAG: Final = b"\x32"  # ModelInferResponse.raw_output_contents
 
 @dataclass(frozen=True)
 class Place:
-    """Where Triton writes the frames of one block: bytes of the region."""
+    """Where Triton writes the frames of one block: bytes of a region."""
 
+    region: str
     offset: int
     size: int
 
 
 class FramePool:
-    """A region in shared memory with `places` places for blocks of `height` x `width` pixels; closed at the end."""
+    """A region in shared memory with `places` places for blocks of `height` x `width` pixels; closed at the end.
 
-    def __init__(self, name: str, places: int, height: int, width: int) -> None:
-        self._path = SHARED_MEMORY / name
-        self._size = FRAMES_PER_BLOCK * height * width * 3
-        self._free = [Place(n * self._size, self._size) for n in range(places if self._size >= SMALLEST_BYTES else 0)]
+    The names of all regions of a server begin with `prefix`.
+    """
+
+    def __init__(self, prefix: str, places: int, height: int, width: int) -> None:
+        self._prefix = prefix
+        self._path = SHARED_MEMORY / f"{prefix}-{secrets.token_hex(8)}"
+        size = FRAMES_PER_BLOCK * height * width * 3
+        count = places if size >= SMALLEST_BYTES else 0
+        self._free = [Place(self._path.name, n * size, size) for n in range(count)]
         self._memory: mmap.mmap | None = None
         self.is_registered = False
         if self._free:
-            self._memory = self._create(places * self._size)
+            self._memory = self._create(places * size)
 
     def registration(self) -> Message | None:
         """The request that makes Triton know the region; None if there is none."""
         if self._memory is None:
             return None
         return service_pb2.SystemSharedMemoryRegisterRequest(
-            name=REGION, key=f"/{self._path.name}", byte_size=len(self._memory)
+            name=self._path.name, key=f"/{self._path.name}", byte_size=len(self._memory)
         )
 
     def take(self) -> Place | None:
@@ -81,6 +89,13 @@ class FramePool:
             length = len(head) + sum(map(len, pieces))
             return b"".join([_RESPONSE_TAG, _varint(length), head, *pieces])
 
+    def release_others(self) -> None:
+        """Gives back the memory of the regions of gateways before this one; what Triton writes there later is lost."""
+        for path in SHARED_MEMORY.glob(f"{self._prefix}-*"):
+            if path != self._path and (size := path.stat().st_size):
+                with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as memory:
+                    memory.madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
         if self._memory is not None:
             self._memory.close()
@@ -88,8 +103,6 @@ class FramePool:
                 self._path.unlink()
 
     def _create(self, size: int) -> mmap.mmap:
-        with suppress(FileNotFoundError):  # of a gateway that was killed
-            self._path.unlink()
         descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm is told now, not by a signal later
@@ -108,7 +121,7 @@ def ask_for_place(message: Message, place: Place) -> None:
             message.outputs.add(name=name)
     for output in message.outputs:
         if output.name == FRAMES.name:
-            output.parameters["shared_memory_region"].string_param = REGION
+            output.parameters["shared_memory_region"].string_param = place.region
             output.parameters["shared_memory_offset"].int64_param = place.offset
             output.parameters["shared_memory_byte_size"].int64_param = place.size
 

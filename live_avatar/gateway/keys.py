@@ -55,6 +55,7 @@ class KeyRing:
         self._path: Path | None = None
         self._hashes: Mapping[str, bytes] = {}
         self._version: Version | None = None
+        self._fault: str | None = None
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -68,9 +69,9 @@ class KeyRing:
         """The callers that have a key."""
         return frozenset(self._hashes)
 
-    def shares_key_with(self, other: KeyRing) -> bool:
-        """Whether a key is in both."""
-        return not set(self._hashes.values()).isdisjoint(other._hashes.values())
+    def shared_key(self, other: KeyRing) -> str | None:
+        """A sentence if a key is in both files; None if not."""
+        return self._shared(self._hashes, other)
 
     def caller(self, key: str | None) -> str | None:
         """The name of the caller with this key; None for a key that is missing or unknown.
@@ -85,21 +86,36 @@ class KeyRing:
                 found = name
         return None if key is None else found
 
-    def reload_if_changed(self) -> str | None:
-        """Reads the file again if it was written since. A file that cannot be used leaves the keys as they are, and
-        gives a sentence that says why, once until the file changes again."""
+    def reload_if_changed(self, other: KeyRing | None = None) -> str | None:
+        """Reads the file again if it was written since. A file that cannot be used, or that holds a key of `other`,
+        leaves the keys as they are, and gives a sentence that says why, once."""
         if self._path is None:
             return None
-        version = _version(self._path)
+        version = file_version(self._path)
         if version == self._version:
             return None
-        self._version = version
         try:
             file = read_keys(self._path)
         except ServerError as error:
-            return str(error)
-        self._hashes, self._version = file.hashes, file.version
+            self._version = version
+            return self._new_fault(str(error))
+        if other is not None and (fault := self._shared(file.hashes, other)) is not None:
+            return self._new_fault(fault)  # tried again: the other file may be about to change too
+        self._hashes, self._version, self._fault = file.hashes, file.version, None
         return None
+
+    def _new_fault(self, fault: str) -> str | None:
+        """The sentence, unless it is the last that was given."""
+        is_new, self._fault = fault != self._fault, fault
+        return fault if is_new else None
+
+    def _shared(self, hashes: Mapping[str, bytes], other: KeyRing) -> str | None:
+        if set(hashes.values()).isdisjoint(other._hashes.values()):
+            return None
+        return (
+            f"{self._path} and {other._path} hold the same key, so that a caller would be an operator; put another key "
+            "into one of them."
+        )
 
 
 def add_key(path: Path, name: str) -> str:
@@ -190,8 +206,8 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="backslashreplace")).digest()
 
 
-def _version(path: Path) -> Version | None:
-    """None for a file that is not there."""
+def file_version(path: Path) -> Version | None:
+    """Differs after a file was written; None for a file that is not there."""
     try:
         return _version_of(path.stat())
     except OSError:

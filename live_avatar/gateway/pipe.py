@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Final, cast
+from functools import partial
+from typing import Any, Final, TypeVar, cast
 
 import grpc
 import numpy as np
@@ -17,17 +18,18 @@ from tritonclient.grpc import service_pb2
 
 from live_avatar.arrays import Array
 from live_avatar.errors import InputError, ServerError
-from live_avatar.gateway.frames import REGION, FramePool
+from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.requests import Message
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.tensors import AVATAR_ENCODER, PIXELS, SINK_MOTION, SINK_TEXT
-from live_avatar_client.protocol import MODEL_NAME, PROMPT, ErrorCode, parse_error
+from live_avatar_client.protocol import MODEL_NAME, PROMPT, ErrorCode, explain_error, parse_error
 
 log = logging.getLogger(__name__)
 
 EOF: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]
 SERVICE: Final = "/inference.GRPCInferenceService/"
 ASK_LIMIT_S: Final = 5.0
+T = TypeVar("T")
 UNLIMITED: Final = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
@@ -89,12 +91,21 @@ class PipeStream:
         self._requests.put_nowait(None)
 
 
-class Pipe:
-    """Connection to the Triton at `target`, a gRPC address."""
+class _Encoder:
+    """The process of the avatar encoder. It takes one avatar at a time; the others wait here, and go when their caller
+    goes. `lost` has an error once the process is gone, with what it had."""
 
-    def __init__(self, target: str) -> None:
-        # The encoder takes one avatar at a time. The others wait here, and go when their caller goes.
-        self._encoder_free = asyncio.Semaphore(1)
+    def __init__(self) -> None:
+        self.free = asyncio.Semaphore(1)
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class Pipe:
+    """Connection to the Triton at `target`, a gRPC address. answer_s: how long an avatar may take to be encoded."""
+
+    def __init__(self, target: str, answer_s: float) -> None:
+        self._answer_s = answer_s
+        self._encoder = _Encoder()
         options = [*UNLIMITED, ("grpc.enable_http_proxy", 0)]
         # Any, because the type stubs ask for arguments that have defaults.
         self._channel = cast(Any, grpc.aio.insecure_channel(target, options=options))
@@ -123,7 +134,7 @@ class Pipe:
         request = frames.registration()
         if request is None:
             return
-        forget = service_pb2.SystemSharedMemoryUnregisterRequest(name=REGION)  # of a gateway before this one
+        forget = service_pb2.SystemSharedMemoryUnregisterRequest(name=request.name)  # of a try that seemed to fail
         try:
             await self._unregister(forget, timeout=ASK_LIMIT_S)
             await self._register(request, timeout=ASK_LIMIT_S)
@@ -144,7 +155,7 @@ class Pipe:
     async def encode_avatar(self, pixels: Array, prompt: str) -> tuple[Array, Array]:
         """SINK_MOTION and SINK_TEXT of a picture, uint8 [H, W, 3], and a prompt.
 
-        Raises `InputError` for a prompt that cannot be used, `PipeError` if the encoder fails.
+        Raises `InputError` for a prompt that cannot be used, `PipeError` if the encoder fails or does not answer.
         """
         request = service_pb2.ModelInferRequest(model_name=AVATAR_ENCODER)
         request.inputs.add(name=PIXELS, datatype="UINT8", shape=pixels.shape)
@@ -152,29 +163,58 @@ class Pipe:
         text = prompt.encode()
         request.inputs.add(name=PROMPT.name, datatype="BYTES", shape=[1])
         request.raw_input_contents.append(len(text).to_bytes(4, "little") + text)
-        await self._encoder_free.acquire()
-        call = asyncio.ensure_future(self._infer(request))
-        call.add_done_callback(self._note_encoded)
+        encoder = self._encoder
+        turn = asyncio.ensure_future(encoder.free.acquire())
         try:
-            response = await asyncio.shield(call)  # a caller that goes away must not cancel a call to Triton
+            await self._or_lost(encoder, turn)
+        except BaseException:
+            if turn.done() and not turn.cancelled():
+                encoder.free.release()
+            raise
+        call = asyncio.ensure_future(self._infer(request))
+        call.add_done_callback(partial(_note_encoded, encoder))
+        try:
+            # Shielded: a caller that goes away must not cancel a call to Triton.
+            response = await self._or_lost(encoder, asyncio.shield(call))
         except grpc.RpcError as error:
             code, sentence = parse_error(_details(error))
             if code is ErrorCode.INVALID_ARGUMENT:
                 raise InputError(sentence) from error
-            raise PipeError(code or ErrorCode.FAILED, sentence) from error
+            raise PipeError(code or ErrorCode.FAILED, explain_error(sentence)) from error
         arrays = {
             tensor.name: np.frombuffer(content, np.float32).reshape(tuple(tensor.shape))
             for tensor, content in zip(response.outputs, response.raw_output_contents, strict=True)
         }
         return arrays[SINK_MOTION], arrays[SINK_TEXT]
 
-    def _note_encoded(self, call: asyncio.Future[Any]) -> None:
-        self._encoder_free.release()
-        if not call.cancelled():
-            call.exception()  # a caller that has gone does not take it
+    async def _or_lost(self, encoder: _Encoder, work: asyncio.Future[T]) -> T:
+        """The result of the work. Cancels it and raises `PipeError` if the encoder is lost first, or takes too long."""
+        try:
+            either: list[asyncio.Future[Any]] = [work, encoder.lost]
+            await asyncio.wait(either, timeout=self._answer_s, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return await work
+            if encoder.lost.done():
+                await encoder.lost
+            text = f"the server has not encoded the picture for {self._answer_s:g} s; try again later or elsewhere."
+            raise PipeError(ErrorCode.FAILED, text)
+        finally:
+            work.cancel()
+
+    def lose_encoder(self, error: PipeError) -> None:
+        """Ends all that waits for the encoder, whose process is gone; another one comes."""
+        self._encoder.lost.set_exception(error)
+        self._encoder.lost.exception()  # nobody may wait
+        self._encoder = _Encoder()
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def _note_encoded(encoder: _Encoder, call: asyncio.Future[Any]) -> None:
+    encoder.free.release()
+    if not call.cancelled():
+        call.exception()  # a caller that has gone does not take it
 
 
 def _details(error: grpc.RpcError) -> str:

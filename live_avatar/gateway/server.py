@@ -17,6 +17,7 @@ from live_avatar.errors import ServerError
 from live_avatar.gateway.admission import Admission, Phase
 from live_avatar.gateway.audit import AuditLog
 from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.certificates import Certificates
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.http import http_routes, metrics_routes
 from live_avatar.gateway.keys import KeyRing
@@ -27,19 +28,26 @@ from live_avatar.gateway.service import GatewayService, Keys
 from live_avatar.gateway.sessions import SessionContext
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
+from live_avatar.serving.access import Access
+from live_avatar.serving.control import Control
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.serving.health import listen
 from live_avatar.serving.options import OptionsReader
+from live_avatar.serving.tensors import AVATAR_ENCODER
 from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = MAX_IMAGE_BYTES + 64 * 1024
 CHECK_S: Final = 0.5
-KEY_CHECK_S: Final = 1.0
+FILE_CHECK_S: Final = 1.0
+RELEASE_S: Final = 10.0
 REPORT_S: Final = 0.1
+SAME_REPORT_S: Final = 1.0
 GRACE_S: Final = 1.0
+CLOSING_S: Final = 2.0
+"""How long Triton may take at the end to answer what is under way."""
 # gRPC checks the size of a compressed message before and after it is decompressed.
 GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -65,12 +73,13 @@ Report = Callable[[dict[str, Any]], None]
 async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]], report: Report) -> None:
     """Serves until `commands` ends. Raises `ServerError` for a port, key or certificate that cannot be used.
 
-    report: is told once that the ports are open, and then of each change of the live sessions and of readiness.
+    report: is told once that the ports are open, and then the phase, readiness and the live sessions at each change and
+    every second.
     Commands: {"pipe_ready": bool}, {"phase": str}, {"lost": name of a stage}.
     """
     raise_file_limit()
     context = session_context(settings)
-    keys = load_keys(settings)
+    keys, certificates = load_keys(settings), load_certificates(settings)
     service = GatewayService(context, keys, settings.limits.idle_s)
     server = grpc.aio.server(options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((service,))
@@ -79,12 +88,13 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         asyncio.create_task(_repeat(act, seconds))
         for act, seconds in (
             (service.check, CHECK_S),
-            (partial(_check_keys, keys), KEY_CHECK_S),
+            (partial(_check_files, keys, certificates), FILE_CHECK_S),
+            (context.frames.release_others, RELEASE_S),
             (_Reporter(context.admission, report).act, REPORT_S),
         )
     ]
     try:
-        _listen_grpc(server, settings)
+        _listen_grpc(server, settings, certificates)
         for routes, port, option in (
             (http_routes(context.admission, settings.served), settings.http_port, "--http-port"),
             (metrics_routes(context.meter, settings.triton_metrics), settings.metrics_port, "--metrics-port"),
@@ -99,7 +109,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
             task.cancel()
         await server.stop(GRACE_S)
         if context.closing:
-            await asyncio.wait(context.closing, timeout=GRACE_S)
+            await asyncio.wait(context.closing, timeout=CLOSING_S)
         for runner in runners:
             await runner.cleanup()
         await context.pipe.close()
@@ -108,7 +118,8 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
 
 def session_context(settings: GatewaySettings) -> SessionContext:
     """What the sessions share."""
-    pipe, pictures, meter = Pipe(settings.triton), PictureDecoder(), GatewayMeter(settings.served)
+    pipe = Pipe(settings.triton, settings.limits.answer_s)
+    pictures, meter = PictureDecoder(), GatewayMeter(settings.served)
 
     async def make_avatar(picture: bytes, prompt: str) -> tuple[Array, Array]:
         began_s = time.monotonic()
@@ -127,6 +138,7 @@ def session_context(settings: GatewaySettings) -> SessionContext:
         audit=AuditLog(settings.log_format == "json", settings.log_hashes),
         served=settings.served,
         limits=settings.limits,
+        control=Control(settings.control),
         frames=FramePool(
             settings.shared_memory,
             settings.limits.lone_blocks + settings.limits.max_sessions,
@@ -153,8 +165,12 @@ async def _obey(context: SessionContext, command: dict[str, Any]) -> None:
         context.admission.phase = Phase(command["phase"])
     if "lost" in command:
         text = f"stage {command['lost']} of the server has stopped and is being started again; start a new session."
-        for session in [*context.live, *context.closing.values()]:
-            session.lose(PipeError(ErrorCode.FAILED, text))
+        lost = PipeError(ErrorCode.FAILED, text)
+        if command["lost"] == AVATAR_ENCODER:
+            context.pipe.lose_encoder(lost)
+        else:
+            for session in [*context.live, *context.closing.values()]:
+                session.lose(lost)
     context.report()
 
 
@@ -169,27 +185,31 @@ async def _repeat(act: Callable[[], None], seconds: float) -> None:
 
 
 class _Reporter:
-    """Reports changes of the phase, of readiness and of the number of live sessions."""
+    """Reports the phase, readiness and the number of live sessions: at once when they change, and each second."""
 
     def __init__(self, admission: Admission, report: Report) -> None:
         self._admission = admission
         self._report = report
         self._told: dict[str, Any] = {}
+        self._told_s = 0.0
 
     def act(self) -> None:
-        admission = self._admission
+        admission, now_s = self._admission, time.monotonic()
         state = {"phase": admission.phase, "ready": admission.is_ready, "live": admission.live}
-        if state != self._told:
+        if state != self._told or now_s - self._told_s > SAME_REPORT_S:
             self._report(state)
-            self._told = state
+            self._told, self._told_s = state, now_s
 
 
-def _check_keys(keys: Keys) -> None:
-    """Reads the key files again when they have changed."""
-    for ring in filter(None, (keys.callers, keys.admin)):
-        fault = ring.reload_if_changed()
-        if fault is not None:
-            log.error("the old keys stay in use: %s", fault)
+def _check_files(keys: Keys, certificates: Certificates | None) -> None:
+    """Reads the files of keys and certificates again when they have changed."""
+    rings = [keys.callers.reload_if_changed(keys.admin)]
+    if keys.admin is not None:
+        rings.append(keys.admin.reload_if_changed(keys.callers))
+    for key_fault in filter(None, rings):
+        log.error("the old keys stay in use: %s", key_fault)
+    if certificates is not None and (fault := certificates.reload_if_changed()) is not None:
+        log.error("the old certificates stay in use: %s", fault)
 
 
 def load_keys(settings: GatewaySettings) -> Keys:
@@ -198,33 +218,30 @@ def load_keys(settings: GatewaySettings) -> Keys:
     if settings.admin_key_file is None:
         return Keys(callers)
     admin = KeyRing.from_file(settings.admin_key_file)
-    if callers.shares_key_with(admin):
-        raise ServerError(
-            f"{settings.api_key_file} and {settings.admin_key_file} hold the same key, so that a caller would be an "
-            "operator; put another key into one of them."
-        )
+    if (fault := callers.shared_key(admin)) is not None:
+        raise ServerError(fault)
     return Keys(callers, admin)
 
 
-def _listen_grpc(server: Any, settings: GatewaySettings) -> None:
+def load_certificates(settings: GatewaySettings) -> Certificates | None:
+    """None without TLS. Raises `ServerError` for files that cannot be used."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    tls = (settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    return Certificates(Access(None, None, *tls))
+
+
+def _listen_grpc(server: Any, settings: GatewaySettings, certificates: Certificates | None) -> None:
     target = f"{_bracketed(settings.address)}:{settings.grpc_port}"
     try:
-        if settings.tls_certificate is not None and settings.tls_key is not None:
-            server.add_secure_port(target, _credentials(settings))
-        else:
+        if certificates is None:
             server.add_insecure_port(target)
+        else:
+            server.add_secure_port(target, certificates.credentials())
     except RuntimeError as error:
         raise ServerError(
             f"cannot listen on {target} ({str(error).splitlines()[0]}); choose another --grpc-port or --address."
         ) from error
-
-
-def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials:
-    assert settings.tls_certificate is not None
-    assert settings.tls_key is not None
-    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
-    authority = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
 
 
 def _bracketed(address: str) -> str:

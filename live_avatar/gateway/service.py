@@ -116,7 +116,8 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return grpc.stream_stream_rpc_method_handler(serve)
 
     def check(self) -> None:
-        """Ends sessions that are silent or too long, and streams whose caller has stopped reading."""
+        """Ends sessions that are silent, too long or left without an answer, and streams whose caller has stopped
+        reading."""
         now_s = time.monotonic()
         for stream, task in list(self._streams.items()):
             if stream.check(now_s):
@@ -124,6 +125,8 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         for session in list(self._context.live):
             if session.is_too_long(now_s):
                 session.end_too_long()
+            elif session.is_unanswered(now_s):
+                session.end_unanswered()
         self._context.avatars.forget_old()
         self._context.meter.set(metrics.PIPE_BLOCKS, self._context.window.inside())
         self._context.report()
@@ -207,11 +210,11 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         async def messages() -> AsyncIterator[Message]:
             async for content in call.messages:
                 try:
-                    check_size(content)
+                    message = stream_message(content)
                 except InputError as error:
                     await stream.refuse_unread(error)
                 else:
-                    yield await call.parse(service_pb2.ModelInferRequest, content)
+                    yield message
 
         try:
             await stream.serve(messages())
@@ -269,6 +272,15 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         if name != expected:
             text = f"there is no model {name[:60]!r}; use {expected!r}."
             await call.context.abort(grpc.StatusCode.NOT_FOUND, text)
+
+
+def stream_message(content: bytes) -> Message:
+    """A message of a stream. Raises `InputError` for one that is not even parsed: the others of the stream go on."""
+    check_size(content)
+    try:
+        return service_pb2.ModelInferRequest.FromString(content)
+    except (DecodeError, RecursionError) as error:
+        raise InputError("the message is no ModelInferRequest; send one of KServe v2.") from error
 
 
 def model_config(idle_s: float) -> Message:

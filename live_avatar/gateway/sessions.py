@@ -32,6 +32,7 @@ from live_avatar.gateway.requests import (
 )
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
+from live_avatar.serving.control import Control
 from live_avatar.serving.failures import PipeError, describe
 from live_avatar.serving.gateway_settings import Limits
 from live_avatar.serving.metrics import EndCause, RefusalReason
@@ -82,6 +83,7 @@ class SessionContext:
     served: Served
     limits: Limits
     frames: FramePool
+    control: Control
     live: set[Session] = field(default_factory=set)
     closing: dict[asyncio.Task[None], Session] = field(default_factory=dict)
 
@@ -138,6 +140,7 @@ class Session:
         self._unanswered = 0
         self._all_answered = asyncio.Event()
         self._used_s = self._began_s = time.monotonic()
+        self._waiting_since_s: float | None = None
         self._writing_since_s: float | None = None
         self._tasks = [asyncio.create_task(self._guarded(work)) for work in (self._forward(), self._return())]
 
@@ -190,6 +193,19 @@ class Session:
         longest_s = self._context.limits.session_s
         return longest_s is not None and self.failure is None and now_s - self._began_s > longest_s
 
+    def is_unanswered(self, now_s: float) -> bool:
+        """Whether Triton has owed it an answer for longer than it may."""
+        since_s = self._waiting_since_s
+        return since_s is not None and now_s - since_s > self._context.limits.answer_s
+
+    def end_unanswered(self) -> None:
+        """Ends the session because its answer does not come."""
+        text = (
+            f"the server has not answered a request of session {self.id} for {self._context.limits.answer_s:g} s; "
+            "start a new session."
+        )
+        self.fail(PipeError(ErrorCode.FAILED, text))
+
     def end_too_long(self) -> None:
         """Ends the session because it has lasted as long as it may."""
         text = (
@@ -217,6 +233,8 @@ class Session:
         self.stop()
         self._has_ended, self._unanswered = True, 0
         self._all_answered.set()
+        if self._context.window.inside(self.sequence):
+            self._context.control.abandon(self.sequence)
         self._finish(self._end_asked or cause if cause is EndCause.DISCONNECTED else cause, detail)
 
     def stop(self) -> None:
@@ -405,7 +423,7 @@ class Session:
         text = expected.text
         if text is None:
             assert self._stream is not None
-            answer = self.failure if self.failure is not None else await self._stream.answers.get()
+            answer = self.failure if self.failure is not None else await self._next_answer(self._stream)
             if isinstance(answer, bytes):
                 error = response_error(answer)
                 if error is None:
@@ -418,6 +436,13 @@ class Session:
                 self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
             text = self.failure
         return error_response(expected.request_id, text or "")
+
+    async def _next_answer(self, stream: PipeStream) -> bytes | Closed:
+        self._waiting_since_s = time.monotonic()
+        try:
+            return await stream.answers.get()
+        finally:
+            self._waiting_since_s = None
 
     def _with_frames(self, answer: bytes, place: Place | None) -> bytes:
         if place is None:
@@ -485,6 +510,7 @@ class Session:
         except TimeoutError:
             log.error("session %d did not end in the pipe within %g s", self.sequence, CLOSE_LIMIT_S)
         finally:
+            context.control.forget_abandoned(self.sequence)
             context.window.leave(self.sequence)
             context.admission.close(self._caller.name)
             context.report()

@@ -74,9 +74,9 @@ class PipeWindow:
             self._inside[session] -= 1
         self._admit()
 
-    def inside(self) -> int:
-        """Blocks in the pipe."""
-        return self._inside.total()
+    def inside(self, session: Hashable | None = None) -> int:
+        """Blocks in the pipe, of one session or of all."""
+        return self._inside.total() if session is None else self._inside[session]
 
     def _admit(self) -> None:
         """Lets in all that may enter now: sessions in real time first, then the others in turn."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from live_avatar.errors import ServerError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import host_available_bytes, require_sessions
-from live_avatar.serving.gateway_settings import GatewaySettings, Limits, metrics_socket, triton_target
+from live_avatar.serving.gateway_settings import GatewaySettings, Limits, control_folder, metrics_socket, triton_target
 from live_avatar.serving.label import Label
 from live_avatar.serving.profiles import (
     ALIASES,
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 SPARE_STREAMS = 64
 """Streams that callers may have beside two for each session. Each may be reading a picture of 32 MiB."""
+STARTS_PER_SLOT = 60
+"""Sessions that one key may start in a minute, for each session that the server takes at once: the first blocks of a
+session have their turn before those of sessions that are ahead."""
 
 
 def served_profile(options: ServerOptions) -> Profile:
@@ -50,11 +53,12 @@ def gateway_settings(options: ServerOptions, profile: Profile, scratch: Path) ->
         # Steps on a CPU share the cores, so more blocks than cores only wait for one another.
         pipe_blocks=min(stages + 1, max(2, os.cpu_count() or 1)) if steps_on_cpu else stages + 1,
         lone_blocks=stages + 2,
+        answer_s=options.answer_seconds,
         known_avatars=profile.known_avatars,
         known_avatar_s=options.known_avatar_seconds,
         share_avatars=options.share_avatars,
         sessions_per_key=options.sessions_per_key,
-        starts_per_minute=options.starts_per_minute,
+        starts_per_minute=options.starts_per_minute or STARTS_PER_SLOT * max_sessions,
         session_s=options.longest_session_seconds,
         streams=SPARE_STREAMS + 2 * max_sessions,
     )
@@ -62,6 +66,7 @@ def gateway_settings(options: ServerOptions, profile: Profile, scratch: Path) ->
     return GatewaySettings(
         triton=triton_target(scratch),
         triton_metrics=metrics_socket(scratch),
+        control=control_folder(scratch),
         shared_memory=f"{scratch.name}-frames",
         address=options.address,
         grpc_port=options.grpc_port,

@@ -97,6 +97,7 @@ class ConditioningStage(SessionStage[_Session]):
                 self.sessions.close(request.session)
 
     def _handle(self, request: StageRequest, received_ns: int) -> StageResponse:
+        request.expect_caller()
         speech = self._speech(request.inputs)
         session = self._start(request) if request.start else self.sessions.get(request.session)
         self._fetch_sink(session)

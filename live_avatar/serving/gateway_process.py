@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -21,7 +22,11 @@ STOP_LIMIT_S: Final = 5.0
 LAST_LINES: Final = 12
 LAST_WORDS_S: Final = 2.0
 """How long the last lines of a gateway that has ended may take."""
+REPORT_LIMIT_S: Final = 10.0
+"""A gateway that has reported nothing for so long is not ready; it reports once a second."""
 PRIVATE: Final = 0o077
+MEMORY: Final = {"MALLOC_ARENA_MAX": "2"}
+"""glibc keeps free memory for each of many arenas: large messages on gRPC's threads would leave tens of megabytes."""
 
 
 class GatewayProcess:
@@ -37,31 +42,31 @@ class GatewayProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._changed = threading.Condition()
         self._state: dict[str, Any] = {}
+        self._reported_s = 0.0
+        self._wanted: dict[str, object] = {}
+        self._writing = threading.Lock()
         self._lines: deque[bytes] = deque(maxlen=LAST_LINES)
         self._readers: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Returns when its ports are open. Raises `ServerError` if they cannot be, or it ends."""
+        """Returns when its ports are open. Raises `ServerError` if they cannot be, or it ends.
+
+        It is told its settings, and then the state that it is to be in.
+        """
         self.stop()  # what is left of one that has died
         with self._changed:
             self._state = {}
-        # -P: nothing is imported from the working directory.
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "live_avatar.gateway"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=self._folder,
-            umask=PRIVATE,
-            start_new_session=True,  # Ctrl-C comes to us, and we end it in order
-        )
+            self._reported_s = time.monotonic()
+        with self._writing:
+            self._process = process = self._spawn()
+            self._write(self._settings.to_json())
+            self._write(json.dumps(self._wanted))
         self._readers = [
             threading.Thread(target=read, args=(process,), name=f"gateway-{name}", daemon=True)
             for name, read in (("reports", self._read_reports), ("log", self._read_log))
         ]
         for reader in self._readers:
             reader.start()
-        self._write(self._settings.to_json())
         with self._changed:
             self._changed.wait_for(lambda: {"listening", "error", "ended"} & self._state.keys(), START_LIMIT_S)
             state = dict(self._state)
@@ -72,6 +77,19 @@ class GatewayProcess:
             self.stop()
             last = b"\n".join(self._lines).decode(errors="replace")
             raise ServerError(f"the gateway ended with code {process.returncode} while it started:\n{last}")
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        # -P: nothing is imported from the working directory.
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "live_avatar.gateway"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self._folder,
+            env={**os.environ, **MEMORY},
+            umask=PRIVATE,
+            start_new_session=True,  # Ctrl-C comes to us, and we end it in order
+        )
 
     @property
     def process_id(self) -> int:
@@ -92,16 +110,35 @@ class GatewayProcess:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes new sessions."""
+        """Whether it takes new sessions, as it said a moment ago."""
         with self._changed:
-            return bool(self._state.get("ready", False))
+            return bool(self._state.get("ready", False)) and self._silent_s() < REPORT_LIMIT_S
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def is_stuck(self, limit_s: float) -> bool:
+        """Whether it runs and has reported nothing for so long."""
+        with self._changed:
+            return self.is_running() and self._silent_s() > limit_s
+
+    def kill(self) -> None:
+        process = self._process
+        assert process is not None
+        process.kill()
+        process.wait()
+
     def command(self, **command: object) -> None:
         """Sends a command (`gateway.server.run`); does nothing if the gateway has ended."""
-        self._write(json.dumps(command))
+        with self._writing:
+            self._write(json.dumps(command))
+
+    def tell(self, **state: object) -> None:
+        """Sends commands that say what state the gateway is to be in; one that is started later is told them as well,
+        whenever it dies."""
+        with self._writing:
+            self._wanted |= state
+            self._write(json.dumps(state))
 
     def stop(self) -> None:
         """Ends it; it is killed if it does not end in time."""
@@ -121,7 +158,8 @@ class GatewayProcess:
 
     def _write(self, line: str) -> None:
         process = self._process
-        assert process is not None
+        if process is None:
+            return
         assert process.stdin is not None
         with suppress(OSError, ValueError):  # it has ended
             process.stdin.write(line.encode() + b"\n")
@@ -139,7 +177,11 @@ class GatewayProcess:
         with self._changed:
             if process is self._process:  # not one that was started again since
                 self._state |= report
+                self._reported_s = time.monotonic()
                 self._changed.notify_all()
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._reported_s
 
     def _read_log(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None

@@ -17,6 +17,7 @@ class Limits:
     pipe_blocks: blocks of all sessions in the pipe at once while more than one session is live.
     lone_blocks: the same while one session is live; more than the number of stages keeps all of them busy.
     queued_blocks: requests of one session that wait in the gateway; a stream with more is not read until there is room.
+    answer_s: seconds that Triton may take for an answer.
     share_avatars: callers without a key reuse one another's avatars, and so can tell by time which are known.
     known_avatar_s: seconds for which the avatar of a caller is remembered after its last use.
     """
@@ -26,6 +27,7 @@ class Limits:
     pipe_blocks: int
     lone_blocks: int
     queued_blocks: int = 8
+    answer_s: float = 60.0
     known_avatars: int = 16
     known_avatar_s: float = 3600.0
     share_avatars: bool = False
@@ -40,11 +42,13 @@ class GatewaySettings:
     """Where the gateway listens, where Triton is, and what it may do. Ports are TCP ports on `address`.
 
     triton: a gRPC target. triton_metrics: Triton's Unix socket for metrics.
-    shared_memory: name of the region in /dev/shm for frames.
+    control: the folder that the stages look into (`control`).
+    shared_memory: how the names of regions in /dev/shm for frames begin.
     """
 
     triton: str
     triton_metrics: Path
+    control: Path
     shared_memory: str
     address: str
     grpc_port: int
@@ -72,7 +76,7 @@ class GatewaySettings:
         values["served"] = Served(**values["served"])
         values["limits"] = Limits(**values["limits"])
         for name, value in values.items():
-            if name.startswith(("tls_", "triton_")) or name.endswith(("_file", "_font")):
+            if name == "control" or name.startswith(("tls_", "triton_")) or name.endswith(("_file", "_font")):
                 values[name] = None if value is None else Path(value)
         return cls(**values)
 
@@ -85,3 +89,8 @@ def triton_target(scratch: Path) -> str:
 def metrics_socket(scratch: Path) -> Path:
     """Triton's socket for metrics."""
     return scratch / "metrics"
+
+
+def control_folder(scratch: Path) -> Path:
+    """What the supervisor, the gateway and the stages tell one another."""
+    return scratch / "control"

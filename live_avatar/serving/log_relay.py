@@ -7,23 +7,33 @@ the queue are dropped and counted, and the count is written once writing works a
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
+import re
 import select
 import threading
 from collections import deque
-from typing import TextIO
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, TextIO
+
+from live_avatar.serving import LOG_MARK
 
 MAX_CHARS = 1 << 20
 POLL_S = 0.1
 PIECE_BYTES = select.PIPE_BUF  # what a pipe takes without blocking once it is ready
+MARKED = re.compile(rf"(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}}){LOG_MARK}(.*)")
+"""A line of the gateway's or of a stage's own."""
 
 
 class LogRelay:
-    """Writes lines to `stream`, whose file descriptor other processes may share."""
+    """Writes lines to `stream`, whose file descriptor other processes may share. form: makes of a line what is
+    written."""
 
-    def __init__(self, stream: TextIO, max_chars: int = MAX_CHARS) -> None:
+    def __init__(self, stream: TextIO, max_chars: int = MAX_CHARS, form: Callable[[str], str] = str) -> None:
         self._stream = stream
+        self._form = form
         self._descriptor = _descriptor(stream)
         self._max_chars = max_chars
         self._queue: deque[str | int] = deque()  # lines, and numbers of lines that were dropped between them
@@ -82,7 +92,7 @@ class LogRelay:
 
     def _write_all(self) -> None:
         while not self._abandoned and (entry := self._next()) is not None:
-            works = self._emit(f"{entry if isinstance(entry, str) else _report(entry)}\n")
+            works = self._emit(f"{self._form(entry if isinstance(entry, str) else _report(entry))}\n")
             with self._changed:
                 self._works = works
                 if not works:
@@ -123,6 +133,24 @@ class LogRelay:
             if poll.poll(1000 * POLL_S):
                 return True
         return False
+
+
+def json_line(line: str) -> str:
+    """A line of the log as a JSON object: its time, and its facts or `message`."""
+    found = MARKED.fullmatch(line)
+    at = datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S,%f") if found else datetime.now()
+    text = found[2] if found else line
+    facts = (_facts(text) if found else None) or {"message": text}
+    return json.dumps({"time": at.astimezone().isoformat(timespec="milliseconds"), **facts})
+
+
+def _facts(text: str) -> dict[str, Any] | None:
+    """What a line says as a JSON object; None for words."""
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 class _RelayHandler(logging.Handler):

@@ -125,13 +125,14 @@ LATENCY: Final = Metric(
 FIRST_BLOCK: Final = Metric(
     "live_avatar_first_block_seconds",
     Kind.HISTOGRAM,
-    "Latency of a session's first block, with the work for its avatar: the server's part of the time to first frame.",
+    "Latency of a session's first block. If it comes with START, prefill and warm-up of a new avatar are included, "
+    "encoding its picture is not.",
     buckets=(0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0),
 )
 AVATAR_HITS: Final = Metric(
     "live_avatar_avatar_cache_hits_total",
     Kind.COUNTER,
-    "Sessions whose avatar was cached (encoding, prefill, warm-up), by stage.",
+    "Sessions whose avatar was cached (prefill in a step, warm-up in the decoder), by stage.",
     ("stage",),
 )
 AVATAR_MISSES: Final = Metric(

@@ -31,7 +31,7 @@ from live_avatar.serving.access import check_access
 from live_avatar.serving.checks import check, gateway_settings, served_profile
 from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_process import PRIVATE, GatewayProcess, wait_until
-from live_avatar.serving.gateway_settings import metrics_socket, triton_target
+from live_avatar.serving.gateway_settings import control_folder, metrics_socket, triton_target
 from live_avatar.serving.health import health_port
 from live_avatar.serving.profiles import Profile
 from live_avatar.serving.repository import IDLE_MARGIN_S, write_repository
@@ -138,7 +138,7 @@ class TritonServer:
             make_private(self._shared_memory)
             if self._admin.ready():
                 return
-            alive = living_stages(self.process.pid)
+            alive = living_stages(self.process.pid).keys()
             started |= alive
             if gone := sorted(started - alive):
                 self._expect_stages(gone)
@@ -241,6 +241,7 @@ def _triton(options: ServerOptions, files: _Files, log: ServerLog, gateway: Gate
         Control(files.control),
         gateway,
         START_LIMIT_S,
+        options.answer_seconds,
         lambda: process.poll() is None,
         files.write,
         lambda: make_private(files.scratch.name),
@@ -292,7 +293,7 @@ class _Files:
 
     def __init__(self, scratch: Path, options: ServerOptions, profile: Profile) -> None:
         self.scratch = scratch
-        self.control = scratch / "control"
+        self.control = control_folder(scratch)
         self.work = scratch / "work"
         self._models = scratch / "models"
         self._options = options

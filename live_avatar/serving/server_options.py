@@ -20,8 +20,9 @@ class ServerOptions:
     profile: the name of a shipped one, or a file (`serving.profiles`). known_avatar_seconds: how long a caller's
     avatar is remembered after its last use. share_avatars: callers without keys reuse one another's avatars.
     sessions_per_key and starts_per_minute: limits of each caller. longest_session_seconds: after it a session ends.
-    log_format: plain or json. log_hashes: whether the log has the hashes of picture and prompt. trace: a folder for
-    the busy intervals of the stages.
+    answer_seconds: how long the pipe may take for an answer; then the session ends, and a stage that is stuck is
+    started again. log_format: plain or json. log_hashes: whether the log has the hashes of picture and prompt. trace: a
+    folder for the busy intervals of the stages.
 
     For measurements: stage_floor_s is the least time that a stage takes for a block; turns are stages of which only
     one works at a time, as if they shared a processor.
@@ -43,6 +44,7 @@ class ServerOptions:
     sessions_per_key: int | None = None
     starts_per_minute: int | None = None
     longest_session_seconds: float | None = None
+    answer_seconds: float = 60.0
     access: Access = field(default_factory=Access)
     log_format: str = "plain"
     log_hashes: bool = False

@@ -30,13 +30,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StageRequest:
-    """One request of one session. inputs: arrays by tensor name, BYTES as object arrays."""
+    """One request of one session. inputs: arrays by tensor name, BYTES as object arrays. abandoned: nobody waits for
+    the answer, so the session is to end without work."""
 
     session: int
     start: bool
     end: bool
     inputs: Arrays
     parameters: Mapping[str, object] = field(default_factory=dict)
+    abandoned: bool = False
+
+    def expect_caller(self) -> None:
+        """Raises `SessionError` if the session is abandoned."""
+        if self.abandoned:
+            raise SessionError(f"the caller of session {self.session} is gone; start a new session.")
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,7 @@ class PipeStage(SessionStage[T]):
 
     def _work(self, request: StageRequest, block: int) -> StageResponse:
         try:
+            request.expect_caller()
             return self.work(request, block)
         except Exception as error:
             failure = self.failed(error, block)

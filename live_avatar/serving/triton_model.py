@@ -157,6 +157,7 @@ class StageModel:
         self.meter.declare(BLOCKS)
         self.meter.declare(BUSY)
         self._busy = threading.Lock()
+        self._busy_since_s: float | None = None
         self._over = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
         self._sweeper.start()
@@ -166,8 +167,12 @@ class StageModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Called by Triton for every request, one session's in order."""
-        with self._busy, self._turn():
-            return [self._respond(request) for request in requests]
+        self._busy_since_s = time.monotonic()
+        try:
+            with self._busy, self._turn():
+                return [self._respond(request) for request in requests]
+        finally:
+            self._busy_since_s = None
 
     def finalize(self) -> None:
         """Called by Triton before it ends the process."""
@@ -176,8 +181,10 @@ class StageModel:
         self._trace.close()
 
     def _sweep(self) -> None:
-        """Drops idle sessions while no request comes; `_respond` does it with every request."""
+        """Drops idle sessions while no request comes; `_respond` does it with every request. Tells the supervisor that
+        the stage works: the sign stays the same during one request."""
         while not self._over.wait(SWEEP_S):
+            self._control.beat(self.name, self._busy_since_s or time.monotonic())
             if self._busy.acquire(blocking=False):
                 try:
                     self._drop_lost_sessions()
@@ -247,6 +254,7 @@ class StageModel:
             end=bool(flags & SequenceFlag.END),
             inputs=inputs,
             parameters=json.loads(request.parameters() or "{}"),
+            abandoned=self._control.is_abandoned(session),
         )
 
     def _answer(self, response: StageResponse) -> Any:

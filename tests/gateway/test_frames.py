@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,20 @@ BLOCK_BYTES = FRAMES_PER_BLOCK * SIDE * SIDE * 3
 
 @pytest.fixture
 def pool() -> Iterator[FramePool]:
-    name = f"live-avatar-test-{uuid.uuid4().hex}"
-    made = FramePool(name, 2, SIDE, SIDE)
+    made = new_pool(f"live-avatar-test-{uuid.uuid4().hex}")
     made.is_registered = True
-    (Path("/dev/shm") / name).write_bytes(b"\1" * BLOCK_BYTES + b"\2" * BLOCK_BYTES)
+    file_of(made).write_bytes(b"\1" * BLOCK_BYTES + b"\2" * BLOCK_BYTES)
     yield made
     made.close()
+
+
+def new_pool(prefix: str) -> FramePool:
+    return FramePool(prefix, 2, SIDE, SIDE)
+
+
+def file_of(pool: FramePool) -> Path:
+    request: Any = pool.registration()
+    return Path("/dev/shm" + request.key)
 
 
 def answer(pool: FramePool, place: Place, rows: int, contents: list[bytes]) -> list[bytes]:
@@ -59,7 +68,30 @@ def test_an_answer_without_frames_has_nothing_of_the_place(pool: FramePool):
 
 def test_frames_alone_are_asked_for_in_the_place():
     message: Any = service_pb2.ModelInferRequest()
-    ask_for_place(message, Place(5, 7))
+    ask_for_place(message, Place("region", 5, 7))
     chosen = {output.name: dict(output.parameters) for output in message.outputs}
     assert {name for name, parameters in chosen.items() if parameters} == {"FRAMES"}
     assert chosen["FRAMES"]["shared_memory_offset"].int64_param == 5
+    assert chosen["FRAMES"]["shared_memory_region"].string_param == "region"
+
+
+def test_a_gateway_shares_no_region_with_one_that_was_killed():
+    """Triton may still write into the old region: it must hit neither the new one nor the ground."""
+    prefix = f"live-avatar-test-{uuid.uuid4().hex}"
+    killed = new_pool(prefix)
+    with file_of(killed).open("r+b") as file, mmap.mmap(file.fileno(), 2 * BLOCK_BYTES) as triton:
+        triton[:] = b"\1" * len(triton)
+        made = new_pool(prefix)
+        names: set[Any] = {pool.registration().name for pool in (killed, made)}  # type: ignore[union-attr]
+        assert len(names) == 2
+        made.release_others()
+        assert file_of(killed).stat().st_blocks == 0, "its memory is not given back"
+        triton[:] = b"\2" * len(triton)
+        made.is_registered = True
+        place = made.take()
+        assert place is not None
+        assert answer(made, place, FRAMES_PER_BLOCK, [b"12345678", b""])[1] == bytes(BLOCK_BYTES)
+        made.release_others()
+        assert file_of(killed).stat().st_blocks == 0
+        made.close()
+    killed.close()

@@ -236,3 +236,26 @@ def test_keys_that_are_added_at_once_are_all_kept(path: Path) -> None:
     ring = KeyRing.from_file(path)
     assert [ring.caller(key) for key in keys] == wanted
     assert len(read_keys(path).lines) == 21
+
+
+def test_a_key_of_the_operators_does_not_become_one_of_callers_by_a_reload(tmp_path: Path) -> None:
+    """Refused at the start as well; each file alone is right."""
+    callers, admin = tmp_path / "callers", tmp_path / "admin"
+    key, admin_key = add_key(callers, "alice"), add_key(admin, "root")
+    ring, operators = KeyRing.from_file(callers), KeyRing.from_file(admin)
+    assert ring.shared_key(operators) is None
+    before = admin.read_text()
+    with callers.open("a") as file:
+        file.write(line("mallory", admin_key))
+    fault = ring.reload_if_changed(operators)
+    assert fault == (
+        f"{callers} and {admin} hold the same key, so that a caller would be an operator; put another key into one of "
+        "them."
+    )
+    assert ring.reload_if_changed(operators) is None, "told once"
+    assert (ring.caller(admin_key), ring.caller(key)) == (None, "alice")
+    admin.write_text(before.replace("root", "other") + line("new", "k" * 40))
+    remove_key(admin, "other")
+    assert operators.reload_if_changed(ring) is None
+    assert ring.reload_if_changed(operators) is None
+    assert ring.caller(admin_key) == "mallory", "the operators have given it up"

@@ -25,6 +25,7 @@ from live_avatar.gateway.pipe import Closed
 from live_avatar.gateway.sessions import Caller, SessionContext
 from live_avatar.gateway.streams import CallerStream
 from live_avatar.gateway.window import PipeWindow
+from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_settings import Limits
 from live_avatar.serving.options import OptionsReader
 from live_avatar.serving.served import Served
@@ -100,6 +101,7 @@ def context(at_once: bool = True, size: int = 64, **changes: Any) -> tuple[Sessi
         audit=AuditLog(as_json=False, with_hashes=False),
         served=Served("1", "tiny", "f", "cpu", 3),
         limits=limits,
+        control=Control(None),
         frames=FramePool(f"live-avatar-test-{uuid.uuid4().hex}", 1, size, size),
     )
     made.admission.is_pipe_ready = True

@@ -23,7 +23,8 @@ SECONDS = 3.5  # 8 blocks: the ring wraps, and the sink is replaced at block 5
 @pytest.fixture(scope="session")
 def server(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """Its sessions share their avatars, though each has a connection of its own."""
-    options = ServerOptions(artifacts.folder, trace=tmp_path_factory.mktemp("trace"), share_avatars=True)
+    trace = tmp_path_factory.mktemp("trace")
+    options = ServerOptions(artifacts.folder, trace=trace, share_avatars=True, starts_per_minute=100_000)
     with serving(options.on_free_ports()) as running:
         yield running
 

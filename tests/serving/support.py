@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 
 from live_avatar.arrays import Array
+from live_avatar.assets import PORTRAIT
 from live_avatar.serving.metrics import Metric, read_series
 from live_avatar.serving.server import TritonServer
 from live_avatar.serving.supervisor import WITHOUT_PROXY
-from live_avatar_client import AvatarSession, Block
-from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK
+from live_avatar_client import AvatarSession, Block, SessionRefused
+from live_avatar_client.pacing import BLOCK_S
+from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK, ErrorCode
+from perf.growth import Memory, Process, group
 
 STAGES = ("conditioning", "dit_step_1", "dit_step_2", "dit_step_3", "dit_step_4", "vae_decoder")
 KEEP_ALIVE_S = 0.3  # for servers with an idle limit of seconds, on a machine that is busy
@@ -121,3 +126,78 @@ def assert_every_slot_serves(server: TritonServer, picture: bytes, speech: Array
             session.end()
         for session in live:
             assert np.array_equal(frames_of(list(session)), frames_until(expected, 2))
+
+
+@contextmanager
+def watched(server: TritonServer) -> Iterator[Memory]:
+    """Samples of the memory of the server's lasting processes, one a second; asserts that they are the same at the end.
+
+    Those that decode pictures come and go.
+    """
+    leaders, over = server.process_ids, threading.Event()
+
+    def lasting() -> list[Process]:
+        return [process for process in group(leaders) if process.stage or process.pid in leaders]
+
+    memory, before = Memory(server.process.pid), [process.pid for process in lasting()]
+
+    def sample() -> None:
+        while not over.wait(1.0):
+            memory.sample(lasting(), time.monotonic())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        over.set()
+        thread.join()
+    assert server.process_ids == leaders
+    assert [process.pid for process in lasting()] == before, "a process has ended or another has come"
+
+
+@dataclass
+class Neighbour:
+    """Sessions one after the other, at the pace of speech, whose frames must be right."""
+
+    url: str
+    speech: Array
+    expected: Array
+    rounds: int = 0
+    wrong: BaseException | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        try:
+            while not self.over.is_set():
+                try:
+                    with AvatarSession(self.url, image=PORTRAIT.read_bytes(), prompt="hello", seed=3) as session:
+                        frames = np.concatenate([block.frames for block in session.stream(self._spoken())])
+                except SessionRefused as refused:  # the places of the sessions before are not free yet
+                    if refused.code is ErrorCode.UNAVAILABLE:
+                        continue
+                    raise
+                assert np.array_equal(frames, self.expected), "wrong frames"
+                self.rounds += 1
+        except BaseException as error:
+            self.wrong = error
+
+    def _spoken(self) -> Iterator[Array]:
+        for start in range(0, self.speech.size, BLOCK_SAMPLES):
+            yield self.speech[start : start + BLOCK_SAMPLES]
+            time.sleep(BLOCK_S)
+
+
+@contextmanager
+def neighbour(url: str, speech: Array, expected: Array) -> Iterator[Neighbour]:
+    beside = Neighbour(url, speech, expected)
+    thread = threading.Thread(target=beside.run)
+    thread.start()
+    try:
+        yield beside
+    finally:
+        beside.over.set()
+        thread.join()
+    if beside.wrong is not None:
+        raise beside.wrong
+    assert beside.rounds > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import resource
 import signal
@@ -34,6 +35,7 @@ from live_avatar_client.protocol import MAX_IMAGE_BYTES
 from tests.cli.support import served, wait_until
 from tests.serving.raw import BLOCK, NOTHING, raw_session
 from tests.serving.support import bystander, scrape, series, spoken
+from tests.support.certificates import CertificateFolder, shown_name
 
 MIB = 2**20
 SERVICE = "/inference.GRPCInferenceService/"
@@ -137,6 +139,22 @@ def test_sessions_that_are_cancelled_at_every_moment(url: str):
                 raw.send(BLOCK)
             time.sleep(pause_s)
             raw.vanish()
+
+
+def test_a_message_that_is_none_leaves_the_other_sessions_of_its_stream(url: str, picture: bytes):
+    """As a proxy's stream, which carries those of many."""
+    first = with_audio(request(sequence_id=7, sequence_start=True), 7680)
+    first.inputs.add(name="REFERENCE_IMAGE", datatype="UINT8", shape=[len(picture)])
+    first.raw_input_contents.append(picture)
+    block, end = (with_audio(request(sequence_id=7, sequence_end=last), 7680) for last in (False, True))
+    rubbish = [b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"\xff"]
+    messages = [first.SerializeToString(), *rubbish, block.SerializeToString(), end.SerializeToString()]
+    with grpc.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stream = channel.stream_stream(f"{SERVICE}ModelStreamInfer")(iter(messages), timeout=60.0)
+        answers = [service_pb2.ModelStreamInferResponse.FromString(answer) for answer in stream]
+    errors = [answer.error_message for answer in answers if answer.error_message]
+    assert errors == ["[INVALID_ARGUMENT] the message is no ModelInferRequest; send one of KServe v2."] * len(rubbish)
+    assert len(answers) == len(messages)
 
 
 # 3. and 4. Messages that take memory for ever
@@ -356,6 +374,23 @@ def test_the_place_of_a_killed_client_is_free_at_once(door: TritonServer, url: s
     assert scrape(door)[series(metrics.SESSIONS_ENDED, "disconnected")] >= 1
 
 
+def test_blocks_that_nobody_waits_for_are_not_computed(slow_server: TritonServer, picture: bytes):
+    """The place was free only when all of them had gone through the pipe. Conditioning waits for a sink meanwhile."""
+    made, live = series(metrics.BLOCKS, "vae_decoder"), series(metrics.SESSIONS_LIVE)
+    with raw_session(slow_server.options.url) as raw:
+        raw.ask(BLOCK, picture, start=True)
+        before = scrape(slow_server)[made]
+        for _ in range(8):
+            raw.send(BLOCK)
+        wait_until(lambda: scrape(slow_server)[metrics.PIPE_BLOCKS.name] >= 6)
+        raw.vanish()
+    wait_until(lambda: scrape(slow_server)[live] == 0)
+    assert scrape(slow_server)[made] - before < 6
+    with raw_session(slow_server.options.url) as raw:
+        raw.ask(NOTHING, picture, start=True)
+    assert not list((scratch_of(slow_server) / "control").glob("abandoned*"))
+
+
 def test_a_session_belongs_to_its_stream(url: str, picture: bytes):
     with raw_session(url) as owner, raw_session(url, owner.session) as other:
         owner.ask(BLOCK, picture, start=True)
@@ -444,6 +479,30 @@ def test_a_log_that_nobody_reads_stops_nothing(artifacts: Artifacts, tmp_path: P
         with AvatarSession(options.url, image=picture) as session:
             assert len(spoken(session, speech[:7680]).frames) == 12
         assert running.end_unread(signal.SIGTERM) == 0
+
+
+def test_a_new_certificate_needs_no_restart(artifacts: Artifacts, tmp_path: Path):
+    folder = CertificateFolder(tmp_path)
+    with serving(ServerOptions(artifacts.folder, access=folder.access).on_free_ports()) as server:
+        assert shown_name(folder, server.options.grpc_port) == "first"
+        folder.issue("second")
+        wait_until(lambda: shown_name(folder, server.options.grpc_port) == "second")
+
+
+def test_each_line_of_a_json_log_is_an_object(artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array):
+    """Of the gateway, the supervisor, the stages and Triton."""
+    with served(tmp_path / "served", artifacts, "--log-format", "json", "--verbose") as (running, options):
+        with AvatarSession(options.url, image=picture) as session:
+            spoken(session, speech[:7680])
+        with raw_session(options.url) as raw:
+            raw.ask(NOTHING, start=True)
+        code, said = running.end(signal.SIGTERM)
+    assert code == 0
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert all(isinstance(line["time"], str) for line in lines)
+    events = [line["event"] for line in lines if "event" in line]
+    assert events == ["session started", "session ended", "session refused"]
+    assert any("Started GRPCInferenceService" in line.get("message", "") for line in lines)
 
 
 def test_streams_without_a_session_end_and_are_bounded(artifacts: Artifacts, picture: bytes, speech: Array):

@@ -31,11 +31,9 @@ from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.gateway.server import MAX_MESSAGE_BYTES
 from live_avatar.serving.server import TritonServer
-from live_avatar_client import AvatarSession, SessionRefused
-from live_avatar_client.pacing import BLOCK_S
 from live_avatar_client.protocol import BLOCK_SAMPLES, MODEL_NAME, ErrorCode, parse_error
-from perf.growth import Memory, Process, group
 from tests.serving.raw import header_of_a_huge_png
+from tests.serving.support import neighbour, watched
 
 LIMIT_S = 60.0  # for the answers to all requests of one stream
 AT_ONCE_S = 30.0
@@ -403,10 +401,7 @@ class Attacker:
 
     def _together(self, requests: Sequence[Request], in_turn: bool) -> None:
         messages = [request.serialised() for request in requests]
-        readable = [
-            request.damage[0] == "none" and len(message) <= MAX_MESSAGE_BYTES
-            for request, message in zip(requests, messages, strict=True)
-        ]
+        readable = [len(message) <= MAX_MESSAGE_BYTES for message in messages]
         answered = threading.Semaphore(1 if in_turn else len(messages))
         answers = 0
         try:
@@ -418,7 +413,7 @@ class Attacker:
             self._check_close(error)
         finally:
             answered.release()
-        # A message that is no request ends the stream, and answers that are under way are lost.
+        # A message that is too large ends the stream, and answers that are under way are lost.
         least = len(messages) if all(readable) else readable.index(False) if in_turn else 0
         assert least <= answers <= len(messages), f"{answers} answers to {len(messages)} requests"
 
@@ -471,34 +466,6 @@ def storm(attacker: Attacker, drawn_from: int, count: int) -> None:
     attack()
 
 
-@contextmanager
-def watched(server: TritonServer) -> Iterator[Memory]:
-    """Samples of the memory of the server's lasting processes, one a second; asserts that they are the same at the end.
-
-    Those that decode pictures come and go.
-    """
-    leaders, over = server.process_ids, threading.Event()
-
-    def lasting() -> list[Process]:
-        return [process for process in group(leaders) if process.stage or process.pid in leaders]
-
-    memory, before = Memory(server.process.pid), [process.pid for process in lasting()]
-
-    def sample() -> None:
-        while not over.wait(1.0):
-            memory.sample(lasting(), time.monotonic())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        over.set()
-        thread.join()
-    assert server.process_ids == leaders
-    assert [process.pid for process in lasting()] == before, "a process has ended or another has come"
-
-
 def growth(mib: Sequence[float]) -> float:
     """From the first third of a series to the last, by their medians.
 
@@ -506,53 +473,6 @@ def growth(mib: Sequence[float]) -> float:
     """
     third = len(mib) // 3
     return float(np.median(mib[-third:]) - np.median(mib[:third]))
-
-
-@dataclass
-class Neighbour:
-    """Sessions one after the other, at the pace of speech, whose frames must be right."""
-
-    url: str
-    speech: Array
-    expected: Array
-    rounds: int = 0
-    wrong: BaseException | None = None
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def run(self) -> None:
-        try:
-            while not self.over.is_set():
-                try:
-                    with AvatarSession(self.url, image=PORTRAIT.read_bytes(), prompt="hello", seed=3) as session:
-                        frames = np.concatenate([block.frames for block in session.stream(self._spoken())])
-                except SessionRefused as refused:  # the places of the sessions before are not free yet
-                    if refused.code is ErrorCode.UNAVAILABLE:
-                        continue
-                    raise
-                assert np.array_equal(frames, self.expected), "wrong frames"
-                self.rounds += 1
-        except BaseException as error:
-            self.wrong = error
-
-    def _spoken(self) -> Iterator[Array]:
-        for start in range(0, self.speech.size, BLOCK_SAMPLES):
-            yield self.speech[start : start + BLOCK_SAMPLES]
-            time.sleep(BLOCK_S)
-
-
-@contextmanager
-def neighbour(url: str, speech: Array, expected: Array) -> Iterator[Neighbour]:
-    beside = Neighbour(url, speech, expected)
-    thread = threading.Thread(target=beside.run)
-    thread.start()
-    try:
-        yield beside
-    finally:
-        beside.over.set()
-        thread.join()
-    if beside.wrong is not None:
-        raise beside.wrong
-    assert beside.rounds > 0
 
 
 def opening(avatar: Sequence[Tensor], index: int = 0, outputs: tuple[tuple[str, str | None, Any], ...] = ()) -> Request:

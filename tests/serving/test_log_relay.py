@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import TextIO
 
 import pytest
 
-from live_avatar.serving.log_relay import LogRelay
+from live_avatar.serving import LOG_MARK
+from live_avatar.serving.log_relay import LogRelay, json_line
 
 LIMIT_S = 10.0
 LINE = "x" * 99
@@ -135,3 +138,35 @@ def test_a_stream_in_memory_is_written_as_well() -> None:
     relay.write("two")
     assert relay.close(LIMIT_S)
     assert stream.getvalue() == "one\ntwo\n"
+
+
+def test_each_line_of_a_json_log_is_an_object():
+    now = datetime.now().astimezone()
+    lines = {
+        f"2026-11-29 11:37:12,123{LOG_MARK}session 5 ended": {"message": "session 5 ended"},
+        f'2026-11-29 11:37:12,123{LOG_MARK}{{"event": "session ended", "session": 5}}': {
+            "event": "session ended",
+            "session": 5,
+        },
+        f"2026-11-29 11:37:12,123{LOG_MARK}[1, 2]": {"message": "[1, 2]"},
+        'E1129 14:52:06 18111 manager.cc:703] "Invalid"': {"message": 'E1129 14:52:06 18111 manager.cc:703] "Invalid"'},
+        '{"event": "not ours"}': {"message": '{"event": "not ours"}'},
+        "": {"message": ""},
+    }
+    for line, facts in lines.items():
+        found = json.loads(json_line(line))
+        at = datetime.fromisoformat(found.pop("time"))
+        assert found == facts
+        assert at.tzinfo is not None
+        if line.startswith("2026"):
+            assert (at.hour, at.second, at.microsecond) == (11, 12, 123000)
+        else:
+            assert abs((at - now).total_seconds()) < 3600.0
+
+
+def test_the_count_of_dropped_lines_has_the_form_of_the_others():
+    stream = io.StringIO()
+    relay = LogRelay(stream, 10, json_line)
+    relay.write("a line that is too long")
+    assert relay.close(10.0)
+    assert "1 log line was dropped" in json.loads(stream.getvalue())["message"]

@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_process import GatewayProcess
 from live_avatar.serving.gateway_settings import triton_target
-from live_avatar.serving.supervisor import Admin, Supervisor, living_stages, model_of
+from live_avatar.serving.supervisor import Admin, Supervisor, Vigil, living_stages, model_of
 
 TRITON = 77
 
@@ -34,15 +34,15 @@ def process(folder: Path, state: str = "S", parent: int = TRITON, name: bytes = 
 @pytest.mark.parametrize(
     ("change", "seen"),
     [
-        ({}, {"dit_step_2"}),
-        ({"state": "Z"}, set()),
-        ({"parent": 1}, set()),
-        ({"name": b"half a letter \xc3"}, {"dit_step_2"}),
-        ({"name": b"(odd) name)"}, {"dit_step_2"}),
+        ({}, {"dit_step_2": 99}),
+        ({"state": "Z"}, {}),
+        ({"parent": 1}, {}),
+        ({"name": b"half a letter \xc3"}, {"dit_step_2": 99}),
+        ({"name": b"(odd) name)"}, {"dit_step_2": 99}),
     ],
 )
 def test_a_stage_is_known_by_its_parent_state_and_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], seen: set[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], seen: dict[str, int]
 ) -> None:
     process(tmp_path / "99", **change)  # type: ignore[arg-type]
     (tmp_path / "100").mkdir()  # ended while we looked
@@ -118,8 +118,8 @@ class Gateway(GatewayProcess):
     def live_sessions(self) -> int:
         return self.live
 
-    def command(self, **command: object) -> None:
-        self.commands.append(command)
+    def tell(self, **state: object) -> None:
+        self.commands.append(state)
 
     def wait_phase(self, phase: str, limit_s: float) -> None:
         assert self.commands[-1] == {"phase": phase}
@@ -127,7 +127,7 @@ class Gateway(GatewayProcess):
 
 def supervisor_of(gateway: Gateway, folder: Path, is_running: bool = True) -> Supervisor:
     admin = Admin(triton_target(folder))
-    return Supervisor(TRITON, [], admin, Control(folder), gateway, 1.0, lambda: is_running)
+    return Supervisor(TRITON, [], admin, Control(folder), gateway, 1.0, 1.0, lambda: is_running)
 
 
 def test_a_drain_ends_when_the_sessions_have(tmp_path: Path) -> None:
@@ -183,3 +183,72 @@ def test_what_a_library_prints_in_the_gateway_is_no_report(tmp_path: Path) -> No
     gateway._process = running = cast(Any, SimpleNamespace(stdout=BytesIO(b'words\n{"phase": "draining"}\n')))
     gateway._read_reports(running)
     assert gateway._state == {"phase": "draining", "ended": True, "ready": False, "live": 0}
+
+
+class Moment:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def pass_(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def stuck_after(vigil: Vigil, clock: Moment, stages: list[str], seconds: int, step_s: float = 0.25) -> str | None:
+    found = None
+    for _ in range(round(seconds / step_s)):
+        clock.pass_(step_s)
+        found = found or vigil.stuck(stages)
+    return found
+
+
+def test_a_stage_is_stuck_when_its_sign_stays_the_same(tmp_path: Path) -> None:
+    control, clock = Control(tmp_path), Moment()
+    vigil = Vigil(control, 10.0, clock)
+    assert stuck_after(vigil, clock, ["dit_step_1"], 60) is None, "a stage that has given no sign is being loaded"
+    control.beat("dit_step_1", 1.0)
+    assert stuck_after(vigil, clock, ["dit_step_1"], 9) is None
+    control.beat("dit_step_1", 2.0)
+    assert stuck_after(vigil, clock, ["dit_step_1"], 9) is None
+    assert stuck_after(vigil, clock, ["dit_step_1"], 3) == "dit_step_1"
+    control.forget_beat("dit_step_1")
+    assert stuck_after(vigil, clock, ["dit_step_1"], 60) is None
+
+
+def test_of_two_stages_the_one_that_the_other_waits_for_is_stuck(tmp_path: Path) -> None:
+    control, clock = Control(tmp_path), Moment()
+    vigil = Vigil(control, 10.0, clock)
+    control.beat("dit_step_2", 1.0)
+    assert stuck_after(vigil, clock, ["conditioning", "dit_step_2"], 2) is None
+    control.beat("conditioning", 1.0)
+    assert stuck_after(vigil, clock, ["conditioning", "dit_step_2"], 30) == "dit_step_2"
+
+
+def test_the_encoder_which_has_the_lowest_priority_may_take_longer(tmp_path: Path) -> None:
+    control, clock = Control(tmp_path), Moment()
+    vigil = Vigil(control, 10.0, clock)
+    control.beat("avatar_encoder", 1.0)
+    assert stuck_after(vigil, clock, ["avatar_encoder"], 45) is None
+    assert stuck_after(vigil, clock, ["avatar_encoder"], 10) == "avatar_encoder"
+
+
+def test_time_in_which_the_supervisor_was_stopped_too_does_not_count(tmp_path: Path) -> None:
+    """A container that was paused."""
+    control, clock = Control(tmp_path), Moment()
+    vigil = Vigil(control, 10.0, clock)
+    control.beat("dit_step_1", 1.0)
+    vigil.stuck(["dit_step_1"])
+    clock.pass_(3600.0)
+    assert vigil.stuck(["dit_step_1"]) is None
+
+
+def test_a_sign_needs_no_folder(tmp_path: Path) -> None:
+    """A cleaner may have removed it; a stage must go on."""
+    for control in (Control(tmp_path / "gone"), Control(None)):
+        control.beat("dit_step_1", 1.0)
+        control.forget_beat("dit_step_1")
+        assert control.last_beat("dit_step_1") == ""
