@@ -72,8 +72,9 @@ def test_the_product_has_latents_of_mean_0_and_deviation_1() -> None:
 
 @torch.no_grad()
 def test_a_stream_in_pieces_is_the_stream_at_once(clip: Clip, draw: torch.Generator) -> None:
-    vae = fresh_vae(SMALL.vae, draw)
-    video = pixels(np.concatenate([clip.picture[None], clip.frames[:16]]))
+    """In double precision: pieces of other lengths take other forms of the convolutions, which round differently."""
+    vae = fresh_vae(SMALL.vae, draw).double()
+    video = pixels(np.concatenate([clip.picture[None], clip.frames[:16]])).double()
     whole, latents = reconstruct(vae, video, Streams())
     streams = Streams()
     pieces = [reconstruct(vae, piece, streams) for piece in video.split([9, 8], dim=2)]
