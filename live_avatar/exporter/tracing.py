@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript.optimizer import optimize_ir
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants_ir
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,6 +28,18 @@ from live_avatar.graphs.contract import Contract, Extent, GraphTensor
 from live_avatar.model.networks import replace_parameters
 from live_avatar.runtime.host import numpy_dtype
 
+CLEAN_UP = ir.passes.Sequential(
+    passes.RemoveUnusedNodesPass(),
+    passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+    passes.RemoveUnusedOpsetsPass(),
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    passes.DeduplicateInitializersPass(),
+    passes.CommonSubexpressionEliminationPass(),
+    passes.OutputFixPass(),
+    passes.NameFixPass(),
+)
+"""After functions are inlined and constants folded: what onnxscript's `optimize_ir` does, but for its rewrite rules.
+They took half of the time of an export, and ONNX Runtime and TensorRT have their own."""
 OPSET = 23  # Attention and RMSNormalization as operators; read by TensorRT 10.15 and later
 
 
@@ -127,7 +140,9 @@ def _optimise(model: ir.Model, weights: Set[str]) -> None:
     for name in weights & model.graph.initializers.keys():
         model.graph.initializers[name].const_value = None
     with _quiet():
-        optimize_ir(model)
+        passes.InlinePass()(model)
+        fold_constants_ir(model)
+        CLEAN_UP(model)
     _strip(model)
 
 
