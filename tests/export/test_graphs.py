@@ -133,7 +133,7 @@ def test_a_graph_that_breaks_its_contract_is_refused(module: nn.Module, contract
 
 
 def test_symbolic_dimensions_get_the_contracts_names() -> None:
-    sizes = {"length": (2, 4, 8)}
+    sizes = {"any": {"length": (2, 4, 8)}}
     model = traced(Scaled(), Contract("scaled", (spec("x", (1, "length")),), (spec("y", (1, "length")),), sizes))
     for value in (model.graph.inputs[0], model.graph.outputs[0]):
         assert [str(dim) for dim in value.shape or ()] == ["1", "length"]
