@@ -181,8 +181,8 @@ class CausalDiT(nn.Module):
     def prefill(self, reference: Tensor, motion: Tensor, text: KV, modulation: Modulation, phase: Tensor) -> KV:
         """Keys and values of the sink in every layer (spec section 6).
 
-        `modulation` is that of timestep 0, `phase` [2, Nc, D/2] has the reference at position 30. The keys come rotated;
-        the released code rotates them later (quirk Q6), which is the same, because rotations add up.
+        `modulation` is that of timestep 0, `phase` [2, Nc, D/2] has the reference at position 30. The keys come rotated
+        by it. The released code rotates them later (quirk Q6), which is the same, because rotations add up.
         """
         nothing = [(key[:, :, :0], value[:, :, :0]) for key, value in text]
         conditions = Conditions(text, nothing, nothing)
