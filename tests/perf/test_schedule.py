@@ -236,7 +236,8 @@ def test_the_papers_figures_come_out_of_its_own_times() -> None:
 def test_given_times_on_the_command_line() -> None:
     done = CliRunner().invoke(main, ["--step-ms", "200", "--decoder-ms", "100", "--profile", "gpux5"])
     assert done.exit_code == 0, done.output
-    lines = dict(line.split() for line in done.output.splitlines())
+    lines = {name.strip(): value for name, value in (line.rsplit(maxsplit=1) for line in done.output.splitlines())}
+    assert lines["gpus_per_real_time_session.80 GB.bfloat16"] == "2.5"
     assert lines["steady_fps"] == "60"
     assert lines["ttff_s"] == "1.38"
     assert lines["real_time_sessions_by_time"] == "2"

@@ -23,7 +23,7 @@ def block(preset: Preset, number: int) -> dict[str, Array]:
     """Keys and values of a block in which every number names block, tensor and token."""
     shape = (1, preset.dit.num_heads, preset.stream.block_tokens, preset.dit.head_dim)
     token = np.arange(preset.stream.block_tokens, dtype=np.float32)[:, None] / 1000
-    names = kv_names("block", preset.dit.num_layers)
+    names = kv_names("new", preset.dit.num_layers)
     return {name: np.full(shape, 100 * number + i, np.float32) + token for i, name in enumerate(names, start=1)}
 
 
@@ -42,7 +42,7 @@ def test_the_ring_holds_exactly_the_last_blocks_of_the_window(window: int, count
     for name, held in history.items():
         assert held.shape == (1, preset.dit.num_heads, len(expected) * tokens, preset.dit.head_dim)
         slots = {held[:, :, start : start + tokens].tobytes() for start in range(0, held.shape[2], tokens)}
-        assert slots == {blocks[number][name.replace("history", "block")].tobytes() for number in expected}
+        assert slots == {blocks[number][name.replace("history", "new")].tobytes() for number in expected}
 
 
 def test_what_is_appended_is_copied() -> None:
@@ -50,7 +50,7 @@ def test_what_is_appended_is_copied() -> None:
     ring, outputs = KVRing(preset, host_zeros), block(preset, 1)
     ring.append(outputs)
     before = ring.history()["history_k.0"].copy()
-    outputs["block_k.0"][:] = -1
+    outputs["new_k.0"][:] = -1
     assert np.array_equal(ring.history()["history_k.0"], before)
 
 
@@ -60,4 +60,4 @@ def test_two_rings_share_nothing() -> None:
     first.append(block(preset, 1))
     assert all(held.shape[2] == 0 for held in second.history().values())
     second.append(block(preset, 2))
-    assert np.array_equal(first.history()["history_v.0"], block(preset, 1)["block_v.0"])
+    assert np.array_equal(first.history()["history_v.0"], block(preset, 1)["new_v.0"])
