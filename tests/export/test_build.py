@@ -9,7 +9,7 @@ import pytest
 
 from live_avatar.errors import CheckpointError, ExportError
 from live_avatar.exporter.build import export_artifacts
-from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts, weight_file
+from live_avatar.graphs.artifacts import MANIFEST, MODULATION, Artifacts, load_artifacts, weight_file
 from live_avatar.graphs.contract import contracts
 from live_avatar.version import __version__
 from live_avatar.weights.checkpoint import open_checkpoint
@@ -35,7 +35,7 @@ def test_old_artifacts_are_replaced_as_a_whole(least_artifacts: Artifacts) -> No
     loaded = load_artifacts(folder)
     loaded.verify()
     assert loaded.preset == LEAST
-    expected = {MANIFEST, *(f"{name}.onnx" for name in contracts(LEAST)), *map(weight_file, contracts(LEAST))}
+    expected = {MANIFEST, MODULATION, *(f"{name}.onnx" for name in contracts(LEAST)), *map(weight_file, contracts(LEAST))}
     assert {path.name for path in folder.iterdir()} == expected
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
