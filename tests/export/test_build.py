@@ -35,7 +35,8 @@ def test_old_artifacts_are_replaced_as_a_whole(least_artifacts: Artifacts) -> No
     loaded = load_artifacts(folder)
     loaded.verify()
     assert loaded.preset == LEAST
-    expected = {MANIFEST, MODULATION, *(f"{name}.onnx" for name in contracts(LEAST)), *map(weight_file, contracts(LEAST))}
+    names = contracts(LEAST)
+    expected = {MANIFEST, MODULATION, *(f"{name}.onnx" for name in names), *map(weight_file, names)}
     assert {path.name for path in folder.iterdir()} == expected
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
