@@ -25,9 +25,11 @@ from live_avatar.weights.lora import LoRA
 from live_avatar.weights.tensors import Checkpoint
 
 RELATIVE_TOLERANCE = 1e-4  # float32, of the largest value of an output
+# The VAE in float32: its norms divide by the length of vectors, small ones too, which magnifies rounding. With small
+# random networks torch in single precision is up to 2e-4 from torch in double precision.
+VAE_TOLERANCE = 1e-3
 FLOAT16_TOLERANCE = 1e-2
-# FP8: what quantizing costs, and no error of the export (`python -m perf.fp8_error` measures it). The VAE in float16:
-# its norms divide by the length of vectors, small ones too, which magnifies rounding, and two engines round apart.
+# FP8: what quantizing costs, and no error of the export (`python -m perf.fp8_error` measures it). The VAE in float16.
 COARSE_TOLERANCE = 0.2
 PIXEL_TOLERANCE = 1.0  # a value on the edge of two pixel levels may fall to either side
 COARSE_PIXEL_TOLERANCE = 8.0
@@ -54,6 +56,8 @@ def tolerance(artifacts: Artifacts, component: str) -> float:
     float16 = artifacts.preset.precision == "float16"
     if (network == "dit" and artifacts.manifest["fp8"] is not None) or (network == "vae" and float16):
         return COARSE_TOLERANCE
+    if network == "vae":
+        return VAE_TOLERANCE
     return FLOAT16_TOLERANCE if network == "dit" and float16 else RELATIVE_TOLERANCE
 
 

@@ -75,14 +75,15 @@ def same_blocks(one: Rollout, other: Rollout) -> list[bool]:
 
 
 class Passes:
-    """Counts the passes of a network and keeps their histories' sizes, while it is open."""
+    """Counts the passes of a network over noisy tokens and keeps their histories' sizes, while it is open."""
 
     def __init__(self, dit: CausalDiT) -> None:
         self.histories: list[int] = []
         self._hook = dit.register_forward_pre_hook(self._see)
 
     def _see(self, _: object, given: tuple[Any, ...]) -> None:
-        self.histories.append(given[1].history[0][0].shape[2] // SMALL.stream.block_tokens)
+        if given[1].sink[0][0].shape[2]:  # not the prefill of a sink
+            self.histories.append(given[1].history[0][0].shape[2] // SMALL.stream.block_tokens)
 
     def __enter__(self) -> Passes:
         return self
