@@ -23,6 +23,7 @@ from live_avatar.gateway import pictures
 from live_avatar.gateway.pictures import PictureDecoder
 from live_avatar.gateway.sandbox import SYSTEM_CALLS, Limits, filter_code
 from live_avatar.inputs.image import decode_pixels
+from live_avatar.inputs.masks import Scene
 from tests.support.pictures import encoded, jpeg_of_scans
 
 SIZE = (96, 96)
@@ -30,7 +31,7 @@ SIZE = (96, 96)
 
 def decoded(data: bytes, **options: Any) -> Array:
     async def decode() -> Array:
-        return await PictureDecoder(**options).decode(data, *SIZE)
+        return (await PictureDecoder(**options).decode(data, *SIZE)).pixels
 
     return asyncio.run(decode())
 
@@ -112,14 +113,14 @@ def test_a_caller_that_leaves_ends_the_process(monkeypatch: pytest.MonkeyPatch) 
 def test_the_line_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     started = monkeypatch_children(monkeypatch, lambda process: None)
 
-    async def crowd(decode: Callable[[bytes, int, int], Awaitable[Array]]) -> list[object]:
+    async def crowd(decode: Callable[[bytes, int, int], Awaitable[Scene]]) -> list[object]:
         return await asyncio.gather(*(decode(PORTRAIT.read_bytes(), *SIZE) for _ in range(4)), return_exceptions=True)
 
     async def meet() -> list[object]:
         return await crowd(PictureDecoder(at_once=1, waiting=2).decode)
 
     outcomes = asyncio.run(meet())
-    assert [type(outcome) for outcome in outcomes] == [np.ndarray, np.ndarray, np.ndarray, CapacityError]
+    assert [type(outcome) for outcome in outcomes] == [Scene, Scene, Scene, CapacityError]
     assert str(outcomes[-1]).startswith("2 pictures wait to be decoded, the most that this server lets wait; try again")
     assert len(started) == 3
 

@@ -112,7 +112,7 @@ def add_input(made: Any, name: str, datatype: str, shape: list[int], content: by
         (lambda m: add_input(m, "PROMPT", "BYTES", [1], b"\x05\0\0\0abc"), "PROMPT ends within a string"),
         (lambda m: add_input(m, "PROMPT", "BYTES", [1], b"\x01\0\0\0\xff"), "PROMPT is not UTF-8"),
         (lambda m: add_input(m, "PROMPT", "BYTES", [2], b"\x01\0\0\0a" * 2), "PROMPT has 2 strings; send one"),
-        (lambda m: add_input(m, "PROMPT", "BYTES", [17], bytes(4) * 17), "more than 16 strings; send one"),
+        (lambda m: add_input(m, "PROMPT", "BYTES", [17], bytes(4) * 17), "more than 16 strings; send fewer"),
         (
             lambda m: add_input(m, "PROMPT", "BYTES", [1], (3000).to_bytes(4, "little") + b"a" * 3000),
             "PROMPT has 3000 characters; at most 2000",

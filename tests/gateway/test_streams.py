@@ -18,7 +18,7 @@ from live_avatar.errors import InputError
 from live_avatar.gateway import server
 from live_avatar.gateway.admission import Admission
 from live_avatar.gateway.audit import AuditLog
-from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.avatars import Avatars, AvatarSource
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pipe import Closed
@@ -83,8 +83,8 @@ class FakePipe:
         return self.streams[-1]
 
 
-async def make_avatar(picture: bytes, prompt: str) -> tuple[Array, Array]:
-    return np.zeros(1, np.float32), np.zeros(1, np.float32)
+async def make_avatar(source: AvatarSource) -> tuple[Array, Array, Array]:
+    return np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros((0, 1), np.float32)
 
 
 def context(at_once: bool = True, size: int = 64, **changes: Any) -> tuple[SessionContext, FakePipe]:
@@ -100,6 +100,7 @@ def context(at_once: bool = True, size: int = 64, **changes: Any) -> tuple[Sessi
         meter=GatewayMeter(Served("1", "tiny", "f", "cpu", 3)),
         audit=AuditLog(as_json=False, with_hashes=False),
         served=Served("1", "tiny", "f", "cpu", 3),
+        speakers=1,
         limits=limits,
         control=Control(None),
         frames=FramePool(f"live-avatar-test-{uuid.uuid4().hex}", 1, size, size),
