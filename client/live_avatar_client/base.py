@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final, SupportsIndex, cast
 
@@ -42,6 +42,7 @@ from .protocol import (
     MIN_JPEG_QUALITY,
     FrameFormat,
 )
+from .speakers import Speaker, mask_bytes
 from .text import printable
 from .tls import TLS
 
@@ -83,6 +84,7 @@ class BaseSession(ABC):
         jpeg_quality: int = DEFAULT_JPEG_QUALITY,
         label: str = "",
         idle: bool = False,
+        speakers: Sequence[Speaker] = (),
         api_key: str | None = None,
         tls: TLS | None = None,
         max_in_flight_blocks: int = 8,
@@ -105,6 +107,8 @@ class BaseSession(ABC):
             label: a line of at most 64 characters that the server writes on every frame, such as "AI-generated".
             idle: send silence at playback pace while there is no speech, so that the avatar keeps moving. Real-time
                 speech must then come in chunks of less than 0.24 s.
+            speakers: the people in the picture, if each is to speak what only this person says; `send` then tells whose
+                speech it is. The server's artifacts must be of as many speakers.
             api_key: the server's API key, if it requires one.
             tls: the certificates of a TLS connection; without it `grpcs://` trusts the public authorities.
             max_in_flight_blocks: the most blocks (0.48 s each) that are sent and not answered.
@@ -128,7 +132,9 @@ class BaseSession(ABC):
             _checked_format(frame_format),
             _checked_int("jpeg_quality", jpeg_quality, MIN_JPEG_QUALITY, MAX_JPEG_QUALITY),
             _checked_label(label),
+            mask_bytes(speakers),
         )
+        self._speakers = opening.speakers
         _require_positive(
             max_in_flight_blocks=max_in_flight_blocks,
             max_unread_blocks=max_unread_blocks,

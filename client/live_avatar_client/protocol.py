@@ -101,7 +101,8 @@ FIRST_FRAME: Final = TensorSpec("FIRST_FRAME", "INT64", (1,))
 PROVENANCE: Final = TensorSpec("PROVENANCE", "UINT8", (-1,))
 """A JSON object in UTF-8 with the provenance of the video, in the answer to START; empty in other answers."""
 
-INPUTS: Final = (AUDIO, REFERENCE_IMAGE, PROMPT, SPEAKER_MASKS)
+INPUTS: Final = (AUDIO, REFERENCE_IMAGE, PROMPT)
+"""Of a server of one speaker; one of several takes SPEAKER_MASKS as well."""
 OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME, PROVENANCE, JPEG_SIZES)
 
 # The model STATUS_MODEL returns the server's status; its requests belong to no session.

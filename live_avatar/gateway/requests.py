@@ -39,6 +39,7 @@ IGNORED_PARAMETERS: Final = (protocol.TOKEN_PARAMETER, "priority", "timeout", "t
 KNOWN_PARAMETERS: Final = frozenset(
     {SEQUENCE_ID, SEQUENCE_START, SEQUENCE_END, protocol.END_REASON_PARAMETER, *OPENING_PARAMETERS, *IGNORED_PARAMETERS}
 )
+ALL_INPUTS: Final = (*protocol.INPUTS, protocol.SPEAKER_MASKS)
 OUTPUT_NAMES: Final = tuple(spec.name for spec in protocol.OUTPUTS)
 
 
@@ -61,6 +62,11 @@ class CallerRequest:
     @property
     def is_block(self) -> bool:
         return bool(self.audio)
+
+
+def inputs_of(speakers: int) -> tuple[protocol.TensorSpec, ...]:
+    """The inputs that a server of so many speakers says it has."""
+    return protocol.INPUTS if speakers == 1 else ALL_INPUTS
 
 
 def check_size(content: bytes) -> None:
@@ -217,7 +223,7 @@ def _flag(parameters: dict[str, Any], name: str) -> bool:
 
 
 def _tensors(message: Message) -> dict[str, Array]:
-    specs = {spec.name: spec for spec in protocol.INPUTS}
+    specs = {spec.name: spec for spec in ALL_INPUTS}
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
         raise InputError(

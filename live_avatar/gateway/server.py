@@ -96,7 +96,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     try:
         _listen_grpc(server, settings, certificates)
         for routes, port, option in (
-            (http_routes(context.admission, settings.served), settings.http_port, "--http-port"),
+            (http_routes(context.admission, settings.served, settings.speakers), settings.http_port, "--http-port"),
             (metrics_routes(context.meter, settings.triton_metrics), settings.metrics_port, "--metrics-port"),
         ):
             runners.append(await listen(routes, settings.address, port, option))

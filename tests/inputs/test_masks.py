@@ -96,14 +96,12 @@ def test_pixels_are_those_of_the_picture_alone() -> None:
         (b"-1,0,96,96", "begins with b'-1,0,96,96'; give a PNG of the picture's size, or a box in its pixels such as"),
         (b"", "begins with b''; give a PNG"),
         (encoded(Image.new("L", SIZE, 255), "JPEG"), "begins with b'.*'; give a PNG"),
-        (encoded(Image.new("L", SIZE, 255))[:40], "is damaged|.* is damaged"),
+        (encoded(Image.effect_noise(SIZE, 50))[:9000], r"\(9000 bytes\) is damaged"),
     ],
     ids=["size", "black", "box without area", "box outside", "box below", "negative", "nothing", "JPEG", "cut off"],
 )
 def test_what_is_no_mask_is_refused(mask: bytes, words: str) -> None:
-    with pytest.raises(
-        InputError, match=rf"^the mask of speaker 1 .*{words}" if "|" in words else f"^the mask of speaker 1 {words}"
-    ):
+    with pytest.raises(InputError, match=f"^the mask of speaker 1 {words}"):
         decode_scene(PICTURE, (LEFT, mask), 96, 192)
 
 
