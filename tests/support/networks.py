@@ -27,6 +27,7 @@ class Restreamed:
         self.tokenizer = self.runtime.tokenizer
         self.zeros = self.runtime.zeros
         self.free_bytes = self.runtime.free_bytes
+        self.modulation = self.runtime.modulation
 
     def graph(self, component: str) -> Graph:
         return self.runtime.graph(component)
