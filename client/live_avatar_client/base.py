@@ -35,6 +35,7 @@ from .protocol import (
     API_KEY_HEADER,
     DEFAULT_JPEG_QUALITY,
     MAX_ANSWER_BYTES,
+    MAX_IMAGE_BYTES,
     MAX_JPEG_QUALITY,
     MAX_LABEL_CHARS,
     MAX_PROMPT_CHARS,
@@ -135,6 +136,7 @@ class BaseSession(ABC):
             mask_bytes(speakers),
         )
         self._speakers = opening.speakers
+        _require_room(opening)
         _require_positive(
             max_in_flight_blocks=max_in_flight_blocks,
             max_unread_blocks=max_unread_blocks,
@@ -334,6 +336,14 @@ def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
     """Return the status and the message of a failed call, the message printable."""
     call = cast(grpc.Call, error)
     return call.code(), printable(call.details() or call.code().name)
+
+
+def _require_room(opening: Opening) -> None:
+    size = len(opening.image) + sum(map(len, opening.masks))
+    if size > MAX_IMAGE_BYTES:
+        raise InvalidInput(
+            f"the image and the masks have {size} bytes, more than {MAX_IMAGE_BYTES}, the limit; save the image smaller"
+        )
 
 
 def _checked_text(name: str, text: str, max_chars: int) -> str:

@@ -20,7 +20,7 @@ from live_avatar_client import (
     Speaker,
 )
 from live_avatar_client.cutter import Samples
-from live_avatar_client.protocol import BLOCK_SAMPLES, MAX_MASK_BYTES
+from live_avatar_client.protocol import BLOCK_SAMPLES, MAX_IMAGE_BYTES, MAX_MASK_BYTES
 from live_avatar_client.speakers import mask_bytes, mixed, speech_of
 from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer, sample_speech, synthetic_frame
 
@@ -220,3 +220,11 @@ def test_speech_is_mixed_without_overflow() -> None:
     loud = np.array([30000, -30000, 5], np.int16)
     assert mixed(np.stack([loud, loud])).tolist() == [32767, -32768, 10]
     assert mixed(loud) is loud
+
+
+def test_image_and_masks_fit_into_one_message() -> None:
+    image = PNG + bytes(MAX_IMAGE_BYTES - len(PNG))
+    with pytest.raises(
+        InvalidInput, match=r"the image and the masks have \d+ bytes, more than 33554432, the limit; save"
+    ):
+        AvatarSession("localhost:1", image=image, speakers=TWO)

@@ -197,3 +197,16 @@ def test_avatars_of_callers_that_leave_do_not_pile_up():
         assert len(avatars) == 0
 
     asyncio.run(main())
+
+
+def test_other_masks_make_another_avatar():
+    async def main() -> None:
+        avatars = Avatars(Encoder(), limits())
+        keys = []
+        for masks in ((b"1", b"2"), (b"2", b"1"), (b"12", b""), (b"1", b"2")):
+            avatar, _ = await avatars.get("a", await AvatarSource.of(b"picture", "prompt", masks))
+            keys.append(avatar.key)
+        assert keys[3] == keys[0]
+        assert len(set(keys)) == 3
+
+    asyncio.run(main())

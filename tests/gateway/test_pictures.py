@@ -23,7 +23,7 @@ from live_avatar.gateway import pictures
 from live_avatar.gateway.pictures import PictureDecoder
 from live_avatar.gateway.sandbox import SYSTEM_CALLS, Limits, filter_code
 from live_avatar.inputs.image import decode_pixels
-from live_avatar.inputs.masks import Scene
+from live_avatar.inputs.masks import Scene, decode_scene
 from tests.support.pictures import encoded, jpeg_of_scans
 
 SIZE = (96, 96)
@@ -211,3 +211,32 @@ def test_the_process_has_nothing_open_but_its_connection() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=True)
     assert done.stdout.decode() == str([(standard, "/dev/null") for standard in (0, 1, 2)])
     assert done.stderr == b""
+
+
+def decoded_scene(*masks: bytes) -> Scene:
+    return asyncio.run(PictureDecoder().decode(PORTRAIT.read_bytes(), *SIZE, masks))
+
+
+def test_masks_are_decoded_with_their_picture() -> None:
+    mask = encoded(Image.linear_gradient("L").resize((512, 512)))
+    scene, expected = (
+        decoded_scene(b"0,0,20,20", mask),
+        decode_scene(PORTRAIT.read_bytes(), (b"0,0,20,20", mask), *SIZE),
+    )
+    assert np.array_equal(scene.pixels, expected.pixels)
+    assert np.array_equal(scene.weights, expected.weights)
+    assert scene.weights.shape == (2, 36)
+
+
+def test_a_bad_mask_has_the_sentence_of_this_process() -> None:
+    with pytest.raises(
+        InputError, match=r"^the mask of speaker 1 begins with b'hello'; give a PNG of the picture's size"
+    ):
+        decoded_scene(b"0,0,20,20", b"hello")
+
+
+@pytest.mark.parametrize("masks", [4])
+def test_the_largest_masks_are_decoded_within_the_limits(masks: int) -> None:
+    large = encoded(Image.new("L", (8000, 8000), 255))
+    scene = asyncio.run(PictureDecoder().decode(large, *SIZE, (large,) * masks))
+    assert np.array_equal(scene.weights, np.ones((masks, 36)))

@@ -114,6 +114,7 @@ def test_the_ensemble_takes_audio_and_an_avatar_and_gives_what_clients_get(profi
     inputs = {"AUDIO": (protocol.AUDIO.datatype, protocol.AUDIO.dims, False)}
     for name in (tensors.AVATAR_KEY, tensors.PROVENANCE_IN):
         inputs[name] = ("UINT8", (-1,), True)
+    inputs[tensors.SPEAKER_WEIGHTS] = ("FP32", (-1, -1), True)
     for name, (datatype, dims, _) in signature(parsed(ENCODER, profile).output).items():
         inputs[name] = (datatype, dims, True)
     assert signature(config.input) == inputs

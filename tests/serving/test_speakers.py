@@ -139,9 +139,3 @@ def test_the_command_line_makes_the_same_frames(
     assert (tmp_path / "generate.npy").read_bytes() == (tmp_path / "stream.npy").read_bytes()
     result = invoke("generate", *given, "--output", tmp_path / "a.mp4", "--artifacts", artifacts_of_two.folder)
     assert_refused(result, "--audio is given 2 times and --mask once; give a --mask with each --audio")
-
-
-def test_a_server_of_one_speaker_refuses_masks(url: str) -> None:
-    opening = Opening(two_faces(), "", 0, FrameFormat.RAW, masks=MASKS)
-    (refused,) = answers_to(url, Request(7, "t", np.zeros(0, np.int16), opening, EndReason.FAILED))
-    assert "2 masks came for artifacts of one speaker; leave the masks out" in refused

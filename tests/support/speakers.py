@@ -17,7 +17,8 @@ LEFT, RIGHT = (0, 0, 96, 96), (96, 0, 96, 96)
 
 def two_faces() -> bytes:
     """A PNG of 192x96 pixels."""
-    face = np.asarray(Image.open(PORTRAIT).convert("RGB").resize((96, 96)))
+    with Image.open(PORTRAIT) as portrait:
+        face = np.asarray(portrait.convert("RGB").resize((96, 96)))
     return encoded(Image.fromarray(np.concatenate([face, face], axis=1)))
 
 
