@@ -29,6 +29,7 @@ PATCH = 2  # latent pixels per token side
 PRECISIONS = ("float32", "float16", "bfloat16")
 NETWORK_NAMES = ("dit", "vae", "speech", "text")
 """The networks of a preset: fields of `Preset` and of `Networks`, parts of a checkpoint."""
+MAX_SPEAKERS = 4
 KNOWN_AVATARS = 16  # pictures with prompts whose work a generator remembers
 
 
@@ -215,7 +216,10 @@ class StreamConfig:
         )
         if self.sigmas is not None:
             _check_sigmas(self.sigmas, self.steps)
-        _require(self.speakers >= 1, f"speakers is {self.speakers}; at least 1 is needed.")
+        _require(
+            1 <= self.speakers <= MAX_SPEAKERS,
+            f"speakers is {self.speakers}; one picture has 1 to {MAX_SPEAKERS}.",
+        )
         _require(self.steps >= 1, f"steps is {self.steps}; at least one denoising step is needed.")
         _require(self.schedule_shift > 0, f"schedule_shift is {self.schedule_shift}; it must be above 0.")
         _require(
@@ -264,7 +268,12 @@ class StreamConfig:
     @property
     def frame_tokens(self) -> int:
         """Tokens of one latent frame, S."""
-        return (self.latent_height // PATCH) * (self.latent_width // PATCH)
+        return math.prod(self.token_grid)
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of one latent frame."""
+        return self.latent_height // PATCH, self.latent_width // PATCH
 
     @property
     def block_tokens(self) -> int:

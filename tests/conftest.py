@@ -17,6 +17,7 @@ from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights.checkpoint import open_checkpoint
 from tests.support.artifacts import exported_once
 from tests.support.networks import SMALL
+from tests.support.speakers import TWO
 
 SEED = 7
 
@@ -35,6 +36,12 @@ def torch_runtime() -> TorchRuntime:
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """The tiny preset, exported."""
     return exported_once(tmp_path_factory, TINY)
+
+
+@pytest.fixture(scope="session")
+def artifacts_of_two(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """The tiny preset for two speakers in a picture that is twice as wide."""
+    return exported_once(tmp_path_factory, TWO)
 
 
 @pytest.fixture(scope="session")

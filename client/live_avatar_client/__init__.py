@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .image import read_image_bytes
     from .messages import Block
     from .protocol import EndReason, ErrorCode, FrameFormat
+    from .speakers import Speaker
     from .stats import StreamStats
     from .sync import AvatarSession
     from .tls import TLS
@@ -57,6 +58,7 @@ __all__ = [
     "SessionClosed",
     "SessionFailed",
     "SessionRefused",
+    "Speaker",
     "StreamStats",
     "read_image_bytes",
 ]
@@ -68,6 +70,7 @@ _MODULES: Final = {
     "EndReason": "protocol",
     "ErrorCode": "protocol",
     "FrameFormat": "protocol",
+    "Speaker": "speakers",
     "StreamStats": "stats",
     "TLS": "tls",
     "read_image_bytes": "image",

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final, SupportsIndex, cast
 
@@ -35,6 +35,7 @@ from .protocol import (
     API_KEY_HEADER,
     DEFAULT_JPEG_QUALITY,
     MAX_ANSWER_BYTES,
+    MAX_IMAGE_BYTES,
     MAX_JPEG_QUALITY,
     MAX_LABEL_CHARS,
     MAX_PROMPT_CHARS,
@@ -42,6 +43,7 @@ from .protocol import (
     MIN_JPEG_QUALITY,
     FrameFormat,
 )
+from .speakers import Speaker, mask_bytes
 from .text import printable
 from .tls import TLS
 
@@ -83,6 +85,7 @@ class BaseSession(ABC):
         jpeg_quality: int = DEFAULT_JPEG_QUALITY,
         label: str = "",
         idle: bool = False,
+        speakers: Sequence[Speaker] = (),
         api_key: str | None = None,
         tls: TLS | None = None,
         max_in_flight_blocks: int = 8,
@@ -105,6 +108,8 @@ class BaseSession(ABC):
             label: a line of at most 64 characters that the server writes on every frame, such as "AI-generated".
             idle: send silence at playback pace while there is no speech, so that the avatar keeps moving. Real-time
                 speech must then come in chunks of less than 0.24 s.
+            speakers: the people in the picture, if each is to speak what only this person says; `send` then tells whose
+                speech it is. The server's artifacts must be of as many speakers.
             api_key: the server's API key, if it requires one.
             tls: the certificates of a TLS connection; without it `grpcs://` trusts the public authorities.
             max_in_flight_blocks: the most blocks (0.48 s each) that are sent and not answered.
@@ -128,7 +133,10 @@ class BaseSession(ABC):
             _checked_format(frame_format),
             _checked_int("jpeg_quality", jpeg_quality, MIN_JPEG_QUALITY, MAX_JPEG_QUALITY),
             _checked_label(label),
+            mask_bytes(speakers),
         )
+        self._speakers = opening.speakers
+        _require_room(opening)
         _require_positive(
             max_in_flight_blocks=max_in_flight_blocks,
             max_unread_blocks=max_unread_blocks,
@@ -328,6 +336,14 @@ def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
     """Return the status and the message of a failed call, the message printable."""
     call = cast(grpc.Call, error)
     return call.code(), printable(call.details() or call.code().name)
+
+
+def _require_room(opening: Opening) -> None:
+    size = len(opening.image) + sum(map(len, opening.masks))
+    if size > MAX_IMAGE_BYTES:
+        raise InvalidInput(
+            f"the image and the masks have {size} bytes, more than {MAX_IMAGE_BYTES}, the limit; save the image smaller"
+        )
 
 
 def _checked_text(name: str, text: str, max_chars: int) -> str:

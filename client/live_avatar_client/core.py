@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 
-from .cutter import NO_SAMPLES, BlockCutter, Samples, SpeechBlock, as_samples, silent_block
+from .cutter import NO_SAMPLES, BlockCutter, Samples, SpeechBlock, silent_block
 from .errors import (
     AnswerTimeout,
     AvatarError,
@@ -42,6 +42,7 @@ from .protocol import (
     explain_error,
     parse_error,
 )
+from .speakers import speech_of
 from .text import MAX_TEXT_CHARS, printable
 
 _T = TypeVar("_T")
@@ -99,7 +100,7 @@ class SessionCore:
         self._clock = clock
         self._sequence_id = secrets.randbelow(MAX_SEQUENCE_ID) + 1
         self._token = secrets.token_hex(_TOKEN_BYTES)
-        self._cutter = BlockCutter()
+        self._cutter = BlockCutter(opening.speakers)
         self._playback = PlaybackClock(clock()) if idle else None
         self._outbox: deque[SpeechBlock] = deque()
         self._in_flight: deque[_InFlight] = deque()
@@ -132,14 +133,18 @@ class SessionCore:
         if self._playback:
             self._playback.restart(self._clock())
 
-    def send(self, pcm: object, timeout_s: float | None = None, *, wait: bool = True) -> Steps[None]:
+    def send(
+        self, pcm: object, timeout_s: float | None = None, *, speaker: int | None = None, wait: bool = True
+    ) -> Steps[None]:
         """Take a chunk of speech and wait until its whole blocks are sent or dropped by an interrupt.
+
+        `speaker` tells whose speech it is, if there are several; a mapping names the speakers itself.
 
         Raises SendTimeout when no block could be sent for `timeout_s` (default: the session's limit). With
         `wait=False`, raises SessionBusy and takes nothing if not all blocks can be sent now.
         """
         self._require_speaking()
-        chunk = as_samples(pcm)
+        chunk = speech_of(pcm, speaker, self._opening.speakers)
         if not wait:
             self._require_room(chunk)
         self._take(chunk)
@@ -214,7 +219,7 @@ class SessionCore:
 
     def _take(self, chunk: Samples) -> None:
         self._outbox.extend(self._cutter.add(chunk, self._clock()))
-        if self._playback and len(chunk):
+        if self._playback and chunk.shape[-1]:
             self._playback.speech_given(self._clock())
 
     # Requests
@@ -244,11 +249,11 @@ class SessionCore:
         if self._outbox:
             return self._outbox.popleft()
         if needed is not None:
-            return silent_block(self._clock())
+            return silent_block(self._clock(), self._opening.speakers)
         if self._clock() < self._silence_at_s():
             return None
         rest = self._cutter.finish()
-        return rest[0] if rest else silent_block(self._clock())
+        return rest[0] if rest else silent_block(self._clock(), self._opening.speakers)
 
     def _silence_at_s(self) -> float:
         """Return when silence (or the rest of the speech) is due for an idle avatar; infinity if it is not."""
@@ -389,9 +394,10 @@ class SessionCore:
     def _audio(self, first: int, stop: int) -> Samples:
         """Return the samples that were sent for frames `first` to `stop`."""
         first_block, last_block = first // FRAMES_PER_BLOCK, (stop - 1) // FRAMES_PER_BLOCK
-        sent: Samples = np.concatenate([self._sent[n].block.samples for n in range(first_block, last_block + 1)])
+        blocks = [self._sent[n].block.samples for n in range(first_block, last_block + 1)]
+        sent: Samples = np.concatenate(blocks, axis=-1)
         start = first * SAMPLES_PER_FRAME - first_block * BLOCK_SAMPLES
-        return sent[start : start + (stop - first) * SAMPLES_PER_FRAME]
+        return sent[..., start : start + (stop - first) * SAMPLES_PER_FRAME]
 
     def _forget_sent(self) -> None:
         """Forget the audio whose frames have all arrived."""
@@ -475,5 +481,5 @@ def _first_frames(block: Block, count: int) -> Block:
     """Return the block with its first `count` frames."""
     if count >= len(block):
         return block
-    audio = block.audio[: count * SAMPLES_PER_FRAME]
+    audio = block.audio[..., : count * SAMPLES_PER_FRAME]
     return replace(block, frames=block.frames[:count], jpegs=block.jpegs[:count], audio=audio)

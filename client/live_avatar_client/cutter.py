@@ -15,12 +15,16 @@ MAX_PEAK: Final = 16.0
 """Float samples beyond are of another scale, such as that of int16; less is loud, and clipped at 1."""
 
 NO_SAMPLES: Final[Samples] = np.zeros(0, np.int16)
-_SILENCE: Final[Samples] = np.zeros(BLOCK_SAMPLES, np.int16)
+
+
+def silence(samples: int, speakers: int = 1) -> Samples:
+    """Return zeros, [samples] of one speaker or [speakers, samples] of several."""
+    return np.zeros(samples if speakers == 1 else (speakers, samples), np.int16)
 
 
 @dataclass(frozen=True, eq=False)
 class SpeechBlock:
-    """A whole block of audio, with the times at which its first and last sample were given."""
+    """A whole block of audio of all speakers, with the times at which its first and last sample were given."""
 
     samples: Samples
     started_at_s: float
@@ -29,54 +33,57 @@ class SpeechBlock:
     """How many of the samples are speech; the rest is padding."""
 
 
-def silent_block(now_s: float) -> SpeechBlock:
+def silent_block(now_s: float, speakers: int = 1) -> SpeechBlock:
     """Return a block without speech."""
-    return SpeechBlock(_SILENCE, now_s, now_s, speech_samples=0)
+    return SpeechBlock(silence(BLOCK_SAMPLES, speakers), now_s, now_s, speech_samples=0)
 
 
 class BlockCutter:
-    """Cuts chunks of any size into blocks of 7,680 samples."""
+    """Cuts chunks of any size, [samples] or [speakers, samples], into blocks of 7,680 samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, speakers: int = 1) -> None:
         self.samples = 0
         """How many samples were added."""
-        self._rest = NO_SAMPLES
+        self._none = silence(0, speakers)
+        self._rest = self._none
         self._rest_started_at_s = 0.0
         self._rest_complete_at_s = 0.0
 
     def blocks_completed_by(self, chunk: Samples) -> int:
         """Return how many blocks `add` would return."""
-        return (len(self._rest) + len(chunk)) // BLOCK_SAMPLES
+        return (self._rest.shape[-1] + chunk.shape[-1]) // BLOCK_SAMPLES
 
     def add(self, chunk: Samples, now_s: float) -> list[SpeechBlock]:
         """Copy a chunk and return the blocks it completes."""
-        if not len(chunk):
+        if not chunk.shape[-1]:
             return []
-        started_at_s = self._rest_started_at_s if len(self._rest) else now_s
-        pending = np.concatenate((self._rest, chunk))
-        whole = len(pending) // BLOCK_SAMPLES
+        started_at_s = self._rest_started_at_s if self._rest.shape[-1] else now_s
+        pending = np.concatenate((self._rest, chunk), axis=-1)
+        whole = pending.shape[-1] // BLOCK_SAMPLES
         blocks = [
-            SpeechBlock(samples, started_at_s if i == 0 else now_s, now_s)
-            for i, samples in enumerate(pending[: whole * BLOCK_SAMPLES].reshape(whole, BLOCK_SAMPLES))
+            SpeechBlock(
+                pending[..., i * BLOCK_SAMPLES : (i + 1) * BLOCK_SAMPLES], started_at_s if i == 0 else now_s, now_s
+            )
+            for i in range(whole)
         ]
-        self.samples += len(chunk)
-        self._rest = pending[whole * BLOCK_SAMPLES :].copy()
+        self.samples += chunk.shape[-1]
+        self._rest = pending[..., whole * BLOCK_SAMPLES :].copy()
         self._rest_started_at_s = now_s if whole else started_at_s
         self._rest_complete_at_s = now_s
         return blocks
 
     def finish(self) -> list[SpeechBlock]:
         """Return the last block, padded with silence, if samples are left."""
-        speech = len(self._rest)
+        speech = self._rest.shape[-1]
         if not speech:
             return []
-        padded = np.pad(self._rest, (0, BLOCK_SAMPLES - speech))
+        padded = np.pad(self._rest, [*[(0, 0)] * (self._rest.ndim - 1), (0, BLOCK_SAMPLES - speech)])
         self.drop_rest()
         return [SpeechBlock(padded, self._rest_started_at_s, self._rest_complete_at_s, speech)]
 
     def drop_rest(self) -> None:
         """Drop the samples of an incomplete block."""
-        self._rest = NO_SAMPLES
+        self._rest = self._none
 
 
 def as_samples(pcm: object) -> Samples:

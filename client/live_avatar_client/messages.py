@@ -24,11 +24,21 @@ class Opening:
     frame_format: FrameFormat
     jpeg_quality: int = DEFAULT_JPEG_QUALITY
     label: str = ""
+    masks: tuple[bytes, ...] = ()
+    """One for each of several speakers."""
+
+    @property
+    def speakers(self) -> int:
+        """How many speak; one without masks."""
+        return max(1, len(self.masks))
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One request to the ensemble; `opening` goes with the START flag, `end` with the END flag."""
+    """One request to the ensemble; `opening` goes with the START flag, `end` with the END flag.
+
+    `audio` is int16 [samples], of several speakers [speakers, samples].
+    """
 
     sequence_id: int
     token: str
@@ -60,7 +70,8 @@ class Block:
     jpegs: tuple[bytes, ...]
     """n encoded frames; empty unless JPEG was requested."""
     audio: Samples
-    """Audio of the frames, int16 [n * 640] at 16 kHz, with the silence around the speech."""
+    """Audio of the frames, int16 [n * 640] at 16 kHz, with the silence around the speech; of several speakers
+    [speakers, n * 640]."""
     stale: bool
     """Whether the frames show speech from before an `interrupt()`; a player should skip them."""
     audio_started_at_s: float

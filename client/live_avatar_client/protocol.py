@@ -20,6 +20,7 @@ BLOCK_SAMPLES: Final = FRAMES_PER_BLOCK * SAMPLES_PER_FRAME
 
 MAX_PROMPT_CHARS: Final = 2_000
 MAX_IMAGE_BYTES: Final = 32 * 1024 * 1024
+MAX_MASK_BYTES: Final = 1024 * 1024
 MAX_IMAGE_PIXELS: Final = 64_000_000
 MAX_SEED: Final = 2**63 - 1
 MAX_LOOKAHEAD_FRAMES: Final = 30 * FPS
@@ -87,6 +88,9 @@ class TensorSpec:
 AUDIO: Final = TensorSpec("AUDIO", "INT16", (-1,))
 REFERENCE_IMAGE: Final = TensorSpec("REFERENCE_IMAGE", "UINT8", (-1,), optional=True)
 PROMPT: Final = TensorSpec("PROMPT", "BYTES", (1,), optional=True)
+SPEAKER_MASKS: Final = TensorSpec("SPEAKER_MASKS", "BYTES", (-1,), optional=True)
+"""With START, if the server has several speakers: for each one a PNG of the picture's size, light where the speaker is,
+or a box in the picture's pixels, `x,y,width,height`. AUDIO then has a block of each speaker, one after another."""
 FRAMES: Final = TensorSpec("FRAMES", "UINT8", (-1, -1, -1, 3))
 # No output is of type BYTES: the output parameter `classification` on one crashes Triton 2.51 with a division by zero.
 JPEG_FRAMES: Final = TensorSpec("JPEG_FRAMES", "UINT8", (-1,))
@@ -98,6 +102,7 @@ PROVENANCE: Final = TensorSpec("PROVENANCE", "UINT8", (-1,))
 """A JSON object in UTF-8 with the provenance of the video, in the answer to START; empty in other answers."""
 
 INPUTS: Final = (AUDIO, REFERENCE_IMAGE, PROMPT)
+"""Of a server of one speaker; one of several takes SPEAKER_MASKS as well."""
 OUTPUTS: Final = (FRAMES, JPEG_FRAMES, FIRST_FRAME, PROVENANCE, JPEG_SIZES)
 
 # The model STATUS_MODEL returns the server's status; its requests belong to no session.

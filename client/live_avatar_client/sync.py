@@ -69,13 +69,15 @@ class AvatarSession(BaseSession):
         for block in self:
             yield from block.timed_frames()
 
-    def send(self, pcm: object, *, wait: bool = True) -> None:
+    def send(self, pcm: object, *, speaker: int | None = None, wait: bool = True) -> None:
         """Send a chunk of speech of any size: mono, 16 kHz, int16, or float32 in [-1, 1] (clipped beyond).
 
+        In a session of several speakers it is the speech of `speaker`, while the others are silent; a dict such as
+        `{0: pcm, 1: other}` is speech at the same time, the shorter one padded with silence.
         Waits while the session's limits are reached; raises SendTimeout when that takes too long. With
         `wait=False` it raises SessionBusy, and takes nothing, if the chunk cannot be sent now.
         """
-        self._run(self._core.send(pcm, wait=wait))
+        self._run(self._core.send(pcm, speaker=speaker, wait=wait))
 
     def interrupt(self) -> None:
         """Stop the avatar's speech: drop the speech that was not sent, and mark the frames of sent speech as stale.
@@ -129,7 +131,7 @@ class AvatarSession(BaseSession):
             ready = stub.ModelReady(wire.READY_REQUEST, timeout=timeout_s, metadata=self._metadata)
             wire.check_ready(self.url, ready)
             tensors = stub.ModelMetadata(wire.METADATA_REQUEST, timeout=timeout_s, metadata=self._metadata)
-            wire.check_metadata(self.url, tensors)
+            wire.check_metadata(self.url, tensors, speakers=self._speakers)
         except grpc.RpcError as error:
             raise self._connect_error(error) from error
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .base import CHANNEL_OPTIONS
-from .cutter import Samples
+from .cutter import Samples, silence
 from .messages import Pixels
 from .protocol import (
     API_KEY_HEADER,
@@ -39,12 +39,14 @@ from .protocol import (
     REFERENCE_IMAGE,
     SAMPLES_PER_FRAME,
     SEED_PARAMETER,
+    SPEAKER_MASKS,
     TOKEN_PARAMETER,
     ErrorCode,
     FrameFormat,
     TensorSpec,
     format_error,
 )
+from .speakers import mixed
 from .wire import Message, get_tensor, put_tensor
 
 _MAX_STREAMS: Final = 16
@@ -77,6 +79,7 @@ class ReceivedSession:
     jpeg_quality: int
     label: str
     token: str
+    masks: tuple[bytes, ...] = ()
     blocks: list[Samples] = field(default_factory=list)
     keep_alives: int = 0
     failed: bool = False
@@ -85,8 +88,8 @@ class ReceivedSession:
 
     @property
     def speech(self) -> Samples:
-        """All samples of its blocks, including the padding."""
-        return np.concatenate([np.zeros(0, np.int16), *self.blocks])
+        """All samples of its blocks, including the padding; of several speakers [speakers, samples]."""
+        return np.concatenate([silence(0, max(1, len(self.masks))), *self.blocks], axis=-1)
 
 
 def synthetic_frame(number: int, seed: int, speech: Samples, height: int, width: int) -> Pixels:
@@ -113,6 +116,7 @@ class FakeAvatarServer:
         vanish_at_block: cut the connection at this block.
         model_name: the name of its model.
         api_key: the key that clients must send.
+        speakers: how many people are in the pictures; several need a mask each.
         credentials: certificates; with them it speaks only TLS.
     """
 
@@ -128,6 +132,7 @@ class FakeAvatarServer:
         vanish_at_block: int | None = None,
         model_name: str = MODEL_NAME,
         api_key: str | None = None,
+        speakers: int = 1,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.height = height
@@ -139,6 +144,7 @@ class FakeAvatarServer:
         self.vanish_at_block = vanish_at_block
         self.model_name = model_name
         self.api_key = api_key
+        self.speakers = speakers
         self.credentials = credentials
         self.url = ""
         self.sessions: list[ReceivedSession] = []
@@ -208,7 +214,7 @@ class FakeAvatarServer:
 
     def _answer(self, request: Message) -> Message:
         sequence_id = request.parameters["sequence_id"].int64_param
-        audio = _audio(request)
+        audio = _audio(request, self.speakers)
         if request.parameters["sequence_start"].bool_param:
             self._start(sequence_id, request)
         session = self._live.get(sequence_id)
@@ -246,6 +252,11 @@ class FakeAvatarServer:
         quality = request.parameters[JPEG_QUALITY_PARAMETER].int64_param or DEFAULT_JPEG_QUALITY
         if not MIN_JPEG_QUALITY <= quality <= MAX_JPEG_QUALITY:
             raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"jpeg_quality is {quality}; send 1 to 95")
+        masks = _input(request, SPEAKER_MASKS)
+        count = 0 if masks is None else len(masks)
+        if count != (self.speakers if self.speakers > 1 else 0):
+            message = f"{count} masks came for {self.speakers} speakers; give one for each of several"
+            raise _RefusalError(ErrorCode.INVALID_ARGUMENT, message)
         prompt = _input(request, PROMPT)
         session = ReceivedSession(
             image=image.tobytes(),
@@ -255,13 +266,14 @@ class FakeAvatarServer:
             jpeg_quality=quality,
             label=request.parameters[LABEL_PARAMETER].string_param,
             token=request.parameters[TOKEN_PARAMETER].string_param,
+            masks=() if masks is None else tuple(masks),
         )
         self._live[sequence_id] = session
         self.sessions.append(session)
 
     def _frames(self, session: ReceivedSession, first: int) -> list[Pixels]:
         numbers = range(first, first + FRAMES_PER_BLOCK)
-        speech = session.speech
+        speech = mixed(session.speech)
         return [synthetic_frame(n, session.seed, speech, self.height, self.width) for n in numbers]
 
     def _response(self, request: Message, frames: list[Pixels], session: ReceivedSession, first: int) -> Message:
@@ -303,7 +315,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     def ModelMetadata(self, request: Message, context: grpc.ServicerContext) -> Message:  # noqa: N802
         message = service_pb2.ModelMetadataResponse(name=self._server.model_name, versions=["1"])
-        for specs, tensors in ((INPUTS, message.inputs), (OUTPUTS, message.outputs)):
+        inputs = INPUTS if self._server.speakers == 1 else (*INPUTS, SPEAKER_MASKS)
+        for specs, tensors in ((inputs, message.inputs), (OUTPUTS, message.outputs)):
             for spec in specs:
                 tensors.add(name=spec.name, datatype=spec.datatype, shape=spec.dims)
         return message
@@ -335,12 +348,14 @@ def _input(request: Message, spec: TensorSpec) -> NDArray[Any] | None:
     return get_tensor(request.inputs, request.raw_input_contents, spec)
 
 
-def _audio(request: Message) -> Samples:
+def _audio(request: Message, speakers: int) -> Samples:
+    """[samples], or [speakers, samples] of several."""
     audio = _input(request, AUDIO)
-    if audio is None or len(audio) not in (0, BLOCK_SAMPLES):
+    block = speakers * BLOCK_SAMPLES
+    if audio is None or len(audio) not in (0, block):
         got = "missing or not INT16 [n]" if audio is None else f"of {len(audio)} samples"
-        raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"AUDIO is {got}; send INT16 [{BLOCK_SAMPLES}] or [0]")
-    return audio
+        raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"AUDIO is {got}; send INT16 [{block}] or [0]")
+    return audio if speakers == 1 or not len(audio) else audio.reshape(speakers, -1)
 
 
 def _as_uint8(content: bytes) -> NDArray[np.uint8]:

@@ -27,6 +27,7 @@ from .protocol import (
     PROVENANCE,
     REFERENCE_IMAGE,
     SEED_PARAMETER,
+    SPEAKER_MASKS,
     STATUS_MODEL,
     TOKEN_PARAMETER,
     TensorSpec,
@@ -53,7 +54,7 @@ def encode_request(request: Request) -> Message:
     message.parameters[TOKEN_PARAMETER].string_param = request.token
     if request.end is not None:
         message.parameters[END_REASON_PARAMETER].string_param = request.end.value
-    put_tensor(message.inputs, message.raw_input_contents, AUDIO, request.audio)
+    put_tensor(message.inputs, message.raw_input_contents, AUDIO, request.audio.reshape(-1))
     if request.opening is not None:
         _put_opening(message, request.opening)
     return message
@@ -70,6 +71,8 @@ def _put_opening(message: Message, opening: Opening) -> None:
     if opening.prompt:
         prompt = np.array([opening.prompt.encode()], np.object_)
         put_tensor(message.inputs, message.raw_input_contents, PROMPT, prompt)
+    if opening.masks:
+        put_tensor(message.inputs, message.raw_input_contents, SPEAKER_MASKS, np.array(opening.masks, np.object_))
 
 
 def decode_response(message: Message) -> Response:
@@ -121,8 +124,14 @@ def check_ready(url: str, message: Message) -> None:
         )
 
 
-def check_metadata(url: str, message: Message) -> None:
-    """Raise ServerIncompatible unless the ensemble has the protocol's inputs and outputs."""
+def check_metadata(url: str, message: Message, *, speakers: int = 1) -> None:
+    """Raise ServerIncompatible unless the ensemble has the protocol's inputs and outputs, masks for several speakers
+    among them."""
+    if speakers > 1 and SPEAKER_MASKS.name not in {tensor.name for tensor in message.inputs}:
+        raise ServerIncompatible(
+            f"the server at {url} serves pictures of one speaker, and the session has {speakers}; leave speakers out, "
+            "or serve artifacts made with `live-avatar export --speakers`"
+        )
     for kind, specs, tensors in (("input", INPUTS, message.inputs), ("output", OUTPUTS, message.outputs)):
         datatypes = {tensor.name: tensor.datatype for tensor in tensors}
         for spec in specs:

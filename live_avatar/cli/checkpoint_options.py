@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from live_avatar.cli.options import FILE, Integer, combined
-from live_avatar.config import PRECISIONS, PRESETS, Preset, StreamConfig, preset
+from live_avatar.config import MAX_SPEAKERS, PRECISIONS, PRESETS, Preset, StreamConfig, preset
 
 if TYPE_CHECKING:
     from live_avatar.weights.tensors import Checkpoint
@@ -51,6 +51,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 
 # Stream settings; None keeps the value of the preset.
 stream_options = combined(
+    click.option(
+        "--speakers",
+        type=Integer(1, MAX_SPEAKERS),
+        help="People in the picture, each with a mask and speech of its own.",
+    ),
     click.option(
         "--lookahead-ms",
         type=Integer(min=0),
@@ -115,6 +120,7 @@ def _size(chosen: Preset, height: int | None, width: int | None, like: Path | No
 
 def _stream_changes(
     stream: StreamConfig,
+    speakers: int | None,
     lookahead_ms: int | None,
     sink_update_block: int | None,
     steps: int | None,
@@ -124,6 +130,8 @@ def _stream_changes(
     if sum((steps is not None, sigmas is not None, drop_idle_step)) > 1:
         raise click.UsageError("--steps, --sigmas and --drop-idle-step exclude each other; give one of them")
     changes: dict[str, Any] = {}
+    if speakers is not None:
+        changes["speakers"] = speakers
     if lookahead_ms is not None:
         changes["lookahead_ms"] = lookahead_ms
     if sink_update_block is not None:

@@ -63,9 +63,9 @@ def spoken(speech: Array) -> Iterator[Array]:
     """Chunks of 20 ms, each when it would have been spoken."""
     size = round(CHUNK_S * SAMPLE_RATE_HZ)
     started_s = time.monotonic()
-    for start in range(0, speech.size, size):
-        chunk = speech[start : start + size]
-        time.sleep(max(0.0, started_s + (start + chunk.size) / SAMPLE_RATE_HZ - time.monotonic()))
+    for start in range(0, speech.shape[-1], size):
+        chunk = speech[..., start : start + size]
+        time.sleep(max(0.0, started_s + (start + chunk.shape[-1]) / SAMPLE_RATE_HZ - time.monotonic()))
         yield chunk
 
 
@@ -76,7 +76,8 @@ def stream_to_file(
     video: SpeechVideo | None,
     progress: Callable[[int], object],
 ) -> StreamStats:
-    """Streams a speech over a session that is not open yet, and writes what comes back, with its provenance.
+    """Streams a speech, int16 [samples] or [speakers, samples], over a session that is not open yet, and writes what
+    comes back, with its provenance.
 
     `progress` is told the frames of each block.
     """
@@ -89,8 +90,10 @@ def stream_to_file(
             interrupts.check()
             yield block
 
+    chunks = spoken(speech) if realtime else [speech]
+    sent = chunks if speech.ndim == 1 else (dict(enumerate(chunk)) for chunk in chunks)
     with session:
-        return StreamStats.from_blocks(written(session.stream(spoken(speech) if realtime else [speech])))
+        return StreamStats.from_blocks(written(session.stream(sent)))
 
 
 def session_video(

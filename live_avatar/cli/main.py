@@ -87,7 +87,8 @@ main.add_command(keys)
 @speech_options
 def generate(
     artifacts: Path | None,
-    audio: Path,
+    audio: tuple[Path, ...],
+    masks: tuple[str, ...],
     image: Path,
     prompt: str,
     seed: int,
@@ -101,9 +102,10 @@ def generate(
     Without it the same networks run in torch.
     """
     from live_avatar.cli.demo import frame_bar
+    from live_avatar.cli.speeches import read_speeches
     from live_avatar.inputs.image import crop_warning
     from live_avatar.pipeline.generator import Generator
-    from live_avatar_client.media import read_image_bytes, read_speech
+    from live_avatar_client.media import read_image_bytes
     from live_avatar_client.video import SpeechVideo
 
     given = [
@@ -113,12 +115,12 @@ def generate(
     ]
     if artifacts is not None and given:
         raise click.UsageError(f"--artifacts already fixes {', '.join(given)}; leave that out")
-    speech, picture = read_speech(audio), read_image_bytes(image)
-    with SpeechVideo(output, speech, frames_output) as video, frame_bar("video", video) as bar:
+    speech, picture = read_speeches(audio, masks), read_image_bytes(image)
+    with SpeechVideo(output, speech.track, frames_output) as video, frame_bar("video", video) as bar:
         generator = Generator(_runtime(artifacts, model))
         if warning := crop_warning(picture, generator.preset.stream.height, generator.preset.stream.width):
             click.echo(f"Warning: {warning}", err=True)
-        for block in generator.generate(picture, prompt, seed, speech):
+        for block in generator.generate(picture, prompt, seed, speech.samples, speech.masks):
             video.write(block.frames)
             bar.update(len(block.frames))
             interrupts.check()
@@ -364,7 +366,8 @@ def stream(
     url: str,
     pace: str,
     label: str,
-    audio: Path,
+    audio: tuple[Path, ...],
+    masks: tuple[str, ...],
     image: Path,
     prompt: str,
     seed: int,
@@ -374,15 +377,22 @@ def stream(
 ) -> None:
     """Send speech to a server and write the video that it returns."""
     from live_avatar.cli.demo import frame_bar, session_video, stream_to_file
-    from live_avatar_client.media import read_image_bytes, read_speech
+    from live_avatar.cli.speeches import read_speeches
+    from live_avatar_client.media import read_image_bytes
     from live_avatar_client.sync import AvatarSession
 
-    speech, picture = read_speech(audio), read_image_bytes(image)
+    speech, picture = read_speeches(audio, masks), read_image_bytes(image)
     session = AvatarSession(
-        url, image=picture, prompt=prompt, seed=seed, label=label, **connection_arguments(**connection)
+        url,
+        image=picture,
+        prompt=prompt,
+        seed=seed,
+        label=label,
+        speakers=speech.speakers,
+        **connection_arguments(**connection),
     )
-    with session_video(session, output, speech, frames_output) as video, frame_bar("video", video) as bar:
-        stats = stream_to_file(session, speech, pace == "realtime", video, bar.update)
+    with session_video(session, output, speech.track, frames_output) as video, frame_bar("video", video) as bar:
+        stats = stream_to_file(session, speech.samples, pace == "realtime", video, bar.update)
     say(f"Wrote {output} ({stats.frames} frames).")
     say(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")
 

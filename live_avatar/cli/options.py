@@ -59,7 +59,22 @@ speech_options = combined(
     ),
     click.option("--prompt", default="", help="Description of the scene and the person."),
     click.option("--image", type=FILE, required=True, help="Picture of the person: PNG, JPEG or WebP."),
-    click.option("--audio", type=FILE, required=True, help="Speech: any file that FFmpeg reads, resampled to 16 kHz."),
+    click.option(
+        "--mask",
+        "masks",
+        multiple=True,
+        help="Where a speaker is, for each --audio if there are several: a PNG of the picture's size, light at the "
+        "speaker, or a box in its pixels, x,y,width,height.",
+    ),
+    click.option(
+        "--audio",
+        "--speech",
+        "audio",
+        type=FILE,
+        required=True,
+        multiple=True,
+        help="Speech: any file that FFmpeg reads, resampled to 16 kHz. Once for each speaker in the picture.",
+    ),
 )
 
 

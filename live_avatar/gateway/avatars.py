@@ -22,27 +22,31 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class AvatarSource:
-    """A picture and prompt, with the SHA-256 of each in hex."""
+    """A picture, a prompt and the masks of several speakers, with the SHA-256 of each in hex."""
 
     picture: bytes
     prompt: str
     picture_sha256: str
     prompt_sha256: str
+    masks: tuple[bytes, ...] = ()
+    mask_sha256s: tuple[str, ...] = ()
 
     @classmethod
-    async def of(cls, picture: bytes, prompt: str) -> AvatarSource:
+    async def of(cls, picture: bytes, prompt: str, masks: tuple[bytes, ...] = ()) -> AvatarSource:
         """Hashes a picture, which may have tens of megabytes, in a thread."""
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(picture).hexdigest())
-        return cls(picture, prompt, digest, hashlib.sha256(prompt.encode()).hexdigest())
+        digest, *of_masks = await asyncio.to_thread(lambda: [_sha256(file) for file in (picture, *masks)])
+        return cls(picture, prompt, digest, _sha256(prompt.encode()), masks, tuple(of_masks))
 
 
 @dataclass(frozen=True)
 class Avatar:
-    """What START carries of a picture and prompt. key: 32 random bytes, the same for each session with this avatar."""
+    """What START carries of a picture, prompt and masks. key: 32 random bytes, the same for each session with this
+    avatar. weights: of the speakers, [0, S] without masks."""
 
     key: bytes
     motion: Array
     text: Array
+    weights: Array
 
 
 @dataclass
@@ -55,18 +59,18 @@ class _Entry:
 
 
 class Avatars:
-    """The avatars of all callers. make: encodes a picture and a prompt."""
+    """The avatars of all callers. make: motion, text and weights of a source."""
 
     def __init__(
         self,
-        make: Callable[[bytes, str], Awaitable[tuple[Array, Array]]],
+        make: Callable[[AvatarSource], Awaitable[tuple[Array, Array, Array]]],
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._make = make
         self._limits = limits
         self._clock = clock
-        self._entries: OrderedDict[tuple[str, str, str], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -74,7 +78,7 @@ class Avatars:
     async def get(self, owner: str, source: AvatarSource) -> tuple[Avatar, bool]:
         """The avatar, and whether it was remembered for `owner`. Raises what `make` raises, and remembers no error."""
         self.forget_old()
-        name = (owner, source.picture_sha256, source.prompt_sha256)
+        name = (owner, source.picture_sha256, source.prompt_sha256, *source.mask_sha256s)
         entry = self._entries.get(name)
         known = entry is not None
         if entry is None:
@@ -108,8 +112,11 @@ class Avatars:
             del self._entries[name]
 
     async def _encode(self, source: AvatarSource) -> Avatar:
-        motion, text = await self._make(source.picture, source.prompt)
-        return Avatar(secrets.token_bytes(KEY_BYTES), motion, text)
+        return Avatar(secrets.token_bytes(KEY_BYTES), *await self._make(source))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _is_made(avatar: asyncio.Task[Avatar]) -> bool:

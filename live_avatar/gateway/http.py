@@ -8,20 +8,21 @@ from aiohttp import web
 
 from live_avatar.gateway.admission import Admission
 from live_avatar.gateway.metrics import CONTENT_TYPE, GatewayMeter, triton_page
+from live_avatar.gateway.requests import inputs_of
 from live_avatar.serving.health import health_routes
 from live_avatar.serving.served import Served
 from live_avatar_client import protocol
 from live_avatar_client.protocol import MODEL_NAME
 
 
-def http_routes(admission: Admission, served: Served) -> list[web.RouteDef]:
+def http_routes(admission: Admission, served: Served, speakers: int) -> list[web.RouteDef]:
     """Health, `/v2`, and readiness and metadata of the model, as KServe v2 has them."""
 
     async def server(request: web.Request) -> web.Response:
         return web.json_response({"name": "live-avatar", "version": served.version, "extensions": ["sequence"]})
 
     async def model(request: web.Request) -> web.Response:
-        inputs, outputs = _tensors(protocol.INPUTS), _tensors(protocol.OUTPUTS)
+        inputs, outputs = _tensors(inputs_of(speakers)), _tensors(protocol.OUTPUTS)
         facts = {"name": MODEL_NAME, "versions": ["1"], "platform": "live-avatar", "inputs": inputs, "outputs": outputs}
         return web.json_response(facts)
 

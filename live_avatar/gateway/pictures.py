@@ -1,4 +1,4 @@
-"""Decodes the pictures of callers, each in a process of its own that may die."""
+"""Decodes the pictures of callers and their masks, each picture in a process of its own that may die."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
@@ -15,15 +16,16 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from live_avatar.arrays import Array
 from live_avatar.errors import CapacityError, InputError
 from live_avatar.gateway import sandbox
 from live_avatar.gateway.sandbox import Limits
-from live_avatar.inputs.image import check_bytes, decode_pixels
+from live_avatar.inputs.image import check_bytes
+from live_avatar.inputs.masks import Scene, decode_scene, token_count
 
 AT_ONCE: Final = 2
 WAITING: Final = 16
 PIXELS, SENTENCE = b"\0", b"\1"  # first byte of an answer
+WEIGHT: Final = np.dtype(np.float32)
 MAX_SENTENCE_BYTES: Final = 1000
 JOIN_S: Final = 1.0  # for a process that has closed its connection
 
@@ -42,15 +44,15 @@ class PictureDecoder:
         self._waiting = 0
         self._limits = limits or Limits()
 
-    async def decode(self, data: bytes, height: int, width: int) -> Array:
-        """PNG, JPEG or WebP bytes -> uint8 [height, width, 3]: what `decode_pixels` gives.
+    async def decode(self, data: bytes, height: int, width: int, masks: Sequence[bytes] = ()) -> Scene:
+        """PNG, JPEG or WebP bytes -> uint8 [height, width, 3], and the weights of masks: what `decode_scene` gives.
 
         Raises `InputError` for what cannot be decoded within the limits, `CapacityError` if too many pictures wait.
         """
         check_bytes(data)
         await self._enter_line()
         try:
-            child = _Child(self._context, data, height, width, self._limits)
+            child = _Child(self._context, (data, *masks), height, width, self._limits)
             work = asyncio.ensure_future(asyncio.to_thread(child.run))
             try:
                 return await asyncio.shield(work)
@@ -84,20 +86,23 @@ class _Child:
     def __init__(
         self,
         context: multiprocessing.context.ForkServerContext,
-        data: bytes,
+        files: Sequence[bytes],
         height: int,
         width: int,
         limits: Limits,
     ) -> None:
-        self._data = data
+        self._files = files
         self._shape = (height, width, 3)
+        self._weights_shape = (len(files) - 1, token_count(height, width))
+        self._pixel_bytes = int(np.prod(self._shape))
+        self._scene_bytes = self._pixel_bytes + WEIGHT.itemsize * int(np.prod(self._weights_shape))
         self._limits = limits
         self._ours, theirs = context.Pipe()
         self._theirs = theirs
-        self._process = context.Process(target=_decode, args=(theirs, height, width, limits), daemon=True)
+        self._process = context.Process(target=_decode, args=(theirs, len(files), height, width, limits), daemon=True)
         self._is_killed = False
 
-    def run(self) -> Array:
+    def run(self) -> Scene:
         """Decodes in the process; blocks. Raises `InputError`."""
         watch = threading.Timer(self._limits.wall_s, self.kill)
         try:
@@ -117,17 +122,22 @@ class _Child:
             self._process.kill()
 
     def _exchange(self) -> bytes:
-        """Sends the picture; the answer is empty if the process died."""
+        """Sends the picture and its masks; the answer is empty if the process died."""
         try:
-            self._ours.send_bytes(self._data)
-            return self._ours.recv_bytes(len(PIXELS) + max(int(np.prod(self._shape)), MAX_SENTENCE_BYTES))
+            for file in self._files:
+                self._ours.send_bytes(file)
+            return self._ours.recv_bytes(len(PIXELS) + max(self._scene_bytes, MAX_SENTENCE_BYTES))
         except (EOFError, OSError):
             return b""
 
-    def _read(self, answer: bytes) -> Array:
+    def _read(self, answer: bytes) -> Scene:
         kind, content = answer[:1], answer[1:]
-        if kind == PIXELS and len(content) == np.prod(self._shape):
-            return np.frombuffer(content, dtype=np.uint8).reshape(self._shape)
+        if kind == PIXELS and len(content) == self._scene_bytes:
+            pixels, weights = content[: self._pixel_bytes], content[self._pixel_bytes :]
+            return Scene(
+                np.frombuffer(pixels, dtype=np.uint8).reshape(self._shape),
+                np.frombuffer(weights, dtype=WEIGHT).reshape(self._weights_shape),
+            )
         if kind == SENTENCE:
             raise InputError(content.decode(errors="replace"))
         raise InputError(self._reason())
@@ -136,12 +146,14 @@ class _Child:
         self._end(JOIN_S)
         code = self._process.exitcode
         remedy = "save it again as a plain PNG, JPEG or WebP, or scale it down."
+        masks = len(self._files) - 1
+        size = f"{len(self._files[0])} bytes" + (f", with {masks} masks" if masks else "")
         if self._is_killed or code in (-signal.SIGXCPU, -signal.SIGKILL):
             return (
-                f"the reference image ({len(self._data)} bytes) takes longer to decode than the {self._limits.cpu_s} s "
+                f"the reference image ({size}) takes longer to decode than the {self._limits.cpu_s} s "
                 f"that a picture may take; {remedy}"
             )
-        return f"the reference image ({len(self._data)} bytes) ended its decoder (exit code {code}); {remedy}"
+        return f"the reference image ({size}) ended its decoder (exit code {code}); {remedy}"
 
     def _end(self, wait_s: float = 0.0) -> None:
         """Ends the process, after so long if it does not end by itself."""
@@ -152,13 +164,14 @@ class _Child:
                 self._process.join()
 
 
-def _decode(connection: Connection, height: int, width: int, limits: Limits) -> None:
-    """The process: takes a picture, gives pixels or the sentence of an `InputError`."""
+def _decode(connection: Connection, files: int, height: int, width: int, limits: Limits) -> None:
+    """The process: takes a picture and masks, gives pixels and weights, or the sentence of an `InputError`."""
     _keep_only(connection.fileno())
-    data = connection.recv_bytes()
+    picture, *masks = [connection.recv_bytes() for _ in range(files)]
     sandbox.enter(limits)
     try:
-        answer = PIXELS + decode_pixels(data, height, width).tobytes()
+        scene = decode_scene(picture, masks, height, width)
+        answer = PIXELS + scene.pixels.tobytes() + scene.weights.tobytes()
     except InputError as error:
         answer = SENTENCE + str(error).encode()[:MAX_SENTENCE_BYTES]
     connection.send_bytes(answer)

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2
 
 from live_avatar.arrays import Array
 from live_avatar.errors import InputError
+from live_avatar.inputs.speech import check_samples
 from live_avatar_client import protocol
 
 Message: TypeAlias = Any
@@ -23,7 +24,7 @@ Message: TypeAlias = Any
 MAX_REQUEST_ID_CHARS: Final = 256
 MAX_FIELDS: Final = 128
 MAX_BARE_BYTES: Final = 256 * 1024
-"""Of a request without the raw contents of its inputs: a block of typed values takes up to 77 kB."""
+"""Of a request without the raw contents of its inputs: a block of typed values takes up to 77 kB for each speaker."""
 _RAW_CONTENTS: Final = 7  # field number of ModelInferRequest.raw_input_contents
 _VARINT, _FIXED_64, _LENGTH, _FIXED_32 = 0, 1, 2, 5  # wire types
 SEQUENCE_ID, SEQUENCE_START, SEQUENCE_END = "sequence_id", "sequence_start", "sequence_end"
@@ -38,12 +39,14 @@ IGNORED_PARAMETERS: Final = (protocol.TOKEN_PARAMETER, "priority", "timeout", "t
 KNOWN_PARAMETERS: Final = frozenset(
     {SEQUENCE_ID, SEQUENCE_START, SEQUENCE_END, protocol.END_REASON_PARAMETER, *OPENING_PARAMETERS, *IGNORED_PARAMETERS}
 )
+ALL_INPUTS: Final = (*protocol.INPUTS, protocol.SPEAKER_MASKS)
 OUTPUT_NAMES: Final = tuple(spec.name for spec in protocol.OUTPUTS)
 
 
 @dataclass(frozen=True)
 class CallerRequest:
-    """One request of one session, checked. audio: int16 PCM of one block, or none. outputs: none asks for all."""
+    """One request of one session, checked. audio: int16 PCM of one block, of every speaker one after another, or none.
+    outputs: none asks for all."""
 
     request_id: str
     session: int
@@ -54,10 +57,16 @@ class CallerRequest:
     prompt: str | None = None
     parameters: Mapping[str, object] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    masks: tuple[bytes, ...] | None = None
 
     @property
     def is_block(self) -> bool:
         return bool(self.audio)
+
+
+def inputs_of(speakers: int) -> tuple[protocol.TensorSpec, ...]:
+    """The inputs that a server of so many speakers says it has."""
+    return protocol.INPUTS if speakers == 1 else ALL_INPUTS
 
 
 def check_size(content: bytes) -> None:
@@ -109,7 +118,7 @@ def _read_varint(content: bytes, place: int) -> tuple[int, int]:
     raise IndexError
 
 
-def read_request(message: Message) -> CallerRequest:
+def read_request(message: Message, speakers: int = 1) -> CallerRequest:
     """A `ModelInferRequest` as a `CallerRequest`. Raises `InputError` for anything outside the contract."""
     _expect_model(message)
     parameters = _parameters(message)
@@ -123,17 +132,20 @@ def read_request(message: Message) -> CallerRequest:
     audio = tensors.get(protocol.AUDIO.name)
     if audio is None:
         raise InputError("the request has no AUDIO; send a block of speech, or 0 samples as a keep-alive.")
+    check_samples(audio.size, protocol.BLOCK_SAMPLES, speakers)
+    masks = tensors.get(protocol.SPEAKER_MASKS.name)
     picture, prompt = tensors.get(protocol.REFERENCE_IMAGE.name), tensors.get(protocol.PROMPT.name)
     return CallerRequest(
         message.id,
         session,
         start,
         end,
-        _speech(audio),
+        audio.tobytes(),
         None if picture is None else picture.tobytes(),
         None if prompt is None else _prompt(prompt),
         parameters,
         _outputs(message),
+        None if masks is None else tuple(masks),
     )
 
 
@@ -211,7 +223,7 @@ def _flag(parameters: dict[str, Any], name: str) -> bool:
 
 
 def _tensors(message: Message) -> dict[str, Array]:
-    specs = {spec.name: spec for spec in protocol.INPUTS}
+    specs = {spec.name: spec for spec in ALL_INPUTS}
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
         raise InputError(
@@ -269,17 +281,8 @@ def _strings(name: str, raw: bytes) -> list[bytes]:
         items.append(raw[place + 4 : place + 4 + size])
         place += 4 + size
         if len(items) > 16:
-            raise InputError(f"input {name} has more than 16 strings; send one.")
+            raise InputError(f"input {name} has more than 16 strings; send fewer.")
     return items
-
-
-def _speech(samples: Array) -> bytes:
-    if samples.size not in (0, protocol.BLOCK_SAMPLES):
-        raise InputError(
-            f"AUDIO has {samples.size} samples; a block has {protocol.BLOCK_SAMPLES} (pad the last one with zeros), a "
-            "keep-alive 0."
-        )
-    return samples.tobytes()
 
 
 def _prompt(strings: Array) -> str:

@@ -16,7 +16,7 @@ from live_avatar.arrays import Array
 from live_avatar.errors import ServerError
 from live_avatar.gateway.admission import Admission, Phase
 from live_avatar.gateway.audit import AuditLog
-from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.avatars import Avatars, AvatarSource
 from live_avatar.gateway.certificates import Certificates
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.http import http_routes, metrics_routes
@@ -96,7 +96,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     try:
         _listen_grpc(server, settings, certificates)
         for routes, port, option in (
-            (http_routes(context.admission, settings.served), settings.http_port, "--http-port"),
+            (http_routes(context.admission, settings.served, settings.speakers), settings.http_port, "--http-port"),
             (metrics_routes(context.meter, settings.triton_metrics), settings.metrics_port, "--metrics-port"),
         ):
             runners.append(await listen(routes, settings.address, port, option))
@@ -121,12 +121,12 @@ def session_context(settings: GatewaySettings) -> SessionContext:
     pipe = Pipe(settings.triton, settings.limits.answer_s)
     pictures, meter = PictureDecoder(), GatewayMeter(settings.served)
 
-    async def make_avatar(picture: bytes, prompt: str) -> tuple[Array, Array]:
+    async def make_avatar(source: AvatarSource) -> tuple[Array, Array, Array]:
         began_s = time.monotonic()
-        pixels = await pictures.decode(picture, settings.height, settings.width)
-        made = await pipe.encode_avatar(pixels, prompt)
+        scene = await pictures.decode(source.picture, settings.height, settings.width, source.masks)
+        motion, text = await pipe.encode_avatar(scene.pixels, source.prompt)
         meter.observe(metrics.AVATAR_TIME, time.monotonic() - began_s)
-        return made
+        return motion, text, scene.weights
 
     context = SessionContext(
         pipe=pipe,
@@ -137,6 +137,7 @@ def session_context(settings: GatewaySettings) -> SessionContext:
         meter=meter,
         audit=AuditLog(settings.log_format == "json", settings.log_hashes),
         served=settings.served,
+        speakers=settings.speakers,
         limits=settings.limits,
         control=Control(settings.control),
         frames=FramePool(

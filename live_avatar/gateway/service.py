@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from live_avatar.errors import InputError, ServerError
 from live_avatar.gateway.admission import Phase
 from live_avatar.gateway.keys import ANONYMOUS, KeyRing
-from live_avatar.gateway.requests import Message, check_size
+from live_avatar.gateway.requests import Message, check_size, inputs_of
 from live_avatar.gateway.sessions import Caller, SessionContext
 from live_avatar.gateway.streams import CallerStream
 from live_avatar.serving import metrics
@@ -160,7 +160,8 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     async def _model_metadata(self, call: _Call) -> None:
         await self._expect_model(call, (await call.read(service_pb2.ModelMetadataRequest)).name)
         message = service_pb2.ModelMetadataResponse(name=MODEL_NAME, versions=["1"], platform=SERVER_NAME)
-        for tensors, specs in ((message.inputs, protocol.INPUTS), (message.outputs, protocol.OUTPUTS)):
+        inputs = inputs_of(self._context.speakers)
+        for tensors, specs in ((message.inputs, inputs), (message.outputs, protocol.OUTPUTS)):
             for spec in specs:
                 tensors.add(name=spec.name, datatype=spec.datatype, shape=spec.dims)
         await call.write(message)
@@ -170,7 +171,7 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     async def _model_config(self, call: _Call) -> None:
         await self._expect_admin(call)
         await self._expect_model(call, (await call.read(service_pb2.ModelConfigRequest)).name)
-        await call.write(service_pb2.ModelConfigResponse(config=model_config(self._idle_s)))
+        await call.write(service_pb2.ModelConfigResponse(config=model_config(self._idle_s, self._context.speakers)))
 
     async def _model_statistics(self, call: _Call) -> None:
         await self._expect_admin(call)
@@ -283,12 +284,12 @@ def stream_message(content: bytes) -> Message:
         raise InputError("the message is no ModelInferRequest; send one of KServe v2.") from error
 
 
-def model_config(idle_s: float) -> Message:
+def model_config(idle_s: float, speakers: int) -> Message:
     """The model as callers see it: one model with sessions, whatever it is made of. perf_analyzer reads this."""
     config = model_config_pb2.ModelConfig(name=MODEL_NAME, platform=SERVER_NAME, backend=SERVER_NAME)
     config.version_policy.latest.num_versions = 1
     config.sequence_batching.max_sequence_idle_microseconds = round(idle_s * 1e6)
-    for spec in protocol.INPUTS:
+    for spec in inputs_of(speakers):
         config.input.add(name=spec.name, data_type=_data_type(spec), dims=spec.dims, optional=spec.optional)
     for spec in protocol.OUTPUTS:
         config.output.add(name=spec.name, data_type=_data_type(spec), dims=spec.dims)

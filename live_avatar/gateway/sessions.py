@@ -31,6 +31,7 @@ from live_avatar.gateway.requests import (
     triton_request,
 )
 from live_avatar.gateway.window import PipeWindow
+from live_avatar.inputs.masks import check_masks
 from live_avatar.serving import metrics
 from live_avatar.serving.control import Control
 from live_avatar.serving.failures import PipeError, describe
@@ -39,7 +40,15 @@ from live_avatar.serving.metrics import EndCause, RefusalReason
 from live_avatar.serving.options import OptionsReader
 from live_avatar.serving.provenance import provenance
 from live_avatar.serving.served import Served
-from live_avatar.serving.tensors import AVATAR_KEY, NO_BLOCK, PROVENANCE_IN, SINK_MOTION, SINK_TEXT, text_tensor
+from live_avatar.serving.tensors import (
+    AVATAR_KEY,
+    NO_BLOCK,
+    PROVENANCE_IN,
+    SINK_MOTION,
+    SINK_TEXT,
+    SPEAKER_WEIGHTS,
+    text_tensor,
+)
 from live_avatar_client import protocol
 from live_avatar_client.protocol import EndReason, ErrorCode, FrameFormat, explain_error, format_error, parse_error
 
@@ -81,6 +90,7 @@ class SessionContext:
     meter: GatewayMeter
     audit: AuditLog
     served: Served
+    speakers: int
     limits: Limits
     frames: FramePool
     control: Control
@@ -323,7 +333,11 @@ class Session:
 
     def _misplaced(self, request: CallerRequest) -> str | None:
         """The error for a request that holds what belongs to the first one; it may be large, so it must not wait."""
-        for name, value in ((protocol.REFERENCE_IMAGE.name, request.picture), (protocol.PROMPT.name, request.prompt)):
+        for name, value in (
+            (protocol.REFERENCE_IMAGE.name, request.picture),
+            (protocol.PROMPT.name, request.prompt),
+            (protocol.SPEAKER_MASKS.name, request.masks),
+        ):
             if value is not None and not request.start:
                 return self._text(InputError(f"{name} came after the first request; start a new session to change it."))
         return None
@@ -342,12 +356,14 @@ class Session:
         context.admission.check_phase()
         if start.picture is None:
             raise InputError("the first request of a session has no REFERENCE_IMAGE; send the picture with it.")
+        masks = start.masks or ()
+        check_masks(masks, context.speakers)
         if not caller.is_allowed():
             raise InputError("the key of this stream is no longer one of the server's; open a stream with another key.")
         context.admission.open(caller.name)
         try:
             chosen = await asyncio.to_thread(context.options.read, start.parameters)  # to draw a label takes long
-            source = await AvatarSource.of(start.picture, start.prompt or "")
+            source = await AvatarSource.of(start.picture, start.prompt or "", masks)
             avatar, known = await context.avatars.get(caller.owner, source)
             context.admission.check_admitted()  # the avatar may have taken long
         except BaseException:
@@ -521,7 +537,9 @@ class Session:
 
 
 def _opening_tensors(avatar: Avatar, video_provenance: str) -> list[tuple[str, str, Array]]:
+    weights = [(SPEAKER_WEIGHTS, "FP32", avatar.weights)] if len(avatar.weights) else []
     return [
+        *weights,
         (AVATAR_KEY, "UINT8", np.frombuffer(avatar.key, dtype=np.uint8)),
         (SINK_MOTION, "FP32", avatar.motion),
         (SINK_TEXT, "FP32", avatar.text),

@@ -78,7 +78,7 @@ class CallerStream:
     async def _take(self, message: Message) -> None:
         self._forget_ended()
         try:
-            request = read_request(message)
+            request = read_request(message, self._context.speakers)
         except InputError as error:
             await self._refuse(message, error)
             return

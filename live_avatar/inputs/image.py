@@ -1,6 +1,6 @@
 """An encoded picture becomes the pixels of a reference frame, and tells the size of a video that suits it.
 
-Refuses what cannot be a picture before decoding it.
+Refuses what cannot be a picture before decoding it. Messages call the picture by the name that they are given.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
 MAX_SCANS = 64  # of a JPEG; cameras and programs write 10 or fewer
+PICTURE = "the reference image"
 GROUND = (128, 128, 128)
 """The grey behind a picture's transparent parts."""
 ORIENTATION_TAG = 0x0112
@@ -57,10 +58,24 @@ def decode_pixels(data: bytes, height: int, width: int) -> Array:
     Transparent parts show `GROUND`. Raises `InputError` for anything else; a picture of more than `MAX_PIXELS` is
     refused by its header.
     """
-    fitted = ImageOps.fit(_picture(data), (width, height), Image.Resampling.BICUBIC)
-    if fitted.mode == "RGBA":
-        fitted = Image.alpha_composite(Image.new("RGBA", fitted.size, GROUND), fitted).convert("RGB")
-    return np.asarray(fitted)
+    return fitted_pixels(open_picture(data), height, width)
+
+
+def fitted_pixels(picture: Image.Image, height: int, width: int) -> Array:
+    """The same for a picture that is open."""
+    return np.asarray(opaque(fitted(picture, height, width), GROUND))
+
+
+def fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """The picture scaled to cover `height` x `width` pixels, and cropped in the middle."""
+    return ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+
+
+def opaque(picture: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
+    """The picture in RGB, with `ground` behind its transparent parts."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("RGB")
 
 
 def normalise(pixels: Array) -> Array:
@@ -70,7 +85,7 @@ def normalise(pixels: Array) -> Array:
 
 def picture_size(data: bytes) -> tuple[int, int]:
     """Height and width of a picture as it is seen, turned as its EXIF tag says. Raises as `decode_image` does."""
-    picture = _picture(data)
+    picture = open_picture(data)
     return picture.height, picture.width
 
 
@@ -86,38 +101,34 @@ def crop_warning(data: bytes, height: int, width: int) -> str | None:
     )
 
 
-def check_bytes(data: bytes) -> None:
+def check_bytes(data: bytes, name: str = PICTURE) -> None:
     """Raises `InputError` for a picture without bytes, or with too many."""
     if not data:
-        raise InputError("the reference image has 0 bytes; send an encoded PNG, JPEG or WebP.")
+        raise InputError(f"{name} has 0 bytes; send an encoded PNG, JPEG or WebP.")
     if len(data) > MAX_BYTES:
-        raise InputError(f"the reference image has {len(data)} bytes, more than {MAX_BYTES}; send a smaller file.")
+        raise InputError(f"{name} has {len(data)} bytes, more than {MAX_BYTES}; send a smaller file.")
 
 
-def _picture(data: bytes) -> Image.Image:
-    """The picture upright, in RGB or RGBA with 8 bits."""
-    check_bytes(data)
+def open_picture(data: bytes, name: str = PICTURE) -> Image.Image:
+    """The picture upright, in RGB or RGBA with 8 bits. Raises as `decode_pixels` does."""
+    check_bytes(data, name)
     size = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning; the limit below is ours
-            image = Image.open(io.BytesIO(_checked(data)), formats=FORMATS)
+            image = Image.open(io.BytesIO(_checked(data, name)), formats=FORMATS)
             size = f"{image.width}x{image.height}"
-            _check_size(*image.size)
-            _check_still(image)
+            _check_size(*image.size, name)
+            _check_still(image, name)
             return _turned(_eight_bits(image), _orientation(image))
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours, met in the header
-        raise InputError(
-            f"the reference image has more than {MAX_PIXELS} pixels in all ({error}); scale it down first."
-        ) from error
+        raise InputError(f"{name} has more than {MAX_PIXELS} pixels in all ({error}); scale it down first.") from error
     except MemoryError as error:
-        raise InputError(
-            f"the reference image is {size} pixels, more than there is memory for; scale it down first."
-        ) from error
+        raise InputError(f"{name} is {size} pixels, more than there is memory for; scale it down first.") from error
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise InputError(_unreadable(data, error)) from error
+        raise InputError(_unreadable(data, error, name)) from error
 
 
 def area_size(height: int, width: int, budget: int) -> tuple[int, int]:
@@ -191,12 +202,12 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _checked(data: bytes) -> bytes:
+def _checked(data: bytes, name: str) -> bytes:
     """The file without metadata that Pillow could stumble over; raises `InputError` for a JPEG of too many scans."""
     if data.startswith(PNG_START):
         return PNG_START + b"".join(_png_chunks(data))
     if data.startswith(JPEG_START):
-        _check_scans(data)
+        _check_scans(data, name)
     return data
 
 
@@ -212,7 +223,7 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _check_scans(data: bytes) -> None:
+def _check_scans(data: bytes, name: str) -> None:
     scans, start = 0, len(JPEG_START)
     while marker := JPEG_MARKER.search(data, start):
         kind = data[marker.start() + 1]
@@ -220,32 +231,28 @@ def _check_scans(data: bytes) -> None:
             return
         scans += kind == START_OF_SCAN
         if scans > MAX_SCANS:
-            raise InputError(
-                f"the reference image is a JPEG of more than {MAX_SCANS} scans; save it again as a plain JPEG."
-            )
+            raise InputError(f"{name} is a JPEG of more than {MAX_SCANS} scans; save it again as a plain JPEG.")
         start = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
 
 
-def _check_still(image: Image.Image) -> None:
+def _check_still(image: Image.Image, name: str) -> None:
     """Raises `InputError` for an animation. A JPEG with further pictures inside, as phones write, is a still."""
     if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
         frames = getattr(image, "n_frames", 0)
-        raise InputError(f"the reference image is animated ({frames} frames); send a still, such as its first frame.")
+        raise InputError(f"{name} is animated ({frames} frames); send a still, such as its first frame.")
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS:
-        raise InputError(
-            f"the reference image is {width}x{height} pixels, more than {MAX_PIXELS} in all; scale it down first."
-        )
+        raise InputError(f"{name} is {width}x{height} pixels, more than {MAX_PIXELS} in all; scale it down first.")
     if min(width, height) < MIN_SIDE:
-        raise InputError(f"the reference image is {width}x{height} pixels; each side needs at least {MIN_SIDE}.")
+        raise InputError(f"{name} is {width}x{height} pixels; each side needs at least {MIN_SIDE}.")
 
 
-def _unreadable(data: bytes, error: Exception) -> str:
+def _unreadable(data: bytes, error: Exception, name: str) -> str:
     if isinstance(error, UnidentifiedImageError):
         return (
-            f"the reference image ({len(data)} bytes, beginning {data[:8]!r}) is not a PNG, JPEG or WebP; "
+            f"{name} ({len(data)} bytes, beginning {data[:8]!r}) is not a PNG, JPEG or WebP; "
             "convert it to one of these."
         )
-    return f"the reference image ({len(data)} bytes) is damaged ({error}); send the whole file."
+    return f"{name} ({len(data)} bytes) is damaged ({error}); send the whole file."

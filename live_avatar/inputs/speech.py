@@ -20,10 +20,16 @@ NORMALISATION_EPS = 1e-7  # of the wav2vec2 processor
 
 def interpolate(hidden: Array, positions: Array) -> Array:
     """Columns of hidden [K, T, A] at real positions in 0..T-1, linearly -> [K, len(positions), A] float32."""
-    low = np.floor(positions).astype(np.int64)
+    low, part = columns_and_parts(positions)
     high = np.minimum(low + 1, hidden.shape[1] - 1)
-    weight = (positions - low).astype(np.float32)[:, None]
+    weight = part[:, None]
     return hidden[:, low] * (1 - weight) + hidden[:, high] * weight
+
+
+def columns_and_parts(positions: Array) -> tuple[Array, Array]:
+    """What `interpolate` reads of positions: whole columns, int64, and the part of the next one, float32."""
+    low = np.floor(positions).astype(np.int64)
+    return low, (positions - low).astype(np.float32)
 
 
 def trained_columns(frames: Array) -> Array:
@@ -31,11 +37,24 @@ def trained_columns(frames: Array) -> Array:
     return (12 * np.asarray(frames, dtype=np.int64) + 5) // 10
 
 
+def check_samples(samples: int, block_samples: int, speakers: int) -> None:
+    """Raises `InputError` unless AUDIO of so many samples is a block of every speaker, or a keep-alive."""
+    if samples in (0, speakers * block_samples):
+        return
+    of_each = "" if speakers == 1 else f" of each of {speakers} speakers, one after another"
+    raise InputError(
+        f"AUDIO has {samples} samples; a block has {block_samples}{of_each} (pad the last one with zeros), a "
+        "keep-alive 0."
+    )
+
+
 class SpeechWindow:
     """The speech of one session so far, as the encoder sees it: a rolling window, normalised.
 
     The encoder was trained on whole files of zero mean and unit variance. Here both are taken over all
-    speech heard so far (in integers, so exactly and in any order), which tends to the whole-file values.
+    speech heard so far (in integers, so exactly and in any order), which tends to the whole-file values. With several
+    speakers a window without a sound is zeros, whatever the mean of what came before, so that all silent windows of
+    one length are the same.
     """
 
     def __init__(self, stream: StreamConfig) -> None:
@@ -59,6 +78,8 @@ class SpeechWindow:
         self._blocks += 1
         keep = stream.speech_window_blocks * stream.block_samples
         self._kept = np.concatenate([self._kept, samples])[-keep:]
+        if stream.speakers > 1 and not self._kept.any():
+            return np.zeros((1, self._kept.size), dtype=np.float32)
         count = self._blocks * stream.block_samples
         mean = self._sum / count
         variance = self._square_sum / count - mean * mean

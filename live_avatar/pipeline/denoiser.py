@@ -83,20 +83,19 @@ class Denoiser:
     ) -> Array:
         """Moves the session's next block [1, 16, F, h, w] through all steps, and writes their rings.
 
-        audio: the outputs of `audio_tokens` by name. `distance` overrides the preset's rolling distance of the sink.
+        audio: `audio_local` [speakers, F, n + 1, C], `audio_global` [speakers, F, C] and `audio_weight`
+        [speakers, F, S], as `Conditioner` makes them. `distance` overrides the preset's rolling distance of the sink.
         """
         stream = self.preset.stream
         first = state.blocks * stream.frames_per_block
         phase = self._phases.block(first, stream.frames_per_block)
         phase = phase.reshape(2, stream.frames_per_block, stream.frame_tokens, -1)
-        weight = np.ones((1, stream.frames_per_block, stream.frame_tokens), dtype=np.float32)
-        given = {**{name: tokens[None] for name, tokens in audio.items()}, "audio_weight": weight}
         for step, ring in zip(self.steps, state.rings, strict=True):
             chosen = distance(state.blocks, step) if distance else stream.sink_distance
             outputs = self._dit.run(
                 {
                     **self._tokens.run({"latent": latent}),
-                    **given,
+                    **audio,
                     **self._modulation[step],
                     "phase": phase,
                     "sink_turn": self._phases.sink_turn(rope.sink_position(first, chosen)),

@@ -5,7 +5,7 @@ Uses the same stages as the serving models, so on one runtime the two agree to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from live_avatar.arrays import Array
 from live_avatar.config import KNOWN_AVATARS, SAMPLES_PER_FRAME, Preset, StreamConfig
 from live_avatar.errors import InputError
+from live_avatar.inputs.masks import check_masks, decode_scene
 from live_avatar.pipeline.avatar import AvatarEncoder, avatar_key
 from live_avatar.pipeline.conditioning import Conditioner
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
@@ -33,11 +34,13 @@ class GeneratedBlock:
 
 
 def cut_blocks(speech: Array, stream: StreamConfig) -> Iterator[Array]:
-    """Blocks int16 [block_samples] of a whole speech, as many as its frames need, zeros after its end."""
-    needed = -(-speech.size // SAMPLES_PER_FRAME) + stream.lookahead_frames
+    """Blocks int16 [..., block_samples] of a whole speech, int16 [samples] or [speakers, samples]: as many as its
+    frames need, with zeros after its end."""
+    needed = -(-speech.shape[-1] // SAMPLES_PER_FRAME) + stream.lookahead_frames
     for start in range(0, needed * SAMPLES_PER_FRAME, stream.block_samples):
-        block = speech[start : start + stream.block_samples]
-        yield np.pad(block, (0, stream.block_samples - block.size))
+        block = speech[..., start : start + stream.block_samples]
+        missing = stream.block_samples - block.shape[-1]
+        yield np.pad(block, [*[(0, 0)] * (block.ndim - 1), (0, missing)])
 
 
 class Generator:
@@ -58,11 +61,18 @@ class Generator:
         seed: int,
         blocks: Iterator[Array],
         distance: Distance | None = None,
+        masks: Sequence[bytes] = (),
     ) -> Iterator[GeneratedBlock]:
-        """Yields a block for every block of speech, without end if `blocks` has none."""
+        """Yields a block for every block of speech, without end if `blocks` has none.
+
+        With several speakers there is a mask for each (`inputs.masks`), and a block of speech is int16
+        [speakers, block_samples]. Raises `InputError` for a picture, mask, prompt, seed or speech that cannot be used.
+        """
         stream = self.preset.stream
+        check_masks(masks, stream.speakers)
+        weights = decode_scene(image, masks, stream.height, stream.width).weights if masks else None
         source = self._avatars.get(avatar_key(image, prompt), lambda: self._encoder.encode_image(image, prompt))
-        conditioning = self._conditioner.open(seed)
+        conditioning = self._conditioner.open(seed, weights)
         denoising = self._denoiser.open(self._denoiser.prefill(source))
         decoding = DecoderState(self._decoder.warm_up(source.motion))
         first_clean = None
@@ -76,12 +86,15 @@ class Generator:
                 first_clean = first_latent_frame(latent)
             yield GeneratedBlock(given.index, given.first_frame, latent, self._decoder.decode(decoding, latent))
 
-    def generate(self, image: bytes, prompt: str, seed: int, speech: Array) -> Iterator[GeneratedBlock]:
-        """Exactly the frames of a speech, int16 [samples]: one per started 40 ms. `InputError` if it is empty."""
+    def generate(
+        self, image: bytes, prompt: str, seed: int, speech: Array, masks: Sequence[bytes] = ()
+    ) -> Iterator[GeneratedBlock]:
+        """Exactly the frames of a speech, int16 [samples], or [speakers, samples] with `masks` as `stream` takes them:
+        one per started 40 ms. `InputError` if it is empty."""
         if speech.size == 0:
             raise InputError("the speech has 0 samples; there is nothing to say.")
-        total = -(-speech.size // SAMPLES_PER_FRAME)
-        for block in self.stream(image, prompt, seed, cut_blocks(speech, self.preset.stream)):
+        total = -(-speech.shape[-1] // SAMPLES_PER_FRAME)
+        for block in self.stream(image, prompt, seed, cut_blocks(speech, self.preset.stream), masks=masks):
             kept = block.frames[max(0, -block.first_frame) : total - block.first_frame]
             if len(kept):
                 yield GeneratedBlock(block.index, max(0, block.first_frame), block.latents, kept)

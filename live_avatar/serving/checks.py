@@ -75,6 +75,7 @@ def gateway_settings(options: ServerOptions, profile: Profile, scratch: Path) ->
         served=Served(__version__, preset.name, artifacts.fingerprint, profile.name, max_sessions),
         height=preset.stream.height,
         width=preset.stream.width,
+        speakers=preset.stream.speakers,
         limits=limits,
         api_key_file=_absolute(access.api_key_file),
         admin_key_file=_absolute(access.admin_key_file),

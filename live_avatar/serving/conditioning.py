@@ -14,6 +14,7 @@ import numpy as np
 
 from live_avatar.arrays import Array, Arrays
 from live_avatar.errors import InputError
+from live_avatar.inputs.speech import check_samples
 from live_avatar.pipeline.conditioning import BlockInput, Conditioner, Conditioning
 from live_avatar.pipeline.sink import SinkSource, takes_sink
 from live_avatar.runtime import Runtime
@@ -27,6 +28,7 @@ from live_avatar.serving.stage import SessionStage, StageRequest, StageResponse
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
+    AUDIO_WEIGHT,
     AVATAR_KEY,
     BLOCK,
     FAILURE,
@@ -38,6 +40,7 @@ from live_avatar.serving.tensors import (
     SINK_MOTION,
     SINK_REFERENCE,
     SINK_TEXT,
+    SPEAKER_WEIGHTS,
 )
 from live_avatar_client import protocol
 
@@ -67,12 +70,18 @@ class ConditioningStage(SessionStage[_Session]):
         super().__init__(STAGE, meter, SessionTable(limits.idle_s))
         self._conditioner = Conditioner(runtime)
         self._stream = runtime.preset.stream
-        self._dit = runtime.preset.dit
+        self._dit = dit = runtime.preset.dit
+        self._no_audio = {
+            "audio_local": _zero_rows(1, 1, dit.dim),
+            "audio_global": _zero_rows(1, dit.dim),
+            "audio_weight": _zero_rows(1, 1),
+        }
         self._sinks = sinks
         self.meter.declare(metrics.SINK_UPDATES)
 
     def handle(self, request: StageRequest) -> StageResponse:
-        """AUDIO, and with START the avatar, provenance and seed -> the input of step 1 for one block.
+        """AUDIO, and with START the avatar, the speakers' weights, provenance and seed -> the input of step 1 for one
+        block.
 
         A request with invalid content changes nothing, and the session can go on. A failure that ends the session goes
         down the pipe, so that the session ends in every stage.
@@ -111,13 +120,10 @@ class ConditioningStage(SessionStage[_Session]):
         return StageResponse(outputs, block.index if block else NO_BLOCK, waited_s)
 
     def _speech(self, inputs: Arrays) -> Array:
-        speech = inputs[AUDIO]
-        if speech.size not in (0, self._stream.block_samples):
-            raise InputError(
-                f"AUDIO has {speech.size} samples; a block has {self._stream.block_samples} (pad the last one with "
-                "zeros), a keep-alive 0."
-            )
-        return speech
+        """int16 [block_samples], [speakers, block_samples] of several speakers, or [0]."""
+        speech, speakers = inputs[AUDIO], self._stream.speakers
+        check_samples(speech.size, self._stream.block_samples, speakers)
+        return speech if speakers == 1 or not speech.size else speech.reshape(speakers, -1)
 
     def _start(self, request: StageRequest) -> _Session:
         if request.session in self.sessions:
@@ -127,7 +133,7 @@ class ConditioningStage(SessionStage[_Session]):
         for name in (AVATAR_KEY, SINK_MOTION, SINK_TEXT):
             if name not in request.inputs:
                 raise InputError(f"the first request of a session has no {name}; send the avatar with it.")
-        conditioning = self._conditioner.open(read_seed(request.parameters))
+        conditioning = self._conditioner.open(read_seed(request.parameters), request.inputs.get(SPEAKER_WEIGHTS))
         source = SinkSource.of(request.inputs[SINK_MOTION], request.inputs[SINK_TEXT]).copied()
         new_sink = self._sinks.pending(secrets.randbits(64))
         return self.sessions.open(request.session, lambda: _Session(source, conditioning, new_sink))
@@ -150,13 +156,14 @@ class ConditioningStage(SessionStage[_Session]):
             channels, _, height, width = stream.latent_shape
             empty = _zero_rows(channels, 1, height, width)
             source = SinkSource(empty, empty, _zero_rows(dit.text_dim))
-        audio = block.audio if block else {"audio_local": _zero_rows(1, dit.dim), "audio_global": _zero_rows(dit.dim)}
+        audio = block.audio if block else self._no_audio
         return {
             BLOCK: np.array([block.index if block else NO_BLOCK], dtype=np.int64),
             FIRST_FRAME: np.array([block.first_frame if block else 0], dtype=np.int64),
             LATENT: block.noise if block else _zero_rows(*stream.latent_shape),
             AUDIO_LOCAL: audio["audio_local"],
             AUDIO_GLOBAL: audio["audio_global"],
+            AUDIO_WEIGHT: audio["audio_weight"],
             SINK_REFERENCE: source.reference,
             SINK_MOTION: source.motion,
             SINK_TEXT: source.text,

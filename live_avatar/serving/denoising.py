@@ -30,6 +30,7 @@ from live_avatar.serving.steps import stage_name
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
+    AUDIO_WEIGHT,
     AVATAR_KEY,
     FAILURE,
     LATENT,
@@ -39,6 +40,9 @@ from live_avatar.serving.tensors import (
     SINK_REFERENCE,
     SINK_TEXT,
 )
+
+AUDIO_INPUTS = {"audio_local": AUDIO_LOCAL, "audio_global": AUDIO_GLOBAL, "audio_weight": AUDIO_WEIGHT}
+"""Inputs of `dit`, and the tensors that bring them."""
 
 
 @dataclass(eq=False)
@@ -87,7 +91,7 @@ class DenoiserStage(PipeStage[_Session]):
         expect_block(request.session, block, session.state.blocks)
         if takes_sink(block, self._stream):
             self._replace_sink(session)
-        audio = {"audio_local": request.inputs[AUDIO_LOCAL], "audio_global": request.inputs[AUDIO_GLOBAL]}
+        audio = {name: request.inputs[tensor] for name, tensor in AUDIO_INPUTS.items()}
         latent = self._denoiser.run(session.state, latent, audio)
         if self._denoiser.steps[-1] == self._stream.steps and gives_sink(block, self._stream):
             self._sinks.put(_sink_key(request), first_latent_frame(latent))

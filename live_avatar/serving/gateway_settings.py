@@ -57,6 +57,7 @@ class GatewaySettings:
     served: Served
     height: int
     width: int
+    speakers: int
     limits: Limits
     api_key_file: Path | None = None
     admin_key_file: Path | None = None

@@ -17,6 +17,7 @@ from live_avatar.serving.steps import STEPS_PARAMETER, steps_text
 from live_avatar.serving.tensors import (
     AUDIO_GLOBAL,
     AUDIO_LOCAL,
+    AUDIO_WEIGHT,
     AVATAR_ENCODER,
     AVATAR_KEY,
     BLOCK,
@@ -32,6 +33,7 @@ from live_avatar.serving.tensors import (
     SINK_MOTION,
     SINK_REFERENCE,
     SINK_TEXT,
+    SPEAKER_WEIGHTS,
     STATE,
 )
 from live_avatar_client import protocol
@@ -45,8 +47,9 @@ AUDIO, PROMPT, PROVENANCE = protocol.AUDIO.name, protocol.PROMPT.name, protocol.
 FIRST_FRAME = protocol.FIRST_FRAME.name
 TENSORS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
     **{spec.name: (spec.datatype, spec.dims) for spec in (protocol.AUDIO, protocol.PROMPT, *protocol.OUTPUTS)},
-    AUDIO_GLOBAL: ("FP32", (-1, -1)),
-    AUDIO_LOCAL: ("FP32", (-1, -1, -1)),
+    AUDIO_GLOBAL: ("FP32", (-1, -1, -1)),
+    AUDIO_LOCAL: ("FP32", (-1, -1, -1, -1)),
+    AUDIO_WEIGHT: ("FP32", (-1, -1, -1)),
     AVATAR_KEY: ("UINT8", (-1,)),
     BLOCK: ("INT64", (1,)),
     FAILURE: ("UINT8", (-1,)),
@@ -60,6 +63,7 @@ TENSORS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
     SINK_MOTION: ("FP32", (-1, 16, -1, -1, -1)),
     SINK_REFERENCE: ("FP32", (-1, 16, 1, -1, -1)),
     SINK_TEXT: ("FP32", (-1, -1)),
+    SPEAKER_WEIGHTS: ("FP32", (-1, -1)),
     STATE: ("UINT8", (-1,)),
 }
 """Type and dimensions of every tensor between the models; `serving.tensors` says what they hold."""
@@ -77,16 +81,17 @@ class Kind:
     keeps_avatars: bool = True
 
 
-AVATAR: Final = (AVATAR_KEY, SINK_MOTION, SINK_TEXT, PROVENANCE_IN)
+OPENING: Final = (AVATAR_KEY, SINK_MOTION, SINK_TEXT, SPEAKER_WEIGHTS, PROVENANCE_IN)
 CONDITIONING_KIND: Final = Kind(
     "ConditioningModel",
-    (AUDIO, *AVATAR),
+    (AUDIO, *OPENING),
     (
         BLOCK,
         FIRST_FRAME,
         LATENT,
         AUDIO_LOCAL,
         AUDIO_GLOBAL,
+        AUDIO_WEIGHT,
         SINK_REFERENCE,
         SINK_MOTION,
         SINK_TEXT,
@@ -96,7 +101,7 @@ CONDITIONING_KIND: Final = Kind(
         FAILURE,
         PROVENANCE,
     ),
-    optional=AVATAR,
+    optional=OPENING,
     keeps_avatars=False,
 )
 DENOISER_KIND: Final = Kind(
@@ -106,6 +111,7 @@ DENOISER_KIND: Final = Kind(
         LATENT,
         AUDIO_LOCAL,
         AUDIO_GLOBAL,
+        AUDIO_WEIGHT,
         SINK_REFERENCE,
         SINK_MOTION,
         SINK_TEXT,

@@ -12,8 +12,9 @@ from live_avatar.arrays import Array
 
 BLOCK = "BLOCK"  # INT64 [1]: block number from 0, or NO_BLOCK
 LATENT = "LATENT"  # FP32 [1 or 0, 16, F, h, w]: noise at first, clean at last
-AUDIO_LOCAL = "AUDIO_LOCAL"  # FP32 [F, n + 1, C]
-AUDIO_GLOBAL = "AUDIO_GLOBAL"  # FP32 [F, C]
+AUDIO_LOCAL = "AUDIO_LOCAL"  # FP32 [speakers or 0, F, n + 1, C]
+AUDIO_GLOBAL = "AUDIO_GLOBAL"  # FP32 [speakers or 0, F, C]
+AUDIO_WEIGHT = "AUDIO_WEIGHT"  # FP32 [speakers or 0, F, S]: how much the speech of each speaker moves each token
 SINK_REFERENCE = "SINK_REFERENCE"  # FP32 [1 or 0, 16, 1, h, w]
 SINK_MOTION = "SINK_MOTION"  # FP32 [1 or 0, 16, 19, h, w]
 SINK_TEXT = "SINK_TEXT"  # FP32 [text_len or 0, text_dim]
@@ -21,6 +22,7 @@ AVATAR_KEY = "AVATAR"  # UINT8 [32 or 0]: with START, cache key of the avatar
 SINK_KEY = "SINK_KEY"  # UINT64 [1]: key of the session's entry in the rolling sink; never reused
 RECEIVED_NS = "RECEIVED_NS"  # INT64 [1]: monotonic clock of this machine when conditioning took the request
 FAILURE = "FAILURE"  # UINT8 [n]: text, `[CODE] sentence` if the session has failed in an earlier stage; else empty
+SPEAKER_WEIGHTS = "SPEAKER_WEIGHTS"  # FP32 [speakers, S]: with START, if there are several speakers
 PROVENANCE_IN = "PROVENANCE_IN"  # UINT8 [n]: with START, becomes the output PROVENANCE; Triton needs two names
 
 NO_BLOCK = -1

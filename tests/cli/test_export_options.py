@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from export.synthetic import official_preset, write_checkpoint
 from live_avatar.assets import PORTRAIT
-from live_avatar.config import TINY
+from live_avatar.cli.checkpoint_options import chosen_checkpoint
+from live_avatar.config import TINY, Preset
 from tests.cli.support import assert_refused, invoke
 
 
@@ -47,3 +51,18 @@ def test_a_preset_of_other_sizes_than_the_folder_names_the_size(tmp_path: Path) 
     words = ("--checkpoint", tmp_path / "weights", "--output", tmp_path / "a")
     result = invoke("export", "--preset", "s2v-14b", *words)
     assert_refused(result, "has dit dim 128, but preset s2v-14b has 5120; leave --preset out")
+
+
+@pytest.mark.parametrize("speakers", ["0", "5", "two"])
+def test_a_picture_has_one_to_four_speakers(tmp_path: Path, speakers: str) -> None:
+    result = invoke("export", "--speakers", speakers, "--output", tmp_path / "a")
+    assert_refused(result, "Invalid value for '--speakers'", "see `live-avatar export --help`")
+
+
+def test_speakers_become_part_of_the_preset() -> None:
+    given = {"preset_name": "tiny", "speakers": 3, "width": 192}
+    others = ("checkpoint", "lora", "lora_alpha", "precision", "height", "like", "lookahead_ms", "sink_update_block")
+    unset = dict.fromkeys((*others, "steps", "sigmas"))
+    chosen = chosen_checkpoint(**unset, **given, drop_idle_step=False).preset
+    assert chosen == TINY.with_stream(speakers=3, width=192)
+    assert Preset.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen

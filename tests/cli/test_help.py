@@ -70,7 +70,7 @@ def test_stream_needs_neither_torch_nor_an_engine() -> None:
     ("words", "sentence"),
     [
         (["sing"], "No such command 'sing'; see `live-avatar --help`."),
-        (["generate"], "Missing option '--audio'; see `live-avatar generate --help`."),
+        (["generate"], "Missing option '--audio' / '--speech'; see `live-avatar generate --help`."),
         (["stream", "--seed", "1.5"], "'--seed': '1.5' is not a valid integer; see `live-avatar stream --help`."),
         (["stream", "--seed", "-1"], "'--seed': -1 is not in the range 0<=x<=9223372036854775807; see"),
         (["generate", "--seed", str(2**63)], "'--seed': 9223372036854775808 is not in the range 0<=x<="),

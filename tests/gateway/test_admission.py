@@ -104,12 +104,12 @@ class Encoder:
     def __init__(self) -> None:
         self.calls: list[tuple[bytes, str]] = []
 
-    async def __call__(self, picture: bytes, prompt: str) -> tuple[Array, Array]:
-        self.calls.append((picture, prompt))
+    async def __call__(self, source: AvatarSource) -> tuple[Array, Array, Array]:
+        self.calls.append((source.picture, source.prompt))
         await asyncio.sleep(0)
-        if picture == b"bad":
+        if source.picture == b"bad":
             raise InputError("no picture")
-        return np.zeros(1, np.float32), np.zeros(2, np.float32)
+        return np.zeros(1, np.float32), np.zeros(2, np.float32), np.zeros((0, 1), np.float32)
 
 
 async def get(avatars: Avatars, owner: str, picture: bytes, prompt: str) -> tuple[Avatar, bool]:
@@ -177,12 +177,12 @@ def test_avatars_of_callers_that_leave_do_not_pile_up():
     async def main() -> None:
         running: list[bytes] = []
 
-        async def make(picture: bytes, prompt: str) -> tuple[Array, Array]:
-            running.append(picture)
+        async def make(source: AvatarSource) -> tuple[Array, Array, Array]:
+            running.append(source.picture)
             try:
                 await asyncio.sleep(30)
             finally:
-                running.remove(picture)
+                running.remove(source.picture)
             raise AssertionError
 
         avatars = Avatars(make, limits())
@@ -195,5 +195,18 @@ def test_avatars_of_callers_that_leave_do_not_pile_up():
             await asyncio.sleep(0)
             assert running == left
         assert len(avatars) == 0
+
+    asyncio.run(main())
+
+
+def test_other_masks_make_another_avatar():
+    async def main() -> None:
+        avatars = Avatars(Encoder(), limits())
+        keys = []
+        for masks in ((b"1", b"2"), (b"2", b"1"), (b"12", b""), (b"1", b"2")):
+            avatar, _ = await avatars.get("a", await AvatarSource.of(b"picture", "prompt", masks))
+            keys.append(avatar.key)
+        assert keys[3] == keys[0]
+        assert len(set(keys)) == 3
 
     asyncio.run(main())

@@ -23,6 +23,7 @@ from live_avatar.gateway import pictures
 from live_avatar.gateway.pictures import PictureDecoder
 from live_avatar.gateway.sandbox import SYSTEM_CALLS, Limits, filter_code
 from live_avatar.inputs.image import decode_pixels
+from live_avatar.inputs.masks import Scene, decode_scene
 from tests.support.pictures import encoded, jpeg_of_scans
 
 SIZE = (96, 96)
@@ -30,7 +31,7 @@ SIZE = (96, 96)
 
 def decoded(data: bytes, **options: Any) -> Array:
     async def decode() -> Array:
-        return await PictureDecoder(**options).decode(data, *SIZE)
+        return (await PictureDecoder(**options).decode(data, *SIZE)).pixels
 
     return asyncio.run(decode())
 
@@ -112,14 +113,14 @@ def test_a_caller_that_leaves_ends_the_process(monkeypatch: pytest.MonkeyPatch) 
 def test_the_line_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     started = monkeypatch_children(monkeypatch, lambda process: None)
 
-    async def crowd(decode: Callable[[bytes, int, int], Awaitable[Array]]) -> list[object]:
+    async def crowd(decode: Callable[[bytes, int, int], Awaitable[Scene]]) -> list[object]:
         return await asyncio.gather(*(decode(PORTRAIT.read_bytes(), *SIZE) for _ in range(4)), return_exceptions=True)
 
     async def meet() -> list[object]:
         return await crowd(PictureDecoder(at_once=1, waiting=2).decode)
 
     outcomes = asyncio.run(meet())
-    assert [type(outcome) for outcome in outcomes] == [np.ndarray, np.ndarray, np.ndarray, CapacityError]
+    assert [type(outcome) for outcome in outcomes] == [Scene, Scene, Scene, CapacityError]
     assert str(outcomes[-1]).startswith("2 pictures wait to be decoded, the most that this server lets wait; try again")
     assert len(started) == 3
 
@@ -210,3 +211,32 @@ def test_the_process_has_nothing_open_but_its_connection() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=True)
     assert done.stdout.decode() == str([(standard, "/dev/null") for standard in (0, 1, 2)])
     assert done.stderr == b""
+
+
+def decoded_scene(*masks: bytes) -> Scene:
+    return asyncio.run(PictureDecoder().decode(PORTRAIT.read_bytes(), *SIZE, masks))
+
+
+def test_masks_are_decoded_with_their_picture() -> None:
+    mask = encoded(Image.linear_gradient("L").resize((512, 512)))
+    scene, expected = (
+        decoded_scene(b"0,0,20,20", mask),
+        decode_scene(PORTRAIT.read_bytes(), (b"0,0,20,20", mask), *SIZE),
+    )
+    assert np.array_equal(scene.pixels, expected.pixels)
+    assert np.array_equal(scene.weights, expected.weights)
+    assert scene.weights.shape == (2, 36)
+
+
+def test_a_bad_mask_has_the_sentence_of_this_process() -> None:
+    with pytest.raises(
+        InputError, match=r"^the mask of speaker 1 begins with b'hello'; give a PNG of the picture's size"
+    ):
+        decoded_scene(b"0,0,20,20", b"hello")
+
+
+@pytest.mark.parametrize("masks", [4])
+def test_the_largest_masks_are_decoded_within_the_limits(masks: int) -> None:
+    large = encoded(Image.new("L", (8000, 8000), 255))
+    scene = asyncio.run(PictureDecoder().decode(large, *SIZE, (large,) * masks))
+    assert np.array_equal(scene.weights, np.ones((masks, 36)))

@@ -13,6 +13,7 @@ from live_avatar.gateway.requests import (
     CallerRequest,
     check_size,
     error_response,
+    inputs_of,
     read_request,
     response_error,
     triton_request,
@@ -112,7 +113,7 @@ def add_input(made: Any, name: str, datatype: str, shape: list[int], content: by
         (lambda m: add_input(m, "PROMPT", "BYTES", [1], b"\x05\0\0\0abc"), "PROMPT ends within a string"),
         (lambda m: add_input(m, "PROMPT", "BYTES", [1], b"\x01\0\0\0\xff"), "PROMPT is not UTF-8"),
         (lambda m: add_input(m, "PROMPT", "BYTES", [2], b"\x01\0\0\0a" * 2), "PROMPT has 2 strings; send one"),
-        (lambda m: add_input(m, "PROMPT", "BYTES", [17], bytes(4) * 17), "more than 16 strings; send one"),
+        (lambda m: add_input(m, "PROMPT", "BYTES", [17], bytes(4) * 17), "more than 16 strings; send fewer"),
         (
             lambda m: add_input(m, "PROMPT", "BYTES", [1], (3000).to_bytes(4, "little") + b"a" * 3000),
             "PROMPT has 3000 characters; at most 2000",
@@ -180,3 +181,28 @@ def test_the_size_of_a_good_message_is_that_of_its_inputs():
     check_size(typed.SerializeToString())
     for damaged in (b"\xff" * 20, b"\x2a\x80", made.SerializeToString()[:-1]):
         check_size(damaged)  # the parser tells
+
+
+def test_several_speakers_send_masks_and_a_block_of_each():
+    opening = Opening(PICTURE, "", 7, FrameFormat.RAW, masks=(b"\x89PNG", b"0,0,5,5"))
+    speech = np.arange(2 * BLOCK_SAMPLES, dtype=np.int16).reshape(2, -1)
+    read = read_request(encode_request(Request(9, "token", speech, opening, None)), speakers=2)
+    assert read.masks == (b"\x89PNG", b"0,0,5,5")
+    assert np.array_equal(np.frombuffer(read.audio, np.int16), speech.reshape(-1))
+    assert [tensor.shape for tensor in triton_request(read, 5).inputs] == [[2 * BLOCK_SAMPLES]]
+
+
+@pytest.mark.parametrize("samples", [BLOCK_SAMPLES, 2 * BLOCK_SAMPLES - 1, 3 * BLOCK_SAMPLES])
+def test_the_speech_of_two_is_two_blocks_or_nothing(samples: int):
+    made = message()
+    made.inputs[0].shape[0] = samples
+    made.raw_input_contents[0] = bytes(2 * samples)
+    with pytest.raises(
+        InputError, match=rf"AUDIO has {samples} samples; a block has 7680 of each of 2 speakers, one af"
+    ):
+        read_request(made, speakers=2)
+
+
+def test_a_server_of_one_speaker_says_nothing_of_masks():
+    assert [spec.name for spec in inputs_of(1)] == ["AUDIO", "REFERENCE_IMAGE", "PROMPT"]
+    assert [spec.name for spec in inputs_of(2)] == ["AUDIO", "REFERENCE_IMAGE", "PROMPT", "SPEAKER_MASKS"]

@@ -18,7 +18,7 @@ from live_avatar.errors import InputError
 from live_avatar.gateway import server
 from live_avatar.gateway.admission import Admission
 from live_avatar.gateway.audit import AuditLog
-from live_avatar.gateway.avatars import Avatars
+from live_avatar.gateway.avatars import Avatars, AvatarSource
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pipe import Closed
@@ -83,8 +83,8 @@ class FakePipe:
         return self.streams[-1]
 
 
-async def make_avatar(picture: bytes, prompt: str) -> tuple[Array, Array]:
-    return np.zeros(1, np.float32), np.zeros(1, np.float32)
+async def make_avatar(source: AvatarSource) -> tuple[Array, Array, Array]:
+    return np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros((0, 1), np.float32)
 
 
 def context(at_once: bool = True, size: int = 64, **changes: Any) -> tuple[SessionContext, FakePipe]:
@@ -100,6 +100,7 @@ def context(at_once: bool = True, size: int = 64, **changes: Any) -> tuple[Sessi
         meter=GatewayMeter(Served("1", "tiny", "f", "cpu", 3)),
         audit=AuditLog(as_json=False, with_hashes=False),
         served=Served("1", "tiny", "f", "cpu", 3),
+        speakers=1,
         limits=limits,
         control=Control(None),
         frames=FramePool(f"live-avatar-test-{uuid.uuid4().hex}", 1, size, size),
@@ -289,5 +290,54 @@ def test_what_the_gateway_does_now_and_then_goes_on_after_an_error():
         await settle()
         task.cancel()
         assert calls > 5
+
+    run(main())
+
+
+def with_masks(message: Any, *masks: bytes) -> Any:
+    made = service_pb2.ModelInferRequest()
+    made.CopyFrom(message)
+    made.inputs.add(name="SPEAKER_MASKS", datatype="BYTES", shape=[len(masks)])
+    made.raw_input_contents.append(b"".join(len(mask).to_bytes(4, "little") + mask for mask in masks))
+    return made
+
+
+def test_one_speaker_has_no_masks_and_later_requests_have_none():
+    async def main() -> None:
+        made, pipe = context()
+        caller = FakeCaller(made)
+        caller.send(with_masks(START, b"0,0,5,5"))
+        await settle()
+        assert pipe.streams == []
+        caller.send(START, with_masks(request("1"), b"0,0,5,5"))
+        await caller.close()
+        (_, refused), (_, started), (_, late) = caller.answers
+        assert "[INVALID_ARGUMENT] 1 mask came for artifacts of one speaker; leave the masks out" in refused
+        assert started == ""
+        assert "SPEAKER_MASKS came after the first request; start a new session to change it" in late
+
+    run(main())
+
+
+def test_the_weights_of_several_speakers_go_to_triton_with_the_start():
+    async def make(source: AvatarSource) -> tuple[Array, Array, Array]:
+        weights = np.arange(len(source.masks) * 3, dtype=np.float32).reshape(-1, 3)
+        return np.zeros(1, np.float32), np.zeros(1, np.float32), weights
+
+    async def main() -> None:
+        made, pipe = context()
+        made.speakers, made.avatars = 2, Avatars(make, made.limits)
+        caller = FakeCaller(made)
+        start = request("start", 2 * BLOCK_SAMPLES, picture=b"picture", sequence_start=True)
+        caller.send(start)
+        await settle()
+        caller.send(with_masks(start, b"0,0,5,5", b"0,0,5,5"), request("1", 2 * BLOCK_SAMPLES))
+        await caller.close()
+        assert "0 masks came for artifacts of 2 speakers" in caller.answers[0][1]
+        assert [text for _, text in caller.answers[1:]] == ["", ""]
+        first, second, *_ = pipe.streams[0].sent
+        names = [tensor.name for tensor in first.inputs]
+        assert list(first.inputs[names.index("SPEAKER_WEIGHTS")].shape) == [2, 3]
+        assert [tensor.name for tensor in second.inputs] == ["AUDIO"]
 
     run(main())

@@ -99,8 +99,9 @@ def denoised(runtime: Runtime) -> Array:
         zeros(dit.text_len, dit.text_dim),
     )
     audio = {
-        "audio_local": zeros(frames, dit.num_audio_token + 1, dit.dim),
-        "audio_global": zeros(frames, dit.dim),
+        "audio_local": zeros(1, frames, dit.num_audio_token + 1, dit.dim),
+        "audio_global": zeros(1, frames, dit.dim),
+        "audio_weight": np.ones((1, frames, stream.frame_tokens), dtype=np.float32),
     }
     latent = np.random.default_rng(3).standard_normal((1, *stream.latent_shape), dtype=np.float32)
     denoiser = Denoiser(runtime, all_steps(stream.steps))

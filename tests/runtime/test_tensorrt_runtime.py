@@ -75,8 +75,11 @@ class Session:
         latent = self._random.standard_normal((1, *preset.stream.latent_shape), dtype=np.float32)
         frames, dit = preset.stream.frames_per_block, preset.dit
         audio = {
-            "audio_local": self._random.standard_normal((frames, dit.num_audio_token + 1, dit.dim), dtype=np.float32),
-            "audio_global": self._random.standard_normal((frames, dit.dim), dtype=np.float32),
+            "audio_local": self._random.standard_normal(
+                (1, frames, dit.num_audio_token + 1, dit.dim), dtype=np.float32
+            ),
+            "audio_global": self._random.standard_normal((1, frames, dit.dim), dtype=np.float32),
+            "audio_weight": np.ones((1, frames, preset.stream.frame_tokens), dtype=np.float32),
         }
         ours, theirs = (step.run(state, latent, audio) for step, state in zip(self.steps, self.states, strict=True))
         assert np.array_equal(ours, theirs)

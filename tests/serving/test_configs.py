@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelParameter
 
 from live_avatar import config
-from live_avatar.inputs import image, text
+from live_avatar.inputs import image, masks, text
 from live_avatar.pipeline import conditioning
 from live_avatar.serving import tensors
 from live_avatar.serving.models import model_config
@@ -114,6 +114,7 @@ def test_the_ensemble_takes_audio_and_an_avatar_and_gives_what_clients_get(profi
     inputs = {"AUDIO": (protocol.AUDIO.datatype, protocol.AUDIO.dims, False)}
     for name in (tensors.AVATAR_KEY, tensors.PROVENANCE_IN):
         inputs[name] = ("UINT8", (-1,), True)
+    inputs[tensors.SPEAKER_WEIGHTS] = ("FP32", (-1, -1), True)
     for name, (datatype, dims, _) in signature(parsed(ENCODER, profile).output).items():
         inputs[name] = (datatype, dims, True)
     assert signature(config.input) == inputs
@@ -179,6 +180,7 @@ def test_model_files_only_re_export(model: str) -> None:
 def test_core_and_client_state_the_same_numbers() -> None:
     """Neither may import the other, so each has its own; here they meet."""
     assert image.MAX_BYTES == protocol.MAX_IMAGE_BYTES
+    assert masks.MAX_MASK_BYTES == protocol.MAX_MASK_BYTES
     assert image.MAX_PIXELS == protocol.MAX_IMAGE_PIXELS
     assert text.MAX_CHARS == protocol.MAX_PROMPT_CHARS
     assert conditioning.MAX_SEED == protocol.MAX_SEED
