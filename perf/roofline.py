@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from live_avatar.errors import InputError
 
 Shape = tuple[int, ...]
+EXTENT_AXIS = "axis of an extent"
 HALF_BYTES = (TensorProto.FLOAT4E2M1, TensorProto.INT4, TensorProto.UINT4)
 
 
@@ -151,7 +153,26 @@ def _fixed(model: ModelProto, inputs: Mapping[str, Shape]) -> ModelProto:
     for value in fixed.graph.output:
         value.type.tensor_type.ClearField("shape")
     del fixed.graph.value_info[:]
+    _show_extents(fixed)
     return shape_inference.infer_shapes(fixed, data_prop=True)
+
+
+def _show_extents(model: ModelProto) -> None:
+    """Makes an Unsqueeze of every Reshape of one extent to [-1]: shape inference carries values through the former."""
+    graph = model.graph
+    ends = {value.name for value in graph.initializer if list(value.dims) == [1] and _is_minus_one(value)}
+    scalars = {name for node in graph.node if node.op_type in ("Squeeze", "Mul") for name in node.output}
+    graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), EXTENT_AXIS))
+    for node in graph.node:
+        if node.op_type == "Reshape" and node.input[0] in scalars and node.input[1] in ends:
+            node.op_type = "Unsqueeze"
+            node.input[1] = EXTENT_AXIS
+            del node.attribute[:]
+
+
+def _is_minus_one(value: TensorProto) -> bool:
+    small = value.data_type == TensorProto.INT64 and value.data_location != TensorProto.EXTERNAL
+    return small and numpy_helper.to_array(value).tolist() == [-1]
 
 
 def _item_bytes(kind: int) -> int:

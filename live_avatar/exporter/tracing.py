@@ -19,6 +19,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import materialize_reshape_shape_rule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,6 +31,7 @@ from live_avatar.model.networks import replace_parameters
 from live_avatar.runtime.host import numpy_dtype
 
 CLEAN_UP = ir.passes.Sequential(
+    RewritePass([materialize_reshape_shape_rule]),
     passes.RemoveUnusedNodesPass(),
     passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass(),
@@ -38,8 +41,9 @@ CLEAN_UP = ir.passes.Sequential(
     passes.OutputFixPass(),
     passes.NameFixPass(),
 )
-"""After functions are inlined and constants folded: what onnxscript's `optimize_ir` does, but for its rewrite rules.
-They took half of the time of an export, and ONNX Runtime and TensorRT have their own."""
+"""After functions are inlined and constants folded: what onnxscript's `optimize_ir` does, but with one of its rewrite
+rules, without which shapes cannot be inferred. The others took half of the time of an export, and ONNX Runtime and
+TensorRT have their own."""
 OPSET = 23  # Attention and RMSNormalization as operators; read by TensorRT 10.15 and later
 
 

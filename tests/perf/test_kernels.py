@@ -123,7 +123,7 @@ def test_fp8_replaces_what_the_export_quantizes() -> None:
 
 def test_networks_of_no_file_have_finite_results() -> None:
     networks = random_networks(ONE_LAYER, CPU)
-    module = build_components(ONE_LAYER, networks)[STEP]
+    module = build_components(ONE_LAYER, networks)[DIT]
     with torch.inference_mode():
         velocity, *_ = module(*random_tensors(contracts(ONE_LAYER)[DIT], CPU, Extent.MAX))
     assert bool(velocity.isfinite().all())
