@@ -20,7 +20,17 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from live_avatar.errors import InputError
 
 Shape = tuple[int, ...]
-EXTENT_AXIS = "axis of an extent"
+EXTENT_OPERATORS: Mapping[str, Callable[..., Any]] = {
+    "Squeeze": lambda x, *_: x.reshape(()),
+    "Unsqueeze": lambda x, *_: x.reshape(1),
+    "Reshape": lambda x, shape: x.reshape(shape),
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.floor_divide,
+    "Concat": lambda *parts: np.concatenate(parts),
+}
+"""How a graph computes with one extent or a list of them."""
 HALF_BYTES = (TensorProto.FLOAT4E2M1, TensorProto.INT4, TensorProto.UINT4)
 
 
@@ -153,26 +163,32 @@ def _fixed(model: ModelProto, inputs: Mapping[str, Shape]) -> ModelProto:
     for value in fixed.graph.output:
         value.type.tensor_type.ClearField("shape")
     del fixed.graph.value_info[:]
-    _show_extents(fixed)
+    _fold_extents(fixed)
     return shape_inference.infer_shapes(fixed, data_prop=True)
 
 
-def _show_extents(model: ModelProto) -> None:
-    """Makes an Unsqueeze of every Reshape of one extent to [-1]: shape inference carries values through the former."""
+def _fold_extents(model: ModelProto) -> None:
+    """Replaces nodes that compute with the inputs' extents by their values: shape inference does not divide."""
     graph = model.graph
-    ends = {value.name for value in graph.initializer if list(value.dims) == [1] and _is_minus_one(value)}
-    scalars = {name for node in graph.node if node.op_type in ("Squeeze", "Mul") for name in node.output}
-    graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), EXTENT_AXIS))
+    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
+    values = {value.name: numpy_helper.to_array(value) for value in graph.initializer if _is_extent(value)}
+    kept = []
     for node in graph.node:
-        if node.op_type == "Reshape" and node.input[0] in scalars and node.input[1] in ends:
-            node.op_type = "Unsqueeze"
-            node.input[1] = EXTENT_AXIS
-            del node.attribute[:]
+        if node.op_type == "Shape" and node.input[0] in shapes:
+            ends = {attribute.name: attribute.i for attribute in node.attribute}
+            values[node.output[0]] = np.array(shapes[node.input[0]], np.int64)[ends.get("start", 0) : ends.get("end")]
+        elif node.op_type in EXTENT_OPERATORS and all(name in values for name in node.input):
+            values[node.output[0]] = EXTENT_OPERATORS[node.op_type](*(values[name] for name in node.input))
+        else:
+            kept.append(node)
+            continue
+        graph.initializer.append(numpy_helper.from_array(values[node.output[0]], node.output[0]))
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
-def _is_minus_one(value: TensorProto) -> bool:
-    small = value.data_type == TensorProto.INT64 and value.data_location != TensorProto.EXTERNAL
-    return small and numpy_helper.to_array(value).tolist() == [-1]
+def _is_extent(value: TensorProto) -> bool:
+    return value.data_type == TensorProto.INT64 and value.data_location != TensorProto.EXTERNAL and len(value.dims) < 2
 
 
 def _item_bytes(kind: int) -> int:
