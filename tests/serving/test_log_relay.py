@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -64,21 +65,27 @@ def test_lines_come_in_order(pipe: tuple[int, TextIO]) -> None:
     assert relay.dropped == 0
 
 
+def _told_and_lost(text: str) -> int:
+    """Whole lines that came, and those counted as lost; a busy machine counts in several places."""
+    counts = re.findall(r"^(\d+) log lines were dropped because nobody read them$", text, re.MULTILINE)
+    return text.count(f"{LINE}\n") + sum(map(int, counts))
+
+
 def test_a_pipe_that_nobody_reads_blocks_nobody_and_the_lost_lines_are_counted(pipe: tuple[int, TextIO]) -> None:
     read, stream = pipe
     relay = LogRelay(stream, max_chars=10_000)
-    start_s = time.monotonic()
     for _ in range(3000):  # 300 kB: more than the pipe and the queue together
         relay.write(LINE)
-    assert time.monotonic() - start_s < 1
-    assert relay.dropped > 1000
     lost = relay.dropped
-    text = read_until(read, "dropped")
-    assert text.startswith(f"{LINE}\n" * (3000 - lost))
-    text += read_until(read, "\n") if not text.endswith("\n") else ""
-    assert text.endswith(f"\n{lost} log lines were dropped because nobody read them\n")
-    relay.write("again")
-    assert read_until(read, "\n") == "again\n"
+    assert lost > 1000
+    relay.write("again")  # is lost, too, if the queue is still full
+    text = read_until(read, "because nobody read them\n")
+    while _told_and_lost(text) < 3000:
+        text += os.read(read, 1 << 16).decode()
+    assert _told_and_lost(text) in (3000, 3001)
+    relay.write("last")
+    assert read_until(read, "last\n").endswith("last\n")
+    lost = relay.dropped
     assert relay.close(LIMIT_S)
     assert relay.dropped == lost
 
