@@ -159,8 +159,9 @@ def process_memory(preset: Preset, stage: Stage, fp8: bool = False, text_on_host
         return encoder_memory(preset, text_on_host)
     if stage == CONDITIONING:
         return conditioning_memory(preset)
-    session_memory(preset, stage, _contracts(preset))  # refuses what is no stage
-    return decoder_memory(preset)
+    if stage == DECODER:
+        return decoder_memory(preset)
+    raise _no_stage(preset, stage)
 
 
 def fitting_sessions(processes: Collection[Memory], gpu_memory_gib: float, avatars: int = 1) -> int:
@@ -184,7 +185,11 @@ def session_memory(preset: Preset, stage: Stage, agreed: Mapping[str, Contract])
         return _decoder_sessions(agreed[DECODER])
     if isinstance(stage, range) and 1 <= stage.start < stage.stop <= preset.stream.steps + 1:
         return _denoiser_sessions(agreed[DIT], agreed[TEXT], len(stage))
-    raise ConfigError(
+    raise _no_stage(preset, stage)
+
+
+def _no_stage(preset: Preset, stage: Stage) -> ConfigError:
+    return ConfigError(
         f"there is no stage {stage!r}; preset {preset.name} has {CONDITIONING}, denoising steps 1 to "
         f"{preset.stream.steps} and {DECODER}."
     )

@@ -143,7 +143,7 @@ class AudioInjector(nn.Module):
         if layer not in self.index:
             return x
         latent_frames = audio.global_tokens.shape[1]
-        frames = x.view(latent_frames, -1, x.shape[-1])  # so that shapes can be inferred from an exported graph
+        frames = x.view(latent_frames, -1, x.shape[-1])
         for speaker in range(audio.local.shape[0]):
             residual = self._residual(self.index[layer], frames, audio.local[speaker], audio.global_tokens[speaker])
             residual = residual.flatten(0, 1)[None]
