@@ -265,9 +265,7 @@ def asked(given: StageDurations, profile: str) -> Figures:
         "real_time_sessions_by_time": by_time,
         "sessions_by_memory": by_memory,
         "gpus_per_real_time_session": {
-            name: {
-                way: len(chosen.gpus) / min(by_time, fits) if by_time and fits else None for way, fits in ways.items()
-            }
+            name: {way: _per_session(len(chosen.gpus), min(by_time, fits)) for way, fits in ways.items()}
             for name, ways in by_memory.items()
         },
         "sessions_by_the_profile": chosen.max_sessions,
