@@ -37,7 +37,7 @@ def test_an_error_of_a_server_is_printable(files: tuple[object, ...]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [(ATTACK,), ("stream", "--pace", ATTACK), ("doctor", ATTACK), ("stream", "--audio", ATTACK), (f"--{ATTACK}",)],
+    [(ATTACK,), ("stream", "--pace", ATTACK), ("doctor", ATTACK), ("stream", "--image", ATTACK), (f"--{ATTACK}",)],
 )
 def test_an_error_about_an_option_is_printable(files: tuple[object, ...], words: tuple[object, ...]) -> None:
     options = files if words[0] == "stream" else ()
