@@ -1,7 +1,7 @@
 """What both distributions of this repository need from a package index, a line each: `pip install -r` for an image.
 
-`python docker/requirements.py [--without NAME ...]`. An image installs these before the code is there, so that a change
-of the code leaves that layer alone.
+`python docker/requirements.py [--without NAME ...] [--extra NAME ...]`. An image installs these before the code is
+there, so that a change of the code leaves that layer alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def requirements(root: Path, without: Collection[str] = ()) -> list[str]:
-    """Requirements of the server and of the client with its media extra, but for `without` and one another.
+def requirements(root: Path, without: Collection[str] = (), extras: Collection[str] = ()) -> list[str]:
+    """Requirements of the server with these extras and of the client with its media extra, but for `without` and one
+    another.
 
-    Raises `ValueError` for a name in `without` that nobody needs.
+    Raises `ValueError` for a name in `without` that nobody needs, and for an extra that the server does not have.
     """
     server, client = (_project(root / name) for name in ("pyproject.toml", "client/pyproject.toml"))
-    needed = [*server["dependencies"], *client["dependencies"], *client["optional-dependencies"]["media"]]
+    offered = server["optional-dependencies"]
+    missing = sorted(set(extras) - offered.keys())
+    if missing:
+        raise ValueError(f"--extra {missing[0]}: there is none; choose {', '.join(sorted(offered))}.")
+    chosen = [requirement for extra in extras for requirement in offered[extra]]
+    needed = [*chosen, *server["dependencies"], *client["dependencies"], *client["optional-dependencies"]["media"]]
     unknown = sorted(set(without) - {_name(requirement) for requirement in needed})
     if unknown:
         raise ValueError(f"--without {unknown[0]}: nothing here needs that; leave it out.")
@@ -43,8 +49,10 @@ def _name(requirement: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print what the images install from a package index.")
     parser.add_argument("--without", nargs="*", default=[], help="Requirements to leave out.")
+    parser.add_argument("--extra", nargs="*", default=[], help="Extras of live-avatar to add.")
+    options = parser.parse_args()
     try:
-        sys.stdout.write("\n".join(requirements(ROOT, parser.parse_args().without)) + "\n")
+        sys.stdout.write("\n".join(requirements(ROOT, options.without, options.extra)) + "\n")
     except ValueError as error:
         parser.error(str(error))
 

@@ -21,6 +21,7 @@ from live_avatar.cli.options import (
     FILE,
     Integer,
     artifacts_option,
+    capability_option,
     connection_arguments,
     connection_options,
     listening_address,
@@ -28,6 +29,7 @@ from live_avatar.cli.options import (
 )
 from live_avatar.cli.terminal import say, shown, warnings_said
 from live_avatar.errors import ArtifactError, LiveAvatarError
+from live_avatar.graphs.flavours import FLAVOURS
 from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
 
@@ -154,15 +156,17 @@ def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
 @stream_options
 @click.option(
     "--target",
-    type=click.Choice(["onnx", "tensorrt"]),
+    type=click.Choice(["onnx", *FLAVOURS]),
     default="onnx",
     show_default=True,
-    help="tensorrt: bfloat16 graphs, and engines for the GPU of this machine.",
+    help="tensorrt: bfloat16 graphs, and engines for the GPU of this machine; tensorrt-rtx: the same, or with "
+    "--compute-capability engines for other GPUs.",
 )
+@capability_option
 @click.option(
     "--gpu-memory-gib",
     type=float,
-    help="With tensorrt: memory of one GPU. A model that does not fit is refused before the export.",
+    help="With engines: memory of one GPU. A model that does not fit is refused before the export.",
 )
 @click.option(
     "--fp8",
@@ -170,26 +174,35 @@ def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
     help="Calibration made by `python -m export.calibrate`: the transformer's large linears become FP8.",
 )
 @click.option("--output", type=FILE, required=True, help="Artifacts folder to write; an existing one is replaced.")
-def export(target: str, gpu_memory_gib: float | None, fp8: Path | None, output: Path, **model: Any) -> None:
-    """Export a preset as ONNX graphs, shared weights and a manifest; for GPUs also as TensorRT engines."""
+def export(
+    target: str,
+    capabilities: tuple[str, ...],
+    gpu_memory_gib: float | None,
+    fp8: Path | None,
+    output: Path,
+    **model: Any,
+) -> None:
+    """Export a preset as ONNX graphs, shared weights and a manifest; for GPUs also as engines."""
     from live_avatar.cli.demo import export_with_progress
     from live_avatar.exporter.quantization import Calibration
 
     calibration = None if fp8 is None else Calibration.read(fp8)
     if target == "onnx":
-        if gpu_memory_gib is not None:
-            raise click.UsageError("--gpu-memory-gib is for --target tensorrt; leave it out")
+        for option, given in (("--gpu-memory-gib", gpu_memory_gib), ("--compute-capability", capabilities or None)):
+            if given is not None:
+                raise click.UsageError(f"{option} is for --target {' or '.join(FLAVOURS)}; leave it out")
         artifacts = export_with_progress(chosen_checkpoint(**model), output, calibration)
     else:
-        from live_avatar.exporter.engines import EngineOptions, build_engines, require_tensorrt
+        from live_avatar.exporter.engines import EngineOptions, build_engines, require_compiler
         from live_avatar.graphs.memory import require_room
 
         checkpoint = chosen_checkpoint(**{**model, "precision": model["precision"] or "bfloat16"})
         if gpu_memory_gib is not None:
             require_room(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=calibration is not None)
-        require_tensorrt()
+        options = EngineOptions(FLAVOURS[target], capabilities)
+        require_compiler(options, checkpoint.preset.precision, calibration is not None)
         artifacts = export_with_progress(checkpoint, output, calibration)
-        build_engines(output, EngineOptions(), say)
+        build_engines(output, options, say)
     say(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 
 

@@ -44,6 +44,15 @@ def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
+capability_option = click.option(
+    "--compute-capability",
+    "capabilities",
+    metavar="X.Y",
+    multiple=True,
+    help="With tensorrt-rtx: GPUs to build for, such as 8.9; may be given several times. Then no GPU is needed. "
+    "Default: the GPU of this machine.",
+)
+
 # Shared by `generate` and `stream`.
 speech_options = combined(
     click.option(

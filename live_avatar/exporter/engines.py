@@ -1,17 +1,21 @@
-"""Engines of an artifacts folder, built by TensorRT on the machine that will run them.
+"""Engines of an artifacts folder: built by TensorRT on the machine that runs them, by TensorRT-RTX on any machine.
 
 `python -m export.engines --artifacts artifacts/s2v-14b` is what an init container calls: it prints a line per engine,
 keeps engines that are up to date, waits while another process builds, and is done when all engines are there. One
 engine per graph, strongly typed: the types are those of the graph. Nothing of the graph's files is changed.
+
+The compiler works in a thread of its own, so that an interruption arrives at once. It is told to stop, which it does
+between two of its own steps. Engines that were built stay.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,19 @@ from live_avatar.errors import ArtifactError, ExportError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.graphs.digests import file_digests
-from live_avatar.graphs.engines import FOLDER, Engine, engine_path, fault, read_engines, write_engines
+from live_avatar.graphs.engines import (
+    FOLDER,
+    Engine,
+    Target,
+    engine_path,
+    fault,
+    read_engines,
+    write_engines,
+    write_whole,
+)
+from live_avatar.graphs.flavours import TENSORRT, TENSORRT_RTX, Flavour
 from live_avatar.graphs.memory import require_room, workspace_bytes
-from live_avatar.runtime.tensorrt_runtime import Backend, CudaDevice, Device, open_backend
+from live_avatar.runtime.tensorrt_runtime import CudaDevice, Device, Library, machine, open_library
 
 LOCK = "lock"
 TIMING_CACHE = "timing.cache"
@@ -33,15 +47,23 @@ DECOMPOSABLE = "TRT_decomposable"
 """Attribute of `Attention` for TensorRT's parser: several kernels may be taken where there is no fused one (such as
 for float32, or the wide head of the VAE). Without it such a graph cannot be built."""
 
+LEAST_CAPABILITIES = {"fp8": (8, 9), "bfloat16": (8, 0)}
+"""First compute capability that has a precision (support matrices of both libraries)."""
+
 Progress = Callable[[str], None]
+OpenDevice = Callable[[int], Device]
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """components: those to build, all if empty; weights_on_host: those whose weights are streamed in every run;
-    rebuild: also those that are up to date; gpu_memory_gib: refuse what would not fit; device: number of the GPU.
+    """flavour: the compiler; capabilities: what a compiler that needs no GPU compiles for ("8.9"), this machine's GPU
+    if none is named; components: those to build, all if empty; weights_on_host: those whose weights are streamed in
+    every run; rebuild: also those that are up to date; gpu_memory_gib: refuse what would not fit; device: number of the
+    GPU.
     """
 
+    flavour: Flavour = TENSORRT
+    capabilities: Sequence[str] = ()
     components: Sequence[str] = ()
     weights_on_host: Sequence[str] = ()
     rebuild: bool = False
@@ -50,56 +72,157 @@ class EngineOptions:
     device: int = 0
 
 
+@dataclass(frozen=True)
+class Compiler:
+    """A library, what it compiles for, and the GPU on which it times kernels (None: it needs none)."""
+
+    library: Library
+    target: Target
+    device: Device | None
+
+
 def build_engines(
-    folder: Path,
-    options: EngineOptions,
-    progress: Progress,
-    open_device: Callable[[int], Device] = CudaDevice,
+    folder: Path, options: EngineOptions, progress: Progress, open_device: OpenDevice = CudaDevice
 ) -> dict[str, Engine]:
     """Builds what is not up to date, and gives the records of all engines of the folder.
 
     Raises `ArtifactError` for artifacts that cannot be read, `CapacityError` if they would not fit the GPU, and
-    `ExportError` without TensorRT or a GPU, for an unknown component, or with TensorRT's own words if a build fails.
+    `ExportError` without the library or a GPU that it needs, for a component, a compute capability or a precision that
+    does not exist there, with the compiler's own words if a build fails, or if there is no room to write.
     """
     artifacts = load_artifacts(folder)
     for name in (*options.components, *options.weights_on_host):
         if name not in artifacts.contracts:
             raise ExportError(f"{folder} has no component {name!r}; it has {', '.join(sorted(artifacts.contracts))}.")
+    fp8 = artifacts.manifest["fp8"] is not None
     if options.gpu_memory_gib is not None:
-        fp8 = artifacts.manifest["fp8"] is not None
         require_room(artifacts.preset, options.gpu_memory_gib, options.sessions, fp8)
-    backend = require_tensorrt(options.device, open_device)
-    (folder / FOLDER).mkdir(exist_ok=True)
+    compiler = require_compiler(options, artifacts.preset.precision, fp8, open_device)
+    with _writing(folder / FOLDER):
+        (folder / FOLDER).mkdir(exist_ok=True)
     with _locked(folder / FOLDER / LOCK, progress):
-        engines = read_engines(artifacts)
-        for name in options.components or artifacts.contracts:
-            on_host = name in options.weights_on_host
-            reason = _stale(artifacts, name, engines.get(name), backend, on_host)
-            if reason is None and not options.rebuild:
-                progress(f"{name}: up to date")
-                continue
-            progress(f"{name}: {reason or 'is built again, as asked'}; building for {backend.machine}")
-            engines[name] = _build(artifacts, name, backend, on_host)
+        built: list[str] = []
+        try:
+            return _build_stale(artifacts, options, compiler, progress, built)
+        except KeyboardInterrupt:
+            progress(f"interrupted; built and kept: {', '.join(built) or 'none'}; the same command builds the rest")
+            raise
+
+
+def _build_stale(
+    artifacts: Artifacts, options: EngineOptions, compiler: Compiler, progress: Progress, built: list[str]
+) -> dict[str, Engine]:
+    """Adds the names of the engines that it builds to `built`."""
+    engines = read_engines(artifacts)
+    for name in options.components or artifacts.contracts:
+        on_host = name in options.weights_on_host
+        reason = _stale(artifacts, name, engines.get(name), compiler.target, on_host)
+        if reason is None and not options.rebuild:
+            progress(f"{name}: up to date")
+            continue
+        progress(f"{name}: {reason or 'is built again, as asked'}; building with {compiler.target}")
+        engines[name] = _build(artifacts, name, compiler, on_host)
+        with _writing(artifacts.folder / FOLDER):
             write_engines(artifacts, engines)
-            progress(f"{name}: {engines[name].bytes} bytes in {engines[name].build_s} s")
-        return engines
+        built.append(name)
+        progress(f"{name}: {engines[name].bytes} bytes in {engines[name].build_s} s")
+    return engines
 
 
-def require_tensorrt(device: int = 0, open_device: Callable[[int], Device] = CudaDevice) -> Backend:
-    """TensorRT and a GPU. Raises `ExportError`, with the remedy, where one of them is missing."""
-    try:
-        return open_backend(device, open_device)
-    except ArtifactError as error:
+def require_compiler(
+    options: EngineOptions, precision: str, fp8: bool = False, open_device: OpenDevice = CudaDevice
+) -> Compiler:
+    """The compiler of the options, ready to build. No GPU is opened if compute capabilities are named.
+
+    Raises `ExportError`, with the remedy, where the library, the GPU, a compute capability or its precision is missing.
+    """
+    flavour = options.flavour
+    if options.capabilities and not flavour.ahead_of_time:
         raise ExportError(
-            f"engines cannot be built here: {error} Or export here with --target onnx --precision bfloat16, and build "
-            "them there with `python -m export.engines`."
+            f"{flavour.title} builds for the GPU of this machine, not for compute capability "
+            f"{', '.join(options.capabilities)}; leave --compute-capability out, or give --target {TENSORRT_RTX.name}."
+        )
+    try:
+        library = open_library(flavour)
+    except ArtifactError as error:
+        raise _cannot_build(f"{error}") from error
+    if options.capabilities:
+        capabilities = tuple(dict.fromkeys(options.capabilities))
+        compiler = Compiler(library, Target(flavour.name, library.version, capabilities, None), None)
+    else:
+        compiler = _compiler_here(library, options.device, open_device)
+    _require_known(library, compiler.target.compute_capabilities)
+    _require_precision(compiler.target.compute_capabilities, "fp8" if fp8 else precision)
+    return compiler
+
+
+def _compiler_here(library: Library, index: int, open_device: OpenDevice) -> Compiler:
+    """For the GPU of this machine."""
+    try:
+        device = open_device(index)
+    except ArtifactError as error:
+        ahead = " Or name the GPU's --compute-capability: no GPU is needed then." * library.flavour.ahead_of_time
+        raise _cannot_build(f"{error}{ahead}") from error
+    here = machine(library, device)
+    if not library.flavour.ahead_of_time:
+        return Compiler(library, here, device)
+    return Compiler(library, Target(here.flavour, here.version, here.compute_capabilities, None), None)
+
+
+def _cannot_build(reason: str) -> ExportError:
+    return ExportError(
+        f"engines cannot be built here: {reason} Or export here with --target onnx --precision bfloat16, and build "
+        "them there with `python -m export.engines`."
+    )
+
+
+def _require_known(library: Library, capabilities: Sequence[str]) -> None:
+    if not library.flavour.ahead_of_time:
+        return
+    known = compute_capabilities(library)
+    for capability in capabilities:
+        if capability not in known:
+            raise ExportError(
+                f"{library} does not compile for compute capability {capability!r}, only for {', '.join(known)}; give "
+                f"one of these, or build on that GPU with --target {TENSORRT.name}."
+            )
+
+
+def compute_capabilities(library: Library) -> dict[str, Any]:
+    """Those that a library compiles for without a GPU, by their usual names: `8.9` is its member `SM89`."""
+    members = library.trt.ComputeCapability.__members__
+    return {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
+
+
+def _require_precision(capabilities: Sequence[str], precision: str) -> None:
+    least = LEAST_CAPABILITIES.get(precision)
+    for capability in capabilities:
+        if least is not None and tuple(map(int, capability.split("."))) < least:
+            remedy = "export without --fp8" if precision == "fp8" else "export with --precision float32"
+            raise ExportError(
+                f"these graphs are in {precision}, which GPUs have from compute capability {least[0]}.{least[1]} on, "
+                f"not {capability}; {remedy} for that GPU."
+            )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Says what to do where the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{folder} cannot be written ({error.strerror}); make room or make it writable, and give the same command "
+            "again: the engines that were built are kept."
         ) from error
 
 
 @contextmanager
 def _locked(path: Path, progress: Progress) -> Iterator[None]:
     """Only one process at a time is in here; the lock ends with its process."""
-    with path.open("w") as file:
+    with _writing(path.parent):
+        file = path.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,31 +231,44 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _stale(artifacts: Artifacts, name: str, engine: Engine | None, backend: Backend, on_host: bool) -> str | None:
+def _stale(artifacts: Artifacts, name: str, engine: Engine | None, target: Target, on_host: bool) -> str | None:
     """Why the engine must be built, as the end of a sentence; None if it is up to date."""
-    reason = fault(artifacts, name, engine, backend.machine)
+    reason = fault(artifacts, name, engine, target)
     if reason is None and engine is not None and engine.weights_on_host != on_host:
         return f"has its weights on the {'host' if engine.weights_on_host else 'GPU'}"
     return reason
 
 
-def _build(artifacts: Artifacts, name: str, backend: Backend, on_host: bool) -> Engine:
-    """Builds one engine and puts it, and the timing cache, into their places."""
+def _build(artifacts: Artifacts, name: str, compiler: Compiler, on_host: bool) -> Engine:
+    """Builds one engine and puts it, and the timing cache if there is one, into their places."""
     start = time.monotonic()
-    with artifacts.reading(name) as path, backend.device.working():
-        model = onnx.load(path, load_external_data=False)
-        plan, cache = _compile(backend, model, path, artifacts.contracts[name], on_host)
     written = engine_path(artifacts, name)
-    _write(written, plan)
-    _write(written.with_name(TIMING_CACHE), cache)
+    with artifacts.reading(name) as path:
+        model = onnx.load(path, load_external_data=False)
+        made = _cancellable(lambda stop: _compile(compiler, model, path, artifacts.contracts[name], on_host, stop))
+    with _writing(written.parent):
+        for file, data in made.items():
+            write_whole(written.with_name(file), data)
     return Engine(
-        machine=backend.machine,
+        target=compiler.target,
         files={file: artifacts.manifest["files"][file]["digest"] for file in _files(path, model)},
         weights_on_host=on_host,
         build_s=round(time.monotonic() - start, 1),
         bytes=written.stat().st_size,
         digest=file_digests([written])[written],
     )
+
+
+def _cancellable(work: Callable[[threading.Event], dict[str, Any]]) -> dict[str, Any]:
+    """Runs `work` in a thread; when this one is interrupted, sets the event that `work` looks at, and waits for it."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work, stop)
+        try:
+            return running.result()
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _files(path: Path, model: onnx.ModelProto) -> list[str]:
@@ -142,34 +278,70 @@ def _files(path: Path, model: onnx.ModelProto) -> list[str]:
 
 
 def _compile(
-    backend: Backend, model: onnx.ModelProto, path: Path, contract: Contract, on_host: bool
-) -> tuple[Any, Any]:
-    """The engine's plan and the timing cache, serialized. Raises `ExportError` with TensorRT's own words."""
-    trt = backend.trt
-    builder = trt.Builder(backend.logger)
+    compiler: Compiler, model: onnx.ModelProto, path: Path, contract: Contract, on_host: bool, stop: threading.Event
+) -> dict[str, Any]:
+    """The engine's plan, and the timing cache of a compiler that has one, by the names of their files.
+
+    Raises `ExportError` with the compiler's own words.
+    """
+    trt, logger = compiler.library.trt, compiler.library.logger
+    builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, backend.logger)
+    parser = trt.OnnxParser(network, logger)
     for node in model.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute(DECOMPOSABLE, 1))
     if not parser.parse(model.SerializeToString(), str(path)):
         errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-        raise ExportError(f"TensorRT {trt.__version__} cannot read {path}: {errors}; export it again.")
+        raise ExportError(f"{compiler.library} cannot read {path}: {errors}; export it again.")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(contract.name))
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a graph means float32
+    config.progress_monitor = _monitor(trt, stop)
     if on_host:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     for profile in contract.profiles:
         config.add_optimization_profile(_profile(builder, contract, profile))
-    cache = _timing_cache(config, path.parent / FOLDER / TIMING_CACHE)
-    plan = builder.build_serialized_network(network, config)
+    cache = _aim(compiler, config, path.parent / FOLDER / TIMING_CACHE)
+    with compiler.device.working() if compiler.device else nullcontext():
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ExportError(
-            f"TensorRT {trt.__version__} cannot build {contract.name}: {backend.logger.reason()}; see whether the GPU "
-            "has room and this version of TensorRT is supported."
+            f"{compiler.library} cannot build {contract.name}: {logger.reason()}; see whether the GPU has room and "
+            "this version is supported."
         )
-    return plan, cache.serialize()
+    made = {f"{contract.name}.plan": plan}
+    return made if cache is None else {**made, TIMING_CACHE: cache.serialize()}
+
+
+def _monitor(trt: Any, stop: threading.Event) -> Any:
+    """Tells the compiler after each of its steps whether it shall go on."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return not stop.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def _aim(compiler: Compiler, config: Any, timing_cache: Path) -> Any:
+    """Names the compute capabilities of a compiler that needs no GPU; gives the timing cache of one that needs it."""
+    if not compiler.library.flavour.ahead_of_time:
+        return _timing_cache(config, timing_cache)
+    known = compute_capabilities(compiler.library)
+    config.num_compute_capabilities = len(compiler.target.compute_capabilities)
+    for index, capability in enumerate(compiler.target.compute_capabilities):
+        config.set_compute_capability(known[capability], index)
+    return None
 
 
 def _profile(builder: Any, contract: Contract, name: str) -> Any:
@@ -188,13 +360,3 @@ def _timing_cache(config: Any, path: Path) -> Any:
         if cache is not None and config.set_timing_cache(cache, False):
             return cache
     raise ExportError(f"TensorRT takes no timing cache, not even an empty one; remove {path}.")
-
-
-def _write(path: Path, data: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

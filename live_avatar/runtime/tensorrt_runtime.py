@@ -1,4 +1,4 @@
-"""Artifacts on TensorRT: engines built on this machine, run on one GPU; torch tensors are the device's memory.
+"""Artifacts on TensorRT or TensorRT-RTX: engines run on one GPU; torch tensors are the device's memory.
 
 What crosses between host and GPU. Resident tensors (caches, states) come in and go out as torch tensors of the GPU.
 All others are numpy arrays: they are copied into buffers that stay where they are, and results are copied out.
@@ -18,6 +18,9 @@ dimensions writes its resident outputs into buffers of its own, too, which the n
 copy them at once. The resident outputs of other graphs are new tensors that belong to the caller, because a state comes
 back as the next input while its successor is written.
 
+Flavours. The engines' records name the library that they run on (`graphs/flavours.py`). TensorRT-RTX finishes its
+kernels here, when an engine is loaded and when a shape is new; `kernel_cache.py` keeps them between starts.
+
 Weights. TensorRT gives every engine its own copy of its weights. An engine built with its weights on the host keeps
 none of them on the GPU and streams them in every run: that is for graphs that seldom run, such as the text encoder.
 
@@ -30,10 +33,12 @@ from __future__ import annotations
 import math
 import mmap
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,11 +48,21 @@ from torch import Tensor
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.contract import Contract, Extent, GraphTensor
-from live_avatar.graphs.engines import Engine, Machine, altered, build_command, engine_path, fault, read_engines
+from live_avatar.graphs.engines import (
+    Engine,
+    Target,
+    altered,
+    build_command,
+    engine_path,
+    fault,
+    flavour_of,
+    read_engines,
+)
+from live_avatar.graphs.flavours import Flavour
 from live_avatar.runtime import Allocator
+from live_avatar.runtime.kernel_cache import KernelCache, cache_places
 from live_avatar.runtime.tokenizer import verified_tokenizer
 
-LEAST_VERSION = (10, 15)  # the first that reads every operator of opset 23 that the graphs use
 ALIGNMENT = 256  # bytes, of every address that is bound (TensorRT documentation of setTensorAddress)
 KEPT_CAPTURES = 32  # of one graph: the sessions that take turns, times the steps
 REASONS = 3  # last errors of TensorRT's log that a message quotes
@@ -113,21 +128,37 @@ class CudaDevice:
         return graph.replay
 
 
-def load_tensorrt() -> Any:
-    """The module `tensorrt`. Raises `ArtifactError` if there is none, or one that is too old for the graphs."""
-    least = ".".join(map(str, LEAST_VERSION))
+@dataclass(frozen=True)
+class Library:
+    """The module of a flavour, and its log."""
+
+    flavour: Flavour
+    trt: Any
+    logger: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def __str__(self) -> str:
+        return f"{self.flavour.title} {self.version}"
+
+
+def open_library(flavour: Flavour) -> Library:
+    """Raises `ArtifactError`, with the remedy, if the module is missing or too old for the graphs."""
     try:
-        import tensorrt
+        trt = import_module(flavour.module)
     except (ImportError, OSError) as error:
         raise ArtifactError(
-            f"TensorRT cannot be imported ({error}); install tensorrt {least} or newer, or run this in NVIDIA's "
-            "container of Triton."
+            f"{flavour.title} cannot be imported ({error}); install it with {flavour.install}, or run this in an image "
+            "that has it (docker/)."
         ) from error
-    if tuple(int(part) for part in tensorrt.__version__.split(".")[:2]) < LEAST_VERSION:
+    if tuple(int(part) for part in trt.__version__.split(".")[:2]) < flavour.least_version:
         raise ArtifactError(
-            f"this is TensorRT {tensorrt.__version__}, too old for the graphs; install {least} or newer."
+            f"this is {flavour.title} {trt.__version__}, too old for the graphs; install {flavour.least} or newer with "
+            f"{flavour.install}."
         )
-    return tensorrt
+    return Library(flavour, trt, make_logger(trt))
 
 
 def make_logger(trt: Any) -> Any:
@@ -150,20 +181,19 @@ def make_logger(trt: Any) -> Any:
 
 @dataclass(frozen=True)
 class Backend:
-    """TensorRT on one GPU: the module, its log, what loads engines (and must live as long as they), and the GPU."""
+    """A library on one GPU: what loads engines (and must live as long as they), and the GPU."""
 
-    trt: Any
-    logger: Any
+    library: Library
     runtime: Any
     device: Device
 
     @property
-    def machine(self) -> Machine:
-        return Machine(self.trt.__version__, self.device.gpu, self.device.compute_capability)
+    def machine(self) -> Target:
+        return machine(self.library, self.device)
 
     def types(self) -> dict[str, Any]:
-        """TensorRT's type for every type name of a contract."""
-        types = self.trt.DataType
+        """The library's type for every type name of a contract."""
+        types = self.library.trt.DataType
         return {
             "float32": types.FLOAT,
             "float16": types.HALF,
@@ -173,11 +203,15 @@ class Backend:
         }
 
 
-def open_backend(device: int, open_device: Callable[[int], Device] = CudaDevice) -> Backend:
-    """Raises `ArtifactError` without TensorRT or without that GPU."""
-    trt = load_tensorrt()
-    logger = make_logger(trt)
-    return Backend(trt, logger, trt.Runtime(logger), open_device(device))
+def machine(library: Library, device: Device) -> Target:
+    """What this machine runs."""
+    return Target(library.flavour.name, library.version, (device.compute_capability,), device.gpu)
+
+
+def open_backend(flavour: Flavour, device: int, open_device: Callable[[int], Device] = CudaDevice) -> Backend:
+    """Raises `ArtifactError` without the flavour's library or without that GPU."""
+    library = open_library(flavour)
+    return Backend(library, library.trt.Runtime(library.logger), open_device(device))
 
 
 @dataclass(frozen=True)
@@ -192,8 +226,9 @@ class _Captured:
 class TensorRTGraph:
     """One engine and the buffers around it."""
 
-    def __init__(self, backend: Backend, engine: Any, contract: Contract) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, engine: Any, contract: Contract, places: Sequence[Path]) -> None:
+        """places: files that may keep the kernels of a library that finishes them here."""
+        self._library = backend.library
         self._device = backend.device
         self._engine = engine
         self._contract = contract
@@ -202,6 +237,9 @@ class TensorRTGraph:
         self._buffers = {spec.name: self._empty((contract.largest(spec),), spec.dtype) for spec in kept}
         self._nothing = self._empty((ALIGNMENT,), "uint8")
         self._activations = self._empty((max(engine.device_memory_size_v2, ALIGNMENT),), "uint8")
+        self._kernels: KernelCache | None = None
+        self._settings = self._context_settings(places)
+        self._kernels_of: set[tuple[tuple[int, ...], ...]] = set()
         self._contexts = {profile: self._new_context(profile) for profile in contract.profiles or (None,)}
         self._captured: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
 
@@ -214,6 +252,7 @@ class TensorRTGraph:
         with self._device.working():
             bound = {spec.name: self._input(spec, inputs[spec.name]) for spec in self._contract.inputs}
             outputs = self._replay(bound, profile) if steady else self._launch(self._contexts[profile], bound)
+            self._keep_kernels(inputs)
             return {
                 spec.name: outputs[spec.name] if spec.resident else outputs[spec.name].to("cpu", copy=True).numpy()
                 for spec in self._contract.outputs
@@ -286,7 +325,7 @@ class TensorRTGraph:
     def _demand(self, done: bool) -> None:
         if not done:
             raise ArtifactError(
-                f"{self._contract.name} cannot run on {self._device.gpu}: {self._backend.logger.reason()}; "
+                f"{self._contract.name} cannot run on {self._device.gpu}: {self._library.logger.reason()}; "
                 "build the engine again."
             )
 
@@ -307,9 +346,30 @@ class TensorRTGraph:
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device.torch_device)
 
+    def _context_settings(self, places: Sequence[Path]) -> Any:
+        """What execution contexts are made with: activation memory is ours, and kernels made here are kept."""
+        trt = self._library.trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._library.flavour.jit:
+            return strategy
+        settings = self._engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(strategy)
+        settings.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._kernels = KernelCache(settings, places)
+        return settings
+
+    def _keep_kernels(self, inputs: Inputs) -> None:
+        """After the first run of every shape: only then are there new kernels."""
+        if self._kernels is None:
+            return
+        shapes = tuple(tuple(inputs[spec.name].shape) for spec in self._contract.inputs)
+        if shapes not in self._kernels_of:
+            self._kernels_of.add(shapes)
+            self._kernels.keep()
+
     def _new_context(self, profile: str | None) -> Any:
-        strategy = self._backend.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        context = self._engine.create_execution_context(self._settings)
         context.set_device_memory(self._activations.data_ptr(), self._activations.numel())
         if profile is not None:
             number = list(self._contract.profiles).index(profile)
@@ -327,13 +387,14 @@ class TensorRTRuntime:
     def __init__(
         self, artifacts: Artifacts, device: int = 0, open_device: Callable[[int], Device] = CudaDevice
     ) -> None:
-        """Raises `ArtifactError` without TensorRT or without that GPU."""
+        """Raises `ArtifactError` without engines, without the library that they need, or without that GPU."""
         self.preset = artifacts.preset
         self.tokenizer = verified_tokenizer(artifacts)
         self._artifacts = artifacts
-        self._backend = open_backend(device, open_device)
-        self.zeros: Allocator = partial(_zeros, self._backend.device.torch_device)
         self._engines = read_engines(artifacts)
+        self._flavour = flavour_of(artifacts, self._engines)
+        self._backend = open_backend(self._flavour, device, open_device)
+        self.zeros: Allocator = partial(_zeros, self._backend.device.torch_device)
 
     def free_bytes(self) -> int:
         return self._backend.device.free_bytes()
@@ -344,14 +405,15 @@ class TensorRTRuntime:
         return {name: torch.from_numpy(array).to(device, copy=True) for name, array in made.items()}
 
     def graph(self, component: str) -> TensorRTGraph:
-        """Loads the component's engine. Raises `ArtifactError` for one of another TensorRT, GPU or graph."""
+        """Loads the component's engine. Raises `ArtifactError` for one of another library, GPU or graph."""
         engine = self._engines.get(component)
         reason = fault(self._artifacts, component, engine, self._backend.machine)
         if engine is None or reason is not None:
             raise self._refusal(component, reason or "has not been built")
         with self._backend.device.working():
             loaded = self._load(component, engine)
-            return TensorRTGraph(self._backend, loaded, self._artifacts.contracts[component])
+            places = cache_places(self._artifacts, component, engine)
+            return TensorRTGraph(self._backend, loaded, self._artifacts.contracts[component], places)
 
     def _load(self, component: str, engine: Engine) -> Any:
         path = engine_path(self._artifacts, component)
@@ -360,7 +422,7 @@ class TensorRTRuntime:
             loaded = self._backend.runtime.deserialize_cuda_engine(plan)
         self._demand_unaltered(component, engine)
         if loaded is None:
-            raise self._refusal(component, f"cannot be loaded ({self._backend.logger.reason()})")
+            raise self._refusal(component, f"cannot be loaded ({self._backend.library.logger.reason()})")
         if engine.weights_on_host:
             loaded.weight_streaming_budget_v2 = 0  # must stand before the first context
         contract, types = self._artifacts.contracts[component], self._backend.types()
@@ -376,5 +438,5 @@ class TensorRTRuntime:
             raise self._refusal(component, f"{reason}; remove it")
 
     def _refusal(self, component: str, reason: str) -> ArtifactError:
-        path, command = engine_path(self._artifacts, component), build_command(self._artifacts)
+        path, command = engine_path(self._artifacts, component), build_command(self._artifacts, self._flavour)
         return ArtifactError(f"engine {path} {reason}; run {command} on this machine.")

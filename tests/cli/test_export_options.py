@@ -26,9 +26,40 @@ def test_what_does_not_fit_a_gpu_is_refused_with_the_sum(tmp_path: Path) -> None
     assert_refused(result, "of preset tiny with 1 sessions does not fit 0.5 GiB", " = ", "take a larger GPU")
 
 
-def test_gpu_memory_without_engines_is_a_mistake(tmp_path: Path) -> None:
-    result = invoke("export", "--gpu-memory-gib", "80", "--output", tmp_path / "a")
-    assert_refused(result, "--gpu-memory-gib is for --target tensorrt; leave it out")
+@pytest.mark.parametrize(("option", "value"), [("--gpu-memory-gib", "80"), ("--compute-capability", "8.9")])
+def test_options_of_engines_without_engines_are_a_mistake(tmp_path: Path, option: str, value: str) -> None:
+    result = invoke("export", option, value, "--output", tmp_path / "a")
+    assert_refused(result, f"{option} is for --target tensorrt or tensorrt-rtx; leave it out")
+
+
+def test_tensorrt_builds_for_no_other_gpu(tmp_path: Path) -> None:
+    words = ("--target", "tensorrt", "--compute-capability", "8.9", "--output", tmp_path / "a")
+    message = "TensorRT builds for the GPU of this machine, not for compute capability 8.9; leave --compute-capability"
+    assert_refused(invoke("export", *words), message, "or give --target tensorrt-rtx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("capability", ["9.0", "8", "sm89", ""])
+def test_a_compute_capability_that_the_compiler_lacks_is_refused_before_the_export(
+    tmp_path: Path, capability: str
+) -> None:
+    words = ("--target", "tensorrt-rtx", "--compute-capability", capability, "--output", tmp_path / "a")
+    message = f"does not compile for compute capability {capability!r}, only for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"
+    assert_refused(invoke("export", *words), "TensorRT-RTX 1.7.1.116", message, "or build on that GPU")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_the_gpu_lacks_is_refused_before_the_export(tmp_path: Path) -> None:
+    words = ("--target", "tensorrt-rtx", "--compute-capability", "7.5", "--output", tmp_path / "a")
+    message = "these graphs are in bfloat16, which GPUs have from compute capability 8.0 on, not 7.5; export with"
+    assert_refused(invoke("export", *words), message)
+
+
+def test_without_a_gpu_its_compute_capability_may_be_named(tmp_path: Path) -> None:
+    result = invoke("export", "--target", "tensorrt-rtx", "--output", tmp_path / "a")
+    assert_refused(
+        result, "engines cannot be built here: GPU 0 does not exist", "Or name the GPU's --compute-capability"
+    )
 
 
 def test_an_alpha_without_an_adapter_is_a_mistake(tmp_path: Path) -> None:

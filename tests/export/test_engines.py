@@ -17,7 +17,7 @@ from live_avatar.errors import ArtifactError, CapacityError, ExportError
 from live_avatar.exporter.engines import LOCK, TIMING_CACHE, EngineOptions, build_engines
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.graphs.digests import file_sha256
-from live_avatar.graphs.engines import FOLDER, Engine, Machine, engine_path, read_engines
+from live_avatar.graphs.engines import FOLDER, Engine, Target, engine_path, read_engines
 from live_avatar.graphs.memory import WORKSPACE_BYTES
 from tests.support.fake_tensorrt import HostDevice, OnnxParser, install
 
@@ -51,7 +51,7 @@ def test_every_graph_becomes_an_engine_with_a_record(artifacts_copy: Artifacts) 
     known = artifacts_copy.manifest["files"]
     step = engines["dit"]
     assert step == Engine(
-        machine=Machine(VERSION, "stand-in", "9.0"),
+        target=Target("tensorrt", VERSION, ("9.0",), "stand-in"),
         files={name: known[name]["digest"] for name in ("dit.onnx", "dit.weights")},
         weights_on_host=False,
         build_s=step.build_s,
@@ -59,7 +59,7 @@ def test_every_graph_becomes_an_engine_with_a_record(artifacts_copy: Artifacts) 
         digest=file_sha256(engine_path(artifacts_copy, "dit")),
     )
     assert step.build_s >= 0
-    message = "dit: has not been built; building for TensorRT 11.4.0.106 on stand-in (compute capability 9.0)"
+    message = "dit: has not been built; building with TensorRT 11.4.0.106 on stand-in (compute capability 9.0)"
     assert message in told
     assert f"dit: {step.bytes} bytes in {step.build_s} s" in told
 
@@ -126,7 +126,7 @@ def test_another_tensorrt_builds_them_again(artifacts_copy: Artifacts, monkeypat
     install(monkeypatch, "11.5.0.1")
     told = build(artifacts_copy, options)
     assert told[0].startswith("audio_tokens: was built by TensorRT 11.4.0.106 on stand-in")
-    assert read_engines(artifacts_copy)["audio_tokens"].machine.tensorrt == "11.5.0.1"
+    assert read_engines(artifacts_copy)["audio_tokens"].target.version == "11.5.0.1"
 
 
 def test_weights_move_to_the_host_on_request(artifacts_copy: Artifacts) -> None:

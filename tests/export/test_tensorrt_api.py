@@ -1,8 +1,11 @@
-"""All that the project takes from the module `tensorrt` is in TensorRT's own bindings, 10.15 to 11.4.
+"""All that the project takes from the modules `tensorrt` and `tensorrt_rtx` is in NVIDIA's own bindings.
+
+Those of TensorRT are 10.15 to 11.4; that of TensorRT-RTX is the one that is installed.
 
 Two steps: every `trt.` name in the code, and every member and argument of the stand-in that the tests run the code
-on (`tests/support/fake_tensorrt.py`), is looked up in what the bindings offer (`data/tensorrt_api.json`). What the code
-calls on an object that it got is thereby covered: the stand-in has nothing else.
+on (`tests/support/fake_tensorrt.py`, `fake_tensorrt_rtx.py`), is looked up in what the bindings offer: of TensorRT in
+`data/tensorrt_api.json`, of TensorRT-RTX in the module. What the code calls on an object that it got is thereby
+covered: the stand-ins have nothing else.
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ from typing import Any
 
 import pytest
 
-from live_avatar.runtime.tensorrt_runtime import LEAST_VERSION
+from live_avatar.graphs.flavours import TENSORRT
+from tests.export.data.make_tensorrt_api import look
 from tests.support.fake_tensorrt import tensorrt_module
+from tests.support.fake_tensorrt_rtx import tensorrt_rtx_module
 
 ROOT = Path(__file__).parents[2]
 API = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())
 VERSIONS = [name for name in API if name != "source"]
 USERS = ("live_avatar/exporter/engines.py", "live_avatar/runtime/tensorrt_runtime.py")
+RTX_ONLY = {"ComputeCapability", "CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy"}
+"""Classes that the code takes from TensorRT-RTX alone."""
 
 
 def dotted(node: ast.expr) -> list[str] | None:
@@ -41,7 +48,7 @@ def names_in_code() -> set[tuple[str, ...]]:
     for user in USERS:
         for node in ast.walk(ast.parse((ROOT / user).read_text())):
             path = dotted(node) if isinstance(node, ast.Attribute) else None
-            if path and "trt" in path and path[-1] not in ("trt", "__version__"):
+            if path and "trt" in path[:-1] and "__version__" not in path:
                 found.add(tuple(path[path.index("trt") + 1 :]))
     return found
 
@@ -81,6 +88,8 @@ def test_every_name_in_the_code_is_in_the_bindings(version: str) -> None:
     assert ("MemoryPoolType", "WORKSPACE") in names
     assert ("ILogger", "Severity", "ERROR") in names
     for path in names:
+        if path[0] in RTX_ONLY:
+            continue
         found: Any = API[version]
         for part in path:
             assert part in found, f"tensorrt.{'.'.join(path)} is not in TensorRT {version}"
@@ -108,5 +117,44 @@ def test_what_is_made_by_its_class_takes_the_arguments_that_the_code_gives(versi
 
 
 def test_the_bindings_looked_at_begin_with_the_least_version() -> None:
-    assert VERSIONS[0].startswith("{}.{}.".format(*LEAST_VERSION))
+    assert VERSIONS[0].startswith("{}.{}.".format(*TENSORRT.least_version))
     assert {version.split(".")[0] for version in VERSIONS} == {"10", "11"}
+
+
+@pytest.fixture(scope="module")
+def rtx_stand_ins() -> dict[str, type]:
+    return {name: value for name, value in vars(tensorrt_rtx_module()).items() if isinstance(value, type)}
+
+
+@pytest.fixture(scope="module")
+def rtx_api(rtx_stand_ins: dict[str, type]) -> dict[str, Any]:
+    """What the installed TensorRT-RTX offers."""
+    return look("tensorrt_rtx", {*rtx_stand_ins, *(path[0] for path in names_in_code())})
+
+
+def test_every_name_in_the_code_is_in_tensorrt_rtx(rtx_api: dict[str, Any]) -> None:
+    names = names_in_code()
+    assert {path[0] for path in names} > RTX_ONLY
+    for path in names:
+        found: Any = rtx_api
+        for part in path:
+            assert part == "__members__" or part in found, f"{'.'.join(path)} is not in the installed TensorRT-RTX"
+            found = found.get(part)
+
+
+def test_the_stand_in_has_nothing_that_tensorrt_rtx_lacks(
+    rtx_stand_ins: dict[str, type], rtx_api: dict[str, Any]
+) -> None:
+    checked = 0
+    for name, value in rtx_stand_ins.items():
+        written = [cls for cls in value.__mro__ if cls.__module__.startswith("tests.") and "version" not in vars(cls)]
+        for cls in written:
+            for member, arguments in members_of_stand_in(cls):
+                if (name, member) == ("IExecutionContext", "finished"):
+                    continue
+                assert member in rtx_api[name], f"{name}.{member} is not in the installed TensorRT-RTX"
+                if arguments is not None:
+                    offered = rtx_api[name][member]
+                    assert arguments in offered, f"{name}.{member}{arguments}: TensorRT-RTX has {offered}"
+                checked += 1
+    assert checked >= 50

@@ -148,6 +148,19 @@ def test_the_image_for_gpus_keeps_its_own_triton():
     assert set(required().stdout.splitlines()) - set(without) == {"nvidia-pytriton==0.7.0"}
 
 
+def test_the_image_for_gpus_has_the_bindings_of_its_own_tensorrt():
+    assert "--extra tensorrt" in " ".join(arguments_of(GPU, "RUN"))
+    added = set(required("--extra", "tensorrt").stdout.splitlines()) - set(required().stdout.splitlines())
+    assert added == {"tensorrt-cu13==11.1.0.106"}
+    assert "TensorRT 11.1.0.106 (as its users report)" in GPU.read_text()
+
+
+def test_an_extra_that_is_not_offered_is_refused():
+    result = required("--extra", "tensorflow")
+    assert result.returncode == 2
+    assert "--extra tensorflow: there is none; choose dev, tensorrt, tensorrt-rtx, training." in result.stderr
+
+
 def test_a_name_that_nobody_needs_is_refused():
     result = required("--without", "tensorflow")
     assert result.returncode == 2

@@ -23,16 +23,18 @@ from live_avatar.exporter.engines import EngineOptions, build_engines
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.contract import Extent, kv_names
 from live_avatar.graphs.digests import file_sha256
-from live_avatar.graphs.engines import RECORDS, engine_path, read_engines, write_engines
+from live_avatar.graphs.engines import RECORDS, Target, engine_path, read_engines, write_engines
+from live_avatar.graphs.flavours import TENSORRT, TENSORRT_RTX
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.pipeline.denoiser import Denoiser, DenoiserState, one_step
 from live_avatar.pipeline.generator import Generator, cut_blocks
 from live_avatar.pipeline.kv_cache import KVRing
 from live_avatar.runtime import tensorrt_runtime
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
-from live_avatar.runtime.tensorrt_runtime import CudaDevice, TensorRTRuntime, load_tensorrt
+from live_avatar.runtime.tensorrt_runtime import CudaDevice, TensorRTRuntime, open_library
 from live_avatar.weights.checkpoint import open_checkpoint
 from tests.conftest import noise_speech
+from tests.support import fake_tensorrt_rtx
 from tests.support.fake_tensorrt import HostDevice, install
 from tests.support.networks import drawn_source
 
@@ -262,13 +264,6 @@ def test_extents_of_no_profile_are_refused(runtime: TensorRTRuntime) -> None:
             runtime.graph("dit").run(block_inputs(runtime, **extents))
 
 
-def test_an_engine_that_was_not_built_is_refused(artifacts: Artifacts, built: Artifacts) -> None:
-    runtime = TensorRTRuntime(artifacts, 0, HostDevice)
-    message = r"dit.plan has not been built; run `python -m export.engines --artifacts .*tiny` on this machine"
-    with pytest.raises(ArtifactError, match=message):
-        runtime.graph("dit")
-
-
 def test_an_engine_of_another_tensorrt_is_refused(built: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "10.16.1.11")
     message = (
@@ -298,6 +293,33 @@ def damaged(built: Artifacts, tmp_path: Path) -> Artifacts:
     """A copy whose engines a test may change."""
     shutil.copytree(built.folder, tmp_path / "copy")
     return load_artifacts(tmp_path / "copy")
+
+
+def test_a_folder_without_engines_is_refused(artifacts: Artifacts) -> None:
+    message = r"engines has no engines; run `python -m export.engines --artifacts .*tiny` on this machine"
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(artifacts, 0, HostDevice)
+
+
+def test_an_engine_that_was_not_built_is_refused(damaged: Artifacts) -> None:
+    write_engines(damaged, {name: engine for name, engine in read_engines(damaged).items() if name != "dit"})
+    message = (
+        r"dit.plan has not been built; run `python -m export.engines --artifacts .*copy --target tensorrt` on this"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(damaged, 0, HostDevice).graph("dit")
+
+
+def test_engines_of_two_flavours_are_refused(damaged: Artifacts) -> None:
+    engines = read_engines(damaged)
+    other = Target(TENSORRT_RTX.name, fake_tensorrt_rtx.VERSION, ("8.9",), None)
+    write_engines(damaged, {**engines, "dit": replace(engines["dit"], target=other)})
+    message = (
+        r"engines has engines of tensorrt and tensorrt-rtx, expected those of one; build all with one --target: "
+        r"`python -m export.engines"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(damaged, 0, HostDevice)
 
 
 def test_a_cut_engine_is_refused(damaged: Artifacts) -> None:
@@ -359,19 +381,125 @@ def test_a_damaged_record_is_refused(damaged: Artifacts, text: str) -> None:
 
 def test_without_tensorrt_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(ArtifactError, match=r"TensorRT cannot be imported \(.*\); install tensorrt 10.15 or newer"):
-        load_tensorrt()
+    message = r"TensorRT cannot be imported \(.*\); install it with `pip install 'tensorrt-cu13>=10.15'`, or run"
+    with pytest.raises(ArtifactError, match=message):
+        open_library(TENSORRT)
 
 
 def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "10.13.3.9")
-    with pytest.raises(ArtifactError, match=r"this is TensorRT 10.13.3.9, too old for the graphs; install 10.15 or"):
-        load_tensorrt()
+    with pytest.raises(
+        ArtifactError, match=r"this is TensorRT 10.13.3.9, too old for the graphs; install 10.15 or newer with `pip"
+    ):
+        open_library(TENSORRT)
 
 
 def test_without_a_gpu_the_message_says_so() -> None:
     with pytest.raises(ArtifactError, match=r"GPU 99 does not exist, torch .* sees \d+ GPUs; run this on a machine"):
         CudaDevice(99)
+
+
+@pytest.fixture(scope="module")
+def built_rtx(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artifacts]:
+    """The tiny preset with engines of TensorRT-RTX for two compute capabilities; tests must not change it."""
+    folder = tmp_path_factory.mktemp("engines") / "rtx"
+    shutil.copytree(artifacts.folder, folder, copy_function=os.link)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fake_tensorrt_rtx.install(monkeypatch)
+        options = EngineOptions(TENSORRT_RTX, capabilities=("8.9", "12.0"))
+        build_engines(folder, options, lambda line: None)
+        yield load_artifacts(folder)
+
+
+@pytest.fixture
+def ada(device: HostDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HostDevice:
+    """A GPU that the engines of `built_rtx` are for, of a user with an empty cache folder."""
+    device.gpu, device.compute_capability = "NVIDIA L40S", "8.9"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fake_tensorrt_rtx.IExecutionContext, "finished", [])
+    return device
+
+
+@pytest.fixture
+def copied_rtx(built_rtx: Artifacts, tmp_path: Path) -> Artifacts:
+    shutil.copytree(built_rtx.folder, tmp_path / "copy", copy_function=os.link)
+    return load_artifacts(tmp_path / "copy")
+
+
+def test_engines_compiled_ahead_of_time_give_the_same_bits(
+    copied_rtx: Artifacts, ada: HostDevice, onnx_runtime: OnnxRuntime
+) -> None:
+    runtime = TensorRTRuntime(copied_rtx, 0, lambda index: ada)
+    session = Session(Denoiser(runtime, one_step(2)), Denoiser(onnx_runtime, one_step(2)), seed=1)
+    for _ in range(BLOCKS):
+        session.run()
+    assert ada.captures == 1
+
+
+def run_audio_tokens(artifacts: Artifacts, device: HostDevice) -> None:
+    graph = TensorRTRuntime(artifacts, 0, lambda index: device).graph("audio_tokens")
+    (spec,) = artifacts.contracts["audio_tokens"].inputs
+    for _ in range(2):
+        graph.run({spec.name: np.zeros(spec.shape, np.float32)})
+
+
+def test_kernels_are_finished_once_and_kept_for_the_next_start(copied_rtx: Artifacts, ada: HostDevice) -> None:
+    finished = fake_tensorrt_rtx.IExecutionContext.finished
+    run_audio_tokens(copied_rtx, ada)
+    assert len(finished) == 1
+    assert [path.name for path in (copied_rtx.folder / "engines").glob("*kernels*")] == ["audio_tokens.kernels"]
+    run_audio_tokens(copied_rtx, ada)
+    assert len(finished) == 1
+
+
+def test_kernels_of_another_version_are_finished_again(copied_rtx: Artifacts, ada: HostDevice) -> None:
+    place = copied_rtx.folder / "engines" / "audio_tokens.kernels"
+    place.write_bytes(b"1.6.0.0\nall of them")
+    run_audio_tokens(copied_rtx, ada)
+    assert len(fake_tensorrt_rtx.IExecutionContext.finished) == 1
+    assert place.read_bytes().startswith(fake_tensorrt_rtx.VERSION.encode())
+
+
+def test_kernels_go_to_the_users_cache_where_the_folder_of_engines_cannot_be_written(
+    copied_rtx: Artifacts, ada: HostDevice, tmp_path: Path
+) -> None:
+    (copied_rtx.folder / "engines" / "audio_tokens.kernels").mkdir()  # refuses a file, whoever runs the test
+    for _ in range(2):
+        run_audio_tokens(copied_rtx, ada)
+    assert len(fake_tensorrt_rtx.IExecutionContext.finished) == 1
+    (kept,) = (tmp_path / "cache" / "live-avatar" / "kernels").iterdir()
+    assert kept.name == read_engines(copied_rtx)["audio_tokens"].digest
+
+
+def test_kernels_that_can_be_kept_nowhere_are_no_fault(
+    copied_rtx: Artifacts, ada: HostDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied_rtx.folder / "engines" / "audio_tokens.kernels").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        run_audio_tokens(copied_rtx, ada)
+    assert len(fake_tensorrt_rtx.IExecutionContext.finished) == 2
+
+
+def test_an_engine_for_other_compute_capabilities_is_refused(built_rtx: Artifacts, ada: HostDevice) -> None:
+    ada.gpu, ada.compute_capability = "NVIDIA RTX A6000", "8.6"
+    message = (
+        r"dit.plan was built by TensorRT-RTX 1.7.1.116 for compute capability 8.9, 12.0, but this is TensorRT-RTX "
+        r"1.7.1.116 on NVIDIA RTX A6000 \(compute capability 8.6\); run `python -m export.engines .* --target "
+        r"tensorrt-rtx` on this machine"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(built_rtx, 0, lambda index: ada).graph("dit")
+
+
+def test_engines_whose_library_is_not_installed_are_refused_with_the_command(
+    built_rtx: Artifacts, ada: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    message = r"TensorRT-RTX cannot be imported \(.*\); install it with `pip install 'tensorrt-rtx-cu12>=1.7'`"
+    with pytest.raises(ArtifactError, match=message):
+        TensorRTRuntime(built_rtx, 0, lambda index: ada)
 
 
 def test_names_of_caches_are_resident(built: Artifacts) -> None:

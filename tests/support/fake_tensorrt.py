@@ -75,6 +75,20 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 2
 
 
+class IProgressMonitor:
+    def __init__(self) -> None:
+        pass
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        raise NotImplementedError
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        raise NotImplementedError
+
+    def phase_finish(self, phase_name: str) -> None:
+        raise NotImplementedError
+
+
 class ITimingCache:
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -95,6 +109,7 @@ class IOptimizationProfile:
 
 class IBuilderConfig:
     def __init__(self, version: str) -> None:
+        self.progress_monitor: IProgressMonitor | None = None
         self._version = version
         self._flags = {BuilderFlag.TF32}
         self._pools: dict[MemoryPoolType, int] = {}
@@ -113,6 +128,11 @@ class IBuilderConfig:
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         self._profiles.append(profile)
         return len(self._profiles) - 1
+
+    def _grow_cache(self) -> None:
+        """A timing cache grows with every engine that is built."""
+        assert self._cache is not None
+        self._cache._data += b"+1"
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
         return ITimingCache(serialized_timing_cache or self._version.encode())
@@ -163,6 +183,7 @@ class OnnxParser:
 
 class Builder:
     version: ClassVar[str]
+    _config: ClassVar[type[IBuilderConfig]] = IBuilderConfig
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
@@ -171,13 +192,20 @@ class Builder:
         return INetworkDefinition(bool(flags & 1 << int(_creation_flags(self.version).STRONGLY_TYPED)))
 
     def create_builder_config(self) -> IBuilderConfig:
-        return IBuilderConfig(self.version)
+        return self._config(self.version)
 
     def create_optimization_profile(self) -> IOptimizationProfile:
         return IOptimizationProfile()
 
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
-        """A plan that says what it is of; a timing cache grows with every engine that is built."""
+        """A plan that says what it is of; none if the monitor wants to stop after the only step."""
+        assert config.progress_monitor is not None
+        config.progress_monitor.phase_start("Building engine", None, 1)
+        go_on = config.progress_monitor.step_complete("Building engine", 0)
+        config.progress_monitor.phase_finish("Building engine")
+        if not go_on:
+            self._logger._error("7: Build canceled by user")
+            return None
         dynamic = [
             value.name
             for value in network._model.graph.input
@@ -189,8 +217,7 @@ class Builder:
             self._logger._error("4: Network has dynamic inputs")
             self._logger._error(f"4: no optimization profile has been defined for {missing[0]}")
             return None
-        assert config._cache is not None
-        config._cache._data += b"+1"
+        config._grow_cache()
         plan = {
             "version": self.version,
             "path": network._path,
@@ -210,6 +237,7 @@ class Builder:
 
 class Runtime:
     version: ClassVar[str]
+    _engine: ClassVar[Callable[..., ICudaEngine]]
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
@@ -222,7 +250,7 @@ class Runtime:
         if plan["version"] != self.version:
             self._logger._error("6: The engine plan file is not compatible with this version of TensorRT")
             return None
-        return ICudaEngine(plan, self._logger)
+        return self._engine(plan, self._logger)
 
 
 class ICudaEngine:
@@ -262,7 +290,7 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return DataType(self._values[name].type.tensor_type.elem_type)
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
+    def create_execution_context(self, strategy: Any) -> IExecutionContext:
         self._contexts += 1
         return IExecutionContext(self, strategy)
 
@@ -283,6 +311,9 @@ class ICudaEngine:
             arrays = self._session.run(names, zeros)
             self._output_shapes[key] = {name: array.shape for name, array in zip(names, arrays, strict=True)}
         return self._output_shapes[key]
+
+
+Runtime._engine = ICudaEngine
 
 
 class IExecutionContext:

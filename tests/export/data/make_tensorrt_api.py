@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "tensorrt-cu13-bindings"
 TARGET = Path(__file__).with_name("tensorrt_api.json")
@@ -31,8 +33,8 @@ FUNCTIONS = (
 )
 # pybind11 begins a docstring with the signature, or lists one for every overload.
 LOOK = r"""
-import json, re, sys
-import tensorrt_bindings
+import importlib, json, re, sys
+module = importlib.import_module(sys.argv[1])
 
 def arguments(function, name):
     signatures = re.findall(rf"^(?:\d+\. )?{name}\((.*)\) -> ", function.__doc__ or "", re.MULTILINE)
@@ -47,7 +49,7 @@ def look(cls):
             seen[name] = look(member) if is_class else arguments(member, name) if callable(member) else None
     return seen
 
-print(json.dumps({name: look(getattr(tensorrt_bindings, name)) for name in json.loads(sys.argv[1])}))
+print(json.dumps({name: look(getattr(module, name)) for name in json.loads(sys.argv[2])}))
 """
 CLASSES = (
     "Builder",
@@ -60,6 +62,7 @@ CLASSES = (
     "ILogger",
     "INetworkDefinition",
     "IOptimizationProfile",
+    "IProgressMonitor",
     "ITimingCache",
     "MemoryPoolType",
     "NetworkDefinitionCreationFlag",
@@ -69,8 +72,15 @@ CLASSES = (
 )
 
 
-def look(version: str, folder: Path) -> dict[str, object]:
-    """Classes of one version: for a property or enumerator null, for a method its arguments, by overload."""
+def look(module: str, classes: Iterable[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Classes of a module: for a property or enumerator null, for a method its arguments, by overload."""
+    words = [sys.executable, "-c", LOOK, module, json.dumps(list(classes))]
+    seen = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(seen.stdout)
+
+
+def look_at_version(version: str, folder: Path) -> dict[str, Any]:
+    """What one version has, from its wheel."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     subprocess.run([*pip, f"{PACKAGE}=={version}"], check=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
@@ -81,21 +91,14 @@ def look(version: str, folder: Path) -> dict[str, object]:
         name = f"lib{library}.so.{version.split('.')[0]}"
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
         subprocess.run(command, check=True)
-    seen = subprocess.run(
-        [sys.executable, "-c", LOOK, json.dumps(CLASSES)],
-        env={"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return json.loads(seen.stdout)
+    return look("tensorrt_bindings", CLASSES, {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder)})
 
 
 def main(versions: list[str]) -> None:
     api = {}
     for version in versions:
         with tempfile.TemporaryDirectory() as folder:
-            api[version] = look(version, Path(folder))
+            api[version] = look_at_version(version, Path(folder))
     source = f"{PACKAGE} on PyPI; made by python -m tests.export.data.make_tensorrt_api {' '.join(versions)}"
     lines = [f'"source": {json.dumps(source)}']
     for version, classes in api.items():
