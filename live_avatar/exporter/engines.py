@@ -44,8 +44,8 @@ from live_avatar.runtime.tensorrt_runtime import CudaDevice, Device, Library, ma
 LOCK = "lock"
 TIMING_CACHE = "timing.cache"
 DECOMPOSABLE = "TRT_decomposable"
-"""Attribute of `Attention` for TensorRT's parser: several kernels may be taken where there is no fused one (such as
-for float32, or the wide head of the VAE). Without it such a graph cannot be built."""
+"""Attribute of `Attention` for TensorRT's parser: several kernels may be taken where there is no fused one. Without it
+such a graph cannot be built; ONNX Runtime would refuse it in the file."""
 
 LEAST_CAPABILITIES = {"fp8": (8, 9), "bfloat16": (8, 0)}
 """First compute capability that has a precision (support matrices of both libraries)."""
@@ -288,9 +288,10 @@ def _compile(
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    for node in model.graph.node:
-        if node.op_type == "Attention":
-            node.attribute.append(onnx.helper.make_attribute(DECOMPOSABLE, 1))
+    if contract.decomposable:
+        for node in model.graph.node:
+            if node.op_type == "Attention":
+                node.attribute.append(onnx.helper.make_attribute(DECOMPOSABLE, 1))
     if not parser.parse(model.SerializeToString(), str(path)):
         errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise ExportError(f"{compiler.library} cannot read {path}: {errors}; export it again.")
@@ -308,7 +309,7 @@ def _compile(
     if plan is None:
         raise ExportError(
             f"{compiler.library} cannot build {contract.name}: {logger.reason()}; see whether the GPU has room and "
-            "this version is supported."
+            "this version is supported, and for an attention without a fused kernel docs/real_model.md."
         )
     made = {f"{contract.name}.plan": plan}
     return made if cache is None else {**made, TIMING_CACHE: cache.serialize()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -32,6 +32,18 @@ DIT, BLOCK_TOKENS, SINK_TOKENS, TEXT = "dit", "dit_block_tokens", "dit_sink_toke
 """The transformer, and the small graphs that make its tokens and its text keys and values."""
 BLOCK, SINK = "block", "sink"
 """Profiles of `dit`: the tokens of a noisy block, or those of a sink."""
+
+
+WITH_ATTENTION = (
+    "speech_encoder",
+    "text_encoder",
+    "vae_encoder_first",
+    "vae_encoder",
+    "vae_decoder_first",
+    "vae_decoder",
+    DIT,
+)
+"""Components whose graphs have attentions."""
 
 
 class Extent(IntEnum):
@@ -62,13 +74,15 @@ class GraphTensor:
 class Contract:
     """One component: inputs and outputs in order, and the ranges of its symbolic dimensions in every profile.
 
-    A graph without symbolic dimensions has no profile.
+    A graph without symbolic dimensions has no profile. decomposable: why TensorRT may make several kernels of an
+    attention of this graph; empty if each must become one fused kernel, without which no engine is built.
     """
 
     name: str
     inputs: tuple[GraphTensor, ...]
     outputs: tuple[GraphTensor, ...]
     profiles: Mapping[str, Ranges] = field(default_factory=dict)
+    decomposable: str = ""
 
     def shape(self, spec: GraphTensor, extent: Extent, profile: str | None = None) -> tuple[int, ...]:
         """The shape with every symbolic dimension at that extent, in the first profile or the one named."""
@@ -85,7 +99,7 @@ class Contract:
             for side in ("inputs", "outputs")
         }
         profiles = {name: {k: list(v) for k, v in ranges.items()} for name, ranges in self.profiles.items()}
-        return {"name": self.name, **specs, "profiles": profiles}
+        return {"name": self.name, **specs, "profiles": profiles, "decomposable": self.decomposable}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Contract:
@@ -95,7 +109,7 @@ class Contract:
         profiles = {
             name: {k: (v[0], v[1], v[2]) for k, v in ranges.items()} for name, ranges in values["profiles"].items()
         }
-        return cls(values["name"], specs("inputs"), specs("outputs"), profiles)
+        return cls(values["name"], specs("inputs"), specs("outputs"), profiles, values["decomposable"])
 
 
 def kv_names(prefix: str, layers: int) -> tuple[str, ...]:
@@ -291,4 +305,19 @@ def contracts(preset: Preset) -> dict[str, Contract]:
         _dit_text,
         _dit,
     ]
-    return {contract.name: contract for contract in (maker(preset) for maker in makers)}
+    made = [maker(preset) for maker in makers]
+    return {contract.name: replace(contract, decomposable=_decomposable(preset, contract.name)) for contract in made}
+
+
+def _decomposable(preset: Preset, component: str) -> str:
+    """`Contract.decomposable` of a component. What has a fused kernel is what TensorRT-RTX 1.7 compiles."""
+    if component not in WITH_ATTENTION:
+        return ""
+    if preset.precision == "float32" or (component == "text_encoder" and preset.precision == "float16"):
+        return "there is no fused kernel in float32"
+    if component.startswith("vae_"):
+        return (
+            f"one head of {preset.vae.dim * preset.vae.dim_mult[-1]} channels over one frame: fused kernels take heads "
+            "of 12 to 256 channels, and at least two heads or frames"
+        )
+    return ""

@@ -58,13 +58,13 @@ class Attention(nn.Module):
         return self.o(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
     """Softmax attention of [B, N, L, D] over [B, N, M, D], in the values' type.
 
     Queries are scaled here and not inside: TensorRT's attention layer takes no scale.
     """
     query = (query * query.shape[-1] ** -0.5).to(value.dtype)
-    return F.scaled_dot_product_attention(query, key.to(value.dtype), value, scale=1.0)
+    return F.scaled_dot_product_attention(query, key.to(value.dtype), value, dropout_p=dropout, scale=1.0)
 
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:

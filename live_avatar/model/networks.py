@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from live_avatar.config import NETWORK_NAMES, Preset, SpeechEncoderConfig, TextEncoderConfig
-from live_avatar.model.attention import Linear
+from live_avatar.model.attention import Linear, attend
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.vae import VAE
 
@@ -30,20 +30,32 @@ class Networks:
         return {name: getattr(self, name) for name in NETWORK_NAMES}
 
 
-def speech_network(config: SpeechEncoderConfig) -> nn.Module:
-    """The wav2vec2 encoder of `transformers`, in the variant of xlsr-53 (layer norms everywhere, stable order)."""
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
+def speech_network(config: SpeechEncoderConfig, attention: torch.dtype = torch.float32) -> nn.Module:
+    """The wav2vec2 encoder of `transformers`, in the variant of xlsr-53 (layer norms everywhere, stable order).
 
-    return Wav2Vec2Model(
-        Wav2Vec2Config(
-            **asdict(config),
-            feat_extract_norm="layer",
-            do_stable_layer_norm=True,
-            conv_bias=True,
-            apply_spec_augment=False,
-            layerdrop=0.0,
-        )
-    ).eval()
+    attention: type of queries, keys and values; everything else is float32.
+    """
+    from transformers import AttentionInterface, Wav2Vec2Config, Wav2Vec2Model
+
+    def attention_in_type(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, dropout: float = 0.0, **unused: object
+    ) -> tuple[Tensor, None]:
+        """[B, N, L, D] each -> [B, L, N, D] float32. `transformers` makes a mask that allows everything for its own
+        functions, with which TensorRT finds no fused kernel; for this one it makes none."""
+        return attend(query, key, value.to(attention), dropout).transpose(1, 2).float(), None
+
+    name = f"live_avatar_{attention}".replace(".", "_")
+    AttentionInterface.register(name, attention_in_type)
+    settings = Wav2Vec2Config(
+        **asdict(config),
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+        apply_spec_augment=False,
+        layerdrop=0.0,
+    )
+    settings._attn_implementation = name
+    return Wav2Vec2Model(settings).eval()
 
 
 def text_network(config: TextEncoderConfig) -> nn.Module:
@@ -56,11 +68,13 @@ def text_network(config: TextEncoderConfig) -> nn.Module:
 
 def meta_networks(preset: Preset) -> Networks:
     """Networks of the preset's sizes and types on torch's meta device: no weights, and no memory for them."""
+    # Of the types with fused attention, float16 is nearer to float32; the normalised speech is far from its limits.
+    heard = torch.float32 if preset.precision == "float32" else torch.float16
     with torch.device("meta"):
         networks = Networks(
             CausalDiT(preset.dit).eval(),
             VAE(preset.vae).eval(),
-            speech_network(preset.speech),
+            speech_network(preset.speech, heard),
             text_network(preset.text),
         )
     networks.speech.to("meta")  # transformers makes `masked_spec_embed` on the CPU whatever the device

@@ -1,4 +1,8 @@
-"""NVIDIA's compiler, TensorRT-RTX, builds engines of the project's graphs on this machine, which needs no GPU."""
+"""NVIDIA's compiler, TensorRT-RTX, builds engines of every graph of the project, which takes no GPU.
+
+What it reads, types, shapes and profiles are thereby right; and where a contract does not allow an attention to fall
+apart, it has one fused kernel.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,38 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 from export.engines import main
+from live_avatar.config import TINY, Preset
 from live_avatar.errors import ExportError
+from live_avatar.exporter.build import export_artifacts
 from live_avatar.exporter.engines import EngineOptions, build_engines
+from live_avatar.exporter.quantization import PART, QUANTIZED, Calibration
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
+from live_avatar.graphs.contract import contracts
 from live_avatar.graphs.engines import FOLDER, Target, read_engines
 from live_avatar.graphs.flavours import TENSORRT_RTX
+from live_avatar.model.dit import CausalDiT
+from live_avatar.model.linears import is_fp8
+from live_avatar.weights.checkpoint import open_checkpoint
+from tests.export.conftest import LEAST
 
 VERSION = "1.7.1.116"
+SIXTEEN_BITS = replace(
+    LEAST,
+    name="sixteen-bits",
+    dit=replace(LEAST.dit, dim=32, audio_dim=32),
+    speech=replace(LEAST.speech, hidden_size=32),
+    text=replace(LEAST.text, d_kv=16),
+).with_precision("bfloat16")
+"""The least preset with heads of 16 channels: fused kernels need 12."""
 SMALL = ("audio_tokens", "dit_block_tokens")
 
 
@@ -129,3 +152,63 @@ def test_ctrl_c_keeps_what_was_built(copied: Artifacts) -> None:
     assert told[-1] == "interrupted; built and kept: dit_block_tokens; the same command builds the rest"
     assert read_engines(copied).keys() == {"dit_block_tokens"}
     assert sorted(os.listdir(copied.folder / FOLDER)) == ["dit_block_tokens.plan", "engines.json", "lock"]
+
+
+@pytest.fixture(scope="module")
+def compiled(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """The tiny preset in float32, whose folder of engines the tests fill."""
+    folder = tmp_path_factory.mktemp("compiled") / "tiny"
+    shutil.copytree(artifacts.folder, folder, copy_function=os.link)
+    return load_artifacts(folder)
+
+
+@pytest.mark.parametrize("component", contracts(TINY))
+def test_every_graph_in_float32_compiles(compiled: Artifacts, component: str) -> None:
+    build(compiled, options(component))
+    assert read_engines(compiled)[component].bytes > 0
+
+
+def any_calibration(preset: Preset) -> Calibration:
+    """As if the largest input of every linear were 1: what a compiler makes of a graph does not depend on numbers."""
+    with torch.device("meta"):
+        modules = CausalDiT(preset.dit).named_modules()
+    amax = {f"{PART}{name}": 1.0 for name, module in modules if isinstance(module, nn.Linear) and is_fp8(name)}
+    return Calibration(preset.name, 1, dict.fromkeys(QUANTIZED, amax))
+
+
+@pytest.fixture(scope="module")
+def sixteen_bits(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """bfloat16, with the transformer's linears in FP8."""
+    folder = tmp_path_factory.mktemp("compiled") / "fp8"
+    return export_artifacts(open_checkpoint(SIXTEEN_BITS), folder, lambda line: None, any_calibration(SIXTEEN_BITS))
+
+
+@pytest.mark.parametrize("component", contracts(TINY))
+def test_every_graph_in_bfloat16_and_fp8_compiles(sixteen_bits: Artifacts, component: str) -> None:
+    build(sixteen_bits, options(component))
+    assert read_engines(sixteen_bits)[component].bytes > 0
+
+
+def test_attention_is_fused_but_where_the_contract_has_a_reason(sixteen_bits: Artifacts, artifacts: Artifacts) -> None:
+    reasons = {name: contract.decomposable for name, contract in sixteen_bits.contracts.items()}
+    assert {name for name, reason in reasons.items() if reason} == {name for name in reasons if name.startswith("vae_")}
+    assert reasons["vae_decoder"] == (
+        "one head of 4 channels over one frame: fused kernels take heads of 12 to 256 channels, and at least two heads "
+        "or frames"
+    )
+    assert artifacts.contracts["dit"].decomposable == "there is no fused kernel in float32"
+
+
+def test_an_attention_that_is_not_fused_is_told_in_the_compilers_words(compiled: Artifacts) -> None:
+    strict = replace(compiled.contracts["text_encoder"], decomposable="")
+    path = compiled.folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["contracts"]["text_encoder"] = strict.to_dict()
+    path.unlink()  # a link to the shared one
+    path.write_text(json.dumps(manifest))
+    message = (
+        rf"TensorRT-RTX {VERSION} cannot build text_encoder: .*Attention operation was not supported by a dedicated "
+        rf"kernel.*; see whether .*, and for an attention without a fused kernel docs/real_model.md"
+    )
+    with pytest.raises(ExportError, match=message):
+        build(load_artifacts(compiled.folder), options("text_encoder", rebuild=True))
