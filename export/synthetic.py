@@ -23,13 +23,15 @@ import click
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from live_avatar.config import PRESETS, Preset
 from live_avatar.errors import ConfigError, ExportError, LiveAvatarError
-from live_avatar.model.linears import is_lora_target
+from live_avatar.exporter.quantization import PART, QUANTIZED, Calibration
+from live_avatar.model.dit import CausalDiT
+from live_avatar.model.linears import is_fp8, is_lora_target
 from live_avatar.model.networks import meta_networks
 from live_avatar.weights.official import (
     CONFIG_FILE,
@@ -118,6 +120,14 @@ def write_checkpoint(preset: Preset, output: Path, seed: int | None, shard_bytes
         slots = lay_out(preset, unfinished, shard_bytes)
         if seed is not None:
             _fill(slots, _random(preset, seed))
+
+
+def made_up_calibration(preset: Preset) -> Calibration:
+    """As if the largest input of every quantized linear were 1: enough to see what a compiler makes of the graphs."""
+    with torch.device("meta"):
+        modules = CausalDiT(preset.dit).named_modules()
+    linears = {f"{PART}{name}": 1.0 for name, module in modules if isinstance(module, nn.Linear) and is_fp8(name)}
+    return Calibration(preset.name, 1, dict.fromkeys(QUANTIZED, linears))
 
 
 def lora_shapes(preset: Preset, rank: int) -> Shapes:

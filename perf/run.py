@@ -29,6 +29,7 @@ from perf.scenario import Context, Figures, Scenario, broken
 from perf.scenarios import (
     ablation,
     arrivals,
+    engines,
     kernels,
     long,
     pipeline,
@@ -42,7 +43,21 @@ from perf.scenarios import (
 )
 
 ROOT = Path(__file__).parents[1]
-MODULES = (single, realtime, sessions, start, arrivals, pipeline, long, ablation, schedule, roofline, timeline, kernels)
+MODULES = (
+    single,
+    realtime,
+    sessions,
+    start,
+    arrivals,
+    pipeline,
+    long,
+    ablation,
+    schedule,
+    roofline,
+    timeline,
+    kernels,
+    engines,
+)
 SCENARIOS: dict[str, Scenario] = {module.SCENARIO.name: module.SCENARIO for module in MODULES}
 
 

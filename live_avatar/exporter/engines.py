@@ -245,7 +245,8 @@ def _build(artifacts: Artifacts, name: str, compiler: Compiler, on_host: bool) -
     written = engine_path(artifacts, name)
     with artifacts.reading(name) as path:
         model = onnx.load(path, load_external_data=False)
-        made = _cancellable(lambda stop: _compile(compiler, model, path, artifacts.contracts[name], on_host, stop))
+        contract = artifacts.contracts[name]
+        made = _cancellable(lambda stop: compile_graph(compiler, model, path, contract, on_host, stop))
     with _writing(written.parent):
         for file, data in made.items():
             write_whole(written.with_name(file), data)
@@ -277,12 +278,19 @@ def _files(path: Path, model: onnx.ModelProto) -> list[str]:
     return [path.name, *sorted({external_data_helper.ExternalDataInfo(tensor).location for tensor in outside})]
 
 
-def _compile(
-    compiler: Compiler, model: onnx.ModelProto, path: Path, contract: Contract, on_host: bool, stop: threading.Event
+def compile_graph(
+    compiler: Compiler,
+    model: onnx.ModelProto,
+    path: Path,
+    contract: Contract,
+    on_host: bool,
+    stop: threading.Event,
+    detailed: bool = False,
 ) -> dict[str, Any]:
     """The engine's plan, and the timing cache of a compiler that has one, by the names of their files.
 
-    Raises `ExportError` with the compiler's own words.
+    model: the graph of `path`, without its weights; detailed: the compiler logs the kernels that it made. Raises
+    `ExportError` with the compiler's own words.
     """
     trt, logger = compiler.library.trt, compiler.library.logger
     builder = trt.Builder(logger)
@@ -299,6 +307,8 @@ def _compile(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(contract.name))
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a graph means float32
     config.progress_monitor = _monitor(trt, stop)
+    if detailed:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if on_host:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     for profile in contract.profiles:

@@ -18,22 +18,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
-from torch import nn
 
 from export.engines import main
-from live_avatar.config import TINY, Preset
+from export.synthetic import made_up_calibration
+from live_avatar.config import TINY
 from live_avatar.errors import ExportError
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.exporter.engines import EngineOptions, build_engines
-from live_avatar.exporter.quantization import PART, QUANTIZED, Calibration
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.graphs.contract import contracts
 from live_avatar.graphs.engines import FOLDER, Target, read_engines
 from live_avatar.graphs.flavours import TENSORRT_RTX
-from live_avatar.model.dit import CausalDiT
-from live_avatar.model.linears import is_fp8
 from live_avatar.weights.checkpoint import open_checkpoint
 from tests.export.conftest import LEAST
 
@@ -168,19 +164,11 @@ def test_every_graph_in_float32_compiles(compiled: Artifacts, component: str) ->
     assert read_engines(compiled)[component].bytes > 0
 
 
-def any_calibration(preset: Preset) -> Calibration:
-    """As if the largest input of every linear were 1: what a compiler makes of a graph does not depend on numbers."""
-    with torch.device("meta"):
-        modules = CausalDiT(preset.dit).named_modules()
-    amax = {f"{PART}{name}": 1.0 for name, module in modules if isinstance(module, nn.Linear) and is_fp8(name)}
-    return Calibration(preset.name, 1, dict.fromkeys(QUANTIZED, amax))
-
-
 @pytest.fixture(scope="module")
 def sixteen_bits(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """bfloat16, with the transformer's linears in FP8."""
     folder = tmp_path_factory.mktemp("compiled") / "fp8"
-    return export_artifacts(open_checkpoint(SIXTEEN_BITS), folder, lambda line: None, any_calibration(SIXTEEN_BITS))
+    return export_artifacts(open_checkpoint(SIXTEEN_BITS), folder, lambda line: None, made_up_calibration(SIXTEEN_BITS))
 
 
 @pytest.mark.parametrize("component", contracts(TINY))
