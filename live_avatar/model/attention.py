@@ -38,11 +38,11 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """[B, L, C] -> [B, N, L, D] float32."""
-        return self._split(self.norm_q(self.q(x).float()))
+        return self._split(_normalised(self.norm_q, self.q(x)))
 
     def key(self, x: Tensor) -> Tensor:
         """[B, L, C] -> normalised keys [B, N, L, D] float32, not rotated."""
-        return self._split(self.norm_k(self.k(x).float()))
+        return self._split(_normalised(self.norm_k, self.k(x)))
 
     def value(self, x: Tensor) -> Tensor:
         """[B, L, C] -> [B, N, L, D] in the type of caches."""
@@ -55,7 +55,27 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries [B, N, L, D] over keys and values [B, N, M, D] -> [B, L, C], no mask."""
-        return self.o(attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.o(_joined(attend(query, key, value)))
+
+
+def _normalised(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, float32.
+
+    Squares of bfloat16 stay in bfloat16, whose roundings cancel out in the mean of thousands. With float32 squares the
+    compiler writes a float32 copy of x between its two kernels (docs/log.md). In float16 squares would overflow.
+    """
+    if x.dtype is not torch.bfloat16:
+        return norm(x.float())
+    assert norm.eps is not None
+    mean_square = (x * x).float().mean(-1, keepdim=True)
+    return x.float() * torch.rsqrt(mean_square + norm.eps) * norm.weight
+
+
+def _joined(x: Tensor) -> Tensor:
+    """[B, N, L, D] -> [B, L, C]. One sequence goes without its batch, which spares TensorRT a copy (docs/log.md)."""
+    if x.shape[0] == 1:
+        return x.squeeze(0).transpose(0, 1).flatten(1).unsqueeze(0)
+    return x.transpose(1, 2).flatten(2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
