@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 from onnx import external_data_helper
@@ -36,6 +36,7 @@ from live_avatar.graphs.engines import (
     read_engines,
     write_engines,
     write_whole,
+    written_whole,
 )
 from live_avatar.graphs.flavours import TENSORRT, TENSORRT_RTX, Flavour
 from live_avatar.graphs.memory import require_room, workspace_bytes
@@ -240,16 +241,17 @@ def _stale(artifacts: Artifacts, name: str, engine: Engine | None, target: Targe
 
 
 def _build(artifacts: Artifacts, name: str, compiler: Compiler, on_host: bool) -> Engine:
-    """Builds one engine and puts it, and the timing cache if there is one, into their places."""
+    """Builds one engine into its file, and puts the timing cache, if there is one, into its place."""
     start = time.monotonic()
     written = engine_path(artifacts, name)
     with artifacts.reading(name) as path:
         model = onnx.load(path, load_external_data=False)
         contract = artifacts.contracts[name]
-        made = _cancellable(lambda stop: compile_graph(compiler, model, path, contract, on_host, stop))
-    with _writing(written.parent):
-        for file, data in made.items():
-            write_whole(written.with_name(file), data)
+        with _writing(written.parent), written_whole(written) as file:
+            cache = _cancellable(lambda stop: compile_graph(compiler, model, path, contract, file, on_host, stop))
+    if cache is not None:
+        with _writing(written.parent):
+            write_whole(written.with_name(TIMING_CACHE), cache)
     return Engine(
         target=compiler.target,
         files={file: artifacts.manifest["files"][file]["digest"] for file in _files(path, model)},
@@ -260,7 +262,7 @@ def _build(artifacts: Artifacts, name: str, compiler: Compiler, on_host: bool) -
     )
 
 
-def _cancellable(work: Callable[[threading.Event], dict[str, Any]]) -> dict[str, Any]:
+def _cancellable(work: Callable[[threading.Event], Any]) -> Any:
     """Runs `work` in a thread; when this one is interrupted, sets the event that `work` looks at, and waits for it."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -283,14 +285,16 @@ def compile_graph(
     model: onnx.ModelProto,
     path: Path,
     contract: Contract,
+    plan: BinaryIO,
     on_host: bool,
     stop: threading.Event,
     detailed: bool = False,
-) -> dict[str, Any]:
-    """The engine's plan, and the timing cache of a compiler that has one, by the names of their files.
+) -> Any:
+    """Writes the engine's plan, and gives the timing cache of a compiler that has one, serialized.
 
-    model: the graph of `path`, without its weights; detailed: the compiler logs the kernels that it made. Raises
-    `ExportError` with the compiler's own words.
+    model: the graph of `path`, without its weights; detailed: the compiler logs the kernels that it made. The plan goes
+    to its file as it is made: a second copy in memory would be as large as the weights. Raises `ExportError` with the
+    compiler's own words, and `OSError` if the plan cannot be written.
     """
     trt, logger = compiler.library.trt, compiler.library.logger
     builder = trt.Builder(logger)
@@ -314,15 +318,35 @@ def compile_graph(
     for profile in contract.profiles:
         config.add_optimization_profile(_profile(builder, contract, profile))
     cache = _aim(compiler, config, path.parent / FOLDER / TIMING_CACHE)
+    writer = _writer(trt, plan)
     with compiler.device.working() if compiler.device else nullcontext():
-        plan = builder.build_serialized_network(network, config)
-    if plan is None:
+        done = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error is not None:
+        raise writer.error
+    if not done:
         raise ExportError(
             f"{compiler.library} cannot build {contract.name}: {logger.reason()}; see whether the GPU has room and "
             "this version is supported, and for an attention without a fused kernel docs/real_model.md."
         )
-    made = {f"{contract.name}.plan": plan}
-    return made if cache is None else {**made, TIMING_CACHE: cache.serialize()}
+    return None if cache is None else cache.serialize()
+
+
+def _writer(trt: Any, file: BinaryIO) -> Any:
+    """Takes an engine's plan piece by piece; keeps the error of a piece that could not be written."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+
+    return Writer()
 
 
 def _monitor(trt: Any, stop: threading.Event) -> Any:

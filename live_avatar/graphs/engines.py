@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from live_avatar.errors import ArtifactError
 from live_avatar.graphs.artifacts import Artifacts
@@ -105,10 +106,17 @@ def write_engines(artifacts: Artifacts, engines: Mapping[str, Engine]) -> None:
 
 def write_whole(path: Path, data: Any) -> None:
     """Writes bytes whole or not at all. Raises `OSError`, and then leaves nothing behind."""
+    with written_whole(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that is at `path` if the block ends without an exception; otherwise nothing is left behind."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

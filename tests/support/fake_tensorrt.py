@@ -89,6 +89,15 @@ class IProgressMonitor:
         raise NotImplementedError
 
 
+class IStreamWriter:
+    def __init__(self) -> None:
+        pass
+
+    def write(self, data: Any, size: int) -> int:
+        """The binding has a size here, and gives what overrides this the data alone, as bytes."""
+        raise NotImplementedError
+
+
 class ITimingCache:
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -197,15 +206,17 @@ class Builder:
     def create_optimization_profile(self) -> IOptimizationProfile:
         return IOptimizationProfile()
 
-    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
-        """A plan that says what it is of; none if the monitor wants to stop after the only step."""
+    def build_serialized_network_to_stream(
+        self, network: INetworkDefinition, config: IBuilderConfig, writer: Any
+    ) -> bool:
+        """Writes a plan that says what it is of; none if the monitor wants to stop after the only step."""
         assert config.progress_monitor is not None
         config.progress_monitor.phase_start("Building engine", None, 1)
         go_on = config.progress_monitor.step_complete("Building engine", 0)
         config.progress_monitor.phase_finish("Building engine")
         if not go_on:
             self._logger._error("7: Build canceled by user")
-            return None
+            return False
         dynamic = [
             value.name
             for value in network._model.graph.input
@@ -216,7 +227,7 @@ class Builder:
         if missing := sorted(set(dynamic) - given):
             self._logger._error("4: Network has dynamic inputs")
             self._logger._error(f"4: no optimization profile has been defined for {missing[0]}")
-            return None
+            return False
         config._grow_cache()
         plan = {
             "version": self.version,
@@ -232,7 +243,8 @@ class Builder:
                 if attribute.name == "TRT_decomposable"
             ],
         }
-        return json.dumps(plan).encode()
+        made = json.dumps(plan).encode()
+        return sum(writer.write(piece) for piece in (made[:100], made[100:])) == len(made)
 
 
 class Runtime:

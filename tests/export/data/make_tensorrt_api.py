@@ -63,6 +63,8 @@ CLASSES = (
     "INetworkDefinition",
     "IOptimizationProfile",
     "IProgressMonitor",
+    "IStreamWriter",
+    "ProfilingVerbosity",
     "ITimingCache",
     "MemoryPoolType",
     "NetworkDefinitionCreationFlag",
