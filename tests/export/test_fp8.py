@@ -11,10 +11,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor, nn
 
-from export.calibrate import ObservedRuntime, calibrate, main
 from live_avatar.config import S2V_14B
 from live_avatar.errors import ExportError
 from live_avatar.exporter.build import export_artifacts
@@ -42,23 +40,14 @@ from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights import fp8
 from live_avatar.weights.checkpoint import open_checkpoint
-from live_avatar.weights.tensors import Checkpoint, RenamedWeights, Weights
-from tests.conftest import noise_speech
-from tests.export.conftest import LEAST
+from live_avatar.weights.tensors import Checkpoint
+from tests.export.conftest import LEAST, TWO_STEPS
 from tests.support.tensorrt_operators import Graph, faults
 from tests.tolerances import EXPORT
-
-BLOCKS = 2
-TWO_STEPS = LEAST.with_stream(steps=2)
 
 
 def linears(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-
-
-@pytest.fixture(scope="module")
-def calibration(picture: bytes) -> Calibration:
-    return calibrate(open_checkpoint(TWO_STEPS), picture, "", noise_speech(0.48 * BLOCKS), BLOCKS, seed=1)
 
 
 def traced(precision: str, calibration: Calibration, *components: str) -> dict[str, TracedGraph]:
@@ -232,74 +221,6 @@ def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Pat
             Calibration.read(path)
     with pytest.raises(ExportError, match=r"absent\.json is not a calibration \(.*No such file"):
         Calibration.read(tmp_path / "absent.json")
-
-
-def test_calibration_sees_every_quantized_linear(calibration: Calibration) -> None:
-    with torch.device("meta"):
-        names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if is_fp8(name)}
-    text = {f"{PART}blocks.0.cross_attn.{part}" for part in "kv"}
-    assert calibration.blocks == BLOCKS
-    assert {component: set(amax) for component, amax in calibration.amax.items()} == {
-        DIT: names - text,
-        TEXT: text,
-    }
-    assert min(value for amax in calibration.amax.values() for value in amax.values()) > 0
-    amax = calibration.amax[DIT]
-    assert amax["dit.blocks.0.self_attn.q"] == amax["dit.blocks.0.self_attn.k"] == amax["dit.blocks.0.self_attn.v"]
-
-
-def test_an_input_that_is_no_number_ends_a_calibration(picture: bytes) -> None:
-    """A maximum over Python floats would pass NaN by."""
-    checkpoint = open_checkpoint(TWO_STEPS)
-    broken = BrokenWeights(checkpoint.parts["dit"])
-    lost = replace(checkpoint, parts={**checkpoint.parts, "dit": broken})
-    with pytest.raises(
-        ExportError, match=r"^dit\.audio_injector\..* was given an input of nan, .*try --precision float32"
-    ):
-        calibrate(lost, picture, "", noise_speech(0.48 * BLOCKS), BLOCKS, seed=1)
-
-
-class BrokenWeights(RenamedWeights):
-    """Weights with one number lost."""
-
-    def __init__(self, stored: Weights) -> None:
-        super().__init__(stored, {name: name for name in stored.shapes()})
-
-    def read(self, name: str) -> Tensor:
-        tensor = super().read(name)
-        return tensor.fill_(torch.nan) if name == "blocks.0.ffn.2.bias" else tensor
-
-
-def test_the_largest_input_of_all_runs_is_kept_and_no_hook_is_left() -> None:
-    runtime = ObservedRuntime(open_checkpoint(LEAST))
-    graph, contract = runtime.graph(DIT), contracts(LEAST)[DIT]
-    small, large = random_inputs(contract, seed=1), random_inputs(contract, seed=2)
-    large["audio_local"] = 100 * large["audio_local"]
-    for inputs in (small, large, small):
-        graph.run(inputs)
-    seen = runtime.amax[DIT]["dit.audio_injector.injector.0.k"]
-    assert seen == np.abs(large["audio_local"]).max()
-    for component in runtime.amax:
-        modules = runtime._components[component].modules()
-        assert not [module for module in modules if module._forward_pre_hooks]
-
-
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [
-        (1, r"1 blocks are too few: the sink is replaced at block 2; calibrate on more\."),
-        (3, r"the speech has 2 blocks, 3 were asked for; give a longer one or ask for less\."),
-    ],
-)
-def test_a_stream_that_is_too_short_is_refused(picture: bytes, blocks: int, message: str) -> None:
-    with pytest.raises(ExportError, match=message):
-        calibrate(open_checkpoint(LEAST), picture, "", noise_speech(0.9), blocks, seed=0)
-
-
-def test_the_command_explains_mistakes(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["--output", str(tmp_path / "c.json"), "--preset", "tiny", "--blocks", "4"])
-    assert result.exit_code == 1
-    assert "4 blocks are too few: the sink is replaced at block 5" in result.output
 
 
 @pytest.fixture(scope="module")
