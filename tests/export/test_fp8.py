@@ -211,8 +211,8 @@ def test_a_computed_scale_is_divided_out_before_and_multiplied_after() -> None:
 
 @pytest.mark.parametrize("scaling", ["static", "dynamic"])
 def test_nvidias_compiler_makes_fp8_products(scaling: str, calibration: Calibration) -> None:
-    """A product of 16 bits shows in the names of kernels: inputs are cast to FP8 and back and multiplied by their scale,
-    and so are weights."""
+    """A product of 16 bits shows in the names of kernels: inputs are cast to FP8 and back and multiplied by their
+    scale, and so are weights."""
     trt = pytest.importorskip("tensorrt_rtx")
     recipe = calibration if scaling == "static" else DynamicScaling()
     kernels = compiled_kernels(trt, ones(traced("bfloat16", recipe, DIT, preset=WIDE)[DIT]))
