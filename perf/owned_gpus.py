@@ -24,12 +24,11 @@ from perf.roofline import Ceilings, Cost
 from perf.scenarios.schedule import StageDurations, asked, sessions_by_memory
 
 SHEET = "NVIDIA's data sheet of the {}, dense; not measured"
+WHITEPAPER = "NVIDIA's whitepaper of {}, dense, sums in FP32; not measured"
 RTX_PRO_6000 = Ceilings("RTX PRO 6000 Blackwell", 503.8e12, 1.792e12, SHEET.format("Workstation Edition"))
 L40S = Ceilings("L40S", 362.05e12, 0.864e12, SHEET.format("L40S"))
-RTX_5090 = Ceilings(
-    "RTX 5090", 209.5e12, 1.792e12, "NVIDIA's RTX Blackwell whitepaper, dense, sums in FP32; not measured"
-)
-RTX_4090 = Ceilings("RTX 4090", 165.2e12, 1.008e12, "NVIDIA's Ada whitepaper, dense, sums in FP32; not measured")
+RTX_5090 = Ceilings("RTX 5090", 209.5e12, 1.792e12, WHITEPAPER.format("RTX Blackwell"))
+RTX_4090 = Ceilings("RTX 4090", 165.2e12, 1.008e12, WHITEPAPER.format("Ada"))
 A100 = Ceilings("A100 80 GB", 312e12, 2.039e12, SHEET.format("A100 SXM"))
 FULL, MIDDLE, SMALL = (704, 384), (512, 288), (256, 144)
 
