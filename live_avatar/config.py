@@ -131,6 +131,33 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class TAEConfig:
+    """Sizes of the tiny decoder, by default those of the community's `taew2_1`.
+
+    channels: widths from the latents to the frames; each but the last is followed by twice the height and width, and by
+    `time_upscale` times the frames.
+    """
+
+    channels: tuple[int, ...] = (256, 128, 64, 64)
+    z_dim: int = LATENT_CHANNELS
+    time_upscale: tuple[int, ...] = (1, 2, 2)
+    memory_blocks: int = 3
+
+    def __post_init__(self) -> None:
+        sides, frames = 2 ** len(self.time_upscale), math.prod(self.time_upscale)
+        _require(
+            len(self.channels) == len(self.time_upscale) + 1,
+            f"channels {self.channels} are {len(self.channels)} widths; time_upscale {self.time_upscale} needs "
+            f"{len(self.time_upscale) + 1}.",
+        )
+        _require(
+            (sides, frames) == (SPATIAL_STRIDE, TEMPORAL_STRIDE),
+            f"time_upscale {self.time_upscale} makes {frames} frames of {sides}x{sides} pixels of a latent; expected "
+            f"{TEMPORAL_STRIDE} frames of {SPATIAL_STRIDE}x{SPATIAL_STRIDE}.",
+        )
+
+
+@dataclass(frozen=True)
 class SpeechEncoderConfig:
     """Sizes of the wav2vec2 speech encoder, under the names of `transformers.Wav2Vec2Config`."""
 

@@ -5,6 +5,13 @@ Exporting takes about 40 s, so a run exports once; tests must not change what th
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
+# Several workers, servers and programs run at once. Threads that wait for each other's turn would take most of the
+# processors' time. The libraries read this when they are loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
@@ -18,8 +25,16 @@ from live_avatar.weights.checkpoint import open_checkpoint
 from tests.support.artifacts import exported_once
 from tests.support.networks import SMALL
 from tests.support.speakers import TWO
+from tests.support.traces import trace_once
 
 SEED = 7
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trace_once(tmp_path_factory, monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="session")

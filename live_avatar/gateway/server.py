@@ -18,6 +18,7 @@ from live_avatar.gateway.admission import Admission, Phase
 from live_avatar.gateway.audit import AuditLog
 from live_avatar.gateway.avatars import Avatars, AvatarSource
 from live_avatar.gateway.certificates import Certificates
+from live_avatar.gateway.context import SessionContext
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.http import http_routes, metrics_routes
 from live_avatar.gateway.keys import KeyRing
@@ -25,7 +26,6 @@ from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pictures import PictureDecoder
 from live_avatar.gateway.pipe import Pipe
 from live_avatar.gateway.service import GatewayService, Keys
-from live_avatar.gateway.sessions import SessionContext
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving import metrics
 from live_avatar.serving.access import Access

@@ -19,9 +19,9 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from live_avatar.errors import InputError, ServerError
 from live_avatar.gateway.admission import Phase
+from live_avatar.gateway.context import Caller, SessionContext
 from live_avatar.gateway.keys import ANONYMOUS, KeyRing
 from live_avatar.gateway.requests import Message, check_size, inputs_of
-from live_avatar.gateway.sessions import Caller, SessionContext
 from live_avatar.gateway.streams import CallerStream
 from live_avatar.serving import metrics
 from live_avatar_client import protocol

@@ -8,20 +8,17 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-import numpy as np
 
-from live_avatar.arrays import Array
-from live_avatar.errors import CapacityError, InputError, LiveAvatarError, ShutdownError
-from live_avatar.gateway.admission import Admission
-from live_avatar.gateway.audit import AuditLog, SessionRecord
-from live_avatar.gateway.avatars import Avatar, Avatars, AvatarSource
-from live_avatar.gateway.frames import FramePool, Place, ask_for_place
-from live_avatar.gateway.metrics import GatewayMeter
-from live_avatar.gateway.pipe import Closed, Pipe, PipeStream
+from live_avatar.errors import InputError, ShutdownError
+from live_avatar.gateway.audit import SessionRecord
+from live_avatar.gateway.context import Caller, SessionContext
+from live_avatar.gateway.frames import Place, ask_for_place
+from live_avatar.gateway.opening import note_refused, open_session
+from live_avatar.gateway.pipe import Closed, PipeStream
 from live_avatar.gateway.requests import (
     CallerRequest,
     Message,
@@ -30,24 +27,11 @@ from live_avatar.gateway.requests import (
     response_error,
     triton_request,
 )
-from live_avatar.gateway.window import PipeWindow
-from live_avatar.inputs.masks import check_masks
 from live_avatar.serving import metrics
-from live_avatar.serving.control import Control
 from live_avatar.serving.failures import PipeError, describe
-from live_avatar.serving.gateway_settings import Limits
 from live_avatar.serving.metrics import EndCause, RefusalReason
-from live_avatar.serving.options import OptionsReader
-from live_avatar.serving.provenance import provenance
-from live_avatar.serving.served import Served
 from live_avatar.serving.tensors import (
-    AVATAR_KEY,
     NO_BLOCK,
-    PROVENANCE_IN,
-    SINK_MOTION,
-    SINK_TEXT,
-    SPEAKER_WEIGHTS,
-    text_tensor,
 )
 from live_avatar_client import protocol
 from live_avatar_client.protocol import EndReason, ErrorCode, FrameFormat, explain_error, format_error, parse_error
@@ -63,45 +47,6 @@ CLOSE_LIMIT_S: Final = 30.0
 _sequence_ids = itertools.count(secrets.randbits(40) << 20 | 1)
 
 Write = Callable[[bytes], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who opened a stream. name: of its key, or `anonymous`. owner: whose avatars it may reuse. peer: its address.
-
-    is_allowed: whether its key is still one of the server's; a stream may last longer than its key.
-    """
-
-    name: str
-    owner: str
-    peer: str
-    is_allowed: Callable[[], bool] = lambda: True
-
-
-@dataclass
-class SessionContext:
-    """What all sessions of the gateway share."""
-
-    pipe: Pipe
-    window: PipeWindow
-    admission: Admission
-    avatars: Avatars
-    options: OptionsReader
-    meter: GatewayMeter
-    audit: AuditLog
-    served: Served
-    speakers: int
-    limits: Limits
-    frames: FramePool
-    control: Control
-    live: set[Session] = field(default_factory=set)
-    closing: dict[asyncio.Task[None], Session] = field(default_factory=dict)
-
-    def report(self) -> None:
-        """Sets the gauges."""
-        self.meter.set(metrics.SESSIONS_LIVE, self.admission.live)
-        self.meter.set(metrics.SESSIONS_FREE, self.admission.free)
-        self.meter.set(metrics.KNOWN_AVATARS, len(self.avatars))
 
 
 @dataclass(frozen=True)
@@ -352,59 +297,23 @@ class Session:
 
     async def _open(self, start: CallerRequest) -> _Expected:
         """Admits the session, prepares its avatar, and sends START. Raises what the caller is to be told."""
-        context, caller = self._context, self._caller
-        context.admission.check_phase()
-        if start.picture is None:
-            raise InputError("the first request of a session has no REFERENCE_IMAGE; send the picture with it.")
-        masks = start.masks or ()
-        check_masks(masks, context.speakers)
-        if not caller.is_allowed():
-            raise InputError("the key of this stream is no longer one of the server's; open a stream with another key.")
-        context.admission.open(caller.name)
-        try:
-            chosen = await asyncio.to_thread(context.options.read, start.parameters)  # to draw a label takes long
-            source = await AvatarSource.of(start.picture, start.prompt or "", masks)
-            avatar, known = await context.avatars.get(caller.owner, source)
-            context.admission.check_admitted()  # the avatar may have taken long
-        except BaseException:
-            context.admission.close(caller.name)
-            context.report()
-            raise
-        self._record = SessionRecord(
-            self.sequence,
-            caller.name,
-            caller.peer,
-            chosen.seed,
-            chosen.frame_format.value,
-            "known" if known else "new",
-            source.picture_sha256,
-            source.prompt_sha256,
-        )
+        context = self._context
+        opening = await open_session(context, self._caller, start, self.sequence)
+        self._record = opening.record
+        self._is_raw = opening.frame_format is FrameFormat.RAW
         context.window.join(self.sequence)
         context.live.add(self)
         self._stream = context.pipe.open()
-        context.meter.add(metrics.AVATARS_PREPARED, avatar="known" if known else "new")
-        context.meter.add(metrics.SESSIONS_ADMITTED)
         context.report()
-        context.audit.started(self._record)
         if start.is_block:
             await context.window.enter(self.sequence)
             if self.failure is not None:  # meanwhile; its end went to Triton, so nothing may follow
                 return _Expected.of(start, self.failure)
-        tensors = _opening_tensors(
-            avatar, provenance(context.served, source.picture_sha256, source.prompt_sha256, chosen.seed)
-        )
-        self._is_raw = chosen.frame_format is FrameFormat.RAW
-        return self._pass_on(start, triton_request(start, self.sequence, tensors, with_options=True))
+        return self._pass_on(start, triton_request(start, self.sequence, opening.tensors, with_options=True))
 
     def _refuse_start(self, start: CallerRequest, error: Exception) -> _Expected:
         text = self._text(error)
-        reason = _refusal_reason(error)
-        if reason is not None:
-            self._context.meter.add(metrics.SESSIONS_REFUSED, reason=reason)
-            self._context.audit.refused(self.sequence, self._caller.name, self._caller.peer, reason)
-        else:
-            log.error("session %d could not be opened: %s", self.sequence, text, exc_info=error)
+        note_refused(self._context, self._caller, self.sequence, error, text)
         self.failure = format_error(
             ErrorCode.FAILED_PRECONDITION, f"session {self.id} is not open: its start was refused; start a new session."
         )
@@ -536,31 +445,7 @@ class Session:
             self._context.frames.give_back(self._places.pop())
 
 
-def _opening_tensors(avatar: Avatar, video_provenance: str) -> list[tuple[str, str, Array]]:
-    weights = [(SPEAKER_WEIGHTS, "FP32", avatar.weights)] if len(avatar.weights) else []
-    return [
-        *weights,
-        (AVATAR_KEY, "UINT8", np.frombuffer(avatar.key, dtype=np.uint8)),
-        (SINK_MOTION, "FP32", avatar.motion),
-        (SINK_TEXT, "FP32", avatar.text),
-        (PROVENANCE_IN, "UINT8", text_tensor(video_provenance)),
-    ]
-
-
 def _requested_cause(request: CallerRequest) -> EndCause:
     """The cause of an end that the caller asked for."""
     reason = str(request.parameters.get(protocol.END_REASON_PARAMETER, ""))
     return EndCause(reason) if reason in tuple(EndReason) else EndCause.ENDED
-
-
-def _refusal_reason(error: Exception) -> RefusalReason | None:
-    match error:
-        case ShutdownError():
-            return RefusalReason.SHUTDOWN
-        case CapacityError():
-            return RefusalReason.FULL
-        case InputError():
-            return RefusalReason.INPUT
-        case PipeError(code=ErrorCode.UNAVAILABLE):
-            return RefusalReason.MEMORY
-    return None if not isinstance(error, LiveAvatarError) else RefusalReason.INPUT

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from live_avatar.errors import InputError, LiveAvatarError, SessionError
+from live_avatar.gateway.context import Caller, SessionContext
 from live_avatar.gateway.requests import (
     MAX_REQUEST_ID_CHARS,
     CallerRequest,
@@ -17,7 +18,7 @@ from live_avatar.gateway.requests import (
     read_request,
     sequence_of,
 )
-from live_avatar.gateway.sessions import GATEWAY, Caller, Session, SessionContext, Write
+from live_avatar.gateway.sessions import GATEWAY, Session, Write
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import describe
 from live_avatar.serving.metrics import EndCause, RefusalReason

@@ -24,7 +24,7 @@ from live_avatar.serving.server_options import ServerOptions
 
 COMMANDS = ("generate", "export", "serve", "stream", "repository", "doctor", "keys", "demo")
 SAMPLE_RATE_HZ = 16_000
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 NOBODY = 65_534
 
 

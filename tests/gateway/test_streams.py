@@ -19,10 +19,10 @@ from live_avatar.gateway import server
 from live_avatar.gateway.admission import Admission
 from live_avatar.gateway.audit import AuditLog
 from live_avatar.gateway.avatars import Avatars, AvatarSource
+from live_avatar.gateway.context import Caller, SessionContext
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pipe import Closed
-from live_avatar.gateway.sessions import Caller, SessionContext
 from live_avatar.gateway.streams import CallerStream
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving.control import Control
