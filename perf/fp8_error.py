@@ -32,6 +32,7 @@ from live_avatar.config import S2V_14B, TINY, Preset
 from live_avatar.environment import environment
 from live_avatar.errors import LiveAvatarError
 from live_avatar.exporter.build import export_artifacts
+from live_avatar.exporter.quantization import DynamicScaling
 from live_avatar.graphs.contract import DIT
 from live_avatar.model.linears import is_fp8_in_release
 from live_avatar.pipeline.avatar import AvatarEncoder
@@ -166,9 +167,10 @@ def measure(preset: Preset, blocks: int) -> list[Error]:
     found += errors("FP8 as released", ReleasedFP8(checkpoint), stream)
     seen = max(blocks, preset.stream.sink_update_block or 1)
     calibration = calibrate(checkpoint, PORTRAIT.read_bytes(), DEMO_PROMPT, speech, seen, CALIBRATION_SEED)
-    with tempfile.TemporaryDirectory() as folder:
-        artifacts = export_artifacts(checkpoint, Path(folder) / "artifacts", lambda component: None, calibration)
-        found += errors("FP8 in ONNX", OnnxRuntime(artifacts), stream)
+    for variant, scaling in (("FP8 in ONNX", calibration), ("FP8 in ONNX, dynamic", DynamicScaling())):
+        with tempfile.TemporaryDirectory() as folder:
+            artifacts = export_artifacts(checkpoint, Path(folder) / "artifacts", lambda component: None, scaling)
+            found += errors(variant, OnnxRuntime(artifacts), stream)
     return found
 
 

@@ -39,14 +39,14 @@ from live_avatar_client.protocol import BLOCK_SAMPLES
 from live_avatar_client.video import SpeechVideo
 
 if TYPE_CHECKING:
-    from live_avatar.exporter.quantization import Calibration
+    from live_avatar.exporter.quantization import Scaling
     from live_avatar.weights.tensors import Checkpoint
 
 CHUNK_S = 0.02
 SEED = 0
 
 
-def export_with_progress(checkpoint: Checkpoint, output: Path, calibration: Calibration | None = None) -> Artifacts:
+def export_with_progress(checkpoint: Checkpoint, output: Path, scaling: Scaling | None = None) -> Artifacts:
     """`export_artifacts` behind a progress bar."""
     from live_avatar.exporter.build import export_artifacts
 
@@ -56,7 +56,7 @@ def export_with_progress(checkpoint: Checkpoint, output: Path, calibration: Cali
             bar.set_postfix_str(component)
             bar.update()
 
-        return export_artifacts(checkpoint, output, progress, calibration)
+        return export_artifacts(checkpoint, output, progress, scaling)
 
 
 def spoken(speech: Array) -> Iterator[Array]:

@@ -170,38 +170,39 @@ def _artifacts_of(folder: Path, preset_name: str | None) -> Artifacts:
 )
 @click.option(
     "--fp8",
-    type=FILE,
-    help="Calibration made by `python -m export.calibrate`: the transformer's large linears become FP8.",
+    metavar="dynamic|FILE",
+    help="The transformer's large linears become FP8. dynamic: their inputs are scaled in every run, each token on its "
+    "own; FILE: by a calibration that `python -m export.calibrate` made.",
 )
 @click.option("--output", type=FILE, required=True, help="Artifacts folder to write; an existing one is replaced.")
 def export(
     target: str,
     capabilities: tuple[str, ...],
     gpu_memory_gib: float | None,
-    fp8: Path | None,
+    fp8: str | None,
     output: Path,
     **model: Any,
 ) -> None:
     """Export a preset as ONNX graphs, shared weights and a manifest; for GPUs also as engines."""
     from live_avatar.cli.demo import export_with_progress
-    from live_avatar.exporter.quantization import Calibration
+    from live_avatar.exporter.quantization import read_scaling
 
-    calibration = None if fp8 is None else Calibration.read(fp8)
+    scaling = None if fp8 is None else read_scaling(fp8)
     if target == "onnx":
         for option, given in (("--gpu-memory-gib", gpu_memory_gib), ("--compute-capability", capabilities or None)):
             if given is not None:
                 raise click.UsageError(f"{option} is for --target {' or '.join(FLAVOURS)}; leave it out")
-        artifacts = export_with_progress(chosen_checkpoint(**model), output, calibration)
+        artifacts = export_with_progress(chosen_checkpoint(**model), output, scaling)
     else:
         from live_avatar.exporter.engines import EngineOptions, build_engines, require_compiler
         from live_avatar.graphs.memory import require_room
 
         checkpoint = chosen_checkpoint(**{**model, "precision": model["precision"] or "bfloat16"})
         if gpu_memory_gib is not None:
-            require_room(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=calibration is not None)
+            require_room(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=scaling is not None)
         options = EngineOptions(FLAVOURS[target], capabilities)
-        require_compiler(options, checkpoint.preset.precision, calibration is not None)
-        artifacts = export_with_progress(checkpoint, output, calibration)
+        require_compiler(options, checkpoint.preset.precision, scaling is not None)
+        artifacts = export_with_progress(checkpoint, output, scaling)
         build_engines(output, options, say)
     say(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
 

@@ -19,7 +19,14 @@ from safetensors.torch import save_file
 
 from live_avatar.config import Preset
 from live_avatar.errors import ExportError
-from live_avatar.exporter.quantization import QUANTIZED, Calibration, quantize_checkpoint, quantize_graph
+from live_avatar.exporter.quantization import (
+    DYNAMIC,
+    QUANTIZED,
+    Calibration,
+    Scaling,
+    quantize_checkpoint,
+    quantize_graph,
+)
 from live_avatar.exporter.replacement import replacing
 from live_avatar.exporter.tracing import OPSET, TracedGraph, Tracer
 from live_avatar.exporter.weight_file import WeightFile, tensor_bytes
@@ -48,12 +55,12 @@ Progress = Callable[[str], None]
 
 
 def export_artifacts(
-    checkpoint: Checkpoint, output: Path, progress: Progress, calibration: Calibration | None = None
+    checkpoint: Checkpoint, output: Path, progress: Progress, scaling: Scaling | None = None
 ) -> Artifacts:
     """Exports every component of a checkpoint into the folder `output`, replacing artifacts that stand there.
 
-    `progress` is told each component's name before its export. With a calibration the transformer's large linears are
-    in FP8. Host memory holds one weight at a time. Raises `ExportError` if `output` exists and is not an artifacts
+    `progress` is told each component's name before its export. With a scaling the transformer's large linears are in
+    FP8. Host memory holds one weight at a time. Raises `ExportError` if `output` exists and is not an artifacts
     folder or cannot be replaced, if another export writes there, or if the calibration is of other graphs, and
     `CheckpointError` for unusable weights.
     """
@@ -61,10 +68,10 @@ def export_artifacts(
     with replacing(output) as folder:
         networks = modulation_networks(checkpoint)
         _write_modulation(checkpoint.preset, networks, folder / MODULATION)
-        _write_graphs(checkpoint, networks, folder, progress, calibration)
+        _write_graphs(checkpoint, networks, folder, progress, scaling)
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
-        (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, calibration), indent=1))
+        (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, scaling), indent=1))
         _refuse_foreign(output)  # what came there meanwhile
     return load_artifacts(output)
 
@@ -97,12 +104,12 @@ def _write_modulation(preset: Preset, networks: Networks, path: Path) -> None:
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, networks: Networks, folder: Path, progress: Progress, calibration: Calibration | None
+    checkpoint: Checkpoint, networks: Networks, folder: Path, progress: Progress, scaling: Scaling | None
 ) -> None:
     agreed = contracts(checkpoint.preset)
     tracer = Tracer(build_components(checkpoint.preset, networks))
-    if calibration is not None:
-        checkpoint = quantize_checkpoint(checkpoint, calibration)
+    if scaling is not None:
+        checkpoint = quantize_checkpoint(checkpoint, scaling)
     by_file: dict[str, list[str]] = {}
     for name in agreed:
         by_file.setdefault(weight_file(name), []).append(name)
@@ -111,8 +118,8 @@ def _write_graphs(
             for name in names:
                 progress(name)
                 graph = tracer.trace(agreed[name])
-                if calibration is not None and name in QUANTIZED:
-                    graph = quantize_graph(graph, name, calibration)
+                if scaling is not None and name in QUANTIZED:
+                    graph = quantize_graph(graph, name, scaling)
                 _place(graph, checkpoint, weights)
                 onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")
     for name in agreed:
@@ -156,7 +163,13 @@ def provenance(weights: Weights) -> dict[str, Any]:
     return {"files": {path.name: file_sha256(path) for path in weights.files}, **lora}
 
 
-def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | None) -> dict[str, Any]:
+def _described(scaling: Scaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    return {"calibrated_on_blocks": scaling.blocks} if isinstance(scaling, Calibration) else {"scaling": DYNAMIC}
+
+
+def _manifest(checkpoint: Checkpoint, folder: Path, scaling: Scaling | None) -> dict[str, Any]:
     preset = checkpoint.preset
     digests = file_digests(sorted(folder.iterdir()))
     return {
@@ -165,7 +178,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, calibration: Calibration | N
         "preset": preset.to_dict(),
         "weights": {part: provenance(weights) for part, weights in checkpoint.parts.items()},
         "opset": OPSET,
-        "fp8": None if calibration is None else {"calibrated_on_blocks": calibration.blocks},
+        "fp8": _described(scaling),
         "made_with": {
             "torch": torch.__version__,
             "onnx": onnx.__version__,

@@ -4,11 +4,17 @@ Per quantized linear the graph becomes
 
     input -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- weight as e4m3fn [in, out]
 
-the form of which TensorRT is said to make one FP8 product (nobody ran it here). Scales are one number per tensor, on
-both sides: NVIDIA reports that a scale per channel with one per token falls back to 16 bits (TensorRT-Model-Connect
-pull request 1386). They are constants: a weight's follows from the weight, an input's from a calibration
-(`export/calibrate.py`). The weight stands transposed and the scales have the type of the graph's activations, so that
-nothing comes between DequantizeLinear and MatMul, as NVIDIA's ModelOpt 0.47 has it.
+of which TensorRT-RTX makes one FP8 product (docs/log.md; it was compiled here, not run). The scales of both are one
+number per tensor: a weight's follows from the weight, an input's from a calibration (`export/calibrate.py`). The weight
+stands transposed and the scales have the type of the graph's activations, so that nothing comes between
+DequantizeLinear and MatMul, as NVIDIA's ModelOpt 0.47 has it.
+
+With `DynamicScaling` each token has a scale of its own, computed in every run. QuantizeLinear and DequantizeLinear have
+the scale 1 then, the input is divided before, and the product is multiplied after:
+
+    input / scale -> QuantizeLinear -> DequantizeLinear -> MatMul <- ... , then * scale
+
+A computed scale given to QuantizeLinear itself compiles, but to a product of 16 bits.
 """
 
 from __future__ import annotations
@@ -16,10 +22,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -29,7 +36,7 @@ from live_avatar.exporter.tracing import TracedGraph
 from live_avatar.graphs.contract import DIT, TEXT
 from live_avatar.json_files import read_json
 from live_avatar.model.linears import is_fp8_weight
-from live_avatar.weights.fp8 import quant_scale, saturate
+from live_avatar.weights.fp8 import MAX_E4M3, MAX_QUANT_SCALE, quant_scale, saturate
 from live_avatar.weights.tensors import Checkpoint, Shapes, Weights
 
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE = ".weight", ".weight_scale", ".input_scale"
@@ -70,6 +77,23 @@ class Calibration:
             raise ExportError(
                 f"{path} is not a calibration ({error}); make one with python -m export.calibrate."
             ) from error
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """Scales of inputs are computed in every run, one per token, by the rule of the released code, whose scale is one
+    per call. Nothing is calibrated."""
+
+
+Scaling = Calibration | DynamicScaling
+"""Where the scales of the linears' inputs come from."""
+
+DYNAMIC = "dynamic"
+
+
+def read_scaling(value: str) -> Scaling:
+    """`DYNAMIC`, or a calibration's file. Raises `ExportError` if it is neither."""
+    return DynamicScaling() if value == DYNAMIC else Calibration.read(Path(value))
 
 
 def static_scale(amax: Tensor) -> Tensor:
@@ -122,33 +146,34 @@ def _scale_of(name: str) -> str:
     return name.removesuffix(WEIGHT) + WEIGHT_SCALE
 
 
-def quantize_checkpoint(checkpoint: Checkpoint, calibration: Calibration) -> Checkpoint:
+def quantize_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
     """The checkpoint with `QuantizedWeights` for the transformer, to write quantized graphs from.
 
     Raises `ExportError` if the calibration is of another preset.
     """
-    if calibration.preset != checkpoint.preset.name:
+    if isinstance(scaling, Calibration) and scaling.preset != checkpoint.preset.name:
         raise ExportError(
-            f"the calibration is of preset {calibration.preset}, expected {checkpoint.preset.name}; calibrate that one "
+            f"the calibration is of preset {scaling.preset}, expected {checkpoint.preset.name}; calibrate that one "
             "with python -m export.calibrate."
         )
     return dataclasses.replace(checkpoint, parts={**checkpoint.parts, "dit": QuantizedWeights(checkpoint.parts["dit"])})
 
 
-def quantize_graph(graph: TracedGraph, component: str, calibration: Calibration) -> TracedGraph:
-    """The graph of a component with its quantized linears; the scales of their inputs are among its constants.
+def quantize_graph(graph: TracedGraph, component: str, scaling: Scaling) -> TracedGraph:
+    """The graph of a component with its quantized linears; the static scales of their inputs are among its constants.
 
     The model is changed in place. Raises `ExportError` for a linear that was not calibrated, or is not a Transpose and
     a MatMul.
     """
     initializers = graph.model.graph.initializers
-    inputs: dict[ir.Value, ir.Value] = {}
+    quantized = _static_input if isinstance(scaling, Calibration) else _dynamic_input
+    inputs: dict[ir.Value, _Input] = {}
     for name, value in graph.weights:
         if name.startswith(PART) and is_fp8_weight(name.removeprefix(PART)):
-            _quantize_linear(graph.model.graph, name.removesuffix(WEIGHT), value, inputs)
+            _quantize_linear(graph.model.graph, name.removesuffix(WEIGHT), value, inputs, quantized)
     graph.model.graph.sort()  # a shared input may be quantized before a linear that comes late
     scales = {name: value for name, value in initializers.items() if name.endswith((WEIGHT_SCALE, INPUT_SCALE))}
-    known = calibration.amax.get(component, {})
+    known = scaling.amax.get(component, {}) if isinstance(scaling, Calibration) else {}
     constants = {
         name: _input_scale(name, component, known, value)
         for name, value in scales.items()
@@ -157,23 +182,80 @@ def quantize_graph(graph: TracedGraph, component: str, calibration: Calibration)
     return TracedGraph(graph.model, [*graph.weights, *scales.items()], {**graph.constants, **constants})
 
 
-def _quantize_linear(graph: ir.Graph, linear: str, value: ir.Value, inputs: dict[ir.Value, ir.Value]) -> None:
-    """Changes one linear; `inputs` has the e4m3fn numbers of inputs met before, since linears may share theirs."""
+@dataclass(frozen=True)
+class _Input:
+    """The e4m3fn numbers of a linear's input, the scale of its DequantizeLinear, and what the product is multiplied by,
+    if anything."""
+
+    numbers: ir.Value
+    scale: ir.Value
+    factor: ir.Value | None = None
+
+
+def _quantize_linear(
+    graph: ir.Graph,
+    linear: str,
+    value: ir.Value,
+    inputs: dict[ir.Value, _Input],
+    quantized: Callable[[ir.Graph, str, ir.Node, ir.Value, ir.DataType], _Input],
+) -> None:
+    """Changes one linear; `inputs` has those that were met before, since linears may share theirs."""
     transpose, matmul = _consumers(linear, value)
     source, dtype = matmul.inputs[0], value.dtype
     assert source is not None
     assert dtype is not None
     if source not in inputs:
-        scale = _scalar(graph, linear + INPUT_SCALE, dtype)
-        made = ir.node("QuantizeLinear", [source, scale], {"output_dtype": ir.DataType.FLOAT8E4M3FN.value})
-        graph.insert_before(matmul, made)
-        inputs[source] = made.outputs[0]
-    quantizer = inputs[source].producer()
-    assert quantizer is not None
-    matmul.replace_input_with(0, _dequantized(graph, matmul, inputs[source], quantizer.inputs[1]))
+        inputs[source] = quantized(graph, linear, matmul, source, dtype)
+    given = inputs[source]
+    matmul.replace_input_with(0, _dequantized(graph, matmul, given.numbers, given.scale))
     matmul.replace_input_with(1, _dequantized(graph, matmul, value, _scalar(graph, linear + WEIGHT_SCALE, dtype)))
+    if given.factor is not None:
+        product = matmul.outputs[0]
+        scaled = ir.node("Mul", [product, given.factor])
+        ir.convenience.replace_all_uses_with(product, scaled.outputs[0])
+        scaled.replace_input_with(0, product)
+        graph.insert_after(matmul, scaled)
     graph.remove(transpose, safe=True)
     value.dtype, value.shape = ir.DataType.FLOAT8E4M3FN, ir.Shape(tuple(value.shape or ())[::-1])
+
+
+def _static_input(graph: ir.Graph, linear: str, matmul: ir.Node, source: ir.Value, dtype: ir.DataType) -> _Input:
+    scale = _scalar(graph, linear + INPUT_SCALE, dtype)
+    return _Input(_numbers(graph, matmul, source, scale), scale)
+
+
+def _dynamic_input(graph: ir.Graph, linear: str, matmul: ir.Node, source: ir.Value, dtype: ir.DataType) -> _Input:
+    """[..., in] has the scales [..., 1]: max |x| / 448, and at least 1 / 448 (`weights.fp8.quant_scale`)."""
+    largest, least = _constant(graph, MAX_E4M3, dtype), _constant(graph, 1 / MAX_QUANT_SCALE, dtype)
+    unit, axes = _constant(graph, 1.0, dtype), _constant(graph, [-1], ir.DataType.INT64)
+    value = source
+    for operator, others in (("Abs", []), ("ReduceMax", [axes]), ("Div", [largest]), ("Max", [least])):
+        node = ir.node(operator, [value, *others])
+        graph.insert_before(matmul, node)
+        value = node.outputs[0]
+    divided = ir.node("Div", [source, value])
+    graph.insert_before(matmul, divided)
+    return _Input(_numbers(graph, matmul, divided.outputs[0], unit), unit, factor=value)
+
+
+def _numbers(graph: ir.Graph, matmul: ir.Node, source: ir.Value, scale: ir.Value) -> ir.Value:
+    node = ir.node("QuantizeLinear", [source, scale], {"output_dtype": ir.DataType.FLOAT8E4M3FN.value})
+    graph.insert_before(matmul, node)
+    return node.outputs[0]
+
+
+def _constant(graph: ir.Graph, number: float | Sequence[int], dtype: ir.DataType) -> ir.Value:
+    """An initializer with its value; equal ones are one."""
+    name = f"fp8_{dtype.name}_{number}"
+    if name not in graph.initializers:
+        array = np.array(number, dtype=dtype.numpy())
+        graph.initializers[name] = ir.Value(
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(dtype),
+            const_value=ir.tensor(array, dtype, name=name),
+        )
+    return graph.initializers[name]
 
 
 def _consumers(linear: str, value: ir.Value) -> tuple[ir.Node, ir.Node]:
@@ -195,7 +277,7 @@ def _scalar(graph: ir.Graph, name: str, dtype: ir.DataType) -> ir.Value:
     return value
 
 
-def _dequantized(graph: ir.Graph, consumer: ir.Node, numbers: ir.Value, scale: ir.Value | None) -> ir.Value:
+def _dequantized(graph: ir.Graph, consumer: ir.Node, numbers: ir.Value, scale: ir.Value) -> ir.Value:
     """A node of each consumer's own, so that every MatMul has one between itself and the numbers."""
     node = ir.node("DequantizeLinear", [numbers, scale])
     graph.insert_before(consumer, node)

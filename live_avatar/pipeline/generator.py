@@ -15,7 +15,7 @@ from live_avatar.config import KNOWN_AVATARS, SAMPLES_PER_FRAME, Preset, StreamC
 from live_avatar.errors import InputError
 from live_avatar.inputs.masks import check_masks, decode_scene
 from live_avatar.pipeline.avatar import AvatarEncoder, avatar_key
-from live_avatar.pipeline.conditioning import Conditioner
+from live_avatar.pipeline.conditioning import BlockInput, Conditioner
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.pipeline.denoiser import Denoiser, Distance, all_steps
 from live_avatar.pipeline.lru import LRU
@@ -71,10 +71,29 @@ class Generator:
         stream = self.preset.stream
         check_masks(masks, stream.speakers)
         weights = decode_scene(image, masks, stream.height, stream.width).weights if masks else None
-        source = self._avatars.get(avatar_key(image, prompt), lambda: self._encoder.encode_image(image, prompt))
+        source = self._source(image, prompt)
+        decoding = DecoderState(self._decoder.warm_up(source.motion))
+        for given, latent in self._denoised(source, seed, blocks, distance, weights):
+            yield GeneratedBlock(given.index, given.first_frame, latent, self._decoder.decode(decoding, latent))
+
+    def latents(self, image: bytes, prompt: str, seed: int, blocks: Iterator[Array]) -> Iterator[Array]:
+        """The clean latents of every block of one speaker, as in `stream`; no frame is decoded."""
+        return (latent for _, latent in self._denoised(self._source(image, prompt), seed, blocks))
+
+    def _source(self, image: bytes, prompt: str) -> SinkSource:
+        return self._avatars.get(avatar_key(image, prompt), lambda: self._encoder.encode_image(image, prompt))
+
+    def _denoised(
+        self,
+        source: SinkSource,
+        seed: int,
+        blocks: Iterator[Array],
+        distance: Distance | None = None,
+        weights: Array | None = None,
+    ) -> Iterator[tuple[BlockInput, Array]]:
+        stream = self.preset.stream
         conditioning = self._conditioner.open(seed, weights)
         denoising = self._denoiser.open(self._denoiser.prefill(source))
-        decoding = DecoderState(self._decoder.warm_up(source.motion))
         first_clean = None
         for samples in blocks:
             given = self._conditioner.block(conditioning, samples)
@@ -84,7 +103,7 @@ class Generator:
             latent = self._denoiser.run(denoising, given.noise, given.audio, distance)
             if gives_sink(given.index, stream):
                 first_clean = first_latent_frame(latent)
-            yield GeneratedBlock(given.index, given.first_frame, latent, self._decoder.decode(decoding, latent))
+            yield given, latent
 
     def generate(
         self, image: bytes, prompt: str, seed: int, speech: Array, masks: Sequence[bytes] = ()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from live_avatar.config import S2V_14B
+from live_avatar.config import S2V_14B, Preset
 from live_avatar.graphs.memory import ENCODER, Stage, fitting_sessions, process_memory
 from live_avatar.serving.profiles import Profile, load_profile
 from perf.figures import BlockTimes, hops, throughput
@@ -39,6 +39,7 @@ BLOCKS, QUICK_BLOCKS = 30, 10
 TOLERANCE = 0.05
 CPU = "cpu"
 
+RELEASED = S2V_14B.with_precision("bfloat16")
 PROFILES = ("gpux5", "gpux4", "gpux3", "gpux2", "gpux1")
 MOST_SESSIONS = 16
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -276,9 +277,8 @@ def _per_session(gpus: int, sessions: int) -> float | None:
     return gpus / sessions if sessions else None
 
 
-def sessions_by_memory(profile: Profile, gpu_memory_gib: float) -> Figures:
-    """Sessions of the 14B model for which every GPU of a profile has room, with the avatars that it remembers."""
-    preset = S2V_14B.with_precision("bfloat16")
+def sessions_by_memory(profile: Profile, gpu_memory_gib: float, preset: Preset = RELEASED) -> Figures:
+    """Sessions of a preset for which every GPU of a profile has room, with the avatars that it remembers."""
     stages: list[tuple[int | None, Stage]] = [(place.gpu, place.memory_stage) for place in profile.chain]
     stages.append((profile.encoder_gpu, ENCODER))
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from export.calibrate import calibrate
 from live_avatar.config import TINY, VAEConfig
 from live_avatar.exporter.build import export_artifacts
+from live_avatar.exporter.quantization import Calibration
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
 from live_avatar.weights.checkpoint import open_checkpoint
+from tests.conftest import noise_speech
 from tests.support.artifacts import made_once
 
 LEAST = replace(
@@ -43,6 +46,9 @@ LEAST = replace(
     text=replace(TINY.text, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
     stream=replace(TINY.stream, height=64, width=64, steps=1, sink_update_block=2),
 )
+
+TWO_STEPS = LEAST.with_stream(steps=2)
+CALIBRATED_BLOCKS = 2
 
 
 def old_artifacts(folder: Path) -> Path:
@@ -78,3 +84,9 @@ def least_told(least_folder: Path) -> list[str]:
 def least_artifacts(least_folder: Path) -> Artifacts:
     """The least preset, exported; tests must not change it."""
     return load_artifacts(least_folder / "exported" / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def calibration(picture: bytes) -> Calibration:
+    checkpoint, speech = open_checkpoint(TWO_STEPS), noise_speech(0.48 * CALIBRATED_BLOCKS)
+    return calibrate(checkpoint, picture, "", speech, CALIBRATED_BLOCKS, seed=1)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor, nn
 
-from export.calibrate import ObservedRuntime, calibrate, main
-from live_avatar.config import S2V_14B
+from live_avatar.config import S2V_14B, Preset
 from live_avatar.errors import ExportError
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.exporter.quantization import (
@@ -25,7 +25,9 @@ from live_avatar.exporter.quantization import (
     WEIGHT,
     WEIGHT_SCALE,
     Calibration,
+    DynamicScaling,
     QuantizedWeights,
+    Scaling,
     quantize_checkpoint,
     quantize_graph,
     quantize_weight,
@@ -34,7 +36,7 @@ from live_avatar.exporter.quantization import (
 from live_avatar.exporter.tracing import TracedGraph, Tracer, random_inputs
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import DIT, TEXT, contracts
+from live_avatar.graphs.contract import DIT, TEXT, Extent, contracts
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.linears import is_fp8, is_fp8_in_release
 from live_avatar.model.networks import meta_networks
@@ -42,29 +44,23 @@ from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.weights import fp8
 from live_avatar.weights.checkpoint import open_checkpoint
-from live_avatar.weights.tensors import Checkpoint, RenamedWeights, Weights
-from tests.conftest import noise_speech
-from tests.export.conftest import LEAST
+from live_avatar.weights.tensors import Checkpoint
+from tests.export.conftest import CALIBRATED_BLOCKS, LEAST, TWO_STEPS
 from tests.support.tensorrt_operators import Graph, faults
 from tests.tolerances import EXPORT
 
-BLOCKS = 2
-TWO_STEPS = LEAST.with_stream(steps=2)
+WIDE = replace(TWO_STEPS, dit=replace(TWO_STEPS.dit, dim=256, num_heads=2, ffn_dim=512))
+"""Heads of the real width: narrower ones have no fused attention."""
 
 
 def linears(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
 
 
-@pytest.fixture(scope="module")
-def calibration(picture: bytes) -> Calibration:
-    return calibrate(open_checkpoint(TWO_STEPS), picture, "", noise_speech(0.48 * BLOCKS), BLOCKS, seed=1)
-
-
-def traced(precision: str, calibration: Calibration, *components: str) -> dict[str, TracedGraph]:
-    preset = TWO_STEPS.with_precision(precision)
+def traced(precision: str, scaling: Scaling, *components: str, preset: Preset = TWO_STEPS) -> dict[str, TracedGraph]:
+    preset = preset.with_precision(precision)
     tracer, agreed = Tracer(build_components(preset, meta_networks(preset))), contracts(preset)
-    return {name: quantize_graph(tracer.trace(agreed[name]), name, calibration) for name in components}
+    return {name: quantize_graph(tracer.trace(agreed[name]), name, scaling) for name in components}
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +188,67 @@ def test_tensorrt_reads_every_operator(bfloat16_graphs: dict[str, TracedGraph]) 
         assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
 
 
+def test_a_computed_scale_is_divided_out_before_and_multiplied_after() -> None:
+    """QuantizeLinear itself gets the scale 1, since TensorRT-RTX makes no FP8 product of another that is computed."""
+    graph = traced("bfloat16", DynamicScaling(), DIT)[DIT].model.graph
+    quantizers = [node for node in graph if node.op_type == "QuantizeLinear"]
+    assert len(quantizers) == 9
+    products = [use.node for node in quantizers for use in node.outputs[0].uses()]
+    assert len(products) == 8 + 4
+    for node in [*quantizers, *products]:
+        unit = node.inputs[1]
+        assert unit is not None
+        assert unit.const_value is not None
+        assert unit.const_value.numpy() == 1
+    for node in products:
+        (product,) = [use.node for use in node.outputs[0].uses()]
+        (scaled,) = [use.node for use in product.outputs[0].uses()]
+        assert (product.op_type, scaled.op_type) == ("MatMul", "Mul")
+        divided = node.inputs[0].producer().inputs[0].producer()  # type: ignore[union-attr]
+        assert divided is not None
+        assert (divided.op_type, divided.inputs[1]) == ("Div", scaled.inputs[1])
+
+
+@pytest.mark.parametrize("scaling", ["static", "dynamic"])
+def test_nvidias_compiler_makes_fp8_products(scaling: str, calibration: Calibration) -> None:
+    """A product of 16 bits shows in the names of kernels: inputs are cast to FP8 and back and multiplied by their
+    scale, and so are weights."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    recipe = calibration if scaling == "static" else DynamicScaling()
+    kernels = compiled_kernels(trt, ones(traced("bfloat16", recipe, DIT, preset=WIDE)[DIT]))
+    assert len(kernels) > 10
+    assert not [name for name in kernels if "CastCastMul" in name or "CastMulFc" in name]
+
+
+def ones(graph: TracedGraph) -> bytes:
+    """The model with ones for weights and scales; a scale of 0 is refused."""
+    for _, value in graph.weights:
+        if value.const_value is None:
+            assert value.dtype is not None
+            assert value.shape is not None
+            value.const_value = ir.tensor(np.ones(value.shape.numpy(), value.dtype.numpy()), value.dtype)
+    return ir.to_proto(graph.model).SerializeToString()
+
+
+def compiled_kernels(trt: Any, model: bytes) -> set[str]:
+    """Names of the kernels that the compiler generated for Ada; products are of a library and not among them."""
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(model), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    contract = contracts(WIDE)[DIT]
+    for spec in contract.inputs:
+        profile.set_shape(spec.name, *(contract.shape(spec, extent) for extent in (Extent.MIN, Extent.OPT, Extent.MAX)))
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    assert plan is not None
+    return {name.decode() for name in re.findall(rb"__myl_([A-Z][A-Za-z]*)", bytes(plan))}
+
+
 def test_a_linear_without_calibration_is_refused(calibration: Calibration) -> None:
     bare = replace(calibration, amax={TEXT: calibration.amax[TEXT]})
     with pytest.raises(ExportError, match=r"dit: the calibration has no input of dit\.blocks\.0\..*calibrate"):
@@ -234,74 +291,6 @@ def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Pat
         Calibration.read(tmp_path / "absent.json")
 
 
-def test_calibration_sees_every_quantized_linear(calibration: Calibration) -> None:
-    with torch.device("meta"):
-        names = {PART + name for name in linears(CausalDiT(TWO_STEPS.dit)) if is_fp8(name)}
-    text = {f"{PART}blocks.0.cross_attn.{part}" for part in "kv"}
-    assert calibration.blocks == BLOCKS
-    assert {component: set(amax) for component, amax in calibration.amax.items()} == {
-        DIT: names - text,
-        TEXT: text,
-    }
-    assert min(value for amax in calibration.amax.values() for value in amax.values()) > 0
-    amax = calibration.amax[DIT]
-    assert amax["dit.blocks.0.self_attn.q"] == amax["dit.blocks.0.self_attn.k"] == amax["dit.blocks.0.self_attn.v"]
-
-
-def test_an_input_that_is_no_number_ends_a_calibration(picture: bytes) -> None:
-    """A maximum over Python floats would pass NaN by."""
-    checkpoint = open_checkpoint(TWO_STEPS)
-    broken = BrokenWeights(checkpoint.parts["dit"])
-    lost = replace(checkpoint, parts={**checkpoint.parts, "dit": broken})
-    with pytest.raises(
-        ExportError, match=r"^dit\.audio_injector\..* was given an input of nan, .*try --precision float32"
-    ):
-        calibrate(lost, picture, "", noise_speech(0.48 * BLOCKS), BLOCKS, seed=1)
-
-
-class BrokenWeights(RenamedWeights):
-    """Weights with one number lost."""
-
-    def __init__(self, stored: Weights) -> None:
-        super().__init__(stored, {name: name for name in stored.shapes()})
-
-    def read(self, name: str) -> Tensor:
-        tensor = super().read(name)
-        return tensor.fill_(torch.nan) if name == "blocks.0.ffn.2.bias" else tensor
-
-
-def test_the_largest_input_of_all_runs_is_kept_and_no_hook_is_left() -> None:
-    runtime = ObservedRuntime(open_checkpoint(LEAST))
-    graph, contract = runtime.graph(DIT), contracts(LEAST)[DIT]
-    small, large = random_inputs(contract, seed=1), random_inputs(contract, seed=2)
-    large["audio_local"] = 100 * large["audio_local"]
-    for inputs in (small, large, small):
-        graph.run(inputs)
-    seen = runtime.amax[DIT]["dit.audio_injector.injector.0.k"]
-    assert seen == np.abs(large["audio_local"]).max()
-    for component in runtime.amax:
-        modules = runtime._components[component].modules()
-        assert not [module for module in modules if module._forward_pre_hooks]
-
-
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [
-        (1, r"1 blocks are too few: the sink is replaced at block 2; calibrate on more\."),
-        (3, r"the speech has 2 blocks, 3 were asked for; give a longer one or ask for less\."),
-    ],
-)
-def test_a_stream_that_is_too_short_is_refused(picture: bytes, blocks: int, message: str) -> None:
-    with pytest.raises(ExportError, match=message):
-        calibrate(open_checkpoint(LEAST), picture, "", noise_speech(0.9), blocks, seed=0)
-
-
-def test_the_command_explains_mistakes(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["--output", str(tmp_path / "c.json"), "--preset", "tiny", "--blocks", "4"])
-    assert result.exit_code == 1
-    assert "4 blocks are too few: the sink is replaced at block 5" in result.output
-
-
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     return open_checkpoint(TWO_STEPS)
@@ -314,15 +303,23 @@ def fp8_artifacts(
     return export_artifacts(checkpoint, tmp_path_factory.mktemp("fp8") / "fp8", lambda component: None, calibration)
 
 
-def emulated(checkpoint: Checkpoint, component: str, amax: Mapping[str, float]) -> TorchRuntime:
-    """The recipe in torch, with the input scales of one component."""
+@pytest.fixture(scope="module")
+def dynamic_artifacts(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Artifacts:
+    return export_artifacts(
+        checkpoint, tmp_path_factory.mktemp("fp8") / "fp8", lambda component: None, DynamicScaling()
+    )
+
+
+def emulated(checkpoint: Checkpoint, component: str, amax: Mapping[str, float] | None) -> TorchRuntime:
+    """The recipe in torch, with the input scales of one component; None: each token has its own."""
     runtime = TorchRuntime(checkpoint)
     for name, module in runtime._components[component].named_modules():
-        if name in amax:
-            assert isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and name.startswith(PART) and is_fp8(name.removeprefix(PART)):
             numbers, counts = quantize_weight(module.weight.data)
             module.weight.data = fp8.dequantize(numbers, counts).t().contiguous()
-            module.register_forward_pre_hook(static(static_scale(torch.tensor(HEADROOM * amax[name]))))
+            module.register_forward_pre_hook(
+                dynamic if amax is None else static(static_scale(torch.tensor(HEADROOM * amax.get(name, 1.0))))
+            )
     return runtime
 
 
@@ -330,13 +327,24 @@ def static(counts: Tensor):
     return lambda _, args: (fp8.dequantize(fp8.saturate(args[0] / counts), counts),)
 
 
+def dynamic(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    counts = 1 / fp8.quant_scale(args[0].abs().amax(-1, keepdim=True))
+    return (fp8.dequantize(fp8.saturate(args[0] / counts), counts),)
+
+
+@pytest.mark.parametrize("scaling", ["static", "dynamic"])
 @pytest.mark.parametrize("component", [DIT, TEXT])
 def test_onnx_computes_what_the_recipe_says(
-    fp8_artifacts: Artifacts, checkpoint: Checkpoint, calibration: Calibration, component: str
+    request: pytest.FixtureRequest, checkpoint: Checkpoint, calibration: Calibration, component: str, scaling: str
 ) -> None:
+    artifacts = request.getfixturevalue("fp8_artifacts" if scaling == "static" else "dynamic_artifacts")
+    assert artifacts.manifest["fp8"] == (
+        {"calibrated_on_blocks": CALIBRATED_BLOCKS} if scaling == "static" else {"scaling": "dynamic"}
+    )
     inputs = random_inputs(contracts(TWO_STEPS)[component], seed=3)
-    got = OnnxRuntime(fp8_artifacts).graph(component).run(inputs)
-    expected = emulated(checkpoint, component, calibration.amax[component]).graph(component).run(inputs)
+    got = OnnxRuntime(artifacts).graph(component).run(inputs)
+    amax = calibration.amax[component] if scaling == "static" else None
+    expected = emulated(checkpoint, component, amax).graph(component).run(inputs)
     plain = TorchRuntime(checkpoint).graph(component).run(inputs)
     for name, value in expected.items():
         allowed = EXPORT * np.abs(value).max()

@@ -1,6 +1,6 @@
 """The Dockerfiles as files: what hadolint says, what they copy, and that they install what the code needs.
 
-That the one for the CPU builds and serves is seen in test_image.py; the one for GPUs was built by nobody here.
+That the one for the CPU builds and serves is seen in test_image.py; those for GPUs were built by nobody here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tests.k8s.dockerfile import arguments_of, context, instructions, is_ignored
 from tests.k8s.manifests import K8S, ROOT, build, pod_of, server_of, workloads
 from tests.k8s.programs import tool
 
-CPU, GPU = ROOT / "docker" / "cpu.Dockerfile", ROOT / "docker" / "Dockerfile"
-BOTH = pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+CPU, GPU, RTX = (ROOT / "docker" / name for name in ("cpu.Dockerfile", "Dockerfile", "rtx.Dockerfile"))
+EACH = pytest.mark.parametrize("path", [CPU, GPU, RTX], ids=lambda path: path.name)
 
 
 def hadolint(path: Path) -> str:
@@ -39,7 +39,7 @@ def name_of(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
 
 
-@BOTH
+@EACH
 def test_hadolint_has_nothing_against_it(path: Path):
     assert hadolint(path) == ""
 
@@ -52,7 +52,7 @@ def test_hadolint_sees_root_and_a_base_that_moves(tmp_path: Path):
     assert "DL3002" in said
 
 
-@BOTH
+@EACH
 def test_it_runs_as_the_user_of_the_manifests(path: Path):
     [user] = arguments_of(path, "USER")
     pods = [pod_of(workload) for folder in ("base", "artifacts") for workload in workloads(build(K8S / folder))]
@@ -60,7 +60,7 @@ def test_it_runs_as_the_user_of_the_manifests(path: Path):
     assert {f"{context['runAsUser']}:{context['runAsGroup']}" for context in contexts} == {user}
 
 
-@BOTH
+@EACH
 def test_it_opens_the_servers_ports_and_starts_the_command(path: Path):
     options = ServerOptions(Path())
     server = server_of(build(K8S / "base"))
@@ -70,13 +70,13 @@ def test_it_opens_the_servers_ports_and_starts_the_command(path: Path):
     assert arguments_of(path, "ENTRYPOINT") == ['["live-avatar"]']
 
 
-@BOTH
+@EACH
 def test_its_own_build_command_names_it_and_this_version(path: Path):
     [found] = re.findall(r"^#   docker build -f (\S+) -t \S+:(\S+) \.$", path.read_text(), re.M)
     assert found == (path.relative_to(ROOT).as_posix(), __version__)
 
 
-@BOTH
+@EACH
 def test_all_that_it_copies_is_there(path: Path):
     files = {file.as_posix() for file in context(ROOT)}
     for copied in arguments_of(path, "COPY"):
@@ -84,12 +84,12 @@ def test_all_that_it_copies_is_there(path: Path):
             assert source == "." or source in files
 
 
-def test_both_do_the_same_but_for_triton_and_tensorrt():
+def test_all_do_the_same_but_for_triton_and_tensorrt():
     def shared(path: Path) -> list[tuple[str, str]]:
         of_its_own = ("FROM", "RUN", "ARG")
         return [(found.name, found.argument) for found in instructions(path) if found.name not in of_its_own]
 
-    assert shared(CPU) == shared(GPU)
+    assert shared(CPU) == shared(GPU) == shared(RTX)
 
 
 def test_an_image_gets_code_and_nothing_else():
@@ -119,7 +119,7 @@ def test_other_weights_keys_and_the_rest_of_a_checkout_stay_outside(path: str):
     assert is_ignored(path, rules_of(ROOT))
 
 
-@BOTH
+@EACH
 def test_it_holds_the_modules_that_the_manifests_run(path: Path):
     """`python3 -m` finds a module of the checkout, which is not installed, from the image's working directory."""
     files = {file.as_posix() for file in context(ROOT)}
@@ -142,8 +142,10 @@ def test_every_package_of_an_image_is_pinned():
     assert names <= pinned
 
 
-def test_the_image_for_gpus_keeps_its_own_triton():
-    assert "--without nvidia-pytriton" in " ".join(arguments_of(GPU, "RUN"))
+def test_the_images_for_gpus_keep_their_own_triton():
+    assert arguments_of(GPU, "FROM") == arguments_of(RTX, "FROM")
+    assert all("--without nvidia-pytriton" in " ".join(arguments_of(path, "RUN")) for path in (GPU, RTX))
+    assert "--extra tensorrt-rtx" in " ".join(arguments_of(RTX, "RUN"))
     without = required("--without", "nvidia-pytriton").stdout.splitlines()
     assert set(required().stdout.splitlines()) - set(without) == {"nvidia-pytriton==0.7.0"}
 

@@ -37,12 +37,13 @@ def test_the_command_writes_a_table_and_its_figures(tmp_path: Path, monkeypatch:
     lines = result.output.splitlines()
     report = json.loads(path.read_text())
     assert json.loads(lines[-1]) == report
-    assert lines[0] == "| step | block | bfloat16 | FP8 as released | FP8 in ONNX |"
+    assert lines[0] == "| step | block | bfloat16 | FP8 as released | FP8 in ONNX | FP8 in ONNX, dynamic |"
     assert [line.split(" | ")[1] for line in lines[2:4]] == ["1", "2"]
     rms = {(entry["variant"], entry["block"]): entry["relative_rms"] for entry in report["results"]}
     for block in (1, 2):
-        assert 0 < rms["bfloat16", block] < rms["FP8 in ONNX", block] < 0.2
-        assert rms["FP8 in ONNX", block] < 2 * rms["FP8 as released", block]
+        assert 0 < rms["bfloat16", block] < rms["FP8 as released", block] < 0.2
+        for variant in ("FP8 in ONNX", "FP8 in ONNX, dynamic"):
+            assert rms["bfloat16", block] < rms[variant, block] < 2 * rms["FP8 as released", block]
 
 
 def test_a_cut_has_the_large_models_widths() -> None:
