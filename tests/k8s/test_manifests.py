@@ -13,9 +13,10 @@ import yaml
 from live_avatar.config import S2V_14B
 from live_avatar.gateway.pictures import AT_ONCE
 from live_avatar.gateway.sandbox import MIB, Limits
-from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, denoiser_memory
+from live_avatar.graphs.memory import GIB, WORKSPACE_BYTES, decoder_memory, denoiser_memory, fitting_sessions
 from live_avatar.pipeline.denoiser import one_step
 from live_avatar.serving.profiles import load_profile
+from live_avatar.version import __version__
 from live_avatar_client.protocol import FRAMES_PER_BLOCK
 from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
@@ -44,7 +45,7 @@ CPU_PROCESSES_BYTES = 1.4 * GIB
 """Memory of Triton, the stages and `serve` with the tiny preset, measured."""
 NEEDS = {"components/mtls": ("components/tls",), "components/autoscaling": ("components/monitoring",)}
 """Components that stand on others."""
-WITH_SERVER = ("base", "overlays/cpu-kind", "overlays/h800", *COMPONENTS)
+WITH_SERVER = ("base", "overlays/cpu-kind", "overlays/h800", "overlays/rtx", *COMPONENTS)
 SHM_GROWTH = 1.6
 """A region of shared memory over the bytes of its largest request: 46 MiB for 29.3 were measured, 16 for 11.4."""
 
@@ -68,10 +69,10 @@ def every(check: Check) -> str:
 
 
 def test_every_folder_is_looked_at():
-    assert {"overlays/h800", "overlays/cpu-kind", "artifacts", "examples", "namespace", "base"} <= set(BUILT)
-    assert {
-        f"components/{name}" for name in ("tls", "mtls", "network-policy", "cpu-only", "one-gpu", "two-gpu", "four-gpu")
-    } <= set(COMPONENTS)
+    overlays = {f"overlays/{name}" for name in ("h800", "rtx", "cpu-kind")}
+    assert {*overlays, "artifacts", "examples", "namespace", "base"} <= set(BUILT)
+    sized = ("cpu-only", "rtx", "one-gpu", "two-gpu", "four-gpu")
+    assert {f"components/{name}" for name in ("tls", "mtls", "network-policy", *sized)} <= set(COMPONENTS)
 
 
 def test_the_schemas_are_of_the_versions_that_we_say():
@@ -157,6 +158,18 @@ def test_a_component_changes_what_is_there(objects_of, component: str):
             for found in before
         ), target
     assert objects_of(component) != before
+
+
+def test_with_rtx_gpus_engines_and_image_are_of_tensorrt_rtx_and_fit(objects_of):
+    objects = objects_of("overlays/rtx")
+    [engines] = pod_of(the(objects, "Deployment"))["initContainers"]
+    assert option(objects, engines, "target") == "tensorrt-rtx"
+    assert option(objects, engines, "compute-capability") == "8.9"
+    images = {container["image"] for container in containers(pod_of(the(objects, "Deployment")))}
+    assert images == {f"registry.example.com/live-avatar-rtx:{__version__}"}
+    free, preset = float(option(objects, engines, "gpu-memory-gib")), S2V_14B.with_precision("bfloat16")
+    assert fitting_sessions([denoiser_memory(preset, one_step(1), fp8=True)], free) == 1
+    assert fitting_sessions([denoiser_memory(preset, one_step(1))], free) == 0
 
 
 def test_tls_is_on_where_its_component_is(objects_of):
