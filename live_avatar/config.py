@@ -28,7 +28,9 @@ TEMPORAL_STRIDE = 4  # video frames per latent frame
 PATCH = 2  # latent pixels per token side
 PRECISIONS = ("float32", "float16", "bfloat16")
 NETWORK_NAMES = ("dit", "vae", "speech", "text")
-"""The networks of a preset: fields of `Preset` and of `Networks`, parts of a checkpoint."""
+"""The networks of every preset: fields of `Preset` and of `Networks`, parts of a checkpoint."""
+TINY_DECODER = "tae"
+"""The same of the network that a preset may have in the place of the VAE's decoder."""
 MAX_SPEAKERS = 4
 KNOWN_AVATARS = 16  # pictures with prompts whose work a generator remembers
 
@@ -349,6 +351,8 @@ class Preset:
     speech: SpeechEncoderConfig
     text: TextEncoderConfig
     stream: StreamConfig
+    tae: TAEConfig | None = None
+    """The tiny decoder; without it the VAE's own decodes."""
     weight_seed: int = field(default=20_26)
     """Seed of the random weights of a preset without a checkpoint; the package has trained weights for `TINY`."""
     precision: str = "float32"
@@ -390,13 +394,14 @@ class Preset:
         parts = {
             "dit": DiTConfig,
             "vae": VAEConfig,
+            "tae": TAEConfig,
             "speech": SpeechEncoderConfig,
             "text": TextEncoderConfig,
             "stream": StreamConfig,
         }
         kwargs = {
             name: parts[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-            if name in parts
+            if name in parts and value is not None
             else value
             for name, value in values.items()
         }

@@ -23,6 +23,11 @@ model_options = combined(
     ),
     click.option("--width", type=Integer(min=1), help="Width of the video in pixels, a multiple of 16."),
     click.option("--height", type=Integer(min=1), help="Height of the video in pixels, a multiple of 16."),
+    click.option(
+        "--decoder",
+        type=FILE,
+        help="A tiny decoder in the place of the VAE's: much cheaper, and softer. taew2_1.safetensors or taew2_1.pth.",
+    ),
     click.option("--precision", type=click.Choice(PRECISIONS), help="Type of large weights, activations and caches."),
     click.option(
         "--lora-alpha", type=float, help="The adapter's alpha, if the file does not contain it (64 for the release)."
@@ -87,6 +92,7 @@ def chosen_checkpoint(
     height: int | None,
     width: int | None,
     like: Path | None,
+    decoder: Path | None = None,
     **stream: Any,
 ) -> Checkpoint:
     """Opens the checkpoint that `model_options` and `stream_options` select."""
@@ -100,6 +106,10 @@ def chosen_checkpoint(
         checkpoint,
         None if lora is None else LoRA(lora, alpha=lora_alpha),
     )
+    if decoder is not None:
+        from live_avatar.weights.tiny_decoder import with_tiny_decoder
+
+        found = with_tiny_decoder(found, decoder)
     size = _size(found.preset, height, width, like)
     chosen = found.preset.with_stream(**size, **_stream_changes(found.preset.stream, **stream))
     return dataclasses.replace(found, preset=chosen.with_precision(precision or chosen.precision))

@@ -6,6 +6,9 @@ is exported, and what the torch runtime runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,8 @@ from live_avatar.graphs.contract import BLOCK_TOKENS, DIT, SINK_TOKENS, TEXT, co
 from live_avatar.model.audio import AudioTokens
 from live_avatar.model.dit import KV, Conditions, Modulation
 from live_avatar.model.networks import Networks
+from live_avatar.model.tae import TAE
+from live_avatar.model.vae import VAE
 
 
 def _pairs(flat: tuple[Tensor, ...]) -> KV:
@@ -70,26 +75,31 @@ class VAEEncoder(nn.Module):
         return (latent, *new_state)
 
 
-class VAEDecoderFirst(nn.Module):
+class _Decoder(nn.Module):
+    """The VAE or the tiny decoder, under the name of its part: so its weights are found."""
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self._part, network = networks.decoder
+        self.add_module(self._part, network)
+
+    def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        network = cast(VAE | TAE, self.get_submodule(self._part))
+        return network.decode(latents, state)
+
+
+class VAEDecoderFirst(_Decoder):
     """The first latent of a stream -> its state; the frame belongs to the warm-up and is not made."""
 
-    def __init__(self, networks: Networks) -> None:
-        super().__init__()
-        self.vae = networks.vae
-
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.vae.decode(latents, None)[1])
+        return tuple(self.decode(latents, None)[1])
 
 
-class VAEDecoder(nn.Module):
+class VAEDecoder(_Decoder):
     """latents [1, 16, F, h, w] and state -> frames uint8 [4F, H, W, 3] and the new state."""
 
-    def __init__(self, networks: Networks) -> None:
-        super().__init__()
-        self.vae = networks.vae
-
     def forward(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        video, new_state = self.vae.decode(latents, state)
+        video, new_state = self.decode(latents, state)
         pixels = ((video[0].clamp(-1, 1) + 1) * 127.5).round()
         return (pixels.permute(1, 2, 3, 0).to(torch.uint8), *new_state)
 

@@ -8,7 +8,7 @@ value stand in `Contract.profiles` (TensorRT's optimization profiles).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -20,7 +20,6 @@ from live_avatar.config import (
     SPATIAL_STRIDE,
     TEMPORAL_STRIDE,
     Preset,
-    VAEConfig,
 )
 
 FLOAT, INT64, UINT8 = "float32", "int64", "uint8"
@@ -34,16 +33,17 @@ BLOCK, SINK = "block", "sink"
 """Profiles of `dit`: the tokens of a noisy block, or those of a sink."""
 
 
+DECODERS = ("vae_decoder_first", "vae_decoder")
+"""The VAE's decoder or the tiny one."""
 WITH_ATTENTION = (
     "speech_encoder",
     "text_encoder",
     "vae_encoder_first",
     "vae_encoder",
-    "vae_decoder_first",
-    "vae_decoder",
+    *DECODERS,
     DIT,
 )
-"""Components whose graphs have attentions."""
+"""Components whose graphs have attentions, with the VAE's decoder."""
 
 
 class Extent(IntEnum):
@@ -117,19 +117,29 @@ def kv_names(prefix: str, layers: int) -> tuple[str, ...]:
     return tuple(f"{prefix}_{part}.{layer}" for layer in range(layers) for part in "kv")
 
 
-def vae_state_shapes(config: VAEConfig, latent_height: int, latent_width: int, part: str) -> list[tuple[int, ...]]:
-    """Shapes of the slots of a stream through the VAE's `part`, "encode" or "decode", read off a dry run."""
-    import torch  # here alone: a serving process reads shapes from the manifest and needs no torch
+def encoder_state_shapes(preset: Preset, latent_height: int, latent_width: int) -> list[tuple[int, ...]]:
+    """Shapes of the slots of a stream through the VAE's encoder, read off a dry run."""
+    import torch  # here and below alone: a serving process reads shapes from the manifest and needs no torch
 
     from live_avatar.model.vae import VAE
 
     with torch.device("meta"):
-        vae = VAE(config).to("meta")
-        if part == "encode":
-            frame = torch.empty(1, 3, 1, SPATIAL_STRIDE * latent_height, SPATIAL_STRIDE * latent_width)
-            _, state = vae.encode(frame, None)
-        else:
-            _, state = vae.decode(torch.empty(1, config.z_dim, 1, latent_height, latent_width), None)
+        frame = torch.empty(1, 3, 1, SPATIAL_STRIDE * latent_height, SPATIAL_STRIDE * latent_width)
+        _, state = VAE(preset.vae).to("meta").encode(frame, None)
+    return [tuple(slot.shape) for slot in state]
+
+
+def decoder_state_shapes(preset: Preset, latent_height: int, latent_width: int) -> list[tuple[int, ...]]:
+    """Shapes of the slots of a stream through the preset's decoder, read off a dry run."""
+    import torch
+
+    from live_avatar.model.tae import TAE
+    from live_avatar.model.vae import VAE
+
+    with torch.device("meta"):
+        decoder = VAE(preset.vae) if preset.tae is None else TAE(preset.tae)
+        latent = torch.empty(1, LATENT_CHANNELS, 1, latent_height, latent_width)
+        _, state = decoder.to("meta").decode(latent, None)
     return [tuple(slot.shape) for slot in state]
 
 
@@ -182,9 +192,17 @@ def _latent_shape(preset: Preset, frames: int) -> Shape:
     return (1, LATENT_CHANNELS, frames, preset.stream.latent_height, preset.stream.latent_width)
 
 
-def _vae_states(preset: Preset, part: str, prefix: str) -> tuple[GraphTensor, ...]:
-    stream = preset.stream
-    shapes = vae_state_shapes(preset.vae, stream.latent_height, stream.latent_width, part)
+def _encoder_states(preset: Preset, prefix: str) -> tuple[GraphTensor, ...]:
+    shapes = encoder_state_shapes(preset, preset.stream.latent_height, preset.stream.latent_width)
+    return _states(preset, shapes, prefix)
+
+
+def _decoder_states(preset: Preset, prefix: str) -> tuple[GraphTensor, ...]:
+    shapes = decoder_state_shapes(preset, preset.stream.latent_height, preset.stream.latent_width)
+    return _states(preset, shapes, prefix)
+
+
+def _states(preset: Preset, shapes: Sequence[tuple[int, ...]], prefix: str) -> tuple[GraphTensor, ...]:
     return tuple(GraphTensor(f"{prefix}.{i}", preset.precision, shape, True) for i, shape in enumerate(shapes))
 
 
@@ -193,8 +211,8 @@ def _vae_encoder(preset: Preset, first: bool) -> Contract:
     shape = (1, 3, 1 if first else TEMPORAL_STRIDE, stream.height, stream.width)
     return Contract(
         "vae_encoder_first" if first else "vae_encoder",
-        (GraphTensor("frames", FLOAT, shape), *(() if first else _vae_states(preset, "encode", "state"))),
-        (GraphTensor("latent", FLOAT, _latent_shape(preset, 1)), *_vae_states(preset, "encode", "new_state")),
+        (GraphTensor("frames", FLOAT, shape), *(() if first else _encoder_states(preset, "state"))),
+        (GraphTensor("latent", FLOAT, _latent_shape(preset, 1)), *_encoder_states(preset, "new_state")),
     )
 
 
@@ -202,7 +220,7 @@ def _vae_decoder_first(preset: Preset) -> Contract:
     return Contract(
         "vae_decoder_first",
         (GraphTensor("latents", FLOAT, _latent_shape(preset, 1)),),
-        _vae_states(preset, "decode", "new_state"),
+        _decoder_states(preset, "new_state"),
     )
 
 
@@ -213,9 +231,9 @@ def _vae_decoder(preset: Preset) -> Contract:
         "vae_decoder",
         (
             GraphTensor("latents", FLOAT, _latent_shape(preset, stream.frames_per_block)),
-            *_vae_states(preset, "decode", "state"),
+            *_decoder_states(preset, "state"),
         ),
-        (frames, *_vae_states(preset, "decode", "new_state")),
+        (frames, *_decoder_states(preset, "new_state")),
     )
 
 
@@ -311,7 +329,7 @@ def contracts(preset: Preset) -> dict[str, Contract]:
 
 def _decomposable(preset: Preset, component: str) -> str:
     """`Contract.decomposable` of a component. What has a fused kernel is what TensorRT-RTX 1.7 compiles."""
-    if component not in WITH_ATTENTION:
+    if component not in WITH_ATTENTION or (preset.tae is not None and component in DECODERS):
         return ""
     if preset.precision == "float32" or (component == "text_encoder" and preset.precision == "float16"):
         return "there is no fused kernel in float32"

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from live_avatar.config import LATENT_CHANNELS, MOTION_LATENTS, Preset
+from live_avatar.config import LATENT_CHANNELS, MOTION_LATENTS, TINY_DECODER, Preset
 from live_avatar.errors import CapacityError, ConfigError
 from live_avatar.graphs.contract import (
     BLOCK,
     BLOCK_TOKENS,
+    DECODERS,
     DIT,
     SINK,
     SINK_TOKENS,
@@ -116,11 +117,12 @@ def _scratch(*components: str) -> dict[str, int]:
 
 
 def decoder_memory(preset: Preset) -> Memory:
-    """The VAE's decoder; its state is there twice while it is renewed."""
+    """The VAE's decoder or the tiny one; its state is there twice while it is renewed."""
+    part = "vae" if preset.tae is None else TINY_DECODER
     return session_memory(preset, DECODER, _contracts(preset)).beside(
         {
-            "weights of two engines": 2 * _part_bytes(preset, "vae", ("decoder",)),
-            **_scratch("vae_decoder_first", "vae_decoder"),
+            "weights of two engines": 2 * _part_bytes(preset, part, ("decoder",)),
+            **_scratch(*DECODERS),
         }
     )
 

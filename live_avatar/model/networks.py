@@ -1,4 +1,4 @@
-"""The four networks of a preset as torch modules, on the meta device until weights replace their parameters.
+"""The networks of a preset as torch modules, on the meta device until weights replace their parameters.
 
 Limits: reads no files.
 """
@@ -11,23 +11,31 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from live_avatar.config import NETWORK_NAMES, Preset, SpeechEncoderConfig, TextEncoderConfig
+from live_avatar.config import NETWORK_NAMES, TINY_DECODER, Preset, SpeechEncoderConfig, TextEncoderConfig
 from live_avatar.model.attention import Linear, attend
 from live_avatar.model.dit import CausalDiT
+from live_avatar.model.tae import TAE
 from live_avatar.model.vae import VAE
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The four networks of a preset, with their weights."""
+    """The networks of a preset, with their weights. tae: the tiny decoder, if the preset has it."""
 
     dit: CausalDiT
     vae: VAE
     speech: nn.Module
     text: nn.Module
+    tae: TAE | None = None
 
     def parts(self) -> dict[str, nn.Module]:
-        return {name: getattr(self, name) for name in NETWORK_NAMES}
+        parts: dict[str, nn.Module] = {name: getattr(self, name) for name in NETWORK_NAMES}
+        return parts if self.tae is None else {**parts, TINY_DECODER: self.tae}
+
+    @property
+    def decoder(self) -> tuple[str, VAE | TAE]:
+        """What makes frames of latents, and the name of its part."""
+        return ("vae", self.vae) if self.tae is None else (TINY_DECODER, self.tae)
 
 
 def speech_network(config: SpeechEncoderConfig, attention: torch.dtype = torch.float32) -> nn.Module:
@@ -76,14 +84,16 @@ def meta_networks(preset: Preset) -> Networks:
             VAE(preset.vae).eval(),
             speech_network(preset.speech, heard),
             text_network(preset.text),
+            None if preset.tae is None else TAE(preset.tae).eval(),
         )
     networks.speech.to("meta")  # transformers makes `masked_spec_embed` on the CPU whatever the device
     large = getattr(torch, preset.precision)
     for module in networks.dit.modules():
         if isinstance(module, Linear):
             module.to(large)
-    for parameter in networks.vae.parameters():
-        parameter.data = parameter.data.to(large)
+    for network in (networks.vae, networks.tae):
+        for parameter in () if network is None else network.parameters():
+            parameter.data = parameter.data.to(large)
     if preset.precision != "float16":  # UMT5's activations leave the range of float16
         networks.text.to(large)
     return networks

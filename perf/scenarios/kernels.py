@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from live_avatar.config import LATENT_CHANNELS, S2V_14B, Preset
 from live_avatar.graphs.artifacts import load_artifacts
 from live_avatar.graphs.components import build_components
-from live_avatar.graphs.contract import DIT, SINK, Extent, contracts, vae_state_shapes
+from live_avatar.graphs.contract import DIT, SINK, Extent, contracts, decoder_state_shapes
 from live_avatar.model.networks import Networks
 from perf.kernels import (
     Timed,
@@ -186,7 +186,7 @@ def _half(bench: Bench) -> Figures:
     """
     preset, stream = bench.preset, bench.preset.stream
     width = min(stream.latent_width, -(-stream.latent_width // 2) + TILE_HALO)
-    shapes = vae_state_shapes(preset.vae, stream.latent_height, width, "decode")
+    shapes = decoder_state_shapes(preset, stream.latent_height, width)
     latents = (1, LATENT_CHANNELS, stream.frames_per_block, stream.latent_height, width)
     kinds = [getattr(torch, spec.dtype) for spec in contracts(preset)[DECODER].inputs]
     inputs = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from live_avatar.config import S2V_14B, TINY
-from live_avatar.graphs.contract import vae_state_shapes
+from live_avatar.graphs.contract import decoder_state_shapes, encoder_state_shapes
 from live_avatar.model.vae import VAE
 from tests.support.networks import randomised
 from tests.tolerances import STREAMED
@@ -119,7 +119,7 @@ def test_a_call_leaves_the_state_it_was_given(vae: VAE, latents: Tensor) -> None
 def test_slots_have_the_contracts_shapes_from_the_first_call_on(
     vae: VAE, latents: Tensor, frames: Tensor, part: str, slots: int
 ) -> None:
-    shapes = vae_state_shapes(TINY.vae, SIDE, SIDE, part)
+    shapes = (encoder_state_shapes if part == "encode" else decoder_state_shapes)(TINY, SIDE, SIDE)
     assert len(shapes) == slots
     run, x, more = (vae.encode, frames, 4) if part == "encode" else (vae.decode, latents, 3)
     _, state = run(x[:, :, :1], None)
@@ -141,5 +141,5 @@ def test_time_resampling_remembers_the_first_frame_when_encoding_and_not_when_de
 
 
 def test_the_14b_decoder_keeps_what_the_spec_says() -> None:
-    shapes = vae_state_shapes(S2V_14B.vae, SIDE, SIDE, "decode")
+    shapes = decoder_state_shapes(S2V_14B, SIDE, SIDE)
     assert sum(torch.Size(shape).numel() for shape in shapes) == 151_328 * SIDE * SIDE  # spec section 13
