@@ -25,8 +25,6 @@ class Flavour:
     jit: kernels are finished when an engine is loaded and when a shape is new, and are kept in a runtime cache. Both
     flavours are captured into CUDA graphs by our runtime, so the library's own capture stays off; and what is captured
     must not be a kernel that is replaced later, so shapes are specialised at once and not in the background.
-
-    redistribution: what the licence of the libraries allows, in short; the engines are compiled from the user's model.
     """
 
     name: str
@@ -36,7 +34,6 @@ class Flavour:
     package: str
     ahead_of_time: bool
     jit: bool
-    redistribution: str
 
     @property
     def least(self) -> str:
@@ -48,13 +45,23 @@ class Flavour:
         return f"`pip install '{self.package}>={self.least}'`"
 
 
-_LIBRARIES = (
-    "proprietary; NVIDIA's licence lets an application with functions of its own carry the runtime libraries in binary "
-    "form, and lets nobody reverse engineer them"
+TENSORRT = Flavour(
+    name="tensorrt",
+    title="TensorRT",
+    module="tensorrt",
+    least_version=(10, 15),
+    package="tensorrt-cu13",
+    ahead_of_time=False,
+    jit=False,
 )
-TENSORRT = Flavour("tensorrt", "TensorRT", "tensorrt", (10, 15), "tensorrt-cu13", False, False, _LIBRARIES)
 TENSORRT_RTX = Flavour(
-    "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", (1, 7), "tensorrt-rtx-cu12", True, True, _LIBRARIES
+    name="tensorrt-rtx",
+    title="TensorRT-RTX",
+    module="tensorrt_rtx",
+    least_version=(1, 7),
+    package="tensorrt-rtx-cu12",
+    ahead_of_time=True,
+    jit=True,
 )
 FLAVOURS: Mapping[str, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
 
