@@ -27,7 +27,7 @@ from live_avatar.graphs.flavours import TENSORRT_RTX
 
 ATTENTION = "_mha"
 """Part of the name of a fused attention's kernel."""
-PRODUCTS = ("gemm", "runtime_fusion", "conv")
+PRODUCTS = ("gemm", "runtime_fusion", "correlation")
 """Types of kernels that are a product of matrices or a convolution, alone or with what stands around it."""
 BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "FP8": 1, "Int64": 8, "Int32": 4, "UInt8": 1, "Bool": 1, "Int8": 1}
 KERNEL = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: (?P<inputs>.*), TacticName: ", re.M)
