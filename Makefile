@@ -41,8 +41,8 @@ install: $(INSTALLED) ## Make .venv with everything in it
 demo: $(INSTALLED) ## Stream six seconds of speech to a server on this machine, and write the video
 	@$(BIN)/live-avatar demo
 
-# Processes that run the tests, each a file at a time; 0 runs all in pytest's own.
-WORKERS := 0
+# Processes that run the tests, each a file at a time: more than two cores, since tests wait for servers. 0: none but pytest.
+WORKERS := 3
 
 .PHONY: test
 test: lint ## Run the linter, the type checker and the tests that are not slow

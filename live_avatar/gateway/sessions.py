@@ -39,7 +39,7 @@ from live_avatar_client.protocol import EndReason, ErrorCode, FrameFormat, expla
 log = logging.getLogger(__name__)
 
 GATEWAY: Final = "gateway"
-PLACE_LIMIT_S: Final = 1.0
+PLACE_LIMIT_S: Final = 5.0
 """How long the last answer may wait until the session's place is free."""
 CLOSE_LIMIT_S: Final = 30.0
 """How long Triton may take to answer what is under way when a session ends; then its place is free in any case."""

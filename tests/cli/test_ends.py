@@ -132,6 +132,7 @@ def test_demo(tmp_path: Path, started: list[Running], artifacts: Artifacts, phas
     assert running.left() == []
 
 
+@pytest.mark.slow
 def test_export(tmp_path: Path, started: list[Running]) -> None:
     output = tmp_path / "out"
     running = Running(tmp_path / "temporary", "export", "--output", output / "tiny")

@@ -1,4 +1,4 @@
-"""The least preset that has every component: its export takes about ten seconds."""
+"""Presets that the tests of the exporter export."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ LEAST = replace(
 TWO_STEPS = LEAST.with_stream(steps=2)
 CALIBRATED_BLOCKS = 2
 
+"""Small networks for tests that run them; its graphs are its own."""
+OTHER = replace(TINY, name="other", weight_seed=1)
+"""The graphs of `tiny`, which a run of the tests traces once, with random weights."""
+
 
 def old_artifacts(folder: Path) -> Path:
     """A folder as another version left it."""
@@ -61,29 +65,29 @@ def old_artifacts(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def least_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`exported/artifacts` is the least preset, exported over what another version left; `told` has its progress."""
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`exported/artifacts` is `OTHER`, exported over what another version left; `told` has its progress."""
 
     def export(folder: Path) -> None:
         parent = folder / "exported"
         parent.mkdir()
         told: list[str] = []
-        export_artifacts(open_checkpoint(LEAST), old_artifacts(parent / "artifacts"), told.append)
+        export_artifacts(open_checkpoint(OTHER), old_artifacts(parent / "artifacts"), told.append)
         (folder / "told").write_text("\n".join(told))
 
-    return made_once(tmp_path_factory, LEAST.name, export)
+    return made_once(tmp_path_factory, OTHER.name, export)
 
 
 @pytest.fixture(scope="session")
-def least_told(least_folder: Path) -> list[str]:
-    """What the export of `least_artifacts` reported of its progress."""
-    return (least_folder / "told").read_text().splitlines()
+def other_told(other_folder: Path) -> list[str]:
+    """What the export of `other_artifacts` reported of its progress."""
+    return (other_folder / "told").read_text().splitlines()
 
 
 @pytest.fixture(scope="session")
-def least_artifacts(least_folder: Path) -> Artifacts:
-    """The least preset, exported; tests must not change it."""
-    return load_artifacts(least_folder / "exported" / "artifacts")
+def other_artifacts(other_folder: Path) -> Artifacts:
+    """`OTHER`, exported; tests must not change it."""
+    return load_artifacts(other_folder / "exported" / "artifacts")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from live_avatar.graphs.contract import contracts
 from live_avatar.version import __version__
 from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar.weights.tensors import SafetensorsWeights
-from tests.export.conftest import LEAST, old_artifacts
+from tests.export.conftest import OTHER, old_artifacts
 
 
 class InterruptedExportError(Exception):
@@ -30,44 +30,44 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_old_artifacts_are_replaced_as_a_whole(least_artifacts: Artifacts) -> None:
-    folder = least_artifacts.folder
+def test_old_artifacts_are_replaced_as_a_whole(other_artifacts: Artifacts) -> None:
+    folder = other_artifacts.folder
     loaded = load_artifacts(folder)
     loaded.verify()
-    assert loaded.preset == LEAST
-    names = contracts(LEAST)
+    assert loaded.preset == OTHER
+    names = contracts(OTHER)
     expected = {MANIFEST, MODULATION, *(f"{name}.onnx" for name in names), *map(weight_file, names)}
     assert {path.name for path in folder.iterdir()} == expected
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_the_manifest_says_what_was_exported(least_artifacts: Artifacts) -> None:
-    manifest = least_artifacts.manifest
+def test_the_manifest_says_what_was_exported(other_artifacts: Artifacts) -> None:
+    manifest = other_artifacts.manifest
     assert manifest["version"] == __version__
     assert manifest["opset"] == 23
-    assert manifest["weights"]["dit"] == {"origin": f"random weights of seed {LEAST.weight_seed}"}
+    assert manifest["weights"]["dit"] == {"origin": f"random weights of seed {OTHER.weight_seed}"}
     assert set(manifest["weights"]) == {"dit", "vae", "speech", "text"}
     assert set(manifest["made_with"]) == {"torch", "onnx", "onnxruntime"}
-    assert set(manifest["files"]) == {path.name for path in least_artifacts.folder.iterdir()} - {MANIFEST}
-    assert least_artifacts.contracts == contracts(LEAST)
+    assert set(manifest["files"]) == {path.name for path in other_artifacts.folder.iterdir()} - {MANIFEST}
+    assert other_artifacts.contracts == contracts(OTHER)
 
 
-def test_every_component_is_told_once(least_artifacts: Artifacts, least_told: list[str]) -> None:
-    assert sorted(least_told) == sorted(least_artifacts.contracts)
+def test_every_component_is_told_once(other_artifacts: Artifacts, other_told: list[str]) -> None:
+    assert sorted(other_told) == sorted(other_artifacts.contracts)
 
 
 def test_an_interrupted_export_leaves_old_artifacts_and_nothing_else(tmp_path: Path) -> None:
     folder = old_artifacts(tmp_path / "artifacts")
     before = contents(tmp_path)
     with pytest.raises(InterruptedExportError):
-        export_artifacts(open_checkpoint(LEAST), folder, interrupt)
+        export_artifacts(open_checkpoint(OTHER), folder, interrupt)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["artifacts"]
 
 
 def test_an_interrupted_first_export_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InterruptedExportError):
-        export_artifacts(open_checkpoint(LEAST), tmp_path / "new" / "artifacts", interrupt)
+        export_artifacts(open_checkpoint(OTHER), tmp_path / "new" / "artifacts", interrupt)
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -86,25 +86,25 @@ def test_a_folder_of_something_else_is_refused_and_left(tmp_path: Path, manifest
     before = contents(tmp_path)
     message = r"thesis exists and is not an artifacts folder; choose another --output or remove it\."
     with pytest.raises(ExportError, match=message):
-        export_artifacts(open_checkpoint(LEAST), folder, interrupt)
+        export_artifacts(open_checkpoint(OTHER), folder, interrupt)
     assert contents(tmp_path) == before
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     with pytest.raises(ExportError, match=r"file exists and is not an artifacts folder"):
-        export_artifacts(open_checkpoint(LEAST), tmp_path / "file", interrupt)
+        export_artifacts(open_checkpoint(OTHER), tmp_path / "file", interrupt)
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with pytest.raises(InterruptedExportError):  # it gets as far as exporting
-        export_artifacts(open_checkpoint(LEAST), tmp_path, interrupt)
+        export_artifacts(open_checkpoint(OTHER), tmp_path, interrupt)
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     folder = old_artifacts(tmp_path / "artifacts")
     before = contents(tmp_path)
-    broken = replace(open_checkpoint(LEAST), parts={"dit": SafetensorsWeights(tmp_path / "dit.safetensors")})
+    broken = replace(open_checkpoint(OTHER), parts={"dit": SafetensorsWeights(tmp_path / "dit.safetensors")})
     with pytest.raises(CheckpointError, match=r"dit\.safetensors does not exist"):
         export_artifacts(broken, folder, interrupt)
     assert contents(tmp_path) == before

@@ -81,17 +81,17 @@ def test_onnx_runtime_gives_the_same_bits_twice(
     assert np.array_equal(one[0].frames, other[0].frames)
 
 
-def test_the_command_prints_every_component(least_artifacts: Artifacts) -> None:
-    result = CliRunner().invoke(main, ["--artifacts", str(least_artifacts.folder)])
+def test_the_command_prints_every_component(other_artifacts: Artifacts) -> None:
+    result = CliRunner().invoke(main, ["--artifacts", str(other_artifacts.folder)])
     assert result.exit_code == 0, result.output
     rows = result.output.splitlines()
     assert rows[0].split() == ["component", "relative", "error", "pixel", "levels"]
-    assert [row.split()[0] for row in rows[1:]] == list(least_artifacts.contracts)
+    assert [row.split()[0] for row in rows[1:]] == list(other_artifacts.contracts)
     assert "TOO LARGE" not in result.output
 
 
-def test_the_command_finds_graphs_with_other_weights(least_artifacts: Artifacts, tmp_path: Path) -> None:
-    folder = shutil.copytree(least_artifacts.folder, tmp_path / "changed")
+def test_the_command_finds_graphs_with_other_weights(other_artifacts: Artifacts, tmp_path: Path) -> None:
+    folder = shutil.copytree(other_artifacts.folder, tmp_path / "changed")
     weights = np.fromfile(folder / "dit.weights", dtype=np.float32)
     (1.01 * weights).tofile(folder / "dit.weights")
     manifest = json.loads((folder / MANIFEST).read_text())

@@ -25,11 +25,11 @@ VERSION = "11.4.0.106"
 
 
 @pytest.fixture
-def artifacts_copy(least_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifacts:
-    """The least preset in a folder that a test may change, with the stand-in for TensorRT installed."""
+def artifacts_copy(other_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifacts:
+    """`OTHER` in a folder that a test may change, with the stand-in for TensorRT installed."""
     install(monkeypatch, VERSION)
-    shutil.copytree(least_artifacts.folder, tmp_path / "least")
-    return load_artifacts(tmp_path / "least")
+    shutil.copytree(other_artifacts.folder, tmp_path / "other")
+    return load_artifacts(tmp_path / "other")
 
 
 def build(artifacts: Artifacts, options: EngineOptions | None = None) -> list[str]:
@@ -84,18 +84,22 @@ def test_types_are_those_of_the_graph_in_every_version(
 
 def test_attention_may_be_decomposed_where_nothing_is_fused(artifacts_copy: Artifacts) -> None:
     build(artifacts_copy)
-    assert plan(artifacts_copy, "dit")["decomposable"] == [1, 1, 1]  # of itself, the text and the audio
+    injections = len(artifacts_copy.preset.dit.audio_inject_layers)
+    attentions = 2 * artifacts_copy.preset.dit.num_layers + injections  # of tokens, of text, of audio
+    assert plan(artifacts_copy, "dit")["decomposable"] == [1] * attentions
 
 
 def test_the_profiles_have_the_ranges_of_the_contract(artifacts_copy: Artifacts) -> None:
     build(artifacts_copy)
     contract = artifacts_copy.contracts["dit"]
     block, sink = plan(artifacts_copy, "dit")["profiles"]
-    assert block["history_v.0"] == [[1, 2, tokens, 8] for tokens in contract.profiles["block"]["history_tokens"]]
+    heads, width = artifacts_copy.preset.dit.num_heads, artifacts_copy.preset.dit.head_dim
+    expected = [[1, heads, tokens, width] for tokens in contract.profiles["block"]["history_tokens"]]
+    assert block["history_v.0"] == expected
     assert block["history_v.0"][0][2] == 0
     for name, shapes in block.items():
         assert name.startswith("history") or shapes[0] == shapes[1] == shapes[2], name
-    assert sink["history_v.0"] == sink["sink_k.0"] == [[1, 2, 0, 8]] * 3
+    assert sink["history_v.0"] == sink["sink_k.0"] == [[1, heads, 0, width]] * 3
     tokens = contract.profiles["sink"]["tokens"][0]
     assert sink["tokens"] == [[1, tokens, artifacts_copy.preset.dit.dim]] * 3
     assert plan(artifacts_copy, "text_encoder")["profiles"] == []
@@ -211,7 +215,7 @@ def test_an_unknown_component_is_refused(artifacts_copy: Artifacts) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_built(artifacts_copy: Artifacts) -> None:
-    with pytest.raises(CapacityError, match=r"a denoising step of preset least with 2 sessions does not fit 1 GiB: "):
+    with pytest.raises(CapacityError, match=r"a denoising step of preset other with 2 sessions does not fit 1 GiB: "):
         build(artifacts_copy, EngineOptions(gpu_memory_gib=1, sessions=2))
     assert not (artifacts_copy.folder / FOLDER).exists()
 

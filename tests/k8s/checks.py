@@ -112,7 +112,8 @@ def command_faults(objects: Sequence[Object]) -> Iterator[str]:
             yield f"{where}: {container.get('command')} is none of {[' '.join(known) for known in COMMANDS]}"
             continue
         try:
-            command.make_context("command", list(words))
+            # click remembers a command's help option: that of the program, not its own default.
+            command.make_context("command", list(words), help_option_names=["-h", "--help"])
         except click.ClickException as error:
             yield f"{where}: {error.format_message()}"
 

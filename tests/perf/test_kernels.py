@@ -60,6 +60,7 @@ def components(bench: Bench) -> dict[str, Figures]:
     return _components(bench)
 
 
+@pytest.mark.slow
 def test_every_way_gives_eager_torchs_result_or_says_why_not(
     components: dict[str, Figures],
 ) -> None:
@@ -79,6 +80,7 @@ def test_every_way_gives_eager_torchs_result_or_says_why_not(
         assert fastest(ways) <= ways["eager"]["seconds"]
 
 
+@pytest.mark.slow
 def test_a_share_is_of_the_roof_for_its_numbers(components: dict[str, Figures]) -> None:
     """10^6 operations at 10^9 a second, or at twice that for FP8 products."""
     for way, bound_s in (("eager", 1e-3), ("FP8, eager", 0.5e-3)):

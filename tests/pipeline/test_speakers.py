@@ -82,6 +82,7 @@ def generator(artifacts_of_two: Artifacts) -> Generator:
     return Generator(OnnxRuntime(artifacts_of_two))
 
 
+@pytest.mark.slow
 def test_the_graph_of_two_speakers_is_the_torch_component(artifacts_of_two: Artifacts) -> None:
     assert artifacts_of_two.contracts[DIT].inputs[1].shape[0] == 2
     found = list(compare(artifacts_of_two, open_checkpoint(TWO), 5, [DIT]))
@@ -102,6 +103,7 @@ def frames_of(generator: Generator, speech: Array) -> Array:
     return np.concatenate([block.frames for block in blocks])
 
 
+@pytest.mark.slow
 def test_each_face_speaks_what_it_says(generator: Generator) -> None:
     """The mouth of who is silent moves no more than it does when nobody speaks."""
     speech = turns()
@@ -125,7 +127,8 @@ def test_each_face_speaks_what_it_says(generator: Generator) -> None:
         ((MASKS[0], b"0,0,193,96"), "the mask of speaker 1 is the box 0,0,193,96, which leaves the picture of 192x96"),
     ],
 )
-def test_masks_that_do_not_fit_are_refused(generator: Generator, masks: tuple[bytes, ...], words: str) -> None:
+def test_masks_that_do_not_fit_are_refused(masks: tuple[bytes, ...], words: str) -> None:
+    generator = Generator(TorchRuntime(open_checkpoint(TWO)))
     with pytest.raises(InputError, match=words):
         next(generator.stream(two_faces(), "", 3, no_speech(), masks=masks))
 

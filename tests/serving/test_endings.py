@@ -408,6 +408,7 @@ def test_sigterm_lets_live_sessions_end_and_then_ends_them(
         assert running.left() == []
 
 
+@pytest.mark.slow
 def test_sigterm_waits_for_the_last_frames_and_no_longer(
     tmp_path: Path, artifacts: Artifacts, picture: bytes, speech: Array, expected: Array
 ) -> None:

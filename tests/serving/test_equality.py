@@ -101,7 +101,14 @@ def test_keep_alive_changes_nothing(url: str, picture: bytes, speech: Array, exp
         assert np.array_equal(frames_of(list(session.stream(chunks(session)))), expected)
 
 
-@pytest.mark.parametrize("changes", [{"lookahead_ms": 200}, {"sink_update_block": 2}, {"sink_update_block": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"lookahead_ms": 200}, marks=pytest.mark.slow),
+        {"sink_update_block": 2},
+        pytest.param({"sink_update_block": None}, marks=pytest.mark.slow),
+    ],
+)
 def test_other_streams_of_the_same_graphs(
     artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array, expected: Array, changes: dict[str, int | None]
 ) -> None:

@@ -404,6 +404,7 @@ def test_a_session_belongs_to_its_stream(url: str, picture: bytes):
 # Servers of their own
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_from_the_folder_where_serve_is_started(artifacts: Artifacts, tmp_path: Path):
     """Row 10: a module there was executed by the stages."""
     mark = tmp_path / "executed"
@@ -423,6 +424,7 @@ def test_nothing_is_imported_from_the_folder_where_serve_is_started(artifacts: A
     assert not mark.exists(), mark.read_text()
 
 
+@pytest.mark.slow
 def test_a_cleaner_of_temporary_files_does_no_lasting_harm(artifacts: Artifacts, picture: bytes, speech: Array):
     """Row 11: systemd-tmpfiles leaves a locked folder alone; after another cleaner a dead stage still comes back."""
     with serving(ServerOptions(artifacts.folder).on_free_ports()) as server:
@@ -470,6 +472,7 @@ def test_the_gateway_comes_back_and_its_callers_are_told(artifacts: Artifacts, p
         wait_until(lambda: scrape(server)[series(metrics.SESSIONS_LIVE)] == 0)
 
 
+@pytest.mark.slow
 def test_a_log_that_nobody_reads_stops_nothing(artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array):
     """Row 12: sessions froze when the pipe of stderr was full, and SIGTERM hung."""
     with served(tmp_path / "served", artifacts) as (running, options):
@@ -505,6 +508,7 @@ def test_each_line_of_a_json_log_is_an_object(artifacts: Artifacts, tmp_path: Pa
     assert any("Started GRPCInferenceService" in line.get("message", "") for line in lines)
 
 
+@pytest.mark.slow
 def test_streams_without_a_session_end_and_are_bounded(artifacts: Artifacts, picture: bytes, speech: Array):
     """Each may be reading a large message, so they must not pile up."""
     options = ServerOptions(artifacts.folder, max_sessions=1, idle_seconds=10.0).on_free_ports()

@@ -25,6 +25,8 @@ from tests.cli.support import assert_refused, invoke, write_audio
 from tests.conftest import noise_speech
 from tests.support.speakers import LEFT, RIGHT, box_text, drawn_mask, two_faces
 
+pytestmark = pytest.mark.slow  # the export of another size takes a minute
+
 SPEAKERS = [Speaker(mask=LEFT), Speaker(mask=drawn_mask(RIGHT))]
 MASKS = (box_text(LEFT), drawn_mask(RIGHT))
 SEED = 3

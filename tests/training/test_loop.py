@@ -117,7 +117,13 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
-    "new", [new_teacher, new_distillation, new_vae, pytest.param(new_encoders, marks=pytest.mark.slow)]
+    "new",
+    [
+        new_teacher,
+        new_distillation,
+        pytest.param(new_vae, marks=pytest.mark.slow),
+        pytest.param(new_encoders, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_was_interrupted_is_the_uninterrupted_one(tmp_path: Path, new: Callable[[], TrainingStage]) -> None:
     """By Ctrl-C, after which step 3 is finished and saved; by a crash in step 6, after which step 5 is done again."""

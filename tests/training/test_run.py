@@ -59,6 +59,7 @@ def toy(tmp_path: Path) -> ToyRun:
     return ToyRun(tmp_path)
 
 
+@pytest.mark.slow
 def test_all_stages_make_a_checkpoint_that_streams(toy: ToyRun) -> None:
     """With adapters, so that the merged network is what is left."""
     toy.configure(stage2=dataclasses.replace(toy_config().stage2, lora=LoRAConfig(2, 2.0)))

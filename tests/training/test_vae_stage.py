@@ -93,6 +93,7 @@ def mouth_stage(config: TrainingConfig, out: Path) -> VAETraining:
     return make_mouth_stage(config, out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("make", [first_stage, mouth_stage])
 def test_the_stages_learn(make: Callable[[TrainingConfig, Path], VAETraining], tmp_path: Path) -> None:
