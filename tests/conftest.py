@@ -6,6 +6,7 @@ Exporting takes about 40 s, so a run exports once; tests must not change what th
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Several workers, servers and programs run at once. Threads that wait for each other's turn would take most of the
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from live_avatar import interrupts
 from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.config import TINY
@@ -35,6 +37,15 @@ def _traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         trace_once(tmp_path_factory, monkeypatch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """What a test does with signals ends with it: a command that was interrupted ignores further ones."""
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,8 @@ class PictureDecoder:
         check_bytes(data)
         await self._enter_line()
         try:
-            child = _Child(self._context, (data, *masks), height, width, self._limits)
+            files = (data, *masks)
+            child = _Child(self._context, files, height, width, self._limits.times(len(files)))
             work = asyncio.ensure_future(asyncio.to_thread(child.run))
             try:
                 return await asyncio.shield(work)
@@ -151,7 +152,7 @@ class _Child:
         if self._is_killed or code in (-signal.SIGXCPU, -signal.SIGKILL):
             return (
                 f"the reference image ({size}) takes longer to decode than the {self._limits.cpu_s} s "
-                f"that a picture may take; {remedy}"
+                f"that {'they' if masks else 'a picture'} may take; {remedy}"
             )
         return f"the reference image ({size}) ended its decoder (exit code {code}); {remedy}"
 

@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -91,6 +91,10 @@ class Limits:
     cpu_s: int = 5
     memory_mib: int = 1536
     wall_s: float = 10.0
+
+    def times(self, files: int) -> Limits:
+        """The time for so many files, which are decoded one after another."""
+        return replace(self, cpu_s=files * self.cpu_s, wall_s=files * self.wall_s)
 
 
 class _Program(ctypes.Structure):
