@@ -16,6 +16,7 @@ from tests.conftest import noise_speech
 from tests.tolerances import FLOAT32
 
 
+@pytest.mark.slow
 def test_a_longer_window_and_lookahead_come_closer_to_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     options = ["--windows-blocks", "1,4,16", "--lookahead-ms", "0,240", "--json", str(path)]

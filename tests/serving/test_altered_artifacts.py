@@ -59,6 +59,7 @@ def kill(server: TritonServer, stage: str) -> None:
             os.kill(int(command.parent.name), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_come_back_with_other_artifacts(
     folder: Path, picture: bytes, speech: Array, expected: Array
 ) -> None:

@@ -86,7 +86,7 @@ SPLITS = {
 BLOCKS = 6  # the sink is replaced at block 5
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("name", ["two", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "three"))])
 def test_every_split_of_the_steps_serves_the_same_frames(
     name: str, artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array, expected: Array
 ) -> None:

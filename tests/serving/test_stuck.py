@@ -62,6 +62,7 @@ def test_a_stopped_stage_is_started_again_and_its_callers_are_told(
     assert_every_slot_serves(strict, picture, speech, expected)
 
 
+@pytest.mark.slow
 def test_a_stopped_encoder_fails_new_avatars_alone(
     strict: TritonServer, picture: bytes, speech: Array, expected: Array
 ):
@@ -76,6 +77,7 @@ def test_a_stopped_encoder_fails_new_avatars_alone(
             assert not isinstance(raw.ask(NOTHING, picture, b"encoded again", start=True), str)
 
 
+@pytest.mark.slow
 def test_a_session_that_triton_does_not_answer_is_told(
     strict: TritonServer, picture: bytes, speech: Array, expected: Array
 ):
@@ -92,6 +94,7 @@ def test_a_session_that_triton_does_not_answer_is_told(
     assert_every_slot_serves(strict, picture, speech, expected)
 
 
+@pytest.mark.slow
 def test_a_stage_that_does_not_finish_a_request_is_started_again(artifacts: Artifacts, picture: bytes):
     """Each stage sleeps for a minute with a block: the process is alive, and its other threads run."""
     options = ServerOptions(artifacts.folder, answer_seconds=4.0, stage_floor_s=60.0).on_free_ports()
@@ -104,6 +107,7 @@ def test_a_stage_that_does_not_finish_a_request_is_started_again(artifacts: Arti
         assert {stage for stage in before if before[stage] != after[stage]} == {"conditioning"}
 
 
+@pytest.mark.slow
 def test_a_stopped_gateway_is_not_ready_and_is_started_again(
     artifacts: Artifacts, picture: bytes, speech: Array, monkeypatch: pytest.MonkeyPatch
 ):
@@ -157,6 +161,7 @@ def _answers(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_drain_while_the_gateway_is_away_holds_when_it_is_back(artifacts: Artifacts):
     options = ServerOptions(artifacts.folder).on_free_ports()
     with serving(options) as server:
