@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,6 @@ def test_no_program_is_a_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServerError, match=r"there is no perf_analyzer; run perf/get_perf_analyzer.sh, or"):
         program()
-
-
-@pytest.fixture(scope="module")
-def real_program() -> Path:
-    """The real one; fetched if need be."""
-    done = subprocess.run([analyzer.GET], cwd=analyzer.PLACE.parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
 
 
 @pytest.mark.slow

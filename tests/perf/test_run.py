@@ -93,6 +93,7 @@ def test_options_are_not_for_a_server_of_others(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["single", "realtime", "sessions", "start", "long", "pipeline"])
+@pytest.mark.usefixtures("real_program")
 def test_a_scenario_in_brief(name: str, artifacts: Artifacts, tmp_path: Path) -> None:
     """On a busy machine something may not hold (exit code 1); the figures must be there all the same."""
     code, said = invoked(artifacts, tmp_path, name, "--quick")
