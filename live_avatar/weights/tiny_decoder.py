@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 from live_avatar.config import LATENT_CHANNELS, TINY_DECODER, TAEConfig
@@ -22,7 +21,7 @@ TAKEN = "taew2_1.safetensors or taew2_1.pth of madebyollin/taehv, the decoder fo
 FIRST, LAST = "decoder.1.weight", "decoder.22.weight"
 GROWTHS = ("decoder.7.conv.weight", "decoder.13.conv.weight", "decoder.19.conv.weight")
 WIDENINGS = ("decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
-ENCODER = re.compile(r"encoder\.")
+ENCODER = "encoder."
 
 
 def with_tiny_decoder(checkpoint: Checkpoint, path: Path) -> Checkpoint:
@@ -33,7 +32,7 @@ def with_tiny_decoder(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"decoder file {path} does not exist; give {TAKEN}.")
     stored: Weights = SafetensorsWeights(path) if path.suffix == ".safetensors" else TorchFileWeights(path)
-    decoder = RenamedWeights(stored, {name: name for name in stored.shapes() if not ENCODER.match(name)})
+    decoder = RenamedWeights(stored, {name: name for name in stored.shapes() if not name.startswith(ENCODER)})
     preset = dataclasses.replace(checkpoint.preset, tae=_config(decoder))
     try:
         validate_tensors(decoder, network_shapes(preset)[TINY_DECODER])
