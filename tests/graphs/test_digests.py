@@ -79,3 +79,22 @@ def test_a_file_that_is_written_while_it_is_hashed_is_refused(
     monkeypatch.setattr(digests, "_piece_sha256", written_meanwhile)
     with pytest.raises(OSError, match="file was written while it was read"):
         file_digests([path])
+
+
+def test_a_file_that_is_linked_while_it_is_hashed_is_read(
+    tmp_path: Path, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a backup does; the digest is not kept, for the time of change would also hide a write."""
+    path = written(tmp_path / "file", b"1234")
+    hash_piece = digests._piece_sha256
+
+    def linked_meanwhile(descriptor: int, start: int) -> bytes:
+        digest = hash_piece(descriptor, start)
+        os.link(path, tmp_path / f"link {len(pieces)}")
+        return digest
+
+    monkeypatch.setattr(digests, "_piece_sha256", linked_meanwhile)
+    assert file_digests([path]) == {path: hashlib.sha256(b"1234").hexdigest()}
+    monkeypatch.setattr(digests, "_piece_sha256", hash_piece)
+    assert file_digests([path]) == {path: hashlib.sha256(b"1234").hexdigest()}
+    assert pieces == [0, 0]

@@ -308,11 +308,11 @@ def test_an_avatar_of_another_caller_is_as_new_as_one_that_nobody_had(door: Trit
         return {kind: numbers[series(metrics.AVATARS_PREPARED, kind)] for kind in ("known", "new")}
 
     def start(calls: int) -> dict[str, float]:
-        """What so many sessions on one connection add."""
+        """What so many sessions on one connection add. Each has one block, which the steps answer after the prefill."""
         before = prepared()
         with raw_session(url) as raw:
             for _ in range(calls):
-                raw.ask(NOTHING, picture, b"a secret prompt", start=True)
+                raw.ask(BLOCK, picture, b"a secret prompt", start=True)
                 raw.ask(NOTHING, end=True)
             after = prepared()
         return {kind: after[kind] - before[kind] for kind in after}
