@@ -16,7 +16,10 @@ from live_avatar.serving.server_options import ServerOptions
 from tests.cli.support import Running, assert_refused, invoke, run, wait_until
 
 INTERRUPTED = (130, "Interrupted.")
-ENDS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+ENDS = pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, id="ctrl-c", marks=pytest.mark.slow), pytest.param(signal.SIGTERM, id="sigterm")],
+)
 
 
 def ports(folder: Path) -> list[object]:
@@ -118,7 +121,7 @@ def test_a_server_that_dies_ends_serve(tmp_path: Path, started: list[Running], a
     assert running.left() == []
 
 
-@pytest.mark.parametrize("phase", ["starting", "streaming"])
+@pytest.mark.parametrize("phase", ["starting", pytest.param("streaming", marks=pytest.mark.slow)])
 def test_demo(tmp_path: Path, started: list[Running], artifacts: Artifacts, phase: str) -> None:
     output = tmp_path / "out"
     words = ("--artifacts", artifacts.folder, "--output", output / "a.mp4", "--trace", output / "a.json")

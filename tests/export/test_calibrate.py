@@ -210,6 +210,7 @@ def denoised(checkpoint: Checkpoint, passes: Passes | None = None) -> tuple[list
     return latents, runtime.amax
 
 
+@pytest.mark.slow
 def test_a_calibration_goes_on_where_it_was_interrupted(tmp_path: Path, checkpoint: Checkpoint) -> None:
     whole, amax = denoised(checkpoint)
     folder, done = tmp_path / "c.json.partial", 0

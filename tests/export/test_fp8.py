@@ -209,6 +209,7 @@ def test_a_computed_scale_is_divided_out_before_and_multiplied_after() -> None:
         assert (divided.op_type, divided.inputs[1]) == ("Div", scaled.inputs[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["static", "dynamic"])
 def test_nvidias_compiler_makes_fp8_products(scaling: str, calibration: Calibration) -> None:
     """A product of 16 bits shows in the names of kernels: inputs are cast to FP8 and back and multiplied by their

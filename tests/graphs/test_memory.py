@@ -216,6 +216,7 @@ def test_the_sessions_of_a_gpu_are_refused_with_the_sum() -> None:
         require_sessions(LARGE, 2, 1, needed - 1, [one_step(3)])
 
 
+@pytest.mark.slow
 def test_a_host_holds_the_sessions_of_all_stages() -> None:
     stages = [CONDITIONING, *map(one_step, ALL), DECODER]
     needed = sum(bytes_of(TINY, stage, 4, 16) for stage in stages)

@@ -122,6 +122,7 @@ def zeros(*shape: int) -> Array:
     return np.zeros(shape, dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_the_released_noise_levels_given_by_hand_are_the_same_bits(torch_runtime: TorchRuntime) -> None:
     expected = denoised(torch_runtime)
     for sigmas, same in ((SIGMAS, True), ((*SIGMAS[:2], 0.6, *SIGMAS[3:]), False)):

@@ -83,6 +83,7 @@ def test_a_server_does_not_start_with_them(folder: Path) -> None:
         pytest.fail("it serves them")
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_come_back_with_them(folder: Path, picture: bytes, speech: Array, expected: Array) -> None:
     lines: list[str] = []
     with serving(ServerOptions(folder).on_free_ports(), lines.append) as server:

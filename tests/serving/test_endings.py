@@ -204,6 +204,7 @@ def test_a_killed_client(
         wait_until(lambda: ended(faulty, "disconnected") == before + 1, limit_s=IDLE_S - 0.5)  # at once
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_after_end_is_not_lost(url: str, picture: bytes, speech: Array, ending: Ending) -> None:
     """It need not wait for the answer to END: what it said is the reason."""
     with ending(abandoned=1), raw_session(url) as raw:
@@ -253,6 +254,7 @@ def test_an_unknown_id(url: str, picture: bytes, speech: Array, expected: Array,
             assert is_unknown(raw.session, raw.ask(BLOCK, end=end))
 
 
+@pytest.mark.slow
 def test_a_start_on_a_live_id_changes_nothing(
     url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
 ) -> None:
@@ -265,6 +267,7 @@ def test_a_start_on_a_live_id_changes_nothing(
         assert np.array_equal(np.concatenate(frames), expected[12:36])
 
 
+@pytest.mark.slow
 def test_one_id_on_two_streams(url: str, picture: bytes, speech: Array, expected: Array, ending: Ending) -> None:
     """Who guesses an id reaches nothing of it, and the owner misses nothing: elsewhere it is another session."""
     with ending(ended=2), raw_session(url) as owner, raw_session(url, owner.session) as guesser:
@@ -279,6 +282,7 @@ def test_one_id_on_two_streams(url: str, picture: bytes, speech: Array, expected
             assert np.array_equal(np.concatenate(each), frames_until(expected, 3))
 
 
+@pytest.mark.slow
 def test_requests_after_end_are_answered(
     url: str, picture: bytes, speech: Array, expected: Array, ending: Ending
 ) -> None:
@@ -295,6 +299,7 @@ def test_requests_after_end_are_answered(
         assert np.array_equal(frames_in(raw.answer()), frames_until(expected, 1))
 
 
+@pytest.mark.slow
 def test_requests_of_a_session_that_was_refused_are_answered(url: str, picture: bytes, ending: Ending) -> None:
     """They are more than a session may have queued."""
     with ending(ended=1), raw_session(url) as raw:
@@ -310,7 +315,14 @@ def test_requests_of_a_session_that_was_refused_are_answered(url: str, picture: 
 # 6. A stage raises
 
 
-@pytest.mark.parametrize("stage", ["conditioning", "dit_step_1", "dit_step_3", "dit_step_4", "vae_decoder"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("conditioning", "dit_step_1", "dit_step_4")),
+        "dit_step_3",
+        "vae_decoder",
+    ],
+)
 def test_a_stage_that_raises_ends_that_session_alone(
     faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, ending: Ending, stage: str
 ) -> None:
@@ -346,7 +358,7 @@ def process_of(server: TritonServer, stage: str) -> int:
     raise AssertionError(f"{stage} has no process")
 
 
-@pytest.mark.parametrize("stage", ["dit_step_2", "conditioning"])
+@pytest.mark.parametrize("stage", ["dit_step_2", pytest.param("conditioning", marks=pytest.mark.slow)])
 def test_a_killed_stage_comes_back_without_a_restart(
     faulty: TritonServer, url: str, picture: bytes, speech: Array, expected: Array, stage: str
 ) -> None:
@@ -377,6 +389,7 @@ def test_a_killed_stage_comes_back_without_a_restart(
 # 8. SIGTERM
 
 
+@pytest.mark.slow
 def test_sigterm_lets_live_sessions_end_and_then_ends_them(
     tmp_path: Path, artifacts: Artifacts, picture: bytes, speech: Array, expected: Array
 ) -> None:

@@ -105,7 +105,7 @@ def test_keep_alive_changes_nothing(url: str, picture: bytes, speech: Array, exp
     "changes",
     [
         pytest.param({"lookahead_ms": 200}, marks=pytest.mark.slow),
-        {"sink_update_block": 2},
+        pytest.param({"sink_update_block": 2}, marks=pytest.mark.slow),
         pytest.param({"sink_update_block": None}, marks=pytest.mark.slow),
     ],
 )

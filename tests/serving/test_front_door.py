@@ -160,6 +160,7 @@ def test_a_message_that_is_none_leaves_the_other_sessions_of_its_stream(url: str
 # 3. and 4. Messages that take memory for ever
 
 
+@pytest.mark.slow
 def test_a_message_that_becomes_large_when_decompressed_is_refused(door: TritonServer, url: str):
     before = memory_bytes(door.gateway.process_id)
     with stub(url) as calls:
@@ -329,6 +330,7 @@ def test_an_avatar_of_another_caller_is_as_new_as_one_that_nobody_had(door: Trit
 # 13. Connections
 
 
+@pytest.mark.slow
 def test_idle_connections_do_not_keep_others_out(door: TritonServer, url: str, picture: bytes, speech: Array):
     """More than a process may have by default on many systems; those that say nothing are closed after a while."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -484,6 +486,7 @@ def test_a_log_that_nobody_reads_stops_nothing(artifacts: Artifacts, tmp_path: P
         assert running.end_unread(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_a_new_certificate_needs_no_restart(artifacts: Artifacts, tmp_path: Path):
     folder = CertificateFolder(tmp_path)
     with serving(ServerOptions(artifacts.folder, access=folder.access).on_free_ports()) as server:
@@ -492,6 +495,7 @@ def test_a_new_certificate_needs_no_restart(artifacts: Artifacts, tmp_path: Path
         wait_until(lambda: shown_name(folder, server.options.grpc_port) == "second")
 
 
+@pytest.mark.slow
 def test_each_line_of_a_json_log_is_an_object(artifacts: Artifacts, tmp_path: Path, picture: bytes, speech: Array):
     """Of the gateway, the supervisor, the stages and Triton."""
     with served(tmp_path / "served", artifacts, "--log-format", "json", "--verbose") as (running, options):

@@ -501,8 +501,8 @@ def endure(server: TritonServer, speech: Array, expected: Array, warm_up: int, c
 
 
 def test_rubbish_is_answered_and_harms_nobody(server: TritonServer, speech: Array, expected: Array) -> None:
-    attacker = endure(server, speech, expected, 30, 60)
-    assert attacker.sent >= 150
+    attacker = endure(server, speech, expected, 15, 30)
+    assert attacker.sent >= 75
     assert attacker.said.keys() >= {"ok", "call", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}
 
 

@@ -47,12 +47,14 @@ def short_server(three_steps: Artifacts, tmp_path_factory: pytest.TempPathFactor
         yield running
 
 
+@pytest.mark.slow
 def test_the_manifest_carries_the_schedule(three_steps: Artifacts, artifacts: Artifacts) -> None:
     released = artifacts.preset.with_stream(steps=3, sigmas=(1.0, 0.857692301273346, 0.602150559425354, 0.0))
     assert three_steps.preset == released
     assert artifacts.contracts == three_steps.contracts
 
 
+@pytest.mark.slow
 def test_three_steps_in_the_pipe_equal_three_steps_in_sequence(
     three_steps: Artifacts, short_server: TritonServer, picture: bytes, speech: Array, expected: Array
 ) -> None:

@@ -239,6 +239,7 @@ ATTACKS: tuple[Attack, ...] = (
     false_lengths,
     half_open,
 )
+QUICK = (no_http2, table_bomb, rapid_reset, false_lengths)
 
 
 def resident_mib(process: int) -> float:
@@ -252,7 +253,10 @@ def test_a_right_call_by_hand_is_answered(door: TritonServer) -> None:
         assert b"the message is no ModelInferRequest" in connection.read(ANSWER_S)
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+@pytest.mark.parametrize(
+    "attack",
+    [pytest.param(attack, id=attack.__name__, marks=() if attack in QUICK else pytest.mark.slow) for attack in ATTACKS],
+)
 def test_the_server_lives_and_serves_others(door: TritonServer, speech: Array, expected: Array, attack: Attack) -> None:
     gateway, begun_s = door.gateway.process_id, time.monotonic()
     before = resident_mib(gateway)

@@ -97,6 +97,7 @@ def test_the_session_too_many_is_refused_at_once_and_disturbs_nobody(
     assert_every_slot_serves(small, picture, speech, expected)
 
 
+@pytest.mark.slow
 def test_clients_that_do_not_end_after_a_refusal_shut_nobody_out(
     small: TritonServer, small_url: str, picture: bytes, speech: Array, expected: Array
 ) -> None:
@@ -134,6 +135,7 @@ def median_wait_s(blocks: list[Block]) -> float:
     return float(np.median([block.received_at_s - block.sent_at_s for block in blocks]))
 
 
+@pytest.mark.slow
 def test_sessions_at_their_own_pace_do_not_meet_and_do_not_starve(
     url: str, picture: bytes, other_picture: bytes, oracle: Generator
 ) -> None:

@@ -45,7 +45,7 @@ def wait_restarted(server: TritonServer, stage: str, before: int) -> None:
     assert process_of(server, stage) != before
 
 
-@pytest.mark.parametrize("stage", ["dit_step_2", "rolling_sink"])
+@pytest.mark.parametrize("stage", ["dit_step_2", pytest.param("rolling_sink", marks=pytest.mark.slow)])
 def test_a_stopped_stage_is_started_again_and_its_callers_are_told(
     strict: TritonServer, picture: bytes, speech: Array, expected: Array, stage: str
 ):
@@ -128,6 +128,7 @@ def test_a_stopped_gateway_is_not_ready_and_is_started_again(
             assert len(spoken(session, speech[:7680]).frames) == 12
 
 
+@pytest.mark.slow
 def test_a_gateway_that_dies_while_a_stage_is_loaded_comes_back_at_once_and_is_not_ready(
     artifacts: Artifacts, picture: bytes, speech: Array, monkeypatch: pytest.MonkeyPatch
 ):

@@ -20,6 +20,8 @@ from tests.serving.support import frames_of, received
 from tests.support.repository import ROOT
 from tests.tolerances import OTHER_LEVEL_SHARE
 
+pytestmark = pytest.mark.slow
+
 FILE = ROOT / "tests/golden/data/tae_weights.safetensors"
 
 

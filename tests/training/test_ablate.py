@@ -54,6 +54,7 @@ def row(name: str) -> Variant:
     return next(one for one in variants(SMALL, clean_trained=True) if one.name == name)
 
 
+@pytest.mark.slow
 def test_the_first_row_is_the_stream(run: AblationFixture) -> None:
     clip = run.prepared.clip
     runtime = TorchRuntime(open_checkpoint(SMALL, run.folder / "weights"))

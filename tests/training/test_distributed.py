@@ -59,6 +59,7 @@ def test_two_processes_give_the_figures_of_one(alone: Path, together: Path, stag
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=STREAMED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", worker.STAGES)
 def test_two_processes_leave_the_weights_moments_and_averages_of_one(alone: Path, together: Path, stage: str) -> None:
     ours, theirs = (dict(flat(saved(folder, stage))) for folder in (alone, together))

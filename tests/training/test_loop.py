@@ -120,7 +120,7 @@ def assert_same(one: Path, other: Path) -> None:
     "new",
     [
         new_teacher,
-        new_distillation,
+        pytest.param(new_distillation, marks=pytest.mark.slow),
         pytest.param(new_vae, marks=pytest.mark.slow),
         pytest.param(new_encoders, marks=pytest.mark.slow),
     ],

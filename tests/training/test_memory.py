@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.training.conftest import SMALL
@@ -34,6 +35,7 @@ def test_what_backward_passes_need_counts() -> None:
     assert live.peak > 2 * KIB
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_one_blocks_graph() -> None:
     """The plain loop's memory grows with every block, by what a block's graph takes; the other's hardly does."""
     plain, accumulated = (

@@ -28,7 +28,7 @@ STEPS = SMALL.stream.steps
 PROMPT = "A person talks."
 
 
-@pytest.mark.parametrize("update", [2, 5])
+@pytest.mark.parametrize("update", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_rollout_of_all_steps_is_the_generators_stream(update: int) -> None:
     blocks = update + 1
     preset = SMALL.with_stream(sink_update_block=update)

@@ -51,6 +51,7 @@ def weights(stage: FlowMatching) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in stage.modules["dit"].state_dict().items()}
 
 
+@pytest.mark.slow
 def test_the_teacher_learns(clips: list[EncodedClip]) -> None:
     stage = stage_of(clips)
     before = stage.validate()

@@ -44,6 +44,7 @@ def test_the_sizes_are_those_of_the_file(tensors: Tensors, tmp_path: Path, name:
     assert list(checkpoint.parts[TINY_DECODER].files) == [path]
 
 
+@pytest.mark.slow
 def test_a_session_and_a_gpu_hold_less() -> None:
     tiny = replace(S2V_14B, tae=TAEConfig())
     states = [spec for spec in contracts(tiny)["vae_decoder"].inputs if spec.resident]
