@@ -54,15 +54,13 @@ class Speaker:
 
     def streamed(self, blocks: Iterator[Array], seen: Callable[[Block], object]) -> None:
         """The client library: blocks as fast as possible; each answer goes to `seen` and is not kept."""
-        with self.session(DEMO_PROMPT) as session:
+        with self.session() as session:
             for block in session.stream(blocks):
                 seen(block)
 
-    def session(self, prompt: str) -> AvatarSession:
-        image = PORTRAIT.read_bytes()
-        return AvatarSession(
-            self.target.url, image=image, prompt=prompt, answer_timeout_s=PATIENCE_S, keep_alive_s=PATIENCE_S
-        )
+    def session(self, prompt: str = DEMO_PROMPT, *, idle: bool = False) -> AvatarSession:
+        patience = {"answer_timeout_s": PATIENCE_S, "keep_alive_s": PATIENCE_S}
+        return AvatarSession(self.target.url, image=PORTRAIT.read_bytes(), prompt=prompt, idle=idle, **patience)
 
     def warm_up(self) -> None:
         """Warms up: the demo's avatar becomes known, and every stage has its first run."""

@@ -40,6 +40,7 @@ from perf.scenarios import (
     single,
     start,
     timeline,
+    turn,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ MODULES = (
     realtime,
     sessions,
     start,
+    turn,
     arrivals,
     pipeline,
     long,

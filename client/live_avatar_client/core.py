@@ -109,6 +109,7 @@ class SessionCore:
         self._opened = False
         self._started = False
         self._end_sent = False
+        self._idles = False  # whether the latest block sent was silence
         self._keep_alive_at_s = math.inf
         self._interrupts = 0
         self._blocks_sent = 0
@@ -250,15 +251,31 @@ class SessionCore:
             return self._outbox.popleft()
         if needed is not None:
             return silent_block(self._clock(), self._opening.speakers)
-        if self._clock() < self._silence_at_s():
+        now_s = self._clock()
+        if now_s < self._silence_at_s():
             return None
+        if now_s >= self._beginning_at_s():
+            return self._cutter.begin()
         rest = self._cutter.finish()
-        return rest[0] if rest else silent_block(self._clock(), self._opening.speakers)
+        return rest[0] if rest else silent_block(now_s, self._opening.speakers)
 
     def _silence_at_s(self) -> float:
         """Return when silence (or the rest of the speech) is due for an idle avatar; infinity if it is not."""
         is_busy = self._outbox or self._total_frames is not None or not self._may_send_block()
-        return math.inf if self._playback is None or is_busy else self._playback.silence_at_s()
+        if self._playback is None or is_busy:
+            return math.inf
+        return min(self._playback.silence_at_s(), self._beginning_at_s())
+
+    def _beginning_at_s(self) -> float:
+        """Return when the beginning of a speech is due, as the end of a silent block.
+
+        Speech that is just being spoken fills its block later than the player needs one. A whole block of speech
+        would show its first frame no sooner, and the video would stop until then. Speech that comes faster than it is
+        spoken is better sent in whole blocks.
+        """
+        if self._playback is None or not self._idles:
+            return math.inf
+        return max(self._playback.due_at_s, self._cutter.live_at_s())
 
     def _request(self, block: SpeechBlock | None = None, *, end: EndReason | None = None) -> Request:
         now_s = self._clock()
@@ -274,6 +291,7 @@ class SessionCore:
     def _note_sent(self, block: SpeechBlock, now_s: float) -> None:
         number = self._blocks_sent
         self._sent[number] = _Sent(block, now_s)
+        self._idles = block.speech_samples == 0
         if block.speech_samples:
             self._speech_frames = _speech_stop(number, block)
         self._blocks_sent += 1

@@ -1,5 +1,6 @@
 """Cuts speech that comes in chunks of any size into the blocks that the server takes."""
 
+import math
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -7,9 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidInput
-from .protocol import BLOCK_SAMPLES
+from .protocol import BLOCK_SAMPLES, SAMPLE_RATE_HZ
 
 Samples: TypeAlias = NDArray[np.int16]
+
+_CHUNK_S: Final = 0.1
+"""Speech that comes as it is spoken is ahead of its time by one chunk; microphones give shorter ones."""
 
 MAX_PEAK: Final = 16.0
 """Float samples beyond are of another scale, such as that of int16; less is loud, and clipped at 1."""
@@ -30,7 +34,7 @@ class SpeechBlock:
     started_at_s: float
     complete_at_s: float
     speech_samples: int = BLOCK_SAMPLES
-    """How many of the samples are speech; the rest is padding."""
+    """Where the speech ends; what follows is padding."""
 
 
 def silent_block(now_s: float, speakers: int = 1) -> SpeechBlock:
@@ -72,14 +76,25 @@ class BlockCutter:
         self._rest_complete_at_s = now_s
         return blocks
 
+    def live_at_s(self) -> float:
+        """Return from when on the samples of an incomplete block have come no faster than they are spoken; infinity
+        if there are none."""
+        rest = self._rest.shape[-1]
+        return self._rest_started_at_s + rest / SAMPLE_RATE_HZ - _CHUNK_S if rest else math.inf
+
+    def begin(self) -> SpeechBlock:
+        """Return the samples of an incomplete block as the end of a block that begins with silence."""
+        return self._padded(before=BLOCK_SAMPLES - self._rest.shape[-1], speech_samples=BLOCK_SAMPLES)
+
     def finish(self) -> list[SpeechBlock]:
         """Return the last block, padded with silence, if samples are left."""
         speech = self._rest.shape[-1]
-        if not speech:
-            return []
-        padded = np.pad(self._rest, [*[(0, 0)] * (self._rest.ndim - 1), (0, BLOCK_SAMPLES - speech)])
+        return [self._padded(after=BLOCK_SAMPLES - speech, speech_samples=speech)] if speech else []
+
+    def _padded(self, before: int = 0, after: int = 0, *, speech_samples: int) -> SpeechBlock:
+        samples = np.pad(self._rest, [*[(0, 0)] * (self._rest.ndim - 1), (before, after)])
         self.drop_rest()
-        return [SpeechBlock(padded, self._rest_started_at_s, self._rest_complete_at_s, speech)]
+        return SpeechBlock(samples, self._rest_started_at_s, self._rest_complete_at_s, speech_samples)
 
     def drop_rest(self) -> None:
         """Drop the samples of an incomplete block."""

@@ -372,7 +372,7 @@ def test_speech_in_a_burst_is_played_before_there_is_silence() -> None:
     assert not sent[len(speech) :].any()
 
 
-def test_no_silence_goes_between_the_chunks_of_a_speech_in_real_time() -> None:
+def test_speech_that_is_just_being_spoken_begins_in_the_block_that_is_due() -> None:
     harness = Harness(idle=True)
     harness.flush()
     harness.pass_time(0.3)
@@ -381,9 +381,37 @@ def test_no_silence_goes_between_the_chunks_of_a_speech_in_real_time() -> None:
         harness.run(harness.core.send(chunk, wait=False))  # takes no time
         harness.pass_time(0.02)
     harness.pass_time(0.5)
+    assert harness.sent_at_s[1:6] == pytest.approx([100 + 0.48 * i for i in range(5)], abs=0.021)  # no pause
+    sent = np.concatenate(harness.audio)
+    begin = np.flatnonzero(sent)[0] - np.flatnonzero(speech)[0]
+    assert begin == pytest.approx(2 * BLOCK_SAMPLES - 0.18 * 16_000, abs=320)  # what was spoken until 100.48
+    assert np.array_equal(sent[begin : begin + len(speech)], speech)  # and no silence between the chunks
+    assert not sent[begin + len(speech) :].any()
+
+
+def test_speech_that_comes_faster_than_it_is_spoken_begins_with_a_block() -> None:
+    harness = Harness(idle=True)
+    harness.flush()
+    harness.pass_time(0.42)
+    speech = sample_speech(2 * BLOCK_SAMPLES)
+    for chunk in np.split(speech, range(1600, len(speech), 1600)):  # 0.1 s of speech every 0.03 s
+        harness.run(harness.core.send(chunk, wait=False))
+        harness.pass_time(0.03)
     sent = np.concatenate(harness.audio)
     assert not sent[:BLOCK_SAMPLES].any()
-    assert np.array_equal(sent[BLOCK_SAMPLES : BLOCK_SAMPLES + len(speech)], speech)
+    assert np.array_equal(sent[BLOCK_SAMPLES:], speech)
+
+
+def test_a_block_of_several_speakers_may_begin_with_silence() -> None:
+    cutter, chunk = BlockCutter(2), np.stack([sample_speech(100), sample_speech(100)])
+    cutter.add(chunk, 1.0)
+    block = cutter.begin()
+    assert block.samples.shape == (2, BLOCK_SAMPLES)
+    assert np.array_equal(block.samples[:, -100:], chunk)
+    assert not block.samples[:, :-100].any()
+    assert block.speech_samples == BLOCK_SAMPLES
+    assert cutter.live_at_s() == math.inf
+    assert cutter.finish() == []
 
 
 def test_a_late_timer_does_not_slow_playback_down() -> None:
