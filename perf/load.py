@@ -59,8 +59,14 @@ class Speaker:
                 seen(block)
 
     def session(self, prompt: str = DEMO_PROMPT, *, idle: bool = False) -> AvatarSession:
-        patience = {"answer_timeout_s": PATIENCE_S, "keep_alive_s": PATIENCE_S}
-        return AvatarSession(self.target.url, image=PORTRAIT.read_bytes(), prompt=prompt, idle=idle, **patience)
+        return AvatarSession(
+            self.target.url,
+            image=PORTRAIT.read_bytes(),
+            prompt=prompt,
+            idle=idle,
+            answer_timeout_s=PATIENCE_S,
+            keep_alive_s=PATIENCE_S,
+        )
 
     def warm_up(self) -> None:
         """Warms up: the demo's avatar becomes known, and every stage has its first run."""

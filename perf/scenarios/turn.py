@@ -99,7 +99,9 @@ def turns(blocks: Sequence[Heard], begun_s: Sequence[float]) -> Turns:
 
     The audio of the blocks is zero between turns, and the first sample of a turn is not.
     """
-    free_s, zeros, found, stalled_s = blocks[0].received_s + BUFFER_S, GAP_SAMPLES, [], []
+    found: list[Turn] = []
+    stalled_s: list[float] = []
+    free_s, zeros = blocks[0].received_s + BUFFER_S, GAP_SAMPLES
     for block in blocks:
         if block.received_s > free_s:
             stalled_s.append(block.received_s - free_s)
