@@ -63,8 +63,8 @@ class AvatarConversation:
         playout = Playout(sound_rate_hz)
         await self._session.__aenter__()
         self._playout = playout
-        self._start(self._read(playout))
-        self._start(self._feed(playout))
+        self._start(self._read(playout), "reader")
+        self._start(self._feed(playout), "feeder")
         try:
             while self.frame_size is None:
                 if self.error is not None:
@@ -126,8 +126,8 @@ class AvatarConversation:
         self._wanted.set()
         self._playable.set()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work, name=f"live-avatar-{work.__name__.strip('_')}"))
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=f"live-avatar-conversation-{name}"))
 
     async def _read(self, playout: Playout) -> None:
         try:

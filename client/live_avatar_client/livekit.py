@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Final, Unpack
+from typing import Any, Final, Unpack
 
 import numpy as np
 
@@ -197,10 +197,10 @@ class AvatarWorker:
         """Check the options, which are those of `LiveAvatarGenerator`."""
         self.generator = LiveAvatarGenerator(url, sound_rate_hz=sound_rate_hz, **options)
         self.runner: AvatarRunner | None = None
-        self._session: AgentSession | None = None
+        self._session: AgentSession[Any] | None = None
 
     async def start(
-        self, room: rtc.Room, session: AgentSession | None = None, *, audio: AudioReceiver | None = None
+        self, room: rtc.Room, session: AgentSession[Any] | None = None, *, audio: AudioReceiver | None = None
     ) -> None:
         """Connect the avatar, and speak what the session says, or what `audio` receives.
 
@@ -235,6 +235,7 @@ class AvatarWorker:
         if self.runner is not None:
             await self.runner.aclose()
             self.runner = None
+            await asyncio.sleep(0)  # the AVSynchronizer cancels its task, and does not wait for its end
 
     def _report(self, error: Exception) -> None:
         logger.error("the avatar has failed, and the voice goes on without it: %s", error)

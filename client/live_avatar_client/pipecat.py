@@ -73,7 +73,7 @@ class LiveAvatarVideoService(AIService):
         """Return True: the time to the first byte is that from the first speech to its first frame."""
         return True
 
-    async def setup(self, setup: FrameProcessorSetup) -> None:
+    async def setup(self, setup: FrameProcessorSetup) -> None:  # type: ignore[override]  # as FrameProcessor's own
         """Connect to the server, and wait for the first picture; a failure is reported at the start."""
         await super().setup(setup)
         self._rate_hz = setup.audio_out_sample_rate
@@ -108,7 +108,7 @@ class LiveAvatarVideoService(AIService):
 
     async def cleanup(self) -> None:
         """Free the session, whatever has ended the pipeline."""
-        await super().cleanup()
+        await super().cleanup()  # type: ignore[no-untyped-call]
         await self._close()
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:

@@ -33,7 +33,7 @@ IDLE_MARGIN_FRAMES: Final = 3
 SPEECH_MARGIN_FRAMES: Final = 12
 """The same for speech. More would survive longer stalls, and make an interruption wait for more stale frames."""
 _FIRST_LATENCY_FRAMES: Final = 12.0
-_NEW_WEIGHT: Final = 0.2
+_NEW_WEIGHT: Final = 0.5
 """Weight of the newest block in the mean latency."""
 
 
