@@ -117,7 +117,7 @@ class LiveAvatarVideoService(AIService):
         conversation = self._conversation
         if isinstance(frame, OutputTransportReadyFrame):
             self._transport_ready.set()
-        if conversation is None or direction is FrameDirection.UPSTREAM:
+        if conversation is None or direction is FrameDirection.UPSTREAM or isinstance(frame, OutputTransportReadyFrame):
             await self.push_frame(frame, direction)
         elif isinstance(frame, TTSAudioRawFrame):
             await self._speak(conversation, frame)

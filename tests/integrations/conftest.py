@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,9 +80,8 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
     deadline_s = time.monotonic() + START_S
     while True:
         assert server.poll() is None, f"the server has ended with the code {server.returncode}"
-        try:
-            server_status(f"127.0.0.1:{port}")
-            return
-        except AvatarError:
-            assert time.monotonic() < deadline_s, f"the server was not ready within {START_S:g} s"
-            time.sleep(0.5)
+        with suppress(AvatarError):
+            if server_status(f"127.0.0.1:{port}").ready:
+                return
+        assert time.monotonic() < deadline_s, f"the server was not ready within {START_S:g} s"
+        time.sleep(0.5)

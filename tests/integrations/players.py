@@ -57,7 +57,7 @@ def loudness(sound: Samples) -> int:
 
 
 def tone(level: int, frames: int) -> Samples:
-    """A square wave at 16 kHz whose loudness is `level` in every frame, so that each frame tells whose speech it shows."""
+    """A square wave at 16 kHz whose loudness is `level` in every frame: a frame tells whose speech it shows."""
     return (np.tile([1, -1], frames * SAMPLES_PER_FRAME // 2) * (level << 7)).astype(np.int16)
 
 

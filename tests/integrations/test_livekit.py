@@ -157,7 +157,7 @@ def spoken_levels(frames: np.ndarray[Any, Any]) -> list[int]:
 
 
 def test_every_frame_comes_in_order_with_its_sound(triton: str, portrait: bytes):
-    """A plain session that is sent the same sound gives the same pixels, frame for frame: two segments, and idle ones."""
+    """A plain session that is sent the same sound gives the same pixels: two segments, and idle frames around them."""
     first, second = speech(2.3), speech(3.1)[-20_000:]
 
     async def conversation() -> list[Item]:
@@ -293,7 +293,7 @@ def test_the_end_of_a_segment_that_was_given_before_the_clear_is_cleared_with_it
                 await avatar.push_audio(AudioSegmentEnd())
                 return await until_ends(avatar, 1)
 
-    frames, sounds = paired(run(conversation()))
+    _, sounds = paired(run(conversation()))
     assert [loudness(sound) for sound in sounds if sound is not None] == [TWO] * 30
 
 

@@ -14,7 +14,6 @@ from live_avatar_client.playout import Mark, Playout, Tick, mono
 from live_avatar_client.protocol import FPS, FRAMES_PER_BLOCK, SAMPLES_PER_FRAME
 from tests.integrations.players import Samples, chunks, speech
 
-
 DITHER = 2
 """What soxr adds to int16, in steps."""
 
