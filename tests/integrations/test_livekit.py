@@ -19,32 +19,12 @@ from live_avatar_client import ConnectFailed, InvalidInput, SessionFailed, Sessi
 from live_avatar_client.livekit import AvatarWorker, LiveAvatarGenerator
 from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer
 from tests.integrations.players import SYNC_S, Samples, chunks, direct_frames, loudness, run, speech, tone
+from tests.integrations.rooms import StubRoom
 
 RATE_HZ = 16_000
 ONE, TWO = 40, 80
 """Levels of tones: the first and the second speech."""
 Item = rtc.VideoFrame | rtc.AudioFrame | AudioSegmentEnd
-
-
-class StubRoom:
-    """As much of a room as the AvatarRunner asks for: it is connected, and takes tracks."""
-
-    def __init__(self) -> None:
-        self.local_participant = self
-        self.tracks: list[rtc.Track] = []
-
-    def isconnected(self) -> bool:
-        return True
-
-    def on(self, *_: object) -> None: ...
-
-    def off(self, *_: object) -> None: ...
-
-    async def publish_track(self, track: rtc.Track, _: object) -> StubRoom:
-        self.tracks.append(track)
-        return self
-
-    async def wait_for_subscription(self) -> None: ...
 
 
 class Player:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from pipecat.frames.frames import (
     OutputImageRawFrame,
     OutputTransportReadyFrame,
     SpeechOutputAudioRawFrame,
-    StartFrame,
     TTSAudioRawFrame,
     TTSStartedFrame,
     TTSStoppedFrame,
@@ -32,7 +30,6 @@ from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.frame_processor import FrameDirection
 from pipecat.tests.utils import SleepFrame, run_test
-from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.transports.base_transport import TransportParams
 from pipecat.utils.errors import ErrorCategory
 from pipecat.workers.runner import WorkerRunner
@@ -41,41 +38,13 @@ from live_avatar_client import ConnectFailed, InvalidInput, SessionFailed, Sessi
 from live_avatar_client.pipecat import VIDEO_OUT, LiveAvatarVideoService
 from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer
 from tests.integrations.players import SYNC_S, Samples, chunks, direct_frames, loudness, run, speech, tone
+from tests.integrations.transports import StubTransport, pixels_of
 
 RATE_HZ = 16_000
 ONE, TWO = 40, 80
 """Levels of tones: the first and the second speech."""
 PARAMS = PipelineParams(audio_in_sample_rate=RATE_HZ, audio_out_sample_rate=RATE_HZ)
 Feed = Callable[[PipelineWorker], Any]
-
-
-class StubTransport(BaseOutputTransport):
-    """Pipecat's output transport; what it would send is noted with the time at which a listener has it."""
-
-    def __init__(self, width: int, height: int) -> None:
-        size = {"video_out_width": width, "video_out_height": height}
-        super().__init__(TransportParams(audio_out_enabled=True, **VIDEO_OUT, **size))
-        self.pictures: list[tuple[float, np.ndarray[Any, Any]]] = []
-        self.sounds: list[tuple[float, Samples]] = []
-        self._due_s = 0.0
-
-    async def start(self, frame: StartFrame) -> None:
-        await super().start(frame)
-        await self.set_transport_ready(frame)
-
-    async def write_audio_frame(self, frame: OutputAudioRawFrame) -> bool:
-        """Play it when what came before is played, as a track does; wait while more than a chunk is in the queue."""
-        now_s = time.monotonic()
-        self._due_s = max(self._due_s, now_s)
-        sound = np.frombuffer(frame.audio, np.int16)
-        self.sounds.append((self._due_s, sound))
-        self._due_s += len(sound) / frame.sample_rate
-        await asyncio.sleep(max(0.0, self._due_s - 0.04 - now_s))
-        return True
-
-    async def write_video_frame(self, frame: OutputImageRawFrame) -> bool:
-        self.pictures.append((time.monotonic(), pixels_of(frame)))
-        return True
 
 
 class Witness(BaseObserver):
@@ -94,12 +63,6 @@ class Witness(BaseObserver):
             self.errors.append(data.frame)
         elif data.direction is FrameDirection.DOWNSTREAM:
             self.frames.append(data.frame)
-
-
-def pixels_of(frame: OutputImageRawFrame) -> np.ndarray[Any, Any]:
-    width, height = frame.size
-    assert frame.format == "RGB"
-    return np.frombuffer(frame.image, np.uint8).reshape(height, width, 3)
 
 
 def spoken(samples: Samples, rate_hz: int = RATE_HZ) -> list[Frame]:
@@ -191,7 +154,8 @@ def test_the_transport_shows_the_picture_with_its_sound(triton: str, portrait: b
     """Through Pipecat's output transport with live video, for which `sync_with_audio` would lose every picture."""
     said = speech(2.5)
     service = LiveAvatarVideoService(triton, image=portrait)
-    transport = StubTransport(96, 96)
+    params = TransportParams(audio_out_enabled=True, video_out_width=96, video_out_height=96, **VIDEO_OUT)
+    transport = StubTransport(params)
 
     async def feed(worker: PipelineWorker) -> None:
         await asyncio.sleep(1.0)
