@@ -43,9 +43,7 @@ async def give_face(session: AgentSession[Any], room: rtc.Room) -> AvatarWorker:
 @server.rtc_session()
 async def entrypoint(ctx: JobContext) -> None:
     """Talk with whoever is in the room."""
-    session: AgentSession[Any] = AgentSession(
-        stt="deepgram/nova-3", llm="openai/gpt-4.1-mini", tts="cartesia/sonic-3", resume_false_interruption=False
-    )
+    session: AgentSession[Any] = AgentSession(stt="deepgram/nova-3", llm="openai/gpt-4.1-mini", tts="cartesia/sonic-3")
     avatar = await give_face(session, ctx.room)
     ctx.add_shutdown_callback(avatar.aclose)
     await session.start(Agent(instructions="You are a friendly guide. Answer in one or two sentences."), room=ctx.room)

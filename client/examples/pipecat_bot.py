@@ -76,14 +76,14 @@ async def bot(runner_args: Any) -> None:
         SileroVADAnalyzer(),
     )
 
-    @transport.event_handler("on_client_connected")
     async def greet(*_: object) -> None:
         await worker.queue_frame(LLMRunFrame())
 
-    @transport.event_handler("on_client_disconnected")
     async def leave(*_: object) -> None:
         await worker.cancel()
 
+    transport.add_event_handler("on_client_connected", greet)
+    transport.add_event_handler("on_client_disconnected", leave)
     runner = WorkerRunner()
     await runner.add_workers(worker)
     await runner.run()
