@@ -69,7 +69,6 @@ class AvatarConversation:
             while self.frame_size is None:
                 if self.error is not None:
                     raise self.error
-                self._require_open()
                 await self._wait(self._playable)
         except BaseException:
             await self.close()
@@ -91,35 +90,38 @@ class AvatarConversation:
 
     def push(self, pcm: Samples, rate_hz: int) -> None:
         """Add speech, int16 [n], mono; it is kept until it is played."""
-        self._require_open().push(pcm, rate_hz, time.monotonic())
+        self._opened().push(pcm, rate_hz, time.monotonic())
         self._changed()
 
     def finish(self) -> None:
         """End the run of speech, so that its last frames come without waiting for more of it."""
-        self._require_open().finish()
+        self._opened().finish()
         self._changed()
 
     def mark(self, content: object) -> None:
         """Have `next` return `Mark(content)` after the speech that was pushed so far."""
-        self._require_open().mark(content)
+        self._opened().mark(content)
         self._changed()
 
     def interrupt(self) -> list[Mark]:
         """Drop all speech that was not played; return the marks that were dropped with it."""
-        dropped = self._require_open().interrupt()
+        dropped = self._opened().interrupt()
         self._changed()
         return dropped
 
     async def next(self) -> Tick | Mark:
         """Wait for the next frame, with its sound, or the next mark; the caller sets the pace."""
-        while (item := self._require_open().next_item()) is None:
+        while (item := self._opened().next_item()) is None or self._closed:
+            if self._closed:
+                raise SessionClosed("the conversation is closed; open a new one")
             await self._wait(self._playable)
         self._wanted.set()
         return item
 
-    def _require_open(self) -> Playout:
-        if self._closed or self._playout is None:
-            raise SessionClosed(f"the conversation is {'closed' if self._closed else 'not open yet'}; open a new one")
+    def _opened(self) -> Playout:
+        """The state; what is said after the end changes it, and is heard by nobody."""
+        if self._playout is None:
+            raise SessionClosed("the conversation is not open yet; await its start first")
         return self._playout
 
     def _changed(self) -> None:
@@ -141,12 +143,12 @@ class AvatarConversation:
 
     async def _feed(self, playout: Playout) -> None:
         """Send blocks as the player needs them."""
-        try:
-            while self.error is None:
+        while True:
+            try:
                 await self._send_wanted(playout)
-                await self._wait(self._wanted, _LOOK_AGAIN_S)
-        except Exception as error:
-            self._fail(error)
+            except Exception as error:
+                self._fail(error)
+            await self._wait(self._wanted, _LOOK_AGAIN_S)
 
     async def _send_wanted(self, playout: Playout) -> None:
         playout.lookahead_frames = self._session.lookahead_frames or 0
@@ -157,12 +159,13 @@ class AvatarConversation:
             except SessionBusy:
                 return
             playout.sent(block)
+        self._playable.set()
 
     def _fail(self, error: Exception) -> None:
         if self.error is not None or self._closed:
             return
         self.error = error
-        self._require_open().fail()
+        self._opened().fail()
         self._changed()
         if self.on_error is not None and self.frame_size is not None:  # before that, `open` raises it
             self.on_error(error)

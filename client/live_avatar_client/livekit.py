@@ -111,7 +111,7 @@ class LiveAvatarGenerator(VideoGenerator):
         """Take a piece of speech, or the end of its segment; never waits."""
         if isinstance(frame, rtc.AudioFrame):
             pcm = mono(frame.data, frame.num_channels)
-            self._segment_open = self._segment_open or len(pcm) > 0
+            self._segment_open = True  # also without samples: whoever pushed them waits for the end
             self._conversation.push(pcm, frame.sample_rate)
         elif self._segment_open:
             self._segment_open = False
@@ -178,6 +178,43 @@ class LiveAvatarGenerator(VideoGenerator):
         return frames
 
 
+class _AgentVoice(QueueAudioOutput):
+    """The audio output of an agent, which does not wait for the end of its speech when the worker is closed."""
+
+    _closed = False
+    _finished_segments = 0
+
+    def on_playback_finished(
+        self, *, playback_position: float, interrupted: bool, synchronized_transcript: str | None = None
+    ) -> None:
+        self._finished_segments += 1
+        super().on_playback_finished(
+            playback_position=playback_position,
+            interrupted=interrupted,
+            synchronized_transcript=synchronized_transcript,
+        )
+
+    def flush(self) -> None:
+        super().flush()
+        if self._closed:
+            self._give_up()
+
+    def clear_buffer(self) -> None:
+        if self._closed:
+            self._give_up()  # the runner, which would report it, is closed too
+        else:
+            super().clear_buffer()
+
+    def close(self) -> None:
+        """Report all speech that is not played, and all that comes later, as interrupted."""
+        self._closed = True
+        self._give_up()
+
+    def _give_up(self) -> None:
+        while self._finished_segments < self.captured_playout_segments:
+            self.on_playback_finished(playback_position=0.0, interrupted=True)
+
+
 class AvatarWorker:
     """Publishes the avatar of an agent in its room, with the agent's voice.
 
@@ -198,6 +235,7 @@ class AvatarWorker:
         self.generator = LiveAvatarGenerator(url, sound_rate_hz=sound_rate_hz, **options)
         self.runner: AvatarRunner | None = None
         self._session: AgentSession[Any] | None = None
+        self._output: _AgentVoice | None = None
 
     async def start(
         self, room: rtc.Room, session: AgentSession[Any] | None = None, *, audio: AudioReceiver | None = None
@@ -207,20 +245,26 @@ class AvatarWorker:
         The tracks are published with the first picture. Raises the client's errors: no server, a full one, a bad image.
         A failure after that is an `error` event of the session, whose source is this worker.
         """
-        output = QueueAudioOutput(sample_rate=self.generator.sound_rate_hz, wait_playback_start=True)
+        output = _AgentVoice(sample_rate=self.generator.sound_rate_hz, wait_playback_start=True)
         await self.generator.start()
         width, height = self.generator.frame_size
-        self.runner = AvatarRunner(
+        runner = AvatarRunner(
             room,
             audio_recv=audio or output,
             video_gen=self.generator,
             options=RunnerOptions(width, height, FPS, self.generator.sound_rate_hz, 1),
         )
-        self.generator.on_clear = self.runner.av_sync.clear_queue
+        self.generator.on_clear = runner.av_sync.clear_queue
         self.generator.on_error(self._report)
-        await self.runner.start()
+        try:
+            await runner.start()
+        except BaseException:  # its own aclose() needs a start
+            await runner.av_sync.aclose()
+            await self.generator.aclose()
+            raise
+        self.runner = runner
         if session is not None:
-            self._session = session
+            self._session, self._output = session, output
             session.output.audio = output
 
     async def wait_for_complete(self) -> None:
@@ -230,12 +274,18 @@ class AvatarWorker:
         await self.runner.wait_for_complete()
 
     async def aclose(self) -> None:
-        """Free the avatar's session, and end the tasks; may be called at any time, and again."""
-        await self.generator.aclose()
+        """Free the avatar's session, and end the tasks; may be called at any time, and again.
+
+        What the agent says after that is heard by nobody.
+        """
         if self.runner is not None:
-            await self.runner.aclose()
-            self.runner = None
+            runner, self.runner = self.runner, None
+            self.generator.on_clear = None
+            await runner.aclose()
             await asyncio.sleep(0)  # the AVSynchronizer cancels its task, and does not wait for its end
+        await self.generator.aclose()
+        if self._output is not None:
+            self._output.close()
 
     def _report(self, error: Exception) -> None:
         logger.error("the avatar has failed, and the voice goes on without it: %s", error)

@@ -123,6 +123,7 @@ class LiveAvatarVideoService(AIService):
             await self._speak(conversation, frame)
         elif isinstance(frame, InterruptionFrame):
             dropped = conversation.interrupt()
+            self._idle.set()
             await self.push_frame(frame, direction)
             await self._push_marked(mark for mark in dropped if not _frame_of(mark).interruptible)
         elif isinstance(frame, StopFrame):

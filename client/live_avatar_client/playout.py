@@ -190,10 +190,12 @@ class Playout:
 
     def next_block(self, now_s: float) -> SpokenBlock | None:
         """Return the block that is to be sent now: speech, else silence; `sent` must follow."""
+        is_paused = self._voice is None or now_s - self._spoken_at_s >= SPEECH_GAP_S
         if self._failed:
+            if is_paused:
+                self.finish()
             return None
         beyond = len(self._plan) - self._latency_frames - self.lookahead_frames
-        is_paused = self._voice is None or now_s - self._spoken_at_s >= SPEECH_GAP_S
         if not self._blocks and beyond <= IDLE_MARGIN_FRAMES and is_paused:
             self.finish()
             if not self._blocks:

@@ -12,14 +12,20 @@ import numpy as np
 import pytest
 from livekit import rtc
 from livekit.agents import AgentSession, ErrorEvent
-from livekit.agents.voice.avatar import AudioSegmentEnd, QueueAudioOutput
+from livekit.agents.voice.avatar import (
+    AudioReceiver,
+    AudioSegmentEnd,
+    DataStreamAudioOutput,
+    DataStreamAudioReceiver,
+    QueueAudioOutput,
+)
 from livekit.agents.voice.io import PlaybackFinishedEvent, PlaybackStartedEvent
 
-from live_avatar_client import ConnectFailed, InvalidInput, SessionFailed, SessionRefused
+from live_avatar_client import ConnectFailed, InvalidInput, SessionClosed, SessionFailed, SessionRefused
 from live_avatar_client.livekit import AvatarWorker, LiveAvatarGenerator
 from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer
 from tests.integrations.players import SYNC_S, Samples, chunks, direct_frames, loudness, run, speech, tone
-from tests.integrations.rooms import StubRoom
+from tests.integrations.rooms import StubRoom, linked
 
 RATE_HZ = 16_000
 ONE, TWO = 40, 80
@@ -41,8 +47,8 @@ class Player:
         self.output.on("playback_finished", self.events.append)
         self._rate_hz = rate_hz
 
-    async def start(self) -> None:
-        await self.worker.start(cast(rtc.Room, self.room), audio=self.output)
+    async def start(self, audio: AudioReceiver | None = None) -> None:
+        await self.worker.start(cast(rtc.Room, self.room), audio=audio or self.output)
         runner: Any = self.worker.runner
         video, audio = runner._video_source, runner._audio_source
         show, play = video.capture_frame, audio.capture_frame
@@ -277,6 +283,42 @@ def test_the_end_of_a_segment_that_was_given_before_the_clear_is_cleared_with_it
     assert [loudness(sound) for sound in sounds if sound is not None] == [TWO] * 30
 
 
+def test_a_worker_in_a_process_of_its_own_speaks_what_the_agent_sends():
+    """Over LiveKit's data streams, which end a cleared segment late."""
+
+    async def conversation() -> tuple[list[PlaybackFinishedEvent], list[Samples]]:
+        with FakeAvatarServer() as server:
+            agent, avatar = linked(StubRoom("agent"), StubRoom("avatar"))
+            playing = Player(server.url)
+            output = DataStreamAudioOutput(agent, destination_identity="avatar", wait_playback_start=True)
+            receiver = DataStreamAudioReceiver(avatar)
+            playing.room = avatar
+            finished: list[PlaybackFinishedEvent] = []
+            output.on("playback_finished", finished.append)
+
+            async def send(pcm: Samples) -> None:
+                for chunk in chunks(pcm):
+                    await output.capture_frame(rtc.AudioFrame(chunk.tobytes(), RATE_HZ, 1, len(chunk)))
+
+            await playing.start(receiver)
+            await send(tone(ONE, 100))
+            await playing.until_level(ONE)
+            output.clear_buffer()
+            output.flush()
+            await output.wait_for_playout()
+            before = len(playing.sounds)
+            await send(tone(TWO, 30))
+            output.flush()
+            await output.wait_for_playout()
+            await playing.worker.aclose()
+            return finished, [samples(frame) for _, frame in playing.sounds[before:] if frame.duration]
+
+    finished, said = run(conversation())
+    assert [event.interrupted for event in finished] == [True, False]
+    assert finished[1].playback_position == pytest.approx(30 * 0.04)
+    assert [loudness(sound) for sound in said] == [TWO] * 30
+
+
 def test_after_a_clear_nothing_is_left_in_the_runners_queues():
     """The AvatarRunner alone would play 100 ms more."""
 
@@ -431,6 +473,77 @@ def test_closing_leaves_no_task_and_frees_the_session():
             assert server.sessions[0].end_reason == "abandoned"
 
     run(conversation())  # it checks that no task is left
+
+
+def test_an_agent_that_speaks_while_its_avatar_is_closed_does_not_wait_for_ever():
+    async def conversation() -> list[bool]:
+        with FakeAvatarServer() as server:
+            worker = AvatarWorker(server.url, image=SAMPLE_IMAGE, sound_rate_hz=RATE_HZ)
+            session: AgentSession[None] = AgentSession()
+            await worker.start(cast(rtc.Room, StubRoom()), session)
+            output = session.output.audio
+            assert output is not None
+            interrupted = []
+            for close in (True, False):
+                for chunk in chunks(tone(ONE, 100)):
+                    await output.capture_frame(rtc.AudioFrame(chunk.tobytes(), RATE_HZ, 1, len(chunk)))
+                output.flush()
+                if close:
+                    await asyncio.sleep(1.0)
+                    await worker.aclose()
+                output.clear_buffer()
+                interrupted.append((await output.wait_for_playout()).interrupted)
+            return interrupted
+
+    assert run(conversation()) == [True, True]
+
+
+def test_a_segment_without_samples_ends_as_well():
+    """The agent waits for it."""
+
+    async def conversation() -> PlaybackFinishedEvent:
+        with FakeAvatarServer() as server:
+            async with player(server.url) as playing:
+                await playing.output.capture_frame(rtc.AudioFrame(b"", RATE_HZ, 1, 0))
+                playing.output.flush()
+                return await playing.output.wait_for_playout()
+
+    assert run(conversation()) == PlaybackFinishedEvent(playback_position=0.0, interrupted=False)
+
+
+def test_a_start_that_fails_in_the_room_leaves_nothing_behind():
+    class Elsewhere(QueueAudioOutput):
+        async def start(self) -> None:
+            raise RuntimeError("room is not connected")
+
+    async def conversation() -> None:
+        with FakeAvatarServer() as server:
+            worker = AvatarWorker(server.url, image=SAMPLE_IMAGE)
+            with pytest.raises(RuntimeError, match="room is not connected"):
+                await worker.start(cast(rtc.Room, StubRoom()), audio=Elsewhere())
+            await worker.aclose()
+            await asyncio.sleep(0)
+            assert server.sessions[0].ended
+
+    run(conversation())
+
+
+def test_what_comes_before_the_start_is_refused_and_after_the_end_is_ignored():
+    async def conversation() -> None:
+        with FakeAvatarServer() as server:
+            avatar = LiveAvatarGenerator(server.url, image=SAMPLE_IMAGE)
+            with pytest.raises(SessionClosed, match="the conversation is not open yet; await its start first"):
+                await push(avatar, tone(ONE, 5))
+            with pytest.raises(SessionClosed, match="the size of the video is not known before start"):
+                _ = avatar.frame_size
+            await avatar.start()
+            await avatar.aclose()
+            await push(avatar, tone(ONE, 5))
+            await avatar.push_audio(AudioSegmentEnd())
+            await avatar.clear_buffer()
+            assert [item async for item in avatar] == []
+
+    run(conversation())
 
 
 def test_wrong_options_are_refused_at_once():

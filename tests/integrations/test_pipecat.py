@@ -291,6 +291,38 @@ def test_an_error_of_the_server_reaches_the_pipeline_and_the_voice_goes_on():
     assert isinstance(frames[-1], TTSStoppedFrame)
 
 
+def test_after_an_error_a_pipeline_can_be_interrupted_while_it_ends():
+    async def conversation() -> list[type[Frame]]:
+        with FakeAvatarServer(fail_at_block=2) as server:
+            service = LiveAvatarVideoService(server.url, image=SAMPLE_IMAGE)
+            transport = StubTransport(TransportParams(audio_out_enabled=True, **VIDEO_OUT))
+
+            async def feed(worker: PipelineWorker) -> None:
+                for frame in spoken(tone(ONE, 500)):
+                    await worker.queue_frame(frame)
+                await asyncio.sleep(1.5)
+                await worker.queue_frame(EndFrame())
+                await asyncio.sleep(0.3)
+                await service.queue_frame(InterruptionFrame())
+
+            witness = Witness(service)
+            await play(service, transport, feed, witness)
+            return [type(frame) for frame in witness.frames]
+
+    kinds = run(conversation())
+    assert kinds.index(InterruptionFrame) < kinds.index(EndFrame)
+    assert TTSAudioRawFrame not in kinds[kinds.index(InterruptionFrame) :]
+
+
+def test_after_an_error_speech_without_an_end_is_played_as_well():
+    with FakeAvatarServer(fail_at_block=2) as server:
+        service = LiveAvatarVideoService(server.url, image=SAMPLE_IMAGE)
+        rest = TTSAudioRawFrame(tone(TWO, 5).tobytes(), RATE_HZ, 1)
+        frames = through(service, [*spoken(tone(ONE, 50)), SleepFrame(2.5), rest, SleepFrame(1.0), InterruptionFrame()])
+    audio = [frame for frame in frames if isinstance(frame, TTSAudioRawFrame)]
+    assert [loudness(np.frombuffer(frame.audio, np.int16)) for frame in audio][-5:] == [TWO] * 5
+
+
 def test_without_a_server_the_voice_passes_as_it_is():
     with FakeAvatarServer() as server:
         url = server.url
