@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Final, Unpack
 
 import numpy as np
@@ -33,6 +36,9 @@ DEFAULT_SOUND_RATE_HZ: Final = 24_000
 
 _LONGEST_PUSH_S: Final = 0.5
 """How long a clear waits for the player to take the frame that it has been given."""
+
+_STALL_S: Final = 0.1
+"""After this time without a frame the player's queues have run dry, or nearly."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +79,8 @@ class LiveAvatarGenerator(VideoGenerator):
         self.sound_rate_hz = sound_rate_hz
         self.on_clear: Callable[[], Awaitable[None]] | None = None
         """Awaited at each clear: empties the player's queues."""
+        self.on_stall: Callable[[], Awaitable[None]] | None = None
+        """Awaited before a frame that comes more than 0.1 s after the last one: lets sound and picture begin anew."""
         self._conversation = AvatarConversation(url, **options)
         self._segment_open = False
         self._returned = asyncio.Event()
@@ -147,9 +155,13 @@ class LiveAvatarGenerator(VideoGenerator):
     async def __aiter__(self) -> AsyncIterator[rtc.VideoFrame | rtc.AudioFrame | AudioSegmentEnd]:
         """Yield video and audio frames, and ends of segments, until `aclose`."""
         try:
+            yielded_at_s = math.inf
             while True:
                 item = await self._conversation.next()
                 clears = self._clears
+                if self.on_stall is not None and time.monotonic() - yielded_at_s > _STALL_S:
+                    await self.on_stall()
+                yielded_at_s = time.monotonic()
                 for frame in self._frames(item):
                     await self._cleared.wait()
                     if self._clears != clears:
@@ -255,6 +267,7 @@ class AvatarWorker:
             options=RunnerOptions(width, height, FPS, self.generator.sound_rate_hz, 1),
         )
         self.generator.on_clear = runner.av_sync.clear_queue
+        self.generator.on_stall = partial(_begin_again, runner.av_sync)
         self.generator.on_error(self._report)
         try:
             await runner.start()
@@ -280,7 +293,7 @@ class AvatarWorker:
         """
         if self.runner is not None:
             runner, self.runner = self.runner, None
-            self.generator.on_clear = None
+            self.generator.on_clear = self.generator.on_stall = None
             await runner.aclose()
             await asyncio.sleep(0)  # the AVSynchronizer cancels its task, and does not wait for its end
         await self.generator.aclose()
@@ -291,3 +304,13 @@ class AvatarWorker:
         logger.error("the avatar has failed, and the voice goes on without it: %s", error)
         if self._session is not None:
             self._session.emit("error", ErrorEvent(error=error, source=self))
+
+
+async def _begin_again(av_sync: rtc.AVSynchronizer) -> None:
+    """Have the synchronizer forget its schedule.
+
+    After a stall it would show pictures faster until they are on time again, while their sound is played as it was.
+    A reset while it waits to show a picture would end its task.
+    """
+    await av_sync.wait_for_playout()
+    av_sync.reset()
