@@ -13,7 +13,7 @@ UNFINISHED := $(VENV)/.unfinished
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@for python in python3.11 python3.12 python3 none; do \
@@ -68,6 +68,24 @@ prepare-k8s: $(INSTALLED) $(CHECKOV)
 test-k8s: prepare-k8s ## Check k8s/ and docker/ whole, with rehearsals (as root; says which Debian packages are missing)
 	@$(BIN)/pytest -q -m "not slow" tests/k8s
 
+# The frameworks of voice agents have an environment of their own, without torch, and with versions that .venv cannot have.
+INTEGRATIONS := .venv-integrations
+FRAMEWORKS := $(INTEGRATIONS)/.installed
+ADAPTERS := $(addprefix client/live_avatar_client/,conversation.py livekit.py pipecat.py playout.py)
+
+$(FRAMEWORKS): client/pyproject.toml constraints-integrations.txt | $(INSTALLED)
+	@echo "Installing LiveKit Agents and Pipecat into $(INTEGRATIONS)"; \
+	$(BIN)/python -m venv --clear $(INTEGRATIONS); \
+	$(INTEGRATIONS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-integrations.txt \
+	  -e './client[livekit,pipecat]' grpc-stubs mypy pytest types-protobuf; \
+	touch $@
+
+.PHONY: test-integrations
+test-integrations: $(FRAMEWORKS) ## Check the adapters to LiveKit Agents and Pipecat, with a server that runs in .venv
+	@$(INTEGRATIONS)/bin/mypy --follow-imports=silent $(ADAPTERS) client/examples
+	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
+	@$(INTEGRATIONS)/bin/python -m pytest -q --confcutdir=tests/integrations tests/integrations
+
 MINUTES := 60
 
 .PHONY: soak
@@ -91,6 +109,6 @@ export: $(INSTALLED) ## Export the tiny avatar's graphs to artifacts/
 	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
 
 .PHONY: clean
-clean: ## Remove what the commands made (out/, artifacts/, caches); .venv and .k8s stay
+clean: ## Remove what the commands made (out/, artifacts/, caches); .venv, .venv-integrations and .k8s stay
 	@rm -rf out artifacts .perf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

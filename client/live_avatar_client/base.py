@@ -156,6 +156,11 @@ class BaseSession(ABC):
         """Model, version, seed and hashes of the inputs; None until the first frames arrive."""
         return self._core.provenance
 
+    @property
+    def lookahead_frames(self) -> int | None:
+        """How many frames the server's answers lag behind the speech that was sent; None until the first answer."""
+        return self._core.lookahead_frames
+
     @abstractmethod
     def _set_up(self) -> None:
         """Create the transport's lock and queue, before there is a connection."""

@@ -95,6 +95,8 @@ class SessionCore:
     ) -> None:
         self.provenance: dict[str, Any] | None = None
         """Provenance of the video, once the server has sent it."""
+        self.lookahead_frames: int | None = None
+        """How many frames the answers lag behind the audio, known with the first one."""
         self._opening = opening
         self._limits = limits
         self._clock = clock
@@ -118,7 +120,6 @@ class SessionCore:
         self._speech_frames = 0  # number of frames up to the last one with speech that was sent
         self._stale_frames = 0  # number of frames up to the last stale one
         self._total_frames: int | None = None
-        self._lookahead_frames: int | None = None
         self._frame_size: tuple[int, ...] | None = None
         self._next_frame = 0
         self._answered_at_s = -math.inf
@@ -302,9 +303,9 @@ class SessionCore:
         """Return how many blocks all frames need; None until the end and the look-ahead are known."""
         if self._total_frames == 0:
             return 0
-        if self._total_frames is None or self._lookahead_frames is None:
+        if self._total_frames is None or self.lookahead_frames is None:
             return None
-        return math.ceil((self._total_frames + self._lookahead_frames) / FRAMES_PER_BLOCK)
+        return math.ceil((self._total_frames + self.lookahead_frames) / FRAMES_PER_BLOCK)
 
     def _may_send_block(self) -> bool:
         return self._room_blocks() > 0
@@ -337,8 +338,8 @@ class SessionCore:
             return
         self._check(response)
         self._blocks_received += 1
-        if self._lookahead_frames is None:
-            self._lookahead_frames = -response.first_frame
+        if self.lookahead_frames is None:
+            self.lookahead_frames = -response.first_frame
         self._next_frame = response.first_frame + FRAMES_PER_BLOCK
         first, stop = max(response.first_frame, 0), self._next_frame
         if self._total_frames is not None:
@@ -380,7 +381,7 @@ class SessionCore:
                 f"{_size_name(self._frame_size) if self._frame_size else 'at least 1x1'}"
             )
         self._frame_size = size
-        if self._lookahead_frames is None:
+        if self.lookahead_frames is None:
             if not -MAX_LOOKAHEAD_FRAMES <= response.first_frame <= 0:
                 raise ServerIncompatible(
                     f"the server's first answer has FIRST_FRAME {response.first_frame}, expected "

@@ -1,0 +1,87 @@
+"""A real server with the tiny avatar, for the tests of the adapters to LiveKit Agents and Pipecat.
+
+These tests have an environment of their own (`make test-integrations`), which has the frameworks and the client, and no
+torch. In `.venv`, which has no frameworks, they are left out. The server runs in `.venv`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ROOT / ".venv" / "bin" / "live-avatar"
+ARTIFACTS = ROOT / "artifacts" / "tiny"
+START_S = 240.0
+
+HAVE_FRAMEWORKS = find_spec("livekit") is not None and find_spec("pipecat") is not None
+
+collect_ignore_glob = [] if HAVE_FRAMEWORKS else ["test_*.py"]
+
+# Of the frameworks' own modules.
+FOREIGN_WARNINGS = (
+    "ignore::DeprecationWarning",
+    "ignore::PendingDeprecationWarning",
+    "ignore::UserWarning:livekit.*",
+    "ignore::UserWarning:pipecat.*",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if HAVE_FRAMEWORKS:
+        for line in FOREIGN_WARNINGS:
+            config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def triton() -> Iterator[str]:
+    """The address of a real server with the tiny avatar."""
+    ports = [_free_port() for _ in range(3)]
+    options = zip(("--grpc-port", "--http-port", "--metrics-port"), map(str, ports), strict=True)
+    command = [str(COMMAND), "serve", "--artifacts", str(ARTIFACTS), *(word for pair in options for word in pair)]
+    server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        _wait_until_ready(server, ports[0])
+        yield f"127.0.0.1:{ports[0]}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="session")
+def portrait() -> bytes:
+    """The demo's picture."""
+    return (ROOT / "live_avatar" / "assets" / "portrait.png").read_bytes()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
+    from live_avatar_client import AvatarError
+    from live_avatar_client.status import server_status
+
+    deadline_s = time.monotonic() + START_S
+    while True:
+        assert server.poll() is None, f"the server has ended with the code {server.returncode}"
+        with suppress(AvatarError):
+            if server_status(f"127.0.0.1:{port}").ready:
+                return
+        assert time.monotonic() < deadline_s, f"the server was not ready within {START_S:g} s"
+        time.sleep(0.5)
