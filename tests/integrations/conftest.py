@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,10 +44,26 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def triton() -> Iterator[str]:
     """The address of a real server with the tiny avatar."""
+    with _serving() as url:
+        yield url
+
+
+LONGEST_SESSION_S = 4
+
+
+@pytest.fixture(scope="session")
+def impatient_triton() -> Iterator[str]:
+    """The address of a real server that ends a session after a few seconds, with an error."""
+    with _serving("--longest-session-seconds", str(LONGEST_SESSION_S)) as url:
+        yield url
+
+
+@contextmanager
+def _serving(*options: str) -> Iterator[str]:
     ports = [_free_port() for _ in range(3)]
-    options = zip(("--grpc-port", "--http-port", "--metrics-port"), map(str, ports), strict=True)
-    command = [str(COMMAND), "serve", "--artifacts", str(ARTIFACTS), *(word for pair in options for word in pair)]
-    server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    numbers = zip(("--grpc-port", "--http-port", "--metrics-port"), map(str, ports), strict=True)
+    command = [str(COMMAND), "serve", "--artifacts", str(ARTIFACTS), *(word for pair in numbers for word in pair)]
+    server = subprocess.Popen([*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         _wait_until_ready(server, ports[0])
         yield f"127.0.0.1:{ports[0]}"

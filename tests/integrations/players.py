@@ -21,8 +21,8 @@ Pixels = NDArray[np.uint8]
 
 SPEECH = Path(__file__).parents[2] / "live_avatar" / "assets" / "speech.wav"
 LONGEST_S = 120.0
-SYNC_S = 0.045
-"""The most that sound may come before its picture (ITU-R BT.1359)."""
+EARLY_S, LATE_S = 0.045, 0.125
+"""How much sound may come before and after its picture until viewers notice it (ITU-R BT.1359)."""
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

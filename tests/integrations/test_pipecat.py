@@ -37,7 +37,8 @@ from pipecat.workers.runner import WorkerRunner
 from live_avatar_client import ConnectFailed, InvalidInput, SessionFailed, SessionRefused
 from live_avatar_client.pipecat import VIDEO_OUT, LiveAvatarVideoService
 from live_avatar_client.testing import SAMPLE_IMAGE, FakeAvatarServer
-from tests.integrations.players import SYNC_S, Samples, chunks, direct_frames, loudness, run, speech, tone
+from tests.integrations.conftest import LONGEST_SESSION_S
+from tests.integrations.players import EARLY_S, LATE_S, Samples, chunks, direct_frames, loudness, run, speech, tone
 from tests.integrations.transports import StubTransport, pixels_of
 
 RATE_HZ = 16_000
@@ -161,7 +162,8 @@ def test_the_transport_shows_the_picture_with_its_sound(triton: str, portrait: b
         await asyncio.sleep(1.0)
         for frame in spoken(said):
             await worker.queue_frame(frame)
-        await asyncio.sleep(4.5)
+        while not any(isinstance(frame, BotStoppedSpeakingFrame) for frame in witness.frames):
+            await asyncio.sleep(0.1)
 
     witness = Witness(transport)
     run(play(service, transport, feed, witness))
@@ -169,11 +171,24 @@ def test_the_transport_shows_the_picture_with_its_sound(triton: str, portrait: b
     assert len(pairs) > 100
     speaking = [sound_s - shown_s for (shown_s, _), (sound_s, sound) in pairs if sound.any()]
     assert len(speaking) >= 60
-    assert abs(float(np.median(speaking))) < SYNC_S, speaking
+    assert -EARLY_S < float(np.median(speaking)) < LATE_S, speaking
     pictures = np.stack([pixels for (_, pixels), _ in pairs])
     np.testing.assert_array_equal(pictures, direct_frames(triton, portrait, [sound for _, (_, sound) in pairs]))
     kinds = [type(frame) for frame in witness.frames if "Bot" in frame.name and "BotSpeaking" not in frame.name]
     assert kinds == [BotStartedSpeakingFrame, BotStoppedSpeakingFrame]
+
+
+def test_an_error_of_the_real_server_in_mid_segment_reaches_the_pipeline(impatient_triton: str, portrait: bytes):
+    service = LiveAvatarVideoService(impatient_triton, image=portrait)
+    witness = Witness(service)
+    frames = through(service, spoken(speech(6.0)), observers=[witness])
+    assert [type(error.exception) for error in witness.errors] == [SessionFailed]
+    assert f"has lasted {LONGEST_SESSION_S} s, the longest that this server allows" in witness.errors[0].error
+    said = np.concatenate(
+        [np.frombuffer(frame.audio, np.int16) for frame in frames if isinstance(frame, OutputAudioRawFrame)]
+    )
+    start = int(np.flatnonzero(said)[0]) // 640 * 640
+    np.testing.assert_array_equal(said[start : start + len(speech(6.0))], speech(6.0))
 
 
 def test_a_picture_that_the_server_refuses_is_an_error_of_the_pipeline(triton: str):
