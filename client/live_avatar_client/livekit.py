@@ -295,7 +295,6 @@ class AvatarWorker:
             runner, self.runner = self.runner, None
             self.generator.on_clear = self.generator.on_stall = None
             await runner.aclose()
-            await asyncio.sleep(0)  # the AVSynchronizer cancels its task, and does not wait for its end
         await self.generator.aclose()
         if self._output is not None:
             self._output.close()

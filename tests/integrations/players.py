@@ -32,6 +32,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         async with asyncio.timeout(LONGEST_S):
             result = await work
         left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left:  # what is cancelled needs a moment
+            _, left = await asyncio.wait(left, timeout=1.0)
         assert not left, left
         return result
 
