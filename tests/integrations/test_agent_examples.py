@@ -70,10 +70,14 @@ def test_the_agent_of_livekit_has_a_face_and_can_be_interrupted():
         positions: list[float] = []
         assert session.output.audio is not None
         session.output.audio.on("playback_finished", lambda event: positions.append(event.playback_position))
+        started: list[object] = []
+        session.output.audio.on("playback_started", started.append)
         await session.start(Agent(instructions="talk"))
         await session.say("Hello there.")
         said = session.say("And so on, and so on.")
-        await asyncio.sleep(1.8)
+        while len(started) < 2:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
         await session.interrupt()
         await said
         await session.aclose()
