@@ -215,6 +215,8 @@ def test_the_runner_plays_sound_and_picture_at_the_same_time(triton: str, portra
 
 
 def test_an_error_of_the_real_server_in_mid_segment_reaches_the_agent(impatient_triton: str, portrait: bytes):
+    said = np.tile(speech(6.0), 2)
+
     async def conversation() -> tuple[list[ErrorEvent], PlaybackFinishedEvent]:
         worker = AvatarWorker(impatient_triton, image=portrait, sound_rate_hz=RATE_HZ)
         session: AgentSession[None] = AgentSession()
@@ -223,7 +225,7 @@ def test_an_error_of_the_real_server_in_mid_segment_reaches_the_agent(impatient_
         await worker.start(cast(rtc.Room, StubRoom()), session)
         output = session.output.audio
         assert output is not None
-        for chunk in chunks(speech(6.0)):
+        for chunk in chunks(said):
             await output.capture_frame(rtc.AudioFrame(chunk.tobytes(), RATE_HZ, 1, len(chunk)))
         output.flush()
         finished = await output.wait_for_playout()
@@ -233,7 +235,7 @@ def test_an_error_of_the_real_server_in_mid_segment_reaches_the_agent(impatient_
     errors, finished = run(conversation())
     assert [type(event.error) for event in errors] == [SessionFailed]
     assert f"has lasted {LONGEST_SESSION_S} s, the longest that this server allows" in str(errors[0].error)
-    assert finished.playback_position == pytest.approx(len(speech(6.0)) / RATE_HZ)
+    assert finished.playback_position == pytest.approx(len(said) / RATE_HZ)
 
 
 def test_a_picture_that_the_server_refuses_ends_the_start(triton: str):
