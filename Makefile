@@ -111,4 +111,4 @@ export: $(INSTALLED) ## Export the tiny avatar's graphs to artifacts/
 .PHONY: clean
 clean: ## Remove what the commands made (out/, artifacts/, caches); .venv, .venv-integrations and .k8s stay
 	@rm -rf out artifacts .perf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
