@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from training.data.espeak import Phoneme, Voice, speak
+from live_avatar_client.espeak import Phoneme, Voice, speak
 from training.data.speech import NOISE_SHARE, SILENT_SHARE, make_utterance
 from training.data.split import Part, Split, generator
 from training.data.texts import VOCABULARIES, sentence

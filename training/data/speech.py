@@ -11,7 +11,7 @@ import numpy as np
 
 from live_avatar.arrays import Array
 from live_avatar.config import SAMPLE_RATE_HZ, TINY
-from training.data.espeak import Phoneme, Voice, speak
+from live_avatar_client.espeak import Phoneme, Voice, speak
 from training.data.split import Part, Split, generator
 from training.data.texts import sentence
 from training.data.visemes import HOP_SAMPLES, hop_visemes, mouth_track

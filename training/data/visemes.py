@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from live_avatar.arrays import Array
 from live_avatar.config import FPS, SAMPLE_RATE_HZ
-from training.data.espeak import Phoneme
+from live_avatar_client.espeak import Phoneme
 
 HOP_S = 0.01
 HOPS_PER_FRAME = round(1 / FPS / HOP_S)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.data.espeak import Voice
+from live_avatar_client.espeak import Voice
 from training.data.split import Split
 
 VARIANTS = {

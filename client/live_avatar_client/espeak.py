@@ -18,12 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import espeakng_loader  # type: ignore[import-untyped]
 import numpy as np
 
-from live_avatar.arrays import Array
-from live_avatar.config import SAMPLE_RATE_HZ
-from live_avatar.errors import InputError
+try:
+    import espeakng_loader  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ImportError(
+        "live_avatar_client.espeak needs espeakng-loader; install it with: pip install 'live-avatar-client[web]'"
+    ) from error
+
+from .cutter import Samples
+from .errors import InvalidInput
+from .protocol import SAMPLE_RATE_HZ
 
 RATES_WPM = range(80, 451)
 PITCHES = range(100)
@@ -53,7 +59,7 @@ class Phoneme:
 class Spoken:
     """speech int16 [S], 16 kHz mono; the phonemes in order, without gaps, all inside the sound."""
 
-    speech: Array
+    speech: Samples
     phonemes: tuple[Phoneme, ...]
 
 
@@ -71,7 +77,7 @@ class Voice:
 
 
 def speak(text: str, voice: Voice) -> Spoken:
-    """Reads `text` aloud. Raises `InputError` for an unknown voice, a rate or pitch out of range, an empty text."""
+    """Reads `text` aloud. Raises InvalidInput for an unknown voice, a rate or pitch out of range, an empty text."""
     _check(text, voice)
     with _LOCK, _fresh_library() as library:
         native_hz = _initialise(library)
@@ -81,7 +87,7 @@ def speak(text: str, voice: Voice) -> Spoken:
     return Spoken(resample(sound, source_hz, SAMPLE_RATE_HZ), _phonemes(starts, len(sound), source_hz))
 
 
-def resample(sound: Array, source_hz: int, target_hz: int) -> Array:
+def resample(sound: Samples, source_hz: int, target_hz: int) -> Samples:
     """int16 [n] at source_hz -> int16 [ceil(n target_hz / source_hz)], by cutting or padding its spectrum: no delay."""
     period = source_hz // math.gcd(source_hz, target_hz)
     padded = np.pad(sound.astype(np.float64), (0, -len(sound) % period))
@@ -93,13 +99,13 @@ def resample(sound: Array, source_hz: int, target_hz: int) -> Array:
 
 def _check(text: str, voice: Voice) -> None:
     if not text.strip():
-        raise InputError(f"the text to speak is {text!r}; give at least one word.")
+        raise InvalidInput(f"the text to speak is {text!r}; give at least one word")
     if voice.rate_wpm not in RATES_WPM:
-        raise InputError(f"rate {voice.rate_wpm} is outside {RATES_WPM[0]}..{RATES_WPM[-1]} words per minute.")
+        raise InvalidInput(f"rate {voice.rate_wpm} is outside {RATES_WPM[0]}..{RATES_WPM[-1]} words per minute")
     if voice.pitch not in PITCHES:
-        raise InputError(f"pitch {voice.pitch} is outside {PITCHES[0]}..{PITCHES[-1]}.")
+        raise InvalidInput(f"pitch {voice.pitch} is outside {PITCHES[0]}..{PITCHES[-1]}")
     if not TRACTS[0] <= voice.tract <= TRACTS[1]:
-        raise InputError(f"tract {voice.tract} is outside {TRACTS[0]}..{TRACTS[1]}; 1 leaves the voice as it is.")
+        raise InvalidInput(f"tract {voice.tract} is outside {TRACTS[0]}..{TRACTS[1]}; 1 leaves the voice as it is")
 
 
 @contextmanager
@@ -118,7 +124,7 @@ def _initialise(library: ctypes.CDLL) -> int:
     data = espeakng_loader.get_data_path()
     rate_hz = int(library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _PHONEME_EVENTS | _AS_IPA | _NO_EXIT))
     if rate_hz <= 0:
-        raise InputError(f"espeak-ng cannot read its data in {data}; install `espeakng-loader` again.")
+        raise InvalidInput(f"espeak-ng cannot read its data in {data}; install `espeakng-loader` again")
     library.espeak_ng_SetRandSeed(_NOISE_SEED)
     return rate_hz
 
@@ -128,9 +134,9 @@ def _choose(library: ctypes.CDLL, voice: Voice) -> None:
     variant = voice.name.partition("+")[2]
     missing = variant and not (Path(espeakng_loader.get_data_path()) / "voices" / "!v" / variant).is_file()
     if missing or library.espeak_SetVoiceByName(voice.name.encode()) != _OK:
-        raise InputError(
+        raise InvalidInput(
             f"espeak-ng has no voice {voice.name!r}; give a language and a variant of it, such as 'en-us+f2' "
-            "(`espeak-ng --voices` and `espeak-ng --voices=variant` list them)."
+            "(`espeak-ng --voices` and `espeak-ng --voices=variant` list them)"
         )
     library.espeak_SetParameter(_RATE, round(voice.rate_wpm * voice.tract), 0)
     library.espeak_SetParameter(_PITCH, voice.pitch, 0)
@@ -158,7 +164,7 @@ class _Event(ctypes.Structure):
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
-def _synthesise(library: ctypes.CDLL, text: str) -> tuple[Array, list[tuple[str, int]]]:
+def _synthesise(library: ctypes.CDLL, text: str) -> tuple[Samples, list[tuple[str, int]]]:
     """Sound int16 [n] at the library's rate, and the phonemes with their first samples."""
     chunks = [np.zeros(0, np.int16)]
     starts: list[tuple[str, int]] = []
@@ -175,7 +181,7 @@ def _synthesise(library: ctypes.CDLL, text: str) -> tuple[Array, list[tuple[str,
     library.espeak_SetSynthCallback(callback)
     spoken = ctypes.create_string_buffer(text.encode())
     if library.espeak_Synth(spoken, ctypes.c_size_t(len(spoken)), 0, _BY_CHARACTER, 0, _UTF8, None, None) != _OK:
-        raise InputError(f"espeak-ng could not read {text[:60]!r} aloud; give plain sentences.")
+        raise InvalidInput(f"espeak-ng could not read {text[:60]!r} aloud; give plain sentences")
     return np.concatenate(chunks), starts
 
 

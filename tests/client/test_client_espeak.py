@@ -6,8 +6,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from live_avatar.errors import InputError
-from training.data.espeak import Voice, resample, speak
+from live_avatar_client.errors import InvalidInput
+from live_avatar_client.espeak import Voice, resample, speak
 
 TEXT = "Bob bumped a purple mop."
 
@@ -75,7 +75,7 @@ def test_resampling_keeps_a_tone_below_the_cut_and_drops_one_above():
 
 @pytest.mark.parametrize("name", ["nope", "en-us+nope", "en-us+../../voices"])
 def test_an_unknown_voice_is_refused_by_name(name):
-    with pytest.raises(InputError, match=r"has no voice '.*nope'|has no voice '.*voices'; give a language"):
+    with pytest.raises(InvalidInput, match=r"has no voice '.*nope'|has no voice '.*voices'; give a language"):
         speak("hello", Voice(name))
 
 
@@ -89,5 +89,5 @@ def test_an_unknown_voice_is_refused_by_name(name):
     ],
 )
 def test_values_out_of_range_are_refused(text, voice, sentence):
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InvalidInput, match=sentence):
         speak(text, voice)
