@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	fi; \
 	touch $(UNFINISHED); \
 	echo "Installing into $(VENV): the first time this can take some minutes"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e './client[media]' -e '.[dev,training]'; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e './client[media,web]' -e '.[dev,training]'; \
 	rm $(UNFINISHED); \
 	touch $@
 
@@ -40,6 +40,10 @@ install: $(INSTALLED) ## Make .venv with everything in it
 .PHONY: demo
 demo: $(INSTALLED) ## Stream six seconds of speech to a server on this machine, and write the video
 	@$(BIN)/live-avatar demo
+
+.PHONY: talk
+talk: $(INSTALLED) ## Talk to the avatar on a page in your browser, until Ctrl-C
+	@$(BIN)/live-avatar talk
 
 # Processes that run the tests, each a file at a time: more than two cores, since tests wait for servers. 0: none but pytest.
 WORKERS := 3

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from live_avatar.assets import PORTRAIT, SPEECH
+from live_avatar.assets import PORTRAIT, PORTRAITS, SPEECH
 from training.data.face import Face, Pose
 from training.data.identity import draw_identity
 from training.data.split import Split
@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 
 PORTRAIT_SEED = 16
 PORTRAIT_SIZE = 512  # pixels
+FURTHER_SEEDS = {"Ada": 40, "Omar": 47, "Mei": 53}
+FURTHER_SIZE = 256
 SPEECH_TEXT = "Hello. I am a live avatar. You speak, and I move my lips while the words arrive."
 ESPEAK = ("espeak-ng", "-v", "en-us+Annie", "-s", "150", "--stdout", SPEECH_TEXT)
 SPEECH_RATE_HZ = 16_000
@@ -31,9 +33,9 @@ MARGIN_S = 0.1
 FADE_S = 0.02
 
 
-def draw_portrait() -> Image.Image:
-    """The demo's face at rest; `live_avatar.assets.DEMO_PROMPT` is its prompt."""
-    face = Face(draw_identity(Split.TEST, PORTRAIT_SEED), PORTRAIT_SIZE)
+def draw_portrait(seed: int = PORTRAIT_SEED, size: int = PORTRAIT_SIZE) -> Image.Image:
+    """A face at rest, the demo's unless told otherwise; `live_avatar.assets.DEMO_PROMPT` is the prompt of that one."""
+    face = Face(draw_identity(Split.TEST, seed), size)
     return Image.fromarray(face.frame(Pose()))
 
 
@@ -81,6 +83,8 @@ def write_speech(samples: NDArray[np.int16]) -> None:
 
 def main() -> None:
     draw_portrait().save(PORTRAIT, optimize=True)
+    for name, seed in FURTHER_SEEDS.items():
+        draw_portrait(seed, FURTHER_SIZE).save(PORTRAITS[name], optimize=True)
     write_speech(synthesise_speech())
 
 

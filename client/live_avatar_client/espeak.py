@@ -11,6 +11,7 @@ import _ctypes
 import ctypes
 import itertools
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ def resample(sound: Samples, source_hz: int, target_hz: int) -> Samples:
     count = len(padded) * target_hz // source_hz
     resampled = np.fft.irfft(np.fft.rfft(padded)[: count // 2 + 1], count) * (count / len(padded))
     kept = -(-len(sound) * target_hz // source_hz)
-    return np.clip(np.rint(resampled[:kept]), -32768, 32767).astype(np.int16)
+    rounded: Samples = np.clip(np.rint(resampled[:kept]), -32768, 32767).astype(np.int16)
+    return rounded
 
 
 def _check(text: str, voice: Voice) -> None:
@@ -194,3 +196,16 @@ def _phonemes(starts: list[tuple[str, int]], count: int, source_hz: int) -> tupl
         for (name, start), end in zip(heard, ends, strict=True)
         if end > start
     )
+
+
+def main() -> None:
+    """Read a text on standard input and write its speech, int16 at 16 kHz, to standard output; argument: the voice."""
+    try:
+        speech = speak(sys.stdin.buffer.read().decode(errors="replace"), Voice(sys.argv[1])).speech
+    except InvalidInput as error:
+        sys.exit(str(error))
+    sys.stdout.buffer.write(speech.astype("<i2").tobytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -111,7 +111,7 @@ def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | N
     files = {kind: OutputFile(path, kind) for kind, path in named.items() if path is not None}
     for file in files.values():
         _ready_place(file)
-    _ready_artifacts(artifacts)
+    ready_artifacts(artifacts)
     with tempfile.TemporaryDirectory(prefix="live-avatar-trace-") as intervals:
         options = replace(
             ServerOptions(artifacts, share_avatars=True).on_free_ports(), trace=Path(intervals) if trace else None
@@ -159,14 +159,14 @@ def _ready_place(file: OutputFile) -> None:
     file.check()
 
 
-def _ready_artifacts(folder: Path) -> None:
+def ready_artifacts(folder: Path) -> None:
     """Exports TINY to `folder` unless it is there; never over artifacts of another preset."""
     with suppress(ArtifactError):
         if load_artifacts(folder).preset == TINY:
             return
     if (held := _held_preset(folder)) not in (None, TINY.name):
         raise ArtifactError(
-            f"{folder} holds preset {held!r}, and the demo needs {TINY.name!r}; give other --artifacts."
+            f"{folder} holds preset {held!r}, and this command needs {TINY.name!r}; give other --artifacts."
         )
     say(f"Exporting preset {TINY.name} to {folder} (about a minute).")
     from live_avatar.weights.checkpoint import open_checkpoint

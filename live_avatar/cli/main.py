@@ -1,4 +1,4 @@
-"""The command line: `live-avatar generate | export | serve | stream | doctor | keys | demo`.
+"""The command line: `live-avatar generate | export | serve | stream | say | web | talk | doctor | keys | demo`.
 
 Each command turns its options into one call. A user error prints one sentence and exits with code 2; Ctrl-C exits
 with 130. Heavy imports are inside the commands, so that `stream` starts without torch.
@@ -28,6 +28,7 @@ from live_avatar.cli.options import (
     speech_options,
 )
 from live_avatar.cli.terminal import say, shown, warnings_said
+from live_avatar.cli.web import say_text, talk, web
 from live_avatar.errors import ArtifactError, LiveAvatarError
 from live_avatar.graphs.flavours import FLAVOURS
 from live_avatar.version import __version__
@@ -79,7 +80,8 @@ def main() -> None:
     """Stream a talking video from a picture and speech."""
 
 
-main.add_command(keys)
+for command in (keys, web, talk, say_text):
+    main.add_command(command)
 
 
 @main.command()

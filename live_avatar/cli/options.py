@@ -53,8 +53,8 @@ capability_option = click.option(
     "Default: the GPU of this machine.",
 )
 
-# Shared by `generate` and `stream`.
-speech_options = combined(
+# Shared by `generate`, `stream` and `say`.
+image_options = combined(
     click.option(
         "--frames-output", type=FILE, help="Also write the raw frames, uint8 [frames, H, W, 3], to this .npy."
     ),
@@ -68,6 +68,10 @@ speech_options = combined(
     ),
     click.option("--prompt", default="", help="Description of the scene and the person."),
     click.option("--image", type=FILE, required=True, help="Picture of the person: PNG, JPEG or WebP."),
+)
+
+# Shared by `generate` and `stream`.
+speech_options = combined(
     click.option(
         "--mask",
         "masks",
@@ -84,10 +88,11 @@ speech_options = combined(
         multiple=True,
         help="Speech: any file that FFmpeg reads, resampled to 16 kHz. Once for each speaker in the picture.",
     ),
+    image_options,
 )
 
 
-# Shared by `stream` and `doctor`.
+# Shared by `stream`, `say`, `doctor` and `web`.
 connection_options = combined(
     click.option("--tls-key", type=FILE, help="Private key of --tls-certificate (PEM)."),
     click.option("--tls-certificate", type=FILE, help="Certificate of this client (PEM), if the server requires one."),

@@ -152,7 +152,7 @@ def test_the_demo_does_not_export_over_another_preset(copy: Path, tmp_path: Path
     edit(copy, lambda manifest: (manifest["preset"].update(name="s2v-14b"), manifest.update(version="0.0.9")))
     before = (copy / "manifest.json").read_bytes()
     result = invoke("demo", "--artifacts", copy, "--output", tmp_path / "a.mp4")
-    assert_refused(result, "holds preset 's2v-14b', and the demo needs 'tiny'; give other --artifacts.")
+    assert_refused(result, "holds preset 's2v-14b', and this command needs 'tiny'; give other --artifacts.")
     assert (copy / "manifest.json").read_bytes() == before
 
 

@@ -1,0 +1,78 @@
+// Places blocks on the clock of the sound card. It knows no sound and no picture, only times in seconds.
+//
+// The server's clock and the sound card's differ by some seconds in a night. So the distance between now and the block
+// that arrives drifts. It is brought back where nobody hears it: frames of silence are left out, or a pause is made.
+
+import { FRAME_S } from "./protocol.js";
+
+const LEAST_S = 0.01; // a block that would begin earlier than this is late
+const FIRST_TARGET_S = 0.08;
+const MOST_TARGET_S = 1.0;
+const STEP_S = 0.04;
+const SLACK_S = 0.24; // how far the distance may be above the target
+const WINDOW = 8; // blocks whose least distance counts
+const MOST_SKIPPED = 6; // frames of one block
+const CALM = 60; // blocks without a late one, after which the target shrinks
+
+export class Timeline {
+  constructor() {
+    this.targetS = FIRST_TARGET_S;
+    this.late = 0; // blocks that came too late
+    this.skipped = 0; // frames of silence that were left out
+    this.leadS = 0; // distance of the last block
+    this.restart();
+  }
+
+  /** Forget what was placed; the next block begins as soon as the target allows. */
+  restart() {
+    this.nextS = null;
+    this.leads = [];
+    this.calm = 0;
+  }
+
+  /**
+   * Place a block of `frames` frames that arrives at `nowS`; `isSilent` says whether frames may be left out.
+   * Returns when it begins, and how many of its first frames are left out.
+   */
+  place(frames, nowS, isSilent) {
+    if (this.nextS === null) {
+      this.nextS = nowS + this.targetS;
+    } else if (this.nextS - nowS < LEAST_S) {
+      this.#noteLate(nowS);
+    } else {
+      this.#noteInTime();
+    }
+    this.leadS = this.nextS - nowS;
+    const skip = this.#surplus(frames, isSilent);
+    const atS = this.nextS;
+    this.nextS += (frames - skip) * FRAME_S;
+    return { atS, skip };
+  }
+
+  #noteLate(nowS) {
+    this.late += 1;
+    this.calm = 0;
+    this.targetS = Math.min(MOST_TARGET_S, this.targetS + STEP_S);
+    this.nextS = nowS + this.targetS;
+    this.leads = [];
+  }
+
+  #noteInTime() {
+    this.calm += 1;
+    if (this.calm >= CALM) {
+      this.calm = 0;
+      this.targetS = Math.max(FIRST_TARGET_S, this.targetS - STEP_S / 2);
+    }
+  }
+
+  #surplus(frames, isSilent) {
+    this.leads.push(this.leadS);
+    if (this.leads.length > WINDOW) this.leads.shift();
+    const surplusS = Math.min(...this.leads) - this.targetS;
+    if (!isSilent || this.leads.length < WINDOW || surplusS < SLACK_S) return 0;
+    const skip = Math.min(MOST_SKIPPED, frames, Math.floor(surplusS / FRAME_S));
+    this.leads = this.leads.map((leadS) => leadS - skip * FRAME_S);
+    this.skipped += skip;
+    return skip;
+  }
+}
