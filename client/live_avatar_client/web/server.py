@@ -23,6 +23,8 @@ _SILENT_S: Final = 10
 """How long a visitor may answer no ping; then the connection is closed, and a session's place is free."""
 _DEAD_MS: Final = 20_000
 """How long the kernel keeps data that nobody takes."""
+_SEND_BUFFER_BYTES: Final = 256 * 1024
+"""Of the kernel for each connection (it takes twice as much). A slow visitor is noticed when it is full."""
 _MOST_CONNECTIONS: Final = 256
 _CLOSING_S: Final = 3
 
@@ -79,6 +81,7 @@ def _listening(options: WebOptions) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Connections inherit it. A visitor who reads nothing would keep a closed connection for ever.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_MS)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listening.bind((options.host, options.port))
         listening.listen()
     except OSError as error:

@@ -78,7 +78,13 @@ function interrupt() {
   if (!visit.connection?.isReady) return;
   visit.player.interrupt(visit.connection.interrupt());
   visit.times.spokenAt = -Infinity;
+  visit.times.asked = null;
   visit.source = null;
+}
+
+/** Notes when speech began that the avatar has yet to begin. */
+function ask() {
+  if (!isSpeaking()) visit.times.asked ??= performance.now();
 }
 
 /** Makes a source the one that speaks: another one is interrupted. */
@@ -92,7 +98,7 @@ function say() {
   if (!text || !visit.connection?.isReady) return;
   notice("");
   speakFrom("text");
-  visit.times.asked = performance.now();
+  ask();
   visit.connection.say(text);
   element("text").select();
 }
@@ -106,7 +112,7 @@ async function saySound(file) {
     interrupt();
     const { turn } = connection;
     visit.source = "sound";
-    visit.times.asked = performance.now();
+    ask();
     await sendPaced(samples, (part) => connection.speech(part), () => connection.isReady && connection.turn === turn);
   } catch (error) {
     notice(error.message);
@@ -125,7 +131,7 @@ function hear({ samples, loudness }) {
   const speech = gate.add(samples, loudness, isSpeaking(), isPush);
   if (gate.isOpen && !wasOpen) {
     speakFrom("microphone");
-    visit.times.asked = performance.now();
+    ask();
   }
   for (const chunk of speech) connection.speech(chunk);
 }

@@ -64,11 +64,21 @@ export class Player {
   /** Take a block; one of an older turn is ignored. */
   push(block) {
     if (block.turn < this.turn) return;
+    if (block.isSpeech) this.#dropWaitingSilence();
     const { atS, skip } = this.timeline.place(block.jpegs.length, this.context.currentTime, !block.isSpeech);
     const sound = block.sound.subarray(skip * FRAME_SAMPLES);
-    if (sound.length) this.#play(sound, atS);
+    if (block.isSpeech) this.#play(sound, atS); // silence needs no sound
     block.jpegs.slice(skip).forEach((jpeg, i) => this.#take(block, skip + i, jpeg, atS + i * FRAME_S));
     while (this.frames.length > MOST_WAITING) this.frames.shift().bitmap?.close();
+  }
+
+  /** Speech that follows silence is not kept waiting by it: the silent frames before it are left out. */
+  #dropWaitingSilence() {
+    if (this.frames.some((frame) => frame.isSpeech)) return;
+    const beginS = this.timeline.hurry(this.context.currentTime);
+    const kept = this.frames.filter((frame) => frame.atS < beginS);
+    this.frames.slice(kept.length).forEach((frame) => frame.bitmap?.close());
+    this.frames = kept;
   }
 
   close() {

@@ -49,6 +49,16 @@ export class Timeline {
     return { atS, skip };
   }
 
+  /** Let the next block begin as soon as the target allows, before others that were placed; returns that time. */
+  hurry(nowS) {
+    if (this.nextS === null || this.nextS <= nowS + this.targetS) return Infinity;
+    const leftOut = Math.floor((this.nextS - nowS - this.targetS) / FRAME_S);
+    this.nextS -= leftOut * FRAME_S;
+    this.skipped += leftOut;
+    this.leads = [];
+    return this.nextS;
+  }
+
   #noteLate(nowS) {
     this.late += 1;
     this.calm = 0;

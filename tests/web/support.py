@@ -1,0 +1,144 @@
+"""Runs the web server in a thread, and talks to it as a page does."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import struct
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from websockets.asyncio.client import ClientConnection, connect
+
+from live_avatar.arrays import Array
+from live_avatar_client.web.options import WebOptions
+from live_avatar_client.web.protocol import VERSION
+from live_avatar_client.web.server import serve
+
+PATIENCE_S = 60.0
+START = {"type": "session.start", "version": VERSION, "portrait": "Robin"}
+
+
+@contextmanager
+def page_of(options: WebOptions) -> Iterator[str]:
+    """The address of a page, without its last slash, while it is served."""
+    address, over, told = [""], threading.Event(), threading.Event()
+
+    def ready(place: str) -> None:
+        address[0] = place
+        told.set()
+
+    def run() -> None:
+        try:
+            asyncio.run(serve(options, ready, over.is_set))
+        finally:
+            told.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert told.wait(PATIENCE_S)
+        assert address[0], "the web server has ended"
+        yield address[0].rstrip("/")
+    finally:
+        over.set()
+        thread.join()
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A block as it comes to a page. sound int16 [640 n]; jpegs: n files."""
+
+    is_speech: bool
+    turn: int
+    first_frame: int
+    sound: Array
+    jpegs: tuple[bytes, ...]
+
+    def frames(self) -> Array:
+        """uint8 [n, H, W, 3]"""
+        return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in self.jpegs])
+
+
+def shown(message: bytes) -> Shown:
+    """Reads a block as docs/web.md describes it."""
+    kind, is_speech, count, turn, first_frame, sound_bytes = struct.unpack_from("<BBHIII", message)
+    assert kind == 3
+    sizes = struct.unpack_from(f"<{count}I", message, 16)
+    at = 16 + 4 * count
+    sound = np.frombuffer(message[at : at + sound_bytes], "<i2")
+    jpegs, at = [], at + sound_bytes
+    for size in sizes:
+        jpegs.append(message[at : at + size])
+        at += size
+    assert at == len(message)
+    return Shown(bool(is_speech), turn, first_frame, sound, tuple(jpegs))
+
+
+class Talker:
+    """A visitor whose page is this program."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.ready: dict[str, Any] = {}
+
+    async def send(self, **fields: object) -> None:
+        await self.socket.send(json.dumps(fields))
+
+    async def start(self, **fields: object) -> None:
+        await self.send(**{**START, **fields})
+
+    async def receive(self) -> dict[str, Any] | Shown:
+        async with asyncio.timeout(PATIENCE_S):
+            message = await self.socket.recv()
+        return shown(message) if isinstance(message, bytes) else json.loads(message)
+
+    async def error(self) -> dict[str, Any]:
+        """The next error; blocks before it are dropped."""
+        while True:
+            message = await self.receive()
+            if isinstance(message, dict) and message["type"] == "error":
+                return message
+
+    async def block(self) -> Shown:
+        """The next block; an error before it fails the test."""
+        message = await self.receive()
+        assert isinstance(message, Shown), message
+        return message
+
+    async def speak(self, samples: Array, turn: int = 0) -> None:
+        await self.socket.send(struct.pack("<BxxxI", 2, turn) + samples.astype("<i2").tobytes())
+
+    async def speech(self, samples: int) -> Array:
+        """The sound from the first block that speaks on, at least so many samples."""
+        parts: list[Array] = []
+        while sum(map(len, parts)) < samples:
+            block = await self.block()
+            if parts or block.is_speech:
+                parts.append(block.sound)
+        return np.concatenate(parts)
+
+
+@asynccontextmanager
+async def visiting(page: str, **options: Any) -> AsyncIterator[Talker]:
+    """A connection that has sent nothing."""
+    async with connect(page.replace("http", "ws", 1) + "/talk", proxy=None, max_size=None, **options) as socket:
+        yield Talker(socket)
+
+
+@asynccontextmanager
+async def talking(page: str, **fields: object) -> AsyncIterator[Talker]:
+    """A conversation that is ready."""
+    async with visiting(page) as talker:
+        await talker.start(**fields)
+        message = await talker.receive()
+        assert isinstance(message, dict)
+        assert message["type"] == "session.ready", message
+        talker.ready = message
+        yield talker
