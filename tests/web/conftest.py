@@ -11,7 +11,7 @@ from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar_client.web.options import WebOptions
-from tests.web.support import page_of
+from perf.page import page_of
 
 PLACES = 2
 

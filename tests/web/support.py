@@ -1,4 +1,4 @@
-"""Runs the web server in a thread, and talks to it as a page does."""
+"""Talks to the web server as a page does."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import asyncio
 import io
 import json
 import struct
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,38 +16,10 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 
 from live_avatar.arrays import Array
-from live_avatar_client.web.options import WebOptions
 from live_avatar_client.web.protocol import VERSION
-from live_avatar_client.web.server import serve
 
 PATIENCE_S = 60.0
 START = {"type": "session.start", "version": VERSION, "portrait": "Robin"}
-
-
-@contextmanager
-def page_of(options: WebOptions) -> Iterator[str]:
-    """The address of a page, without its last slash, while it is served."""
-    address, over, told = [""], threading.Event(), threading.Event()
-
-    def ready(place: str) -> None:
-        address[0] = place
-        told.set()
-
-    def run() -> None:
-        try:
-            asyncio.run(serve(options, ready, over.is_set))
-        finally:
-            told.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert told.wait(PATIENCE_S)
-        assert address[0], "the web server has ended"
-        yield address[0].rstrip("/")
-    finally:
-        over.set()
-        thread.join()
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ from live_avatar_client import AvatarSession, SessionRefused
 from live_avatar_client.espeak import Voice, speak
 from live_avatar_client.web.options import WebOptions
 from live_avatar_client.web.protocol import MAX_PICTURE_BYTES
+from perf.page import page_of
 from tests.conftest import noise_speech
-from tests.web.support import PATIENCE_S, page_of, talking, visiting
+from tests.web.support import PATIENCE_S, talking, visiting
 
 TEXT = "Hello. My name is Robin."
 LONG_TEXT = "This is a long sentence, which I say without any hurry. " * 8

@@ -24,10 +24,11 @@ from live_avatar_client.errors import InvalidInput
 from live_avatar_client.web.options import TextToSpeech, WebOptions
 from live_avatar_client.web.protocol import VERSION
 from live_avatar_client.web.resampling import StreamResampler
+from perf.page import page_of
 from tests.cli.support import tone
 from tests.support.certificates import CertificateFolder
 from tests.support.repository import ROOT
-from tests.web.support import START, page_of, talking, visiting
+from tests.web.support import START, talking, visiting
 
 NOWHERE = "127.0.0.1:1"
 SERVER_KEY = "the-key-of-the-avatars-server"
@@ -118,7 +119,7 @@ def test_a_name_that_somebody_else_leads_to_this_machine_is_refused(lonely: str)
     host = f"evil.example:{port}"
 
     async def visit():
-        async with visiting(lonely, origin=f"http://{host}", additional_headers={"Host": host}):
+        async with visiting(f"http://{host}", origin=f"http://{host}", host="127.0.0.1", port=int(port)):
             pass
 
     with pytest.raises(InvalidStatus, match="403"):

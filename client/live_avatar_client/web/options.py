@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ..address import is_loopback
+from ..address import is_loopback, parse_url
 from ..errors import InvalidInput
 from ..tls import TLS
 
@@ -24,6 +24,10 @@ class TextToSpeech:
     model: str = "tts-1"
     voice: str = "alloy"
     api_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise InvalidInput(f"the speech endpoint {self.url!r} is not http:// or https://; pass its whole address")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class WebOptions:
     """Speaks typed text instead of espeak-ng."""
 
     def __post_init__(self) -> None:
+        parse_url(self.url)
         if (self.certificate is None) != (self.certificate_key is None):
             raise InvalidInput("the web server has a certificate without a key, or a key without one; pass both")
         if self.visitor_key is not None and len(self.visitor_key) < MIN_KEY_CHARS:
