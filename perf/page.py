@@ -1,8 +1,8 @@
 """Measures the page of `live-avatar web` in a real browser: lip sync, latency, and how fast an interruption is.
 
-`python -m perf.page --artifacts artifacts/tiny --report perf/results/page.json` starts the server, the page and Debian's
-chromium, whose sound goes nowhere. Sync is measured in two ways: by the page itself, and from the samples that were
-played while a frame was drawn.
+`python -m perf.page --artifacts artifacts/tiny --report perf/results/page.json` starts the server, the page and
+Debian's chromium, whose sound goes nowhere. Sync is measured in two ways: by the page itself, and from the samples that
+were played while a frame was drawn.
 """
 
 from __future__ import annotations
