@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright
 
 from live_avatar.arrays import Array
 
@@ -96,21 +96,20 @@ class Tab:
 
 
 @contextmanager
-def chromium(sound: Path | None = None, *arguments: str) -> Iterator[Browser]:
+def chromium(playwright: Playwright, sound: Path | None = None) -> Iterator[Browser]:
     """A browser whose microphone hears a WAV file, over and over; without one it has no permission."""
-    if sound is not None:
-        arguments = (
-            *arguments,
-            "--use-fake-device-for-media-stream",
-            "--use-fake-ui-for-media-stream",
-            f"--use-file-for-fake-audio-capture={sound}",
-        )
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox", *arguments])
-        try:
-            yield browser
-        finally:
-            browser.close()
+    microphone = (
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+        f"--use-file-for-fake-audio-capture={sound}",
+    )
+    # Root has no sandbox; the pages are our own.
+    arguments = ["--no-sandbox", *(() if sound is None else microphone)]
+    browser = playwright.chromium.launch(executable_path=PROGRAM, args=arguments)
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 @contextmanager

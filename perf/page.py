@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import numpy as np
+from playwright.sync_api import sync_playwright
 
 from live_avatar.assets import PORTRAITS
 from live_avatar.environment import environment
@@ -154,7 +155,8 @@ def main(artifacts: Path, minutes: float, report: Path | None) -> None:
     with (
         serving(options),
         page_of(WebOptions(options.url, port=0, portraits=PORTRAITS)) as address,
-        chromium() as browser,
+        sync_playwright() as playwright,
+        chromium(playwright) as browser,
         tab(browser, address) as visitor,
     ):
         visitor.start()
