@@ -188,7 +188,7 @@ GARBAGE = {
     "no JSON": ("hello", "a message is 'hello'; send a JSON object"),
     "a list": ("[1]", "a message is '[1]'; send a JSON object"),
     "deep": ("[" * 10_000, "send a JSON object"),
-    "megabyte": ("x" * 1_000_000, "a message has 1000000 characters; send at most 16384"),
+    "megabyte": ("x" * 1_000_000, "a message has 1000000 characters; send at most 65536"),
     "another type": ('{"type": "dance"}', "has the type 'dance'; send session.start"),
     "no bytes": (b"", "a binary message begins with None"),
     "bytes": (b"\xff\x00\x01", "a binary message begins with 255; send 1 before a picture, 2 before speech"),

@@ -55,6 +55,11 @@ _MOST_MESSAGES: Final = 200
 _MOST_TEXTS: Final = 8
 """That may wait to be spoken."""
 _UNREAD_BLOCKS: Final = 8
+_HIDDEN: Final = {
+    Fault.NO_SERVER: "the avatar's server does not answer; try again in a while",
+    Fault.LOST: "the avatar's server has ended the conversation; start again",
+}
+"""What visitors from elsewhere are told instead of the cause."""
 _LOG: Final = logging.getLogger("live_avatar_client.web")
 _PROTOCOL_CLOSE, _LATER_CLOSE, _SLOW_CLOSE = 1002, 1013, 1008
 
@@ -259,9 +264,8 @@ async def _first_end(*works: Coroutine[Any, Any, None]) -> None:
 async def _tell(visitor: Visitor, end: Exception, options: WebOptions) -> None:
     """Send the last message and close."""
     fault, message = _fault(end), str(end)
-    if fault in (Fault.NO_SERVER, Fault.LOST) and not options.is_local and not isinstance(end, ServerError):
-        # The addresses and the words of a network behind the page are not for visitors.
-        message = "the avatar's server does not answer; try again in a while"
+    if fault in _HIDDEN and not options.is_local:  # addresses and stages behind the page are not for visitors
+        message = _HIDDEN[fault]
     with contextlib.suppress(RuntimeError, TimeoutError, WebSocketDisconnect):
         await visitor.send(error(fault, message))
     is_later = fault in (Fault.FULL, Fault.NO_SERVER, Fault.LOST)

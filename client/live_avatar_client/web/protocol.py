@@ -23,7 +23,7 @@ DEFAULT_LABEL: Final = "AI-generated"
 
 MAX_TEXT_CHARS: Final = 1_000
 MAX_PICTURE_BYTES: Final = 4 * 1024 * 1024
-MAX_JSON_CHARS: Final = 16 * 1024
+MAX_JSON_CHARS: Final = 64 * 1024
 MAX_MESSAGE_BYTES: Final = MAX_PICTURE_BYTES + 1
 """Of a WebSocket message; a longer one closes the connection with code 1009."""
 MAX_SPEECH_S: Final = 30.0
