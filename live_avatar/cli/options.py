@@ -72,6 +72,7 @@ image_options = combined(
 
 # Shared by `generate` and `stream`.
 speech_options = combined(
+    image_options,
     click.option(
         "--mask",
         "masks",
@@ -88,7 +89,6 @@ speech_options = combined(
         multiple=True,
         help="Speech: any file that FFmpeg reads, resampled to 16 kHz. Once for each speaker in the picture.",
     ),
-    image_options,
 )
 
 
