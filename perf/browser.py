@@ -161,4 +161,4 @@ def heard_late_s(frame: dict[str, Any], sound: Array) -> float | None:
     if np.abs(windows[place] - played).max() > 0.01:  # across the fade of an interruption, or frames left out
         return None
     heard = first + place + len(played) - frame["playedBeforeHeardS"] * 16_000
-    return (around - heard) / 16_000
+    return float((around - heard) / 16_000)

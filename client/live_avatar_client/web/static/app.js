@@ -46,7 +46,7 @@ function start() {
     lost: ({ message }, waitMs) => {
       visit.player.restart();
       showState("lost");
-      notice(`${message}. Connecting again in ${waitMs / 1000} s.`);
+      notice(message, `Connecting again in ${waitMs / 1000} s`);
     },
   });
   element("text").focus();

@@ -26,9 +26,11 @@ export function showState(state) {
   element("start").textContent = state === "stopped" ? "Start" : "Try again";
 }
 
-/** Shows a sentence for the visitor, or none. */
-export function notice(sentence) {
-  const text = sentence && sentence[0].toUpperCase() + sentence.slice(1);
-  element("notice").textContent = text.endsWith(".") || !text ? text : `${text}.`;
+/** Shows sentences for the visitor, or none. */
+export function notice(...sentences) {
+  const text = sentences.filter(Boolean).map(asSentence).join(" ");
+  element("notice").textContent = text;
   element("notice").hidden = !text;
 }
+
+const asSentence = (text) => `${text[0].toUpperCase()}${text.slice(1).replace(/\.$/, "")}.`;
