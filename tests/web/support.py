@@ -16,6 +16,7 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 
 from live_avatar.arrays import Array
+from live_avatar_client.protocol import BLOCK_SAMPLES
 from live_avatar_client.web.protocol import VERSION
 
 PATIENCE_S = 60.0
@@ -87,13 +88,25 @@ class Talker:
         await self.socket.send(struct.pack("<BxxxI", 2, turn) + samples.astype("<i2").tobytes())
 
     async def speech(self, samples: int) -> Array:
-        """The sound from the first block that speaks on, at least so many samples."""
+        """The sound from the first block that speaks on: so many samples, and the silence that may be before them."""
         parts: list[Array] = []
-        while sum(map(len, parts)) < samples:
+        while sum(map(len, parts)) < samples + BLOCK_SAMPLES:
             block = await self.block()
             if parts or block.is_speech:
                 parts.append(block.sound)
         return np.concatenate(parts)
+
+
+def assert_said(sound: Array, expected: Array) -> None:
+    """A sound has the expected samples in one piece, begun in its first block."""
+    begin = int(np.flatnonzero(expected)[0])
+    head = expected[begin : begin + 100]
+    places = [
+        place
+        for place in range(min(BLOCK_SAMPLES, len(sound) - len(expected)) + 1)
+        if np.array_equal(sound[place + begin : place + begin + 100], head)
+    ]
+    assert any(np.array_equal(sound[place : place + len(expected)], expected) for place in places), places
 
 
 @asynccontextmanager

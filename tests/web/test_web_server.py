@@ -237,8 +237,9 @@ def test_an_endpoint_like_openais_speaks_the_text(server: TritonServer):
             said = asyncio.run(visit(page))
     body = {"model": "a-model", "voice": "a-voice", "input": "Hello", "response_format": "pcm"}
     assert asked == [("Bearer a-secret", body)]
-    expected = tone(1.0, 16_000) * 20_000
-    np.testing.assert_allclose(said[200:15_800], expected[200:15_800], atol=20)
+    expected, begin = tone(1.0, 16_000) * 20_000, int(np.flatnonzero(np.abs(said) > 100)[0])
+    errors = [np.abs(said[begin - k :][200:15_800] - expected[200:15_800]).max() for k in range(min(begin, 50) + 1)]
+    assert min(errors) < 20
 
 
 def test_an_endpoint_that_fails_is_told_and_the_conversation_goes_on(server: TritonServer):
