@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -117,12 +118,20 @@ async def visiting(page: str, **options: Any) -> AsyncIterator[Talker]:
 
 
 @asynccontextmanager
-async def talking(page: str, **fields: object) -> AsyncIterator[Talker]:
-    """A conversation that is ready."""
-    async with visiting(page) as talker:
-        await talker.start(**fields)
-        message = await talker.receive()
-        assert isinstance(message, dict)
-        assert message["type"] == "session.ready", message
-        talker.ready = message
-        yield talker
+async def talking(page: str, picture: bytes | None = None, **fields: object) -> AsyncIterator[Talker]:
+    """A conversation that is ready. The place of one before it is free when its blocks under way are done."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        async with visiting(page) as talker:
+            await talker.start(**fields)
+            if picture is not None:
+                await talker.socket.send(b"\x01" + picture)
+            message = await talker.receive()
+            assert isinstance(message, dict)
+            if message["type"] == "session.ready":
+                talker.ready = message
+                yield talker
+                return
+            assert message["code"] == "full", message
+            assert time.monotonic() < deadline_s, "no place became free"
+        await asyncio.sleep(0.1)
