@@ -265,7 +265,6 @@ def test_an_address_has_a_number_of_conversations(server: TritonServer, picture:
 
     async def visit(page: str):
         async with talking(page, portrait="Face"), visiting(page) as second:
-            await second.start(portrait="Face")
             return await second.error()
 
     with page_of(WebOptions(server.options.url, port=0, portraits={"Face": image}, sessions_per_address=1)) as page:
