@@ -44,3 +44,7 @@ class ShutdownError(CapacityError):
 
 class ServerError(LiveAvatarError):
     """Triton could not be started or ended by itself."""
+
+
+class WatermarkError(LiveAvatarError, ValueError):
+    """A watermark key, operator's number or file to verify that cannot be used."""
