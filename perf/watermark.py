@@ -1,7 +1,7 @@
 """Measures what the invisible mark survives, how often it is found where none is, its quality and its speed.
 
-`python -m perf.watermark --photographs FOLDER --work out/watermark.jsonl` measures clip after clip and writes a line for
-each; a run that was stopped goes on behind the last. `--report perf/results/watermark.json` then counts.
+`python -m perf.watermark --photographs FOLDER --work out/watermark.jsonl` measures clip after clip and writes a line
+for each; a run that was stopped goes on behind the last. `--report perf/results/watermark.json` then counts.
 
 The clips: drawn faces of `training/data` at 720x400 and at 96x96, each of its own identity, and photographs at 720x400,
 over which a camera moves slowly. Each clip has a key and numbers of its own. Photographs: every picture of the folder
@@ -10,7 +10,6 @@ with at least 250x140 pixels, in turn, each time another part. The run of record
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 import time
@@ -29,9 +28,9 @@ from live_avatar.config import FPS
 from live_avatar.errors import InputError
 from live_avatar.watermark.code import TILE, code_of
 from live_avatar.watermark.detect import FALSE_ALARM, READINGS, Views, find, read, turned
-from live_avatar.watermark.embed import STRENGTH, Watermark
+from live_avatar.watermark.embed import SMOOTH_STRENGTH, STRENGTH, Watermark
 from live_avatar.watermark.frames import read_frames
-from live_avatar.watermark.key import CHECK_BITS, Origin, WatermarkKey
+from live_avatar.watermark.key import CHECK_BITS, SYMBOLS, Origin, WatermarkKey
 from training.data.clips import render
 from training.data.face import Face
 from training.data.identity import draw_identity
@@ -47,6 +46,7 @@ RECORDED_FRAMES: Final = 250
 CROP: Final = 0.9
 SHORT_CHECK_BITS: Final = 16
 """Bits of the check that a count of readings can test: they agree by chance once in 65,536."""
+SHORT_CHECK: Final = slice(SYMBOLS - CHECK_BITS // 8, SYMBOLS - CHECK_BITS // 8 + SHORT_CHECK_BITS // 8)
 
 Attack = Callable[[Array, Path, np.random.Generator], None]
 
@@ -239,9 +239,7 @@ def without_mark(file: Path, random: np.random.Generator) -> dict[str, Any]:
         for column in range(TILE):
             symbols = read(code, turned(code, waves, (row, column)))
             true = key.symbols(Origin(*_numbers(symbols)))
-            agreeing += bool(
-                np.array_equal(true[-4 : -4 + SHORT_CHECK_BITS // 8], symbols[-4 : -4 + SHORT_CHECK_BITS // 8])
-            )
+            agreeing += bool((true == symbols)[SHORT_CHECK].all())
     return {"alarm": alarm, "readings": TILE * TILE, "agreeing": agreeing, "search_s": round(seconds, 1)}
 
 
@@ -294,7 +292,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     readings, agreeing = (sum(r[name] for r in records) for name in ("readings", "agreeing"))
     return {
-        "strength": STRENGTH,
+        "strength": {"textured": STRENGTH, "smooth": SMOOTH_STRENGTH},
         "groups": {name: _group(some) for name, some in groups.items() if some},
         "false_alarms": {
             "files_without_mark": len(records),

@@ -8,7 +8,7 @@ shift at which they agree best. The best places of all are read, and the check o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -142,11 +142,8 @@ class Views:
     def __init__(self, picture: Array, code: Code, most_pixels: int = MOST_PIXELS) -> None:
         self.code = code
         self._lines: dict[float, Lines] = {}
-        self.levels = [
-            level
-            for level in LEVELS
-            if LEAST_PIXELS <= picture.size / level**2 and picture.size / level**2 / 2 <= most_pixels
-        ]
+        marked = {level: picture.size / level**2 for level in LEVELS}
+        self.levels = [level for level in LEVELS if LEAST_PIXELS <= marked[level] <= 2 * most_pixels]
         for level in self.levels:
             step = max(1, int(2 * level))  # of the waves' least length, 5.6 pixels of the marked picture, half is left
             self._lines[level] = Lines(whitened(reduced(picture, step), 6 * level / step), step)
@@ -198,7 +195,7 @@ def _scales(level: float) -> Iterator[float]:
 
 
 class Lines:
-    """The Fourier transform of a picture [H, W] at the lines of a tile of any scale. step: pixels that were averaged."""
+    """The Fourier transform of a picture [H, W] at the lines of a tile of any scale. step: pixels averaged in it."""
 
     def __init__(self, picture: Array, step: int) -> None:
         self._picture = picture

@@ -22,7 +22,7 @@ _OPTIONS: Final = {"protocol_whitelist": "none"}  # keeps a playlist from openin
 
 @dataclass(frozen=True)
 class Seen:
-    """What was read of a file. step: pixels that were averaged along each side. damaged: whether the rest is unreadable."""
+    """What was read of a file. step: pixels averaged along each side. damaged: whether the rest cannot be read."""
 
     evidence: Evidence
     step: int

@@ -34,12 +34,9 @@ class Origin:
     session: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.operator < 2**OPERATOR_BITS:
-            raise WatermarkError(
-                f"the operator's number is {self.operator}; give one from 0 to {2**OPERATOR_BITS - 1}."
-            )
-        if not 0 <= self.session < 2**SESSION_BITS:
-            raise WatermarkError(f"the session's number is {self.session}; give one from 0 to {2**SESSION_BITS - 1}.")
+        for name, number, bits in (("operator", self.operator, OPERATOR_BITS), ("session", self.session, SESSION_BITS)):
+            if not 0 <= number < 2**bits:
+                raise WatermarkError(f"the {name}'s number is {number}; give one from 0 to {2**bits - 1}.")
 
     @property
     def session_text(self) -> str:
