@@ -256,7 +256,8 @@ def _numbers(symbols: Array) -> tuple[int, int]:
 def _there_and_back(frames: Array, count: int) -> Array:
     """Frames played forwards and backwards until there are `count`."""
     turn = np.concatenate([np.arange(len(frames)), np.arange(len(frames) - 2, 0, -1)])
-    return frames[np.resize(turn, count)]
+    repeated: Array = frames[np.resize(turn, count)]
+    return repeated
 
 
 # ---- All clips

@@ -67,4 +67,4 @@ def _frames(path: Path) -> Iterator[tuple[Array, float]]:
         stream.thread_type = "AUTO"
         fps = float(stream.average_rate or 25)
         for number, frame in enumerate(container.decode(stream)):
-            yield frame.to_ndarray(format="gray"), number / fps if frame.time is None else frame.time
+            yield frame.to_ndarray(format="gray"), frame.time if frame.pts is not None else number / fps
