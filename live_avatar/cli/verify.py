@@ -55,12 +55,13 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: a mark or a trusted signature shows the origin. 3: something was altered. 1: nothing shows it."""
+        """0: a mark or a trusted manifest shows the origin. 3: something was altered. 1: nothing shows it. The server's
+        statement alone shows nothing, since it can be copied from another video."""
         is_invalid = self.manifest is not None and self.manifest.state is ManifestState.INVALID
         if is_invalid or self.statement.standing is Standing.INVALID or self.contradictions:
             return ALTERED
         is_signed = self.manifest is not None and self.manifest.state is ManifestState.TRUSTED
-        return PROVEN if self.mark or is_signed or self.statement.standing is Standing.TRUSTED else UNPROVEN
+        return PROVEN if self.mark or is_signed else UNPROVEN
 
 
 def examine(path: Path, key: Path | None, trust: Path | None) -> Report:
@@ -205,5 +206,7 @@ def _verdict(report: Report) -> str:
             f"This video was made by AI, by the server of operator {origin.operator} in session {origin.session_text}."
         )
     if report.exit_code == PROVEN:
-        return "This video was made by AI, as its signature shows."
+        return "This video was made by AI, as its signed manifest shows."
+    if report.statement.standing is Standing.TRUSTED:
+        return "The server's statement is genuine, but it may have been copied from another video: nothing ties it to this."
     return "Nothing here shows where this file comes from."

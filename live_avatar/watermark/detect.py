@@ -24,6 +24,8 @@ LEVELS: Final = (1.0, 0.5, 2.0, 4.0)
 LEAST_PIXELS: Final = 48 * 48
 MOST_PIXELS: Final = 1920 * 1920
 """Bounds of the size of the marked picture, for a picture that shows it whole or a part of it."""
+USUAL_PIXELS: Final = 720 * 400
+"""The level that leads to this size is looked at first."""
 SCALE_STEP: Final = 0.003
 """Between the scales of the scan; the lines at the edge of 720 pixels then meet within a pixel."""
 FINE_STEPS: Final = 2
@@ -143,7 +145,8 @@ class Views:
         self.code = code
         self._lines: dict[float, Lines] = {}
         marked = {level: picture.size / level**2 for level in LEVELS}
-        self.levels = [level for level in LEVELS if LEAST_PIXELS <= marked[level] <= 2 * most_pixels]
+        possible = [level for level in LEVELS if LEAST_PIXELS <= marked[level] <= 2 * most_pixels]
+        self.levels = sorted(possible, key=lambda level: abs(np.log(marked[level] / USUAL_PIXELS)))
         for level in self.levels:
             step = max(1, int(2 * level))  # of the waves' least length, 5.6 pixels of the marked picture, half is left
             self._lines[level] = Lines(whitened(reduced(picture, step), 6 * level / step), step)
