@@ -187,8 +187,8 @@ REMOVERS: Final[dict[str, Attack]] = {
 }
 """Attacks that the mark is not made for."""
 EVERY: Final = 5
-"""What takes long is tried on every fifth clip: these attacks, recordings of large clips, and the search of a large clip
-without a mark."""
+"""What takes long is tried on every fifth clip: these attacks, recordings of large clips, and the search of a large
+clip without a mark."""
 
 
 # ---- One clip

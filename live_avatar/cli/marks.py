@@ -77,8 +77,8 @@ def signing_key(name: str, folder: Path) -> None:
 def verify(file: Path, watermark: Path | None, trust: Path | None, for_scripts: bool) -> None:
     """Show where a video or picture comes from: what it says, who signed that, and the invisible mark in its pixels.
 
-    Exit code 0: a mark or a manifest signed by somebody you trust shows the origin. 1: nothing shows it. 2: the file or an option cannot be
-    used. 3: something was altered after it was signed.
+    Exit code 0: a mark, or a manifest signed by somebody you trust, shows the origin. 1: nothing shows it. 2: the file
+    or an option cannot be used. 3: something was altered after it was signed.
     """
     from live_avatar.cli.verify import as_json, as_lines, examine
 

@@ -208,5 +208,5 @@ def _verdict(report: Report) -> str:
     if report.exit_code == PROVEN:
         return "This video was made by AI, as its signed manifest shows."
     if report.statement.standing is Standing.TRUSTED:
-        return "The server's statement is genuine, but it may have been copied from another video: nothing ties it to this."
+        return "The server's statement is genuine, but nothing ties it to this video; it may be copied from another."
     return "Nothing here shows where this file comes from."

@@ -150,6 +150,7 @@ class Views:
         for level in self.levels:
             step = max(1, int(2 * level))  # of the waves' least length, 5.6 pixels of the marked picture, half is left
             self._lines[level] = Lines(whitened(reduced(picture, step), 6 * level / step), step)
+        self._is_flat = not np.ptp(picture)
 
     def waves(self, scale: tuple[float, float]) -> Array:
         """The waves complex [waves] at a scale, strong ones weakened: they are the picture's own."""
@@ -160,7 +161,7 @@ class Views:
 
     def places(self) -> Iterator[Place]:
         """Places to read, level by level: those that are clear as they are seen, and then the best ones."""
-        for level in self.levels:
+        for level in () if self._is_flat else self.levels:
             seen = []
             for scale in _scales(level):
                 place = self.place((scale, scale), 1)

@@ -66,5 +66,15 @@ def _frames(path: Path) -> Iterator[tuple[Array, float]]:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         fps = float(stream.average_rate or 25)
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(_decoded(container, stream)):
             yield frame.to_ndarray(format="gray"), frame.time if frame.pts is not None else number / fps
+
+
+def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames of a stream; where the file ends too early, first those that the decoder still holds."""
+    try:
+        for packet in container.demux(stream):
+            yield from packet.decode()
+    except av.FFmpegError:
+        yield from stream.decode(None)
+        raise
