@@ -28,6 +28,8 @@ SIGNATURE: Final = "signature"
 """The field of a statement that holds its signature."""
 MOST_CERTIFICATES: Final = 5
 TRIAL_DAYS: Final = 365
+BEFORE: Final = dt.timedelta(hours=1)
+"""How long before it is made a certificate is valid: clocks differ."""
 _HASH: Final = hashes.SHA256()
 _MAKE: Final = "`live-avatar signing-key NAME` makes a pair for a try"
 
@@ -70,8 +72,9 @@ class Signer:
 def read_signer(certificate: Path, key: Path) -> Signer:
     """The signer of two PEM files. Raises `SigningError` for files that are no such pair, or not valid now."""
     chain = _read_certificates(certificate)
+    content = _read(key, "private key")
     try:
-        private = serialization.load_pem_private_key(_read(key, "private key"), password=None)
+        private = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:  # TypeError: a password is needed
         raise SigningError(f"{key} holds no private key (PEM, without a password); {_MAKE}.") from error
     if not isinstance(private, ec.EllipticCurvePrivateKey) or not isinstance(private.curve, ec.SECP256R1):
@@ -151,7 +154,7 @@ def _certificate(
         .issuer_name(subject if issuer is None else issuer.subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_before(now - BEFORE)
         .not_valid_after(now + dt.timedelta(days=TRIAL_DAYS))
         .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
         .add_extension(
@@ -215,8 +218,9 @@ def _name(certificate: x509.Certificate) -> str:
 
 
 def _read_certificates(path: Path) -> list[x509.Certificate]:
+    content = _read(path, "certificate")
     try:
-        return x509.load_pem_x509_certificates(_read(path, "certificate"))
+        return x509.load_pem_x509_certificates(content)
     except ValueError as error:
         raise SigningError(f"{path} holds no certificate (PEM); {_MAKE}.") from error
 

@@ -66,8 +66,12 @@ def _frames(path: Path) -> Iterator[tuple[Array, float]]:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         fps = float(stream.average_rate or 25)
-        for number, frame in enumerate(_decoded(container, stream)):
-            yield frame.to_ndarray(format="gray"), frame.time if frame.pts is not None else number / fps
+        decoded = 0
+        for frame in _decoded(container, stream):
+            yield frame.to_ndarray(format="gray"), frame.time if frame.pts is not None else decoded / fps
+            decoded += 1
+        if decoded < stream.frames:
+            raise ValueError(f"it ends after {decoded} of {stream.frames} frames")
 
 
 def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
