@@ -183,11 +183,10 @@ def test_an_expired_certificate_signs_no_video(studio: Studio, monkeypatch: pyte
     monkeypatch.setattr(signing, "TRIAL_DAYS", -1)
     monkeypatch.setattr(signing, "BEFORE", dt.timedelta(days=30))
     certificate, key, _ = make_pair("old", tmp_path)
-    with pytest.raises(
-        MediaError, match=r"cannot be signed with .*old.pem.* a certificate for signing that is valid today"
-    ):
-        with Mp4Writer(tmp_path / "o.mp4", 96, 96, credentials=ContentCredentials(certificate, key)) as video:
-            video.write(faces(1, 1, 96, 96))
+    words = r"cannot be signed with .*old.pem.* a certificate for signing that is valid today"
+    video = Mp4Writer(tmp_path / "o.mp4", 96, 96, credentials=ContentCredentials(certificate, key))
+    with pytest.raises(MediaError, match=words), video:
+        video.write(faces(1, 1, 96, 96))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".key", ".pem", ".pem"]
 
 
