@@ -39,9 +39,9 @@ from training.data.split import Part, Split, generator
 
 LARGE: Final = (400, 720)
 SMALL: Final = (96, 96)
-LARGE_FRAMES: Final = 50
-SMALL_FRAMES: Final = 250
-STREAM_FRAMES: Final = 375
+LARGE_FRAMES: Final = 25
+SMALL_FRAMES: Final = 150
+STREAM_FRAMES: Final = 300
 """Length of the stream of which ten seconds are recorded."""
 RECORDED_FRAMES: Final = 250
 CROP: Final = 0.9
@@ -186,9 +186,9 @@ REMOVERS: Final[dict[str, Attack]] = {
     "a third of the size": scaled(1 / 3),
 }
 """Attacks that the mark is not made for."""
-EVERY: Final = 5
-"""What takes long is tried on every fifth clip: these attacks, recordings of large clips, and the search of a large
-clip without a mark."""
+EVERY: Final = 10
+"""What takes long is tried on every tenth clip: these attacks, `SLOW`, and the search of a clip without a mark."""
+SLOW: Final = (ATTACKS["double size"], recording)
 
 
 # ---- One clip
@@ -213,9 +213,8 @@ def measure(kind: str, seed: int, frames: Array) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip"
         is_rare = seed % EVERY == 0
-        is_small = frames.shape[1:3] == SMALL
         for name, attack in (ATTACKS | REMOVERS if is_rare else ATTACKS).items():
-            if attack is recording and not (is_small or is_rare):
+            if attack in SLOW and not is_rare:
                 continue
             long = attack is recording and len(frames) < STREAM_FRAMES
             attack(mark.apply(_there_and_back(frames, STREAM_FRAMES), 0) if long else marked, file, random)
@@ -227,7 +226,7 @@ def measure(kind: str, seed: int, frames: Array) -> dict[str, Any]:
                 "z": None if found is None else round(found.z, 1),
                 "seconds": round(time.process_time() - began_s, 1),
             }
-        if is_small or is_rare:
+        if is_rare:
             encode(frames, file, 23)
             record["without_mark"] = without_mark(file, random)
     return record
