@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from live_avatar.errors import InputError
-from perf.watermark import ATTACKS, clips, faces, report, usable
+from perf.watermark import ATTACKS, clips, faces, report, table, usable
 
 
 def record(kind: str, seed: int, found: bool) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def test_what_is_lost_is_named() -> None:
     assert (group["psnr_db_least"], group["fps_median"]) == (43.0, 500.0)
     assert counted["groups"]["photographs 720x400"]["attacks"]["half size"]["found"] == 1
     assert "faces 96x96" not in counted["groups"]
+    assert "| half size | 1 of 2 | 1 of 1 |\n" in table(counted)
     alarms = counted["false_alarms"]
     assert (alarms["files_without_mark"], alarms["alarms"], alarms["readings"]) == (1, 0, 1000)
     assert alarms["searches_of_marked_files"] == 3 * len(ATTACKS)
