@@ -34,13 +34,15 @@ def signing_options(what: str) -> Callable[[F], F]:
 
 
 def credentials_of(certificate: Path | None, key: Path | None) -> ContentCredentials | None:
-    """What signs videos; None without the options."""
+    """What signs videos; None without the options. Raises `SigningError` for a pair that could not sign now."""
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
         raise click.UsageError("--sign-certificate and --sign-key go together; give both, or none")
+    from live_avatar.signing import read_signer
     from live_avatar_client.credentials import ContentCredentials
 
+    read_signer(certificate, key)  # so that a video is not made first and then cannot be signed
     return ContentCredentials(certificate, key)
 
 

@@ -190,6 +190,20 @@ def test_an_expired_certificate_signs_no_video(studio: Studio, monkeypatch: pyte
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".key", ".pem", ".pem"]
 
 
+def test_a_command_that_could_not_sign_does_not_begin(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(signing, "TRIAL_DAYS", -1)
+    monkeypatch.setattr(signing, "BEFORE", dt.timedelta(days=30))
+    certificate, key, _ = make_pair("old", tmp_path)
+    files = ("--audio", "none.wav", "--image", "none.png", "--output", tmp_path / "o.mp4")
+    for command in ("generate", "stream"):
+        refused = invoke(command, *files, "--sign-certificate", certificate, "--sign-key", key)
+        assert_refused(refused, "old.pem is valid from", "not today; give one that is valid")
+        refused = invoke(command, *files, "--sign-certificate", certificate, "--sign-key", studio.key)
+        assert_refused(refused, "mark.key holds no private key")
+
+
 def test_files_that_cannot_sign(studio: Studio, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"the certificate .*missing' cannot be read .*; pass a PEM file"):
         ContentCredentials(tmp_path / "missing", studio.pair[1])
