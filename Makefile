@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	fi; \
 	touch $(UNFINISHED); \
 	echo "Installing into $(VENV): the first time this can take some minutes"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e './client[media,web]' -e '.[dev,training]'; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e './client[c2pa,media,web]' -e '.[dev,training]'; \
 	rm $(UNFINISHED); \
 	touch $@
 

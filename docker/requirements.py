@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+CLIENT_EXTRAS = ("c2pa", "media")
+"""Extras of the client that the server needs."""
 
 
 def requirements(root: Path, without: Collection[str] = (), extras: Collection[str] = ()) -> list[str]:
-    """Requirements of the server with these extras and of the client with its media extra, but for `without` and one
+    """Requirements of the server with these extras and of the client with `CLIENT_EXTRAS`, but for `without` and one
     another.
 
     Raises `ValueError` for a name in `without` that nobody needs, and for an extra that the server does not have.
@@ -29,7 +31,8 @@ def requirements(root: Path, without: Collection[str] = (), extras: Collection[s
     if missing:
         raise ValueError(f"--extra {missing[0]}: there is none; choose {', '.join(sorted(offered))}.")
     chosen = [requirement for extra in extras for requirement in offered[extra]]
-    needed = [*chosen, *server["dependencies"], *client["dependencies"], *client["optional-dependencies"]["media"]]
+    of_client = [requirement for extra in CLIENT_EXTRAS for requirement in client["optional-dependencies"][extra]]
+    needed = [*chosen, *server["dependencies"], *client["dependencies"], *of_client]
     unknown = sorted(set(without) - {_name(requirement) for requirement in needed})
     if unknown:
         raise ValueError(f"--without {unknown[0]}: nothing here needs that; leave it out.")

@@ -44,3 +44,11 @@ class ShutdownError(CapacityError):
 
 class ServerError(LiveAvatarError):
     """Triton could not be started or ended by itself."""
+
+
+class WatermarkError(LiveAvatarError, ValueError):
+    """A watermark key, operator's number or file to verify that cannot be used."""
+
+
+class SigningError(LiveAvatarError, ValueError):
+    """A certificate or private key that cannot be used for signing, or as an authority to trust."""

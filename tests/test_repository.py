@@ -28,6 +28,7 @@ PACKAGE_ORDER = (
     "weights",
     "graphs",
     "runtime",
+    "watermark",
     "pipeline",
     "exporter",
     "serving",

@@ -9,3 +9,6 @@ PHASE = 5e-7  # a rotary phase at a position of up to 10^9: float64 angle, round
 STREAMED = 2e-5  # cached or streamed against all at once, float32, relative to the largest value
 EXPORTED_STREAM = 2e-5  # latents of a stream on ONNX Runtime against torch, relative to the largest value
 OTHER_LEVEL_SHARE = 1e-3  # part of its pixel values that may fall to the next level; 6e-4 measured on one processor
+
+LEAST_PSNR_DB = 42.0
+"""Of frames with the invisible mark to those without it."""

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from .image import read_image_bytes
 from .messages import Pixels
 from .protocol import FPS, SAMPLE_RATE_HZ
 from .text import printable
+
+if TYPE_CHECKING:
+    from .credentials import ContentCredentials
 
 __all__ = ["Mp4Writer", "provenance_metadata", "read_image_bytes", "read_speech"]
 
@@ -222,6 +225,7 @@ class Mp4Writer(FileWriter):
         fps: frames per second.
         speech: the speech from the first frame on, in the forms that `AvatarSession.send` takes.
         metadata: entries such as title and comment, or those of `provenance_metadata`.
+        credentials: sign the file with a C2PA manifest, which has the provenance of `metadata`.
     """
 
     def __init__(
@@ -233,6 +237,7 @@ class Mp4Writer(FileWriter):
         *,
         speech: object | None = None,
         metadata: Mapping[str, str] | None = None,
+        credentials: "ContentCredentials | None" = None,
     ) -> None:
         self.path = Path(path)
         super().__init__(OutputFile(path, "video"))
@@ -243,6 +248,7 @@ class Mp4Writer(FileWriter):
         self._speech = None if speech is None else as_samples(speech)
         self._samples_written = 0
         self._metadata = dict(metadata or {})
+        self._credentials = credentials
         if min(width, height, fps) < 1:
             raise InvalidInput(f"the video has {width} x {height} pixels at {fps} fps; pass numbers above 0")
 
@@ -306,4 +312,17 @@ class Mp4Writer(FileWriter):
             if self._speech is not None:
                 self._container.mux(self._audio.encode(None))
             self._container.close()
+        if self._credentials is not None:
+            self._sign(self._credentials)
         self._file.publish()
+
+    def _sign(self, credentials: "ContentCredentials") -> None:
+        signed = OutputFile(self.path, "video")
+        try:
+            with self._file.explained():
+                signed.create()
+                provenance = json.loads(self._metadata.get("description", "{}"))
+                credentials.sign(self._file.partial, signed.partial, self.path.name, provenance)
+                signed.partial.replace(self._file.partial)
+        finally:
+            signed.discard()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from .files import FileWriter, OutputFile
 from .media import Mp4Writer
 from .messages import Pixels
 from .protocol import SAMPLES_PER_FRAME
+
+if TYPE_CHECKING:
+    from .credentials import ContentCredentials
 
 Metadata: TypeAlias = Mapping[str, str]
 
@@ -66,6 +69,7 @@ class SpeechVideo:
 
     Entering it checks that both files can be written. The first frame sets the frame size. `metadata` goes into
     the MP4; if it is a function, it is called with the first frame, when the server's first answer is known.
+    `credentials` sign the MP4.
     """
 
     def __init__(
@@ -75,11 +79,13 @@ class SpeechVideo:
         frames_path: str | os.PathLike[str] | None = None,
         *,
         metadata: Metadata | Callable[[], Metadata] | None = None,
+        credentials: "ContentCredentials | None" = None,
     ) -> None:
         self._path = path
         self._speech = speech
         self._frames_path = frames_path
         self._metadata = metadata
+        self._credentials = credentials
         self._writers: list[Mp4Writer | NpyWriter] = []
         self._written = 0
         self.expected_frames = -(-len(speech) // SAMPLES_PER_FRAME)
@@ -119,5 +125,7 @@ class SpeechVideo:
             self._writers.append(self._open.enter_context(NpyWriter(self._frames_path, shape)))
         # The MP4 is finished first: if that fails, there is no frames file either.
         metadata = self._metadata() if callable(self._metadata) else self._metadata
-        video = Mp4Writer(self._path, width, height, speech=self._speech, metadata=metadata)
+        video = Mp4Writer(
+            self._path, width, height, speech=self._speech, metadata=metadata, credentials=self._credentials
+        )
         self._writers.append(self._open.enter_context(video))

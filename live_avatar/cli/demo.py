@@ -41,6 +41,7 @@ from live_avatar_client.video import SpeechVideo
 if TYPE_CHECKING:
     from live_avatar.exporter.quantization import Scaling
     from live_avatar.weights.tensors import Checkpoint
+    from live_avatar_client.credentials import ContentCredentials
 
 CHUNK_S = 0.02
 SEED = 0
@@ -97,10 +98,20 @@ def stream_to_file(
 
 
 def session_video(
-    session: AvatarSession, output: Path, speech: Array, frames_output: Path | None = None
+    session: AvatarSession,
+    output: Path,
+    speech: Array,
+    frames_output: Path | None = None,
+    credentials: ContentCredentials | None = None,
 ) -> SpeechVideo:
     """The video of a session's speech; it will say what made it, as soon as the server has told."""
-    return SpeechVideo(output, speech, frames_output, metadata=lambda: provenance_metadata(session.provenance or {}))
+    return SpeechVideo(
+        output,
+        speech,
+        frames_output,
+        metadata=lambda: provenance_metadata(session.provenance or {}),
+        credentials=credentials,
+    )
 
 
 def run_demo(artifacts: Path, output: Path, trace: Path | None, report: Path | None) -> None:

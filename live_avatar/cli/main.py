@@ -1,4 +1,4 @@
-"""The command line: `live-avatar generate | export | serve | stream | say | web | talk | doctor | keys | demo`.
+"""The command line: `live-avatar generate | export | serve | stream | say | web | talk | demo | verify ...`.
 
 Each command turns its options into one call. A user error prints one sentence and exits with code 2; Ctrl-C exits
 with 130. Heavy imports are inside the commands, so that `stream` starts without torch.
@@ -17,6 +17,14 @@ import click
 from live_avatar import interrupts
 from live_avatar.cli.checkpoint_options import chosen_checkpoint, model_options, stream_options
 from live_avatar.cli.keys import keys
+from live_avatar.cli.marks import (
+    credentials_of,
+    signing_key,
+    signing_options,
+    verify,
+    watermark_key,
+    watermark_options,
+)
 from live_avatar.cli.options import (
     FILE,
     Integer,
@@ -80,7 +88,7 @@ def main() -> None:
     """Stream a talking video from a picture and speech."""
 
 
-for command in (keys, web, talk, say_text):
+for command in (keys, verify, watermark_key, signing_key, web, talk, say_text):
     main.add_command(command)
 
 
@@ -88,6 +96,8 @@ for command in (keys, web, talk, say_text):
 @model_options
 @artifacts_option(required=False)
 @stream_options
+@watermark_options
+@signing_options("the MP4 with a C2PA manifest")
 @speech_options
 def generate(
     artifacts: Path | None,
@@ -98,6 +108,10 @@ def generate(
     seed: int,
     output: Path,
     frames_output: Path | None,
+    watermark: Path | None,
+    operator: int | None,
+    sign_certificate: Path | None,
+    sign_key: Path | None,
     **model: Any,
 ) -> None:
     """Make a video in this process, without a server (Algorithm 3).
@@ -106,6 +120,7 @@ def generate(
     Without it the same networks run in torch.
     """
     from live_avatar.cli.demo import frame_bar
+    from live_avatar.cli.generated import Markings
     from live_avatar.cli.speeches import read_speeches
     from live_avatar.inputs.image import crop_warning
     from live_avatar.pipeline.generator import Generator
@@ -119,16 +134,23 @@ def generate(
     ]
     if artifacts is not None and given:
         raise click.UsageError(f"--artifacts already fixes {', '.join(given)}; leave that out")
+    markings, credentials = Markings.read(watermark, operator), credentials_of(sign_certificate, sign_key)
     speech, picture = read_speeches(audio, masks), read_image_bytes(image)
-    with SpeechVideo(output, speech.track, frames_output) as video, frame_bar("video", video) as bar:
-        generator = Generator(_runtime(artifacts, model))
+    runtime = _runtime(artifacts, model)
+    fingerprint = None if artifacts is None else _artifacts_of(artifacts, None).fingerprint
+    metadata = markings.metadata(runtime.preset.name, fingerprint, picture, prompt, seed)
+    with (
+        SpeechVideo(output, speech.track, frames_output, metadata=metadata, credentials=credentials) as video,
+        frame_bar("video", video) as bar,
+    ):
+        generator = Generator(runtime)
         if warning := crop_warning(picture, generator.preset.stream.height, generator.preset.stream.width):
             click.echo(f"Warning: {warning}", err=True)
         for block in generator.generate(picture, prompt, seed, speech.samples, speech.masks):
-            video.write(block.frames)
+            video.write(markings.mark(block.frames))
             bar.update(len(block.frames))
             interrupts.check()
-    say(f"Wrote {output} ({video.expected_frames} frames).")
+    say(f"Wrote {output} ({video.expected_frames} frames{markings.told}).")
 
 
 def _runtime(artifacts: Path | None, model: dict[str, Any]) -> Runtime:
@@ -286,6 +308,11 @@ def export(
 )
 @click.option("--label-font", type=FILE, help="Font of visible labels; needed for letters beyond ASCII.")
 @click.option(
+    "--label", help="Text drawn on every frame of all sessions, such as AI-generated; callers cannot change it."
+)
+@watermark_options
+@signing_options("the provenance of every session")
+@click.option(
     "--api-key-file", type=FILE, help="File with the API keys of callers; read again when it changes. See `keys`."
 )
 @click.option("--admin-key-file", type=FILE, help="File with the key for the model's statistics and configuration.")
@@ -324,7 +351,7 @@ def serve(
 
     access = Access(api_key_file, admin_key_file, tls_certificate, tls_key, tls_client_ca)
     chosen = ServerOptions(artifacts, access=access, **options)
-    require_places(artifacts=artifacts, label_font=chosen.label_font, trace=chosen.trace)
+    require_places(artifacts=artifacts, label_font=chosen.label_font, watermark=chosen.watermark, trace=chosen.trace)
     ready = False
     as_json = chosen.log_format == "json"
     relay = LogRelay(sys.stderr, form=json_line if as_json else str)
@@ -376,6 +403,7 @@ def repository(profile: str, output: Path) -> None:
     help="fast: send the speech at once; realtime: as spoken, in chunks of 20 ms.",
 )
 @click.option("--label", default="", help="Text drawn on every frame, such as AI-generated.")
+@signing_options("the MP4 with a C2PA manifest")
 @connection_options
 @speech_options
 def stream(
@@ -389,6 +417,8 @@ def stream(
     seed: int,
     output: Path,
     frames_output: Path | None,
+    sign_certificate: Path | None,
+    sign_key: Path | None,
     **connection: Path | None,
 ) -> None:
     """Send speech to a server and write the video that it returns."""
@@ -397,6 +427,7 @@ def stream(
     from live_avatar_client.media import read_image_bytes
     from live_avatar_client.sync import AvatarSession
 
+    credentials = credentials_of(sign_certificate, sign_key)
     speech, picture = read_speeches(audio, masks), read_image_bytes(image)
     session = AvatarSession(
         url,
@@ -407,7 +438,10 @@ def stream(
         speakers=speech.speakers,
         **connection_arguments(**connection),
     )
-    with session_video(session, output, speech.track, frames_output) as video, frame_bar("video", video) as bar:
+    with (
+        session_video(session, output, speech.track, frames_output, credentials) as video,
+        frame_bar("video", video) as bar,
+    ):
         stats = stream_to_file(session, speech.samples, pace == "realtime", video, bar.update)
     say(f"Wrote {output} ({stats.frames} frames).")
     say(f"FPS {stats.fps:.1f}, TTFF {stats.ttff_s:.2f} s, audio-to-frame latency {stats.latency_p50_s:.2f} s")

@@ -1,6 +1,6 @@
 """One log line when a session starts and one when it ends: who made which video, with nothing of its content.
 
-With hashes the lines tie a video to a caller: `PROVENANCE` of the video carries the same picture and prompt hashes.
+The session's number ties a video to a caller: the video's provenance and its invisible mark carry the same number.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import logging
 import time
 from dataclasses import dataclass, field
 
+from live_avatar.watermark.key import Origin
+
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class SessionRecord:
-    """A session as the log shows it. session: Triton's sequence id. The hashes are SHA-256, hex."""
+    """A session as the log shows it. session: Triton's sequence id. number: what its video says of itself, in its
+    provenance and its invisible mark. The hashes are SHA-256, hex."""
 
     session: int
+    number: int
     key: str
     peer: str
     seed: int
@@ -51,7 +55,12 @@ class AuditLog:
         self._line(session, "refused", {"key": key, "peer": peer, "reason": reason})
 
     def _write(self, record: SessionRecord, event: str, facts: dict[str, object]) -> None:
-        who: dict[str, object] = {"key": record.key, "peer": record.peer, "seed": record.seed}
+        who: dict[str, object] = {
+            "key": record.key,
+            "session_number": Origin(0, record.number).session_text,
+            "peer": record.peer,
+            "seed": record.seed,
+        }
         if self._with_hashes:
             who |= {"picture_sha256": record.picture_sha256, "prompt_sha256": record.prompt_sha256}
         self._line(record.session, event, who | facts)

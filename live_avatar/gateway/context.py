@@ -18,7 +18,7 @@ from live_avatar.serving import metrics
 from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_settings import Limits
 from live_avatar.serving.options import OptionsReader
-from live_avatar.serving.served import Served
+from live_avatar.serving.provenance import ProvenanceWriter
 
 if TYPE_CHECKING:
     from live_avatar.gateway.sessions import Session
@@ -48,7 +48,7 @@ class SessionContext:
     options: OptionsReader
     meter: GatewayMeter
     audit: AuditLog
-    served: Served
+    provenance: ProvenanceWriter
     speakers: int
     limits: Limits
     frames: FramePool

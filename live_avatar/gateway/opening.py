@@ -18,7 +18,6 @@ from live_avatar.inputs.masks import check_masks
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.metrics import RefusalReason
-from live_avatar.serving.provenance import provenance
 from live_avatar.serving.tensors import (
     AVATAR_KEY,
     PROVENANCE_IN,
@@ -27,6 +26,7 @@ from live_avatar.serving.tensors import (
     SPEAKER_WEIGHTS,
     text_tensor,
 )
+from live_avatar.watermark.key import new_session
 from live_avatar_client.protocol import ErrorCode, FrameFormat
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,14 @@ async def open_session(context: SessionContext, caller: Caller, start: CallerReq
         raise
     novelty = "known" if known else "new"
     hashes = (source.picture_sha256, source.prompt_sha256)
-    record = SessionRecord(sequence, caller.name, caller.peer, chosen.seed, chosen.frame_format.value, novelty, *hashes)
+    number = new_session()
+    record = SessionRecord(
+        sequence, number, caller.name, caller.peer, chosen.seed, chosen.frame_format.value, novelty, *hashes
+    )
     context.meter.add(metrics.AVATARS_PREPARED, avatar=novelty)
     context.meter.add(metrics.SESSIONS_ADMITTED)
     context.audit.started(record)
-    tensors = _tensors(avatar, provenance(context.served, *hashes, chosen.seed))
+    tensors = _tensors(avatar, context.provenance.write(number, *hashes, chosen.seed))
     return Opening(record, tensors, chosen.frame_format)
 
 

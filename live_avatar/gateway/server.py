@@ -34,7 +34,9 @@ from live_avatar.serving.failures import PipeError
 from live_avatar.serving.gateway_settings import GatewaySettings
 from live_avatar.serving.health import listen
 from live_avatar.serving.options import OptionsReader
+from live_avatar.serving.provenance import ProvenanceWriter
 from live_avatar.serving.tensors import AVATAR_ENCODER
+from live_avatar.signing import read_signer
 from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
 
 log = logging.getLogger(__name__)
@@ -133,10 +135,10 @@ def session_context(settings: GatewaySettings) -> SessionContext:
         window=PipeWindow(settings.limits),
         admission=Admission(settings.limits),
         avatars=Avatars(make_avatar, settings.limits),
-        options=OptionsReader(settings.height, settings.width, settings.label_font),
+        options=OptionsReader(settings.height, settings.width, settings.label_font, settings.label),
         meter=meter,
         audit=AuditLog(settings.log_format == "json", settings.log_hashes),
-        served=settings.served,
+        provenance=_provenance(settings),
         speakers=settings.speakers,
         limits=settings.limits,
         control=Control(settings.control),
@@ -149,6 +151,12 @@ def session_context(settings: GatewaySettings) -> SessionContext:
     )
     context.report()
     return context
+
+
+def _provenance(settings: GatewaySettings) -> ProvenanceWriter:
+    certificate, key = settings.sign_certificate, settings.sign_key
+    signer = None if certificate is None or key is None else read_signer(certificate, key)
+    return ProvenanceWriter(settings.served, settings.operator, signer)
 
 
 def raise_file_limit() -> None:

@@ -148,7 +148,7 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
     async def _server_metadata(self, call: _Call) -> None:
         await call.read(service_pb2.ServerMetadataRequest)
-        version = self._context.served.version
+        version = self._context.provenance.served.version
         message = service_pb2.ServerMetadataResponse(name=SERVER_NAME, version=version, extensions=["sequence"])
         await call.write(message)
 
@@ -242,7 +242,7 @@ class GatewayService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         """What the model `status` says."""
         admission = self._context.admission
         is_draining = admission.phase is not Phase.SERVING
-        return asdict(self._context.served) | {"live_sessions": admission.live, "draining": is_draining}
+        return asdict(self._context.provenance.served) | {"live_sessions": admission.live, "draining": is_draining}
 
     # Keys
 

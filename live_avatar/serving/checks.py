@@ -7,7 +7,8 @@ import os
 import socket
 from pathlib import Path
 
-from live_avatar.errors import ServerError
+from live_avatar.config import StreamConfig
+from live_avatar.errors import ConfigError, ServerError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.memory import host_available_bytes, require_sessions
 from live_avatar.serving.gateway_settings import GatewaySettings, Limits, control_folder, metrics_socket, triton_target
@@ -23,7 +24,9 @@ from live_avatar.serving.profiles import (
 )
 from live_avatar.serving.served import Served
 from live_avatar.serving.server_options import ServerOptions
+from live_avatar.signing import read_signer
 from live_avatar.version import __version__
+from live_avatar.watermark.key import Origin, read_key
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,10 @@ def gateway_settings(options: ServerOptions, profile: Profile, scratch: Path) ->
         tls_key=_absolute(access.tls_key),
         tls_client_ca=_absolute(access.tls_client_ca),
         label_font=_absolute(options.label_font),
+        label=options.label,
+        operator=options.operator,
+        sign_certificate=_absolute(options.sign_certificate),
+        sign_key=_absolute(options.sign_key),
         log_format=options.log_format,
         log_hashes=options.log_hashes,
     )
@@ -100,6 +107,7 @@ def check(options: ServerOptions, profile: Profile) -> None:
     if profile.gpus:
         require_gpus(profile, gpu_count())
     _check_sessions(options, profile, artifacts)
+    _check_marking(options, artifacts.preset.stream)
     _check_ports(options)
     _check_trace(options)
 
@@ -135,6 +143,26 @@ def _check_ports(options: ServerOptions) -> None:
             ) from error
 
 
+def _check_marking(options: ServerOptions, stream: StreamConfig) -> None:
+    """Checks what the server puts on frames and signs."""
+    if options.label_font is not None or options.label is not None:
+        Label("A" if options.label is None else options.label, stream.height, stream.width, options.label_font)
+    require_both("--watermark", options.watermark, "--operator", options.operator)
+    require_both("--sign-certificate", options.sign_certificate, "--sign-key", options.sign_key)
+    if options.watermark is not None and options.operator is not None:
+        read_key(options.watermark)
+        Origin(options.operator, 0)
+    if options.sign_certificate is not None and options.sign_key is not None:
+        read_signer(options.sign_certificate, options.sign_key)
+
+
+def require_both(first: str, one: object, second: str, other: object) -> None:
+    """Raises `ConfigError` if one of two options is given without the other."""
+    for given, value, missing, without in ((first, one, second, other), (second, other, first, one)):
+        if value is not None and without is None:
+            raise ConfigError(f"{given} is {value}, but {missing} is not given; give both, or none.")
+
+
 def _check_trace(options: ServerOptions) -> None:
     if options.trace is not None:
         try:
@@ -149,8 +177,6 @@ def _check_sessions(options: ServerOptions, profile: Profile, artifacts: Artifac
         raise ServerError(
             f"--idle-seconds is {options.idle_seconds:g}; give {LEAST_IDLE_S:g} to {GREATEST_IDLE_S:g} seconds."
         )
-    if options.label_font is not None:
-        Label("A", artifacts.preset.stream.height, artifacts.preset.stream.width, options.label_font)
     if stages := [place.memory_stage for place in profile.on_cpu]:
         sessions, avatars, free = profile.max_sessions, profile.known_avatars, host_available_bytes()
         require_sessions(artifacts.preset, sessions, avatars, free, stages, artifacts.contracts)

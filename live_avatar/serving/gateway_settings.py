@@ -65,6 +65,10 @@ class GatewaySettings:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     label_font: Path | None = None
+    label: str | None = None
+    operator: int | None = None
+    sign_certificate: Path | None = None
+    sign_key: Path | None = None
     log_format: str = "plain"
     log_hashes: bool = False
 
@@ -77,7 +81,7 @@ class GatewaySettings:
         values["served"] = Served(**values["served"])
         values["limits"] = Limits(**values["limits"])
         for name, value in values.items():
-            if name == "control" or name.startswith(("tls_", "triton_")) or name.endswith(("_file", "_font")):
+            if name == "control" or name.startswith(("tls_", "triton_", "sign_")) or name.endswith(("_file", "_font")):
                 values[name] = None if value is None else Path(value)
         return cls(**values)
 

@@ -24,11 +24,14 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class OptionsReader:
-    """Reads the options of sessions whose frames have `height` x `width` pixels. label_font: None is the built-in."""
+    """Reads the options of sessions whose frames have `height` x `width` pixels. label_font: None is the built-in.
+    label: the operator's, which every session has in place of the caller's.
+    """
 
     height: int
     width: int
     label_font: Path | None = None
+    label: str | None = None
 
     def read(self, parameters: Mapping[str, object]) -> SessionOptions:
         """Raises `InputError` for a value of another type or out of bounds, or a label that cannot be drawn."""
@@ -41,7 +44,7 @@ class OptionsReader:
             protocol.MIN_JPEG_QUALITY,
             protocol.MAX_JPEG_QUALITY,
         )
-        text = _text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS)
+        text = self.label or _text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS)
         label = Label(text, self.height, self.width, self.label_font) if text else None
         return SessionOptions(seed, frame_format, quality, label)
 

@@ -379,6 +379,8 @@ def _environment(options: ServerOptions, control: Path) -> dict[str, str]:
         manifest=load_artifacts(options.artifacts).manifest_sha256,
         control=control,
         label_font=options.label_font and options.label_font.resolve(),
+        label=options.label,
+        watermark=options.watermark and options.watermark.resolve(),
         trace=options.trace and options.trace.resolve(),
         stage_floor_s=options.stage_floor_s,
         turns=turns_value(control.with_name("turn"), options.turns) if options.turns else None,

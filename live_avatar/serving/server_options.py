@@ -24,6 +24,9 @@ class ServerOptions:
     started again. log_format: plain or json. log_hashes: whether the log has the hashes of picture and prompt. trace: a
     folder for the busy intervals of the stages.
 
+    label: is on every frame of all sessions. watermark: the file with the key of the invisible mark, and operator: the
+    number in it. sign_certificate and sign_key: sign the provenance of sessions.
+
     For measurements: stage_floor_s is the least time that a stage takes for a block; turns are stages of which only
     one works at a time, as if they shared a processor.
     """
@@ -39,6 +42,11 @@ class ServerOptions:
     idle_seconds: float | None = None
     known_avatars: int | None = None
     label_font: Path | None = None
+    label: str | None = None
+    watermark: Path | None = None
+    operator: int | None = None
+    sign_certificate: Path | None = None
+    sign_key: Path | None = None
     known_avatar_seconds: float = 3600.0
     share_avatars: bool = False
     sessions_per_key: int | None = None

@@ -15,6 +15,10 @@ LABEL_FONT_VARIABLE = "LIVE_AVATAR_LABEL_FONT"
 """A font file for visible labels; unset for the built-in font."""
 MANIFEST_VARIABLE = "LIVE_AVATAR_MANIFEST"
 """SHA-256 of the manifest that the server was started with; unset to take any."""
+LABEL_VARIABLE = "LIVE_AVATAR_LABEL"
+"""A label that the operator puts on the frames of every session; unset for none."""
+WATERMARK_VARIABLE = "LIVE_AVATAR_WATERMARK"
+"""The file with the key of the invisible mark; unset for none."""
 TRACE_VARIABLE = "LIVE_AVATAR_TRACE"
 """A folder where each stage writes its busy intervals; unset for none."""
 FLOOR_VARIABLE = "LIVE_AVATAR_STAGE_FLOOR_S"
@@ -32,6 +36,8 @@ class StageSettings:
     manifest: str | None = None
     control: Path | None = None
     label_font: Path | None = None
+    label: str | None = None
+    watermark: Path | None = None
     trace: Path | None = None
     stage_floor_s: float = 0.0
     turns: str | None = None
@@ -43,6 +49,8 @@ class StageSettings:
             MANIFEST_VARIABLE: self.manifest,
             CONTROL_VARIABLE: self.control,
             LABEL_FONT_VARIABLE: self.label_font,
+            LABEL_VARIABLE: self.label,
+            WATERMARK_VARIABLE: self.watermark,
             TRACE_VARIABLE: self.trace,
             FLOOR_VARIABLE: self.stage_floor_s,
             TURNS_VARIABLE: self.turns,
@@ -61,6 +69,8 @@ class StageSettings:
             environment.get(MANIFEST_VARIABLE),
             path(CONTROL_VARIABLE),
             path(LABEL_FONT_VARIABLE),
+            environment.get(LABEL_VARIABLE),
+            path(WATERMARK_VARIABLE),
             path(TRACE_VARIABLE),
             float(environment.get(FLOOR_VARIABLE, "0")),
             environment.get(TURNS_VARIABLE),

@@ -51,7 +51,8 @@ from live_avatar.serving.tensors import (
 )
 from live_avatar.serving.trace import TraceWriter
 from live_avatar.serving.turns import turn_of
-from live_avatar.serving.vae_decoder import VAEDecoderStage
+from live_avatar.serving.vae_decoder import Marking, VAEDecoderStage
+from live_avatar.watermark.key import read_key
 from live_avatar_client.protocol import ErrorCode, SequenceFlag, format_error
 
 log = logging.getLogger(__name__)
@@ -346,7 +347,10 @@ class DenoiserModel(StageModel):
 
 class VAEDecoderModel(StageModel):
     def make_stage(self) -> Stage:
-        return VAEDecoderStage(self.runtime, self.meter, self.room, self.limits, self._settings.label_font)
+        settings = self._settings
+        key = None if settings.watermark is None else read_key(settings.watermark)
+        marking = Marking(key, settings.label, settings.label_font)
+        return VAEDecoderStage(self.runtime, self.meter, self.room, self.limits, marking)
 
 
 class RollingSinkModel(StageModel):

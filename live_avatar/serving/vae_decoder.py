@@ -9,21 +9,26 @@ import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from PIL import Image
 
 from live_avatar.arrays import Array
+from live_avatar.errors import InputError
 from live_avatar.pipeline.decoder import DecoderState, FrameDecoder
 from live_avatar.runtime import Runtime
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.metrics import Meter
 from live_avatar.serving.options import OptionsReader, SessionOptions
+from live_avatar.serving.provenance import origin_of
 from live_avatar.serving.resources import KnownAvatars, SessionRoom
 from live_avatar.serving.sessions import SessionLimits, SessionTable
 from live_avatar.serving.stage import PipeStage, StageRequest, StageResponse, expect_block
 from live_avatar.serving.tensors import AVATAR_KEY, LATENT, NO_BLOCK, RECEIVED_NS, SINK_MOTION
+from live_avatar.watermark.embed import Watermark
+from live_avatar.watermark.key import WatermarkKey
 from live_avatar_client import protocol
 from live_avatar_client.protocol import FrameFormat
 
@@ -33,11 +38,25 @@ FORWARDED = (protocol.FIRST_FRAME.name, protocol.PROVENANCE.name)
 that asks for these outputs alone."""
 
 
+@dataclass(frozen=True)
+class Marking:
+    """What an operator puts on all frames. key: of the invisible mark. label: the visible one."""
+
+    key: WatermarkKey | None = None
+    label: str | None = None
+    label_font: Path | None = None
+
+
+UNMARKED: Final = Marking()
+
+
 @dataclass
 class _Session:
     options: SessionOptions
     decoder: DecoderState
+    mark: Watermark | None
     blocks: int = 0
+    frames: int = 0
 
 
 class VAEDecoderStage(PipeStage[_Session]):
@@ -49,14 +68,15 @@ class VAEDecoderStage(PipeStage[_Session]):
         meter: Meter,
         room: SessionRoom,
         limits: SessionLimits,
-        label_font: Path | None = None,
+        marking: Marking = UNMARKED,
     ) -> None:
         super().__init__("vae_decoder", meter, SessionTable(limits.idle_s))
         self._stream = runtime.preset.stream
         self._decoder = FrameDecoder(runtime)
         self._room = room
         self._avatars: KnownAvatars[dict[str, Array]] = KnownAvatars(limits.known_avatars, meter)
-        self._options = OptionsReader(self._stream.height, self._stream.width, label_font)
+        self._options = OptionsReader(self._stream.height, self._stream.width, marking.label_font, marking.label)
+        self._key = marking.key
         self._no_frames = np.zeros((0, self._stream.height, self._stream.width, 3), dtype=np.uint8)
         meter.declare(metrics.FRAMES)
         meter.declare(metrics.LATENCY)
@@ -70,6 +90,9 @@ class VAEDecoderStage(PipeStage[_Session]):
             frames = self._decoder.decode(session.decoder, request.inputs[LATENT])
             if session.options.label is not None:
                 frames = session.options.label.draw(frames)
+            if session.mark is not None:
+                frames = session.mark.apply(frames, session.frames)
+            session.frames += len(frames)
         outputs = self._outputs(frames, session.options) | {name: request.inputs[name] for name in FORWARDED}
         self._count(session, frames, request)
         return StageResponse(outputs, block)
@@ -83,7 +106,17 @@ class VAEDecoderStage(PipeStage[_Session]):
         options = self._options.read(request.parameters)
         motion = request.inputs[SINK_MOTION]
         caches = self._avatars.get(request.inputs[AVATAR_KEY].tobytes(), lambda: self._decoder.warm_up(motion))
-        return self.sessions.open(request.session, lambda: _Session(options, DecoderState(caches)))
+        mark = self._mark(request.inputs[protocol.PROVENANCE.name].tobytes().decode())
+        return self.sessions.open(request.session, lambda: _Session(options, DecoderState(caches), mark))
+
+    def _mark(self, provenance: str) -> Watermark | None:
+        """The invisible mark of a session, with the numbers of its provenance; None if the server has no key."""
+        if self._key is None:
+            return None
+        origin = origin_of(provenance)
+        if origin is None:
+            raise InputError("PROVENANCE_IN has no operator, which the invisible mark needs; give --operator.")
+        return Watermark(self._key, origin, self._stream.height, self._stream.width)
 
     def _count(self, session: _Session, frames: Array, request: StageRequest) -> None:
         if not len(frames):

@@ -22,7 +22,22 @@ from live_avatar.cli.main import main
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server_options import ServerOptions
 
-COMMANDS = ("generate", "export", "serve", "stream", "say", "web", "talk", "repository", "doctor", "keys", "demo")
+COMMANDS = (
+    "generate",
+    "export",
+    "serve",
+    "stream",
+    "say",
+    "web",
+    "talk",
+    "repository",
+    "doctor",
+    "keys",
+    "demo",
+    "verify",
+    "watermark-key",
+    "signing-key",
+)
 SAMPLE_RATE_HZ = 16_000
 PATIENCE_S = 180.0
 NOBODY = 65_534

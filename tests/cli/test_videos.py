@@ -14,7 +14,10 @@ from live_avatar.arrays import Array
 from live_avatar.assets import SPEECH
 from live_avatar.config import TINY
 from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.watermark.embed import Watermark
+from live_avatar.watermark.key import Origin, read_key
 from live_avatar_client.media import read_speech
+from live_avatar_client.protocol import FRAMES_PER_BLOCK
 from tests.cli.conftest import SPEECH_SAMPLES
 from tests.cli.support import assert_refused, command, frames_of, invoke, run
 
@@ -155,3 +158,40 @@ def test_the_demo_from_end_to_end(tmp_path: Path, artifacts: Artifacts) -> None:
     assert figures["as_fast_as_it_goes"]["fps"] > 0
     assert 0 < figures["known_avatar"]["ttff_server_s"] < figures["new_avatar"]["ttff_server_s"]
     assert sorted(path.name for path in video.parent.iterdir()) == ["demo.mp4", "report.json", "trace.json"]
+
+
+def test_generate_marks_and_signs(
+    tmp_path: Path, generated: tuple[Path, Array], image: Path, artifacts: Artifacts
+) -> None:
+    """The frames of `generate` with the mark of the session that it names, in a video whose manifest is valid."""
+    folder, frames = generated
+    assert invoke("watermark-key", tmp_path / "key").exit_code == 0
+    assert invoke("signing-key", "studio", "--folder", tmp_path).exit_code == 0
+    files = ("--audio", folder / "speech.wav", "--image", image, "--output", tmp_path / "a.mp4")
+    options = ("--prompt", "hello", "--seed", 3, "--artifacts", artifacts.folder, "--frames-output", tmp_path / "a.npy")
+    marks = ("--watermark", tmp_path / "key", "--operator", 9)
+    signs = ("--sign-certificate", tmp_path / "studio.pem", "--sign-key", tmp_path / "studio.key")
+    result = invoke("generate", *files, *options, *marks, *signs)
+    assert result.exit_code == 0, result.stderr
+    session = int(result.stdout.split("session ")[1][:12], 16)
+    mark = Watermark(read_key(tmp_path / "key"), Origin(9, session), TINY.stream.height, TINY.stream.width)
+    blocks = range(0, len(frames), FRAMES_PER_BLOCK)
+    expected = np.concatenate([mark.apply(frames[first : first + FRAMES_PER_BLOCK], first) for first in blocks])
+    assert np.array_equal(np.load(tmp_path / "a.npy"), expected)
+    report = json.loads(invoke("verify", tmp_path / "a.mp4", "--trust", tmp_path / "studio-ca.pem", "--json").stdout)
+    assert report["manifest"]["state"] == "trusted"
+    assert report["claims"]["artifacts"] == artifacts.fingerprint
+    assert report["claims"]["session_number"] == f"{session:012x}"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--operator", 3), "--watermark and --operator go together; give both, or none"),
+        (("--sign-key", "key"), "--sign-certificate and --sign-key go together; give both, or none"),
+        (("--operator", 70_000, "--watermark", "key"), "70000 is not in the range 0<=x<=65535"),
+    ],
+)
+def test_half_of_a_mark_is_refused(inputs: Path, image: Path, options: tuple[object, ...], words: str) -> None:
+    files = ("--audio", inputs / "speech.wav", "--image", image, "--output", inputs / "none.mp4")
+    assert_refused(invoke("generate", *files, *options), words)

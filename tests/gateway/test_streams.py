@@ -28,6 +28,7 @@ from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving.control import Control
 from live_avatar.serving.gateway_settings import Limits
 from live_avatar.serving.options import OptionsReader
+from live_avatar.serving.provenance import ProvenanceWriter
 from live_avatar.serving.served import Served
 from live_avatar_client.protocol import BLOCK_SAMPLES
 
@@ -99,7 +100,7 @@ def context(at_once: bool = True, size: int = 64, **changes: Any) -> tuple[Sessi
         options=OptionsReader(size, size),
         meter=GatewayMeter(Served("1", "tiny", "f", "cpu", 3)),
         audit=AuditLog(as_json=False, with_hashes=False),
-        served=Served("1", "tiny", "f", "cpu", 3),
+        provenance=ProvenanceWriter(Served("1", "tiny", "f", "cpu", 3)),
         speakers=1,
         limits=limits,
         control=Control(None),

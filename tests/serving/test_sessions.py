@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -272,6 +273,7 @@ def test_provenance_says_what_made_the_video(url: str, artifacts: Artifacts, pic
     assert session.provenance is not None
     made = dict(session.provenance)
     assert "T" in made.pop("created")
+    assert re.fullmatch("[0-9a-f]{12}", made.pop("session_number"))
     assert made == {
         "generator": "Live Avatar on Triton",
         "version": __version__,
