@@ -23,7 +23,6 @@ from live_avatar.serving.server import TritonServer
 from live_avatar_client.errors import InvalidInput
 from live_avatar_client.web.options import TextToSpeech, WebOptions
 from live_avatar_client.web.protocol import VERSION
-from live_avatar_client.web.resampling import StreamResampler
 from perf.page import page_of
 from tests.cli.support import tone
 from tests.support.certificates import CertificateFolder
@@ -260,22 +259,3 @@ def test_an_endpoint_that_fails_is_told_and_the_conversation_goes_on(server: Tri
                 error = asyncio.run(visit(page))
             assert not error["ends"]
             assert words in error["message"]
-
-
-@pytest.mark.parametrize("rate_hz", [8_000, 22_050, 24_000, 44_100, 48_000, 96_000])
-def test_resampling_in_chunks_equals_the_whole_and_keeps_a_tone(rate_hz: int):
-    sound = (tone(1.0, rate_hz) * 20_000).astype(np.int16)
-    whole = StreamResampler(rate_hz, 16_000)
-    expected = np.concatenate([whole.add(sound), whole.finish()])
-    parts, chunked = [], StreamResampler(rate_hz, 16_000)
-    for start in range(0, len(sound), 331):
-        parts.append(chunked.add(sound[start : start + 331]))
-    np.testing.assert_array_equal(np.concatenate([*parts, chunked.finish()]), expected)
-    assert len(expected) == 16_000
-    np.testing.assert_allclose(expected[200:15_800], (tone(1.0, 16_000) * 20_000)[200:15_800], atol=20)
-
-
-def test_resampling_takes_away_what_the_lower_rate_cannot_have():
-    high = (np.sin(np.arange(48_000) * 2 * np.pi * 10_000 / 48_000) * 20_000).astype(np.int16)
-    resampler = StreamResampler(48_000, 16_000)
-    assert np.abs(resampler.add(high)[200:]).max() < 20

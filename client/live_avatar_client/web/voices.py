@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator
 from typing import Any, Final, Protocol
 
 import numpy as np
+import soxr
 
 from ..cutter import Samples
 from ..errors import AvatarError, InvalidInput
 from ..protocol import SAMPLE_RATE_HZ
 from .options import TextToSpeech, WebOptions
 from .protocol import MAX_TEXT_CHARS
-from .resampling import StreamResampler
 
 _ESPEAK_S: Final = 20.0
 _ENDPOINT_S: Final = 30.0
@@ -89,7 +89,8 @@ class Endpoint:
         self._options = options
 
     async def speech(self, text: str) -> AsyncIterator[Samples]:
-        resampler, rest, size = StreamResampler(_ENDPOINT_RATE_HZ, SAMPLE_RATE_HZ), b"", 0
+        resampler = soxr.ResampleStream(_ENDPOINT_RATE_HZ, SAMPLE_RATE_HZ, 1, dtype="int16")
+        rest, size = b"", 0
         answer = await self._try(self._request, text)
         try:
             while data := await self._try(answer.read1, _CHUNK_BYTES):
@@ -99,8 +100,8 @@ class Endpoint:
                 whole = (len(rest) + len(data)) // 2 * 2
                 data = rest + data
                 rest = data[whole:]
-                yield resampler.add(np.frombuffer(data[:whole], "<i2"))
-            yield resampler.finish()
+                yield resampler.resample_chunk(np.frombuffer(data[:whole], "<i2"))
+            yield resampler.resample_chunk(np.zeros(0, np.int16), last=True)
         finally:
             answer.close()
         if not size:
