@@ -136,14 +136,16 @@ def generate(
         raise click.UsageError(f"--artifacts already fixes {', '.join(given)}; leave that out")
     markings, credentials = Markings.read(watermark, operator), credentials_of(sign_certificate, sign_key)
     speech, picture = read_speeches(audio, masks), read_image_bytes(image)
-    runtime = _runtime(artifacts, model)
-    fingerprint = None if artifacts is None else _artifacts_of(artifacts, None).fingerprint
-    metadata = markings.metadata(runtime.preset.name, fingerprint, picture, prompt, seed)
+
+    def metadata() -> dict[str, str]:
+        fingerprint = None if artifacts is None else _artifacts_of(artifacts, None).fingerprint
+        return markings.metadata(generator.preset.name, fingerprint, picture, prompt, seed)
+
     with (
         SpeechVideo(output, speech.track, frames_output, metadata=metadata, credentials=credentials) as video,
         frame_bar("video", video) as bar,
     ):
-        generator = Generator(runtime)
+        generator = Generator(_runtime(artifacts, model))
         if warning := crop_warning(picture, generator.preset.stream.height, generator.preset.stream.width):
             click.echo(f"Warning: {warning}", err=True)
         for block in generator.generate(picture, prompt, seed, speech.samples, speech.masks):

@@ -19,6 +19,7 @@ from tests.k8s.dockerfile import arguments_of, context, instructions, is_ignored
 from tests.k8s.manifests import K8S, ROOT, build, pod_of, server_of, workloads
 from tests.k8s.programs import tool
 
+PAGE = {".css", ".html", ".js", ".svg"}  # of the client's web server
 CPU, GPU, RTX = (ROOT / "docker" / name for name in ("cpu.Dockerfile", "Dockerfile", "rtx.Dockerfile"))
 EACH = pytest.mark.parametrize("path", [CPU, GPU, RTX], ids=lambda path: path.name)
 
@@ -98,7 +99,7 @@ def test_an_image_gets_code_and_nothing_else():
     shipped = {file for file in files if file.suffix == ".safetensors"}
     assert {file.parent.as_posix() for file in shipped} == {"live_avatar/assets/tiny"}
     code = [file for file in files if file not in shipped]
-    assert {file.suffix for file in code} <= {"", ".md", ".pbtxt", ".png", ".py", ".toml", ".typed", ".wav"}
+    assert {file.suffix for file in code} <= {"", ".md", ".pbtxt", ".png", ".py", ".toml", ".typed", ".wav"} | PAGE
     assert sum((ROOT / file).stat().st_size for file in code) < 4 * 2**20
 
 
@@ -160,7 +161,7 @@ def test_the_image_for_gpus_has_the_bindings_of_its_own_tensorrt():
 def test_an_extra_that_is_not_offered_is_refused():
     result = required("--extra", "tensorflow")
     assert result.returncode == 2
-    assert "--extra tensorflow: there is none; choose dev, tensorrt, tensorrt-rtx, training." in result.stderr
+    assert "--extra tensorflow: there is none; choose dev, tensorrt, tensorrt-rtx, training, web." in result.stderr
 
 
 def test_a_name_that_nobody_needs_is_refused():
