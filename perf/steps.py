@@ -104,12 +104,14 @@ def rollout(checkpoint: Checkpoint, inputs: Mapping[str, Array]) -> list[Array]:
     denoiser = Denoiser(runtime, all_steps(stream.steps))
     state = denoiser.open(denoiser.prefill(source))
     tokens = runtime.graph("audio_tokens")
+    weight = np.ones((1, stream.frames_per_block, stream.frame_tokens), dtype=np.float32)
     clean: list[Array] = []
     for block in range(sum(name.startswith("in/noise/") for name in inputs)):
         if takes_sink(block, stream):
             state.sink = denoiser.prefill(source.replaced(first_latent_frame(clean[0])))
         columns = slice(block * stream.block_frames, (block + 1) * stream.block_frames)
-        audio = tokens.run({"states": inputs["in/audio"][0, :, :, columns]})
+        spoken = tokens.run({"states": inputs["in/audio"][0, :, :, columns]})
+        audio = {name: made[None] for name, made in spoken.items()} | {"audio_weight": weight}
         clean.append(denoiser.run(state, inputs[f"in/noise/block{block}"][None], audio))
     return clean
 
