@@ -128,6 +128,7 @@ def _converse(
             begun_s.append(time.monotonic())
             for chunk in say():
                 session.send(chunk)
+            time.sleep(max(0.0, begun_s[-1] + SPEECH_S - time.monotonic()))  # until it is played
         time.sleep(IDLE_S[0])
         session.end()
         return turns(blocks.result(), begun_s)
