@@ -101,6 +101,15 @@ def web(
 
     for portrait in portraits:
         read_image_bytes(portrait)
+    faces = {portrait.stem: portrait for portrait in portraits}
+    if len(faces) < len(portraits):
+        raise click.UsageError(
+            f"{len(portraits)} portraits have {len(faces)} names ({', '.join(faces)}); name each file differently"
+        )
+    if odd := [name for name in faces if set(name) & set("{}/?#%")]:
+        raise click.UsageError(f"the portrait {odd[0]!r} cannot be part of an address; name the file without {{}}?#%")
+    if speech_url is None and speech_key_file is not None:
+        raise click.UsageError("--speech-key-file is for --speech-url; give both, or none")
     endpoint = None
     if speech_url is not None:
         key = None if speech_key_file is None else read_key(speech_key_file)
@@ -110,7 +119,7 @@ def web(
             url,
             **connection_arguments(api_key_file, tls_ca, tls_certificate, tls_key),
             visitor_key=None if visitor_key_file is None else read_key(visitor_key_file),
-            portraits={portrait.stem: portrait for portrait in portraits} or PORTRAITS,
+            portraits=faces or PORTRAITS,
             text_to_speech=endpoint,
             **options,
         )

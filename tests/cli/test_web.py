@@ -41,7 +41,7 @@ def test_say_refuses_in_a_sentence(words: list[str], sentence: str, image: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_web_refuses_in_a_sentence(tmp_path: Path):
+def test_web_refuses_in_a_sentence(image: Path, tmp_path: Path):
     key = tmp_path / "key"
     key.write_text("x" * 32)
     (tmp_path / "no.png").write_text("no picture")
@@ -51,6 +51,14 @@ def test_web_refuses_in_a_sentence(tmp_path: Path):
     assert_refused(invoke("web", "--portrait", tmp_path / "no.png"), "which is no PNG, JPEG or WebP file")
     assert_refused(invoke("web", "--url", "https://a:1"), "has the scheme 'https', but frames are streamed over gRPC")
     assert_refused(invoke("web", "--speech-url", "file:///etc/passwd"), "is not http:// or https://")
+    assert_refused(invoke("web", "--speech-key-file", key), "--speech-key-file is for --speech-url; give both, or none")
+    same, odd = tmp_path / "other" / image.name, tmp_path / "a{b}.png"
+    same.parent.mkdir()
+    for copy in (same, odd):
+        copy.write_bytes(image.read_bytes())
+    words = ("--portrait", image, "--portrait", same)
+    assert_refused(invoke("web", *words), f"2 portraits have 1 names ({image.stem}); name each file differently")
+    assert_refused(invoke("web", "--portrait", odd), "the portrait 'a{b}' cannot be part of an address")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert_refused(invoke("web", "--port", port), f"cannot listen on 127.0.0.1 port {port}: Address already in use")
