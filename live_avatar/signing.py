@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -28,6 +28,8 @@ SIGNATURE: Final = "signature"
 """The field of a statement that holds its signature."""
 MOST_CERTIFICATES: Final = 5
 TRIAL_DAYS: Final = 365
+MAX_NAME_CHARS: Final = 50
+"""A name in a certificate has at most 64, and that of the authority is longer."""
 BEFORE: Final = dt.timedelta(hours=1)
 """How long before it is made a certificate is valid: clocks differ."""
 _HASH: Final = hashes.SHA256()
@@ -105,7 +107,7 @@ def verdict(statement: Mapping[str, Any], authorities: Sequence[x509.Certificate
         if not isinstance(public, ec.EllipticCurvePublicKey):
             return Verdict(Standing.INVALID)
         public.verify(value, _canonical(statement), ec.ECDSA(_HASH))
-    except (InvalidSignature, ValueError, KeyError, TypeError):
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, KeyError, TypeError):
         return Verdict(Standing.INVALID)
     signer = _name(chain[0])
     try:
@@ -119,10 +121,16 @@ def verdict(statement: Mapping[str, Any], authorities: Sequence[x509.Certificate
 def make_pair(name: str, folder: Path) -> tuple[Path, Path, Path]:
     """Writes a certificate with its key, and the authority's certificate: NAME.pem, NAME.key, NAME-ca.pem.
 
-    The authority's key is thrown away, so it certifies nothing else. Raises `SigningError` if a file is there already
-    or cannot be written.
+    The authority's key is thrown away, so it certifies nothing else. Raises `SigningError` for a name that no
+    certificate can have, and if a file is there already or cannot be written.
     """
+    if not 1 <= len(name) <= MAX_NAME_CHARS or "/" in name or not name.isprintable():
+        raise SigningError(
+            f"the name {name[:60]!r} does not fit; give 1 to {MAX_NAME_CHARS} printable characters without a slash."
+        )
     paths = folder / f"{name}.pem", folder / f"{name}.key", folder / f"{name}-ca.pem"
+    if existing := [path for path in paths if path.exists()]:
+        raise SigningError(f"{existing[0]} exists; give another name, or remove it.")
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = _certificate(f"{name} (authority)", authority_key, None, authority_key)
     own = _certificate(name, key, authority, authority_key)
@@ -193,7 +201,7 @@ def _is_issued(certificate: x509.Certificate, issuer: x509.Certificate | None = 
     try:
         certificate.verify_directly_issued_by(issuer)
         constraints = issuer.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
         return False
     return constraints.ca
 

@@ -109,3 +109,22 @@ def test_other_kinds_of_keys_are_refused(pair: tuple[Path, Path, Path], tmp_path
         (tmp_path / "key").write_bytes(content)
         with pytest.raises(SigningError, match=words):
             read_signer(pair[0], tmp_path / "key")
+
+
+@pytest.mark.parametrize("name", ["", "a" * 51, "a/b", "a\nb"])
+def test_a_name_that_no_certificate_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SigningError, match="does not fit; give 1 to 50 printable characters without a slash"):
+        make_pair(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "studio-ca.pem").touch()
+    with pytest.raises(SigningError, match=r"studio-ca\.pem exists; give another name"):
+        make_pair("studio", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["studio-ca.pem"]
+
+
+def test_the_longest_name_makes_a_pair(tmp_path: Path) -> None:
+    certificate, key, _ = make_pair("a" * 50, tmp_path)
+    read_signer(certificate, key)
