@@ -98,12 +98,14 @@ class ManifestState(StrEnum):
 @dataclass(frozen=True)
 class Manifest:
     """What the C2PA manifest of a file says. signer: the name in its certificate. provenance: the server's statement,
-    empty without one. problems: codes and sentences of what is wrong, of the library."""
+    empty without one. is_ai: it says that an AI made the file. problems: codes and sentences of what is wrong, of the
+    library."""
 
     state: ManifestState
     signer: str = ""
     generator: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    is_ai: bool = False
     problems: tuple[str, ...] = ()
 
 
@@ -136,8 +138,15 @@ def _manifest(store: dict[str, Any], validation: str | None) -> Manifest:
         str(signature.get("common_name") or signature.get("issuer") or ""),
         " ".join(str(generators[0][name]) for name in ("name", "version") if name in generators[0]),
         provenance[0] if provenance and isinstance(provenance[0], dict) else {},
+        any(action.get("digitalSourceType") == AI_GENERATED for action in _actions(active)),
         tuple(f"{one['code']}: {one.get('explanation', '')}" for one in store.get("validation_status", [])),
     )
+
+
+def _actions(active: dict[str, Any]) -> list[dict[str, Any]]:
+    labels = ("c2pa.actions", "c2pa.actions.v2")
+    assertions = [one["data"] for one in active.get("assertions", []) if one.get("label") in labels]
+    return [action for data in assertions for action in data.get("actions", [])]
 
 
 def _kind(path: Path) -> str | None:

@@ -69,7 +69,7 @@ def examine(path: Path, key: Path | None, trust: Path | None) -> Report:
     secret = None if key is None else read_key(key)
     authorities = [] if trust is None else read_authorities(trust)
     seen = read_frames(path)
-    manifest = read_manifest(path, None if trust is None else trust.read_text())
+    manifest = read_manifest(path, None if trust is None else trust.read_text(errors="replace"))
     entries = _metadata(path)
     claims = (manifest.provenance if manifest else {}) or _object(entries.get("description", ""))
     claims = claims if "generator" in claims else {}
@@ -205,8 +205,10 @@ def _verdict(report: Report) -> str:
         return (
             f"This video was made by AI, by the server of operator {origin.operator} in session {origin.session_text}."
         )
-    if report.exit_code == PROVEN:
-        return "This video was made by AI, as its signed manifest shows."
+    if report.exit_code == PROVEN and report.manifest is not None:
+        if report.manifest.is_ai:
+            return "This file was made by AI, as its signed manifest shows."
+        return "The signed manifest shows who signed this file; it does not say that AI made it."
     if report.statement.standing is Standing.TRUSTED:
         return "The server's statement is genuine, but nothing ties it to this video; it may be copied from another."
     return "Nothing here shows where this file comes from."

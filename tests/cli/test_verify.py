@@ -18,6 +18,7 @@ from live_avatar.serving.served import Served
 from live_avatar.signing import make_pair, read_signer
 from live_avatar.watermark.embed import Watermark
 from live_avatar.watermark.key import Origin, read_key
+from live_avatar_client import credentials
 from live_avatar_client.credentials import ContentCredentials
 from live_avatar_client.errors import MediaError
 from live_avatar_client.media import Mp4Writer, provenance_metadata
@@ -82,6 +83,19 @@ def test_the_librarys_own_reader_finds_the_manifest_valid(studio: Studio) -> Non
     statement = next(one["data"] for one in manifest["assertions"] if one["label"] == "org.live-avatar.provenance")
     assert statement["session_number"] == "000000000abc"
     assert statement["signature"]["value"]
+
+
+def test_a_manifest_that_names_no_ai_is_not_taken_for_one(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a camera."""
+    with monkeypatch.context() as camera:
+        camera.setattr(credentials, "AI_GENERATED", "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture")
+        photographed = studio.write("camera.mp4", ContentCredentials(*studio.pair))
+    code, said = verified(photographed, "--trust", studio.authority)
+    assert code == 0
+    assert said.endswith("shows who signed this file; it does not say that AI made it.\n")
+    assert verified(studio.video, "--trust", studio.authority)[1].endswith(
+        "made by AI, as its signed manifest shows.\n"
+    )
 
 
 def test_json_is_for_machines(studio: Studio) -> None:
