@@ -108,10 +108,69 @@ def shard(network: CausalDiT) -> Unit:
     if world() > 1:
         from torch.distributed.fsdp import fully_shard
 
-        # A unit may return a view. torch warns of writes into one, and nothing here writes into it.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        _allow_views()
         fully_shard(unit)
     return unit
+
+
+def shard_layers(network: CausalDiT, ranks: int) -> Unit:
+    """The network as a unit, of which only the layers in use are whole; it may be on the meta device.
+
+    ranks: number of processes that share one copy. Their parameters stay in their own types, and gradients are summed
+    in float32. The modulation of each layer is left whole: it is small, frozen and used out of its layer's forward
+    pass. All processes must make the same passes.
+    """
+    unit = Unit(network)
+    if world() == 1:
+        return unit
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    _allow_views()
+    injector = network.audio_injector
+    layers, attentions = list(network.layers), list(injector.injector)
+    outside = [network.text_embedding, network.time_embedding, network.time_projection, network.frame_packer]
+    options: dict[str, Any] = {
+        "mesh": _mesh(ranks),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "ignored_params": {layer.modulation for layer in layers},
+    }
+    for part in (*layers, *attentions, *injector.injector_adain_layers, *outside, network.casual_audio_encoder):
+        fully_shard(part, **options)
+    for parts, method in ((layers, "text_kv"), (attentions, "across")):
+        for part in parts:
+            register_fsdp_forward_method(part, method)
+    fully_shard(unit, **options)
+    return unit
+
+
+def _allow_views() -> None:
+    """A unit may return a view. torch warns of writes into one, and nothing here writes into it."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+def _mesh(ranks: int) -> Any:
+    """Processes in groups of `ranks`, each with one copy. Raises `ConfigError` if they cannot be split evenly."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if world() % ranks:
+        raise ConfigError(
+            f"{world()} processes cannot be split evenly into groups of {ranks}, which share one copy of the base; set "
+            "shard_ranks to a divisor of their number."
+        )
+    if ranks == world():
+        return init_device_mesh(device().type, (ranks,))
+    return init_device_mesh(device().type, (world() // ranks, ranks))
+
+
+def fill(held: Tensor, whole: Tensor) -> None:
+    """Copies a whole tensor into one that may be sharded: each process takes its own part."""
+    local = to_local(held)
+    if local is not held:
+        mesh = cast(Any, held).device_mesh
+        parts = whole.chunk(mesh.size(-1))
+        own = mesh.get_local_rank(-1) if mesh.ndim > 1 else mesh.get_local_rank()
+        whole = parts[own] if own < len(parts) else whole[:0]
+    local.copy_(whole)
 
 
 def gathered(state: T) -> T:

@@ -135,13 +135,18 @@ class Roller:
             share = self.rules.history_noise * torch.rand((), generator=draw).item()
             noise = torch.randn(latent.shape, generator=draw).to(latent)
             _, written = run(mixed(latent, noise, share), level, cache)
-        cache.append([(key.detach(), value.detach()) for key, value in written])
+        self._append(cache, [(key.detach(), value.detach()) for key, value in written])
 
     def _remember_clean(self, caches: list[list[KV]], run: Pass, clean: Tensor) -> None:
         """Writes a block's clean latents into every step's cache, with one more pass."""
         _, written = run(clean, 0.0, caches[0])
         for cache in caches:
-            cache.append(written)
+            self._append(cache, written)
+
+    def _append(self, cache: list[KV], written: KV) -> None:
+        """Adds a block to a cache, and frees what no later block sees."""
+        cache.append(written)
+        del cache[: -self.window.stream.past_blocks]
 
     def _finished(self, run: Pass, latent: Tensor, velocity: Tensor, exit_step: int) -> Tensor:
         """The first block after all steps: clean latents replace the sink at every exit step."""

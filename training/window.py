@@ -168,7 +168,7 @@ class Window:
         conditions = Conditions(
             scene.text,
             self._sink(scene, index),
-            self._history(scene, past),
+            past[-self.stream.past_blocks :],
             scene.audio(index * size, (index + 1) * size),
         )
         return dit.denoise(
@@ -182,7 +182,7 @@ class Window:
     def whole(self, dit: CausalDiT, scene: Scene, place: Place, latents: Tensor, level: float) -> Tensor:
         """Velocity [1, 16, F, h, w] of all frames of the window together, at one level: the bidirectional teacher."""
         first = place.first_block * self.stream.frames_per_block
-        conditions = Conditions(scene.text, scene.sink, self._history(scene, []), scene.audio(0, self.frames))
+        conditions = Conditions(scene.text, scene.sink, (), scene.audio(0, self.frames))
         velocity, _ = dit.denoise(
             latents,
             conditions,
@@ -199,14 +199,6 @@ class Window:
     def _sink(self, scene: Scene, index: int) -> KV:
         late = self.late_index is not None and index >= self.late_index and scene.late_sink
         return scene.late_sink if late else scene.sink
-
-    def _history(self, scene: Scene, past: Sequence[KV]) -> KV:
-        """Keys and values of the last blocks in every layer; without tokens if there are none."""
-        seen = past[-self.stream.past_blocks :]
-        if not seen:
-            return [(key[:, :, :0], value[:, :, :0]) for key, value in scene.sink]
-        layers = zip(*seen, strict=True)
-        return [(torch.cat([k for k, _ in layer], dim=2), torch.cat([v for _, v in layer], dim=2)) for layer in layers]
 
     def _sink_turn(self, first_frame: int, distance: int) -> Tensor:
         position = rope.sink_position(first_frame, distance) if self._rolls else rope.REFERENCE_POSITION

@@ -160,7 +160,7 @@ class DiT(nn.Module):
         audio = AudioTokens(audio_local, audio_global, audio_weight.flatten(1, 2)[..., None])
         patches, written = self.dit(
             tokens.flatten(0, 1)[None],
-            Conditions(text, sink, history, audio),
+            Conditions(text, sink, [history], audio),
             Modulation(modulation, head_modulation),
             phase.flatten(1, 2),
             sink_turn,

@@ -53,6 +53,11 @@ class Attention(nn.Module):
         value = self.value(x)
         return self.key(x).to(value.dtype), value
 
+    def across(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Attention of x [B, L, C] to other tokens [B, M, C], without positions -> [B, L, C]."""
+        key, value = self.key_value(tokens)
+        return self.forward(self.query(x), key, value)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries [B, N, L, D] over keys and values [B, N, M, D] -> [B, L, C], no mask."""
         return self.o(_joined(attend(query, key, value)))

@@ -135,8 +135,7 @@ class AudioInjector(nn.Module):
     def _residual(self, injector: int, frames: Tensor, local: Tensor, global_tokens: Tensor) -> Tensor:
         attention = cast(Attention, self.injector[injector])
         normed = cast(AdaIN, self.injector_adain_layers[injector])(frames, global_tokens)
-        key, value = attention.key_value(local)
-        return attention(attention.query(normed), key, value)
+        return attention.across(normed, local)
 
     def forward(self, layer: int, x: Tensor, audio: AudioTokens) -> Tensor:
         """x [1, F * S, C] -> the same with each speaker's residual added by its weight."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -35,13 +36,13 @@ class Modulation:
 class Conditions:
     """What tokens attend to beside themselves, as keys and values of every layer, and the audio that moves them.
 
-    sink: keys rotated to their positions in the prefill. history: rotated keys of the past blocks. Both may have no
-    tokens (L = 0). audio: None moves nothing.
+    sink: keys rotated to their positions in the prefill. history: rotated keys of the past blocks, in one or several
+    parts. Both may have no tokens (L = 0). audio: None moves nothing.
     """
 
     text: KV
     sink: KV
-    history: KV
+    history: Sequence[KV]
     audio: AudioTokens | None = None
 
 
@@ -64,6 +65,10 @@ class TransformerBlock(nn.Module):
             nn.GELU(approximate="tanh"),
             Linear(config.ffn_dim, config.dim),
         )
+
+    def text_kv(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded text [1, text_len, C] -> this layer's text keys and values."""
+        return self.cross_attn.key_value(embedded)
 
     def forward(
         self,
@@ -145,7 +150,7 @@ class CausalDiT(nn.Module):
         The padding rows go through the embedding and take part unmasked (quirk Q2, matched).
         """
         embedded = self.text_embedding(text)[None]
-        return [block.cross_attn.key_value(embedded) for block in self.layers]
+        return [block.text_kv(embedded) for block in self.layers]
 
     def noisy_tokens(self, latent: Tensor, pose: Tensor | None) -> Tensor:
         """[1, 16, F, h, w] -> [1, F * S, C]; without pose the pose branch still adds its bias (Q3)."""
@@ -171,7 +176,7 @@ class CausalDiT(nn.Module):
         written: KV = []
         for layer, block in enumerate(self.layers):
             sink_key, sink_value = conditions.sink[layer]
-            past = [conditions.history[layer], (rotate(sink_key, sink_turn), sink_value)]
+            past = [*(part[layer] for part in conditions.history), (rotate(sink_key, sink_turn), sink_value)]
             x, key_value = block(x, modulation.layers[layer], phase, conditions.text[layer], past)
             if conditions.audio is not None:
                 x = self.audio_injector(layer, x, conditions.audio)
@@ -185,7 +190,7 @@ class CausalDiT(nn.Module):
         by it. The released code rotates them later (quirk Q6), which is the same, because rotations add up.
         """
         nothing = [(key[:, :, :0], value[:, :, :0]) for key, value in text]
-        conditions = Conditions(text, nothing, nothing)
+        conditions = Conditions(text, nothing, ())
         return self(self.sink_tokens(reference, motion), conditions, modulation, phase, phase[:, :0])[1]
 
     def denoise(

@@ -94,7 +94,7 @@ class Trace:
         position = rope.sink_position(block * self.geometry.frames, distance)
         velocity, written = self.dit.denoise(
             latent,
-            Conditions(self.text, self.sink, self.history(block), audio),
+            Conditions(self.text, self.sink, [self.history(block)], audio),
             self.dit.modulation(self.timestep),
             self.geometry.block_phase(block),
             self.geometry.sink_turn(position),

@@ -101,7 +101,7 @@ def streamed(session: Session) -> list[Tensor]:
     for block, (latent, audio) in enumerate(zip(session.latents, session.audio, strict=True)):
         held = [torch.from_numpy(array) for array in ring.history().values()]
         history = list(zip(held[::2], held[1::2], strict=True))
-        conditions = Conditions(session.text, session.sink, history, audio)
+        conditions = Conditions(session.text, session.sink, [history], audio)
         phase = session.phase(block * frames, frames)
         velocity, written = session.dit.denoise(latent, conditions, session.modulation, phase, session.turn(block))
         flat = [tensor.numpy() for pair in written for tensor in pair]
