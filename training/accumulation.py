@@ -6,10 +6,12 @@ All blocks share the scene. It is detached: gradients accumulate there and flow 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from training.distributed import Unit
+from training.roles import Role
 from training.rollout import Roller, Rollout, RolloutInput
 from training.window import Scene
 
@@ -33,19 +35,16 @@ class Cut:
         torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
 
 
-def backward_by_blocks(roller: Roller, unit: Unit, given: RolloutInput, made: Rollout, gradient: Tensor) -> None:
+def backward_by_blocks(roller: Roller, dit: Role, given: RolloutInput, made: Rollout, gradient: Tensor) -> None:
     """Adds the parameters' gradients of a loss that has this gradient, [1, 16, F, h, w], at the latents.
 
     `made` is the rollout of `given` without graph; the passes of its exit step are run again, one by one.
     """
     window, place, step = roller.window, given.place, given.exit_step
-    cut = Cut(unit(lambda dit: window.open(dit, given.clip, made.late)))
+    cut = Cut(dit(lambda network: window.open(network, given.clip, made.late)))
     for index, part in enumerate(window.blocks_of(gradient)):
         latent, past = made.inputs[index], made.written[:index]
-        velocity = unit(
-            lambda dit, index=index, latent=latent, past=past: window.block(
-                dit, cut.scene, place, index, latent, roller.levels[step], past
-            )[0]
-        )
+        run = partial(window.block, scene=cut.scene, place=place, index=index, level=roller.levels[step])
+        velocity, _ = dit(partial(run, latent=latent, past=past))
         roller.predicted(latent, velocity, step).backward(part)
     cut.flow_back()

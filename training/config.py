@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from live_avatar.config import TEMPORAL_STRIDE, Preset, preset
+from live_avatar.config import S2V_14B, TEMPORAL_STRIDE, Preset, preset
 from live_avatar.errors import ConfigError
+from live_avatar.weights.checkpoint import open_checkpoint
+from live_avatar.weights.tensors import Checkpoint
 
 
 def _expect(config: Any, key: str, holds: bool, expected: str) -> None:
@@ -200,27 +202,41 @@ class DistillationStage(DiTStage):
         _expect(self, "guidance", self.guidance >= 0, "0 or more")
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The configuration of a whole run."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has: the paper's two stages and their data."""
+
+    stage1: DiTStage
+    stage2: DistillationStage
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _expect(self, "seed", self.seed >= 0, "0 or more")
+
+    @property
+    def system(self) -> Preset:
+        """The preset that is trained."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """The configuration of a run from nothing: all networks of a preset, on drawn faces."""
 
     vae: VAEStage
     mouths: MouthStage
     encoders: EncoderStage
     teacher: TeacherStage
-    stage1: DiTStage
-    stage2: DistillationStage
-    data: DataConfig = field(default_factory=DataConfig)
     preset: str = "tiny"
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.system.text.tokenizer != "bytes":
             raise ConfigError(
                 f"key 'preset' is {self.preset!r}, whose encoders are the official ones; only presets with encoders of "
                 "the project's own, such as tiny, are trained from nothing."
             )
-        _expect(self, "seed", self.seed >= 0, "0 or more")
         for name in ("teacher", "stage1", "stage2"):
             blocks = getattr(self, name).blocks
             if blocks > self.data.blocks:
@@ -234,15 +250,56 @@ class TrainingConfig:
         return preset(self.preset)
 
 
-def load(path: Path) -> TrainingConfig:
-    """Reads a TOML file. Raises `ConfigError` with the key of the first fault."""
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(RunConfig):
+    """The configuration of adapters on a checkpoint of any size: the teacher, and the frozen base of all networks.
+
+    Each process has its own clips, so `batch` of a stage is a multiple of their number.
+    """
+
+    checkpoint: str
+    """Folder of the checkpoint: the official download, or files of the project's own."""
+    lora: LoRAConfig
+    """Adapters of the generator and of the fake score."""
+    preset: str | None = None
+    """Preset of the checkpoint; None takes the sizes from the files of an official download."""
+    height: int = S2V_14B.stream.height
+    width: int = S2V_14B.stream.width
+    precision: str = "bfloat16"
+    """Type of the base's large linears and of the caches. Adapters, gradients and moments are float32."""
+    recompute: bool = True
+    """Whether the backward pass computes each layer again (activation checkpointing); False keeps all activations."""
+    shard_ranks: int = 0
+    """Processes that share one copy of the base, such as those of a node; 0 for all. More processes are further groups,
+    each with a copy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect(self, "shard_ranks", self.shard_ranks >= 0, "0 or more")
+        _expect(self, "precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
+        if self.stage2.lora is not None:
+            raise ConfigError("key 'stage2.lora' is of runs from nothing; here [lora] is for both stages.")
+
+    @property
+    def system(self) -> Preset:
+        found = preset(self.preset) if self.preset is not None else open_checkpoint(None, Path(self.checkpoint)).preset
+        return found.with_stream(height=self.height, width=self.width).with_precision(self.precision)
+
+    def weights(self) -> Checkpoint:
+        """The checkpoint, with names and shapes checked. Raises `CheckpointError`."""
+        return open_checkpoint(self.system, Path(self.checkpoint))
+
+
+def load(path: Path) -> TrainingConfig | AdapterConfig:
+    """Reads a TOML file; one with the key `checkpoint` trains adapters. Raises `ConfigError` with the first fault."""
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a TOML file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no TOML ({error}); mend it there.") from error
-    config: TrainingConfig = _made(TrainingConfig, values, str(path), "")
+    kind = AdapterConfig if "checkpoint" in values else TrainingConfig
+    config: TrainingConfig | AdapterConfig = _made(kind, values, str(path), "")
     return config
 
 

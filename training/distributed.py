@@ -65,11 +65,11 @@ def share(batch: int) -> range:
     return range(rank(), batch, world())
 
 
-def mean(figure: float) -> float:
+def mean(figure: float | Tensor) -> float:
     """The mean of a figure over all processes."""
+    total = torch.as_tensor(figure, dtype=torch.float64).detach().to(device())
     if world() == 1:
-        return figure
-    total = torch.tensor(figure, dtype=torch.float64, device=device())
+        return total.item()
     dist.all_reduce(total)
     return total.item() / world()
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from live_avatar.config import StreamConfig
 from live_avatar.model.dit import CausalDiT
-from training.distributed import Unit
 from training.encoded import EncodedClip
 from training.flow import choice, mixed, moved, training_levels
+from training.roles import Role
 from training.window import Place, Window, unspoken
 
 EXTREME = 0.02
@@ -32,8 +32,8 @@ class Scores:
     """Both scores; `guidance` is the scale of the real score's guidance by speech, 1 for none."""
 
     window: Window
-    real: Unit
-    fake: Unit
+    real: Role
+    fake: Role
     guidance: float = 1.0
 
     @torch.no_grad()
@@ -45,7 +45,7 @@ class Scores:
         """
         noisy = mixed(clean, noise, level)
 
-        def predicted(score: Unit, of: EncodedClip) -> Tensor:
+        def predicted(score: Role, of: EncodedClip) -> Tensor:
             velocity = score(lambda dit: _whole(dit, self.window, of, place, noisy, level))
             return moved(noisy, velocity, level, 0.0)
 

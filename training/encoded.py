@@ -32,7 +32,7 @@ from live_avatar.inputs.text import make_tokenizer
 from live_avatar.json_files import read_json
 from live_avatar.model.networks import Networks, meta_networks
 from training.checkpoints import check_identity, load_weights, write_json, write_whole
-from training.config import TrainingConfig
+from training.config import RunConfig, TrainingConfig
 from training.data.clips import Clip, Split, make_clip
 from training.errors import TrainingError
 
@@ -223,7 +223,7 @@ class EncodedClips:
         return EncodedClip(reference=stored["motion"][:, :, :1], silence=self._silence, **stored)
 
 
-def open_clips(config: TrainingConfig, out: Path, split: Split) -> EncodedClips:
+def open_clips(config: RunConfig, out: Path, split: Split) -> EncodedClips:
     """The encoded clips of the training or validation split of a run. Errors as `EncodedClips`."""
     counts = {Split.TRAIN: config.data.train_clips, Split.VALIDATION: config.data.validation_clips}
     return EncodedClips(out, split, counts[split])

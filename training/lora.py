@@ -24,9 +24,10 @@ from live_avatar.weights.lora import PREFIX
 from live_avatar.weights.tensors import SafetensorsWeights
 from training.checkpoints import write_whole
 from training.config import LoRAConfig
-from training.distributed import fill, gathered
+from training.distributed import fill, gathered, is_main
 
 FACTOR = re.compile(r"\.lora_[AB]\.")
+ADAPTER = "lora.safetensors"
 GENERATOR = "dit"
 """Name of the generator's adapter."""
 
@@ -137,7 +138,8 @@ def save_adapter(path: Path, adapter: Adapter) -> None:
     state = gathered(dict(adapter.state_dict()))
     tensors = {official_name(key): tensor.cpu().contiguous() for key, tensor in state.items()}
     metadata = {"lora_alpha": repr(adapter.alpha)}
-    write_whole(path, lambda place: save_file(tensors, place, metadata=metadata))
+    if is_main():
+        write_whole(path, lambda place: save_file(tensors, place, metadata=metadata))
 
 
 @torch.no_grad()
@@ -148,7 +150,9 @@ def load_adapter(path: Path, adapter: Adapter) -> None:
     _check(file.shapes(), {name: tuple(tensor.shape) for name, tensor in held.items()}, path)
     alpha = float(file.metadata.get("lora_alpha", "nan"))
     if alpha != adapter.alpha:
-        raise CheckpointError(f"{path} has alpha {alpha}, but this run has {adapter.alpha}; make [lora] alpha the same.")
+        raise CheckpointError(
+            f"{path} has alpha {alpha}, but this run has {adapter.alpha}; make [lora] alpha the same."
+        )
     for name, tensor in held.items():
         fill(tensor, file.read(name))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from training import distributed
 from training.config import DiTStage, StageConfig
 from training.encoded import EncodedClip
 from training.loop import clip_gradients, generator
+from training.roles import Role
 from training.window import Window, moved_to, part
 
 BETAS = (0.9, 0.99)
@@ -36,10 +37,14 @@ class Clips(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of a clip on this process's device, and its number of blocks from the clip's start."""
+    """A window of a clip on this process's device, and its number of blocks from the clip's start.
+
+    passes: gives the draws on which the number of passes depends.
+    """
 
     clip: EncodedClip
     start: int
+    passes: torch.Generator
 
 
 class ClipLoss(Protocol):
@@ -56,10 +61,19 @@ def draw_index(clips: Clips, draw: torch.Generator) -> int:
     return int(torch.randint(len(clips), (), generator=draw))
 
 
-def draw_sample(clip: EncodedClip, blocks: int, draw: torch.Generator) -> Sample:
-    """A random window of `blocks` blocks of the clip."""
+def draw_sample(clip: EncodedClip, blocks: int, draw: torch.Generator, passes: torch.Generator | None = None) -> Sample:
+    """A random window of `blocks` blocks of the clip; `passes` is `draw` if it is not given."""
     start = int(torch.randint(len(clip.states) - blocks + 1, (), generator=draw))
-    return Sample(moved_to(part(clip, start, blocks), distributed.device()), start)
+    return Sample(moved_to(part(clip, start, blocks), distributed.device()), start, passes or draw)
+
+
+def draw_of_passes(role: Role, key: tuple[str | int, ...], draw: torch.Generator) -> torch.Generator:
+    """The draws on which the number of passes depends.
+
+    They are `draw`, or the same for all clips of a step if all processes must make the same passes. The last entry of
+    `key` is the clip's number in the batch.
+    """
+    return generator(*cast(tuple[int, *tuple[str | int, ...]], key[:-1]), "passes") if role.together else draw
 
 
 def movement(clips: Clips, share: float) -> Tensor:
@@ -68,6 +82,8 @@ def movement(clips: Clips, share: float) -> Tensor:
     A mouth covers about 4 of a small picture's 144 latent pixels, so a plain mean hardly counts it. The map is the
     same for all clips, so it does not change the optimum, only the order of learning.
     """
+    if not share:
+        return torch.ones(1, 1, 1, 1, 1, device=distributed.device())
     some = [clips[index].latents for index in range(min(MAP_CLIPS, len(clips)))]
     spread = torch.stack([latents.var(dim=2).mean(dim=1) for latents in some]).mean(dim=0)
     return (1 - share + share * spread / spread.mean())[:, None, None].to(distributed.device())
@@ -89,27 +105,29 @@ def update(optimizer: Optimizer, clip_norm: float) -> float:
 
 
 class FlowMatching:
-    """A stage that trains all weights of one network on single clips."""
+    """A stage that trains one network on single clips."""
 
     def __init__(
-        self, name: str, seed: int, settings: DiTStage, dit: CausalDiT, loss: ClipLoss, clips: Clips, validation: Clips
+        self, name: str, seed: int, settings: DiTStage, dit: Role, loss: ClipLoss, clips: Clips, validation: Clips
     ) -> None:
         self._key = (seed, name)
         self._settings = settings
         self._loss = loss
         self._clips = clips
         self._validation = validation
-        self._unit = distributed.shard(dit)
-        self.modules: dict[str, nn.Module] = {"dit": dit}
-        self.optimizers: dict[str, Optimizer] = {"dit": adam(list(dit.parameters()), settings)}
+        self._dit = dit
+        self.modules: dict[str, nn.Module] = {"dit": dit.module}
+        self.optimizers: dict[str, Optimizer] = {"dit": adam(dit.parameters, settings)}
 
     def step(self, number: int) -> dict[str, float]:
         """Iteration `number`, from 1."""
         mine = distributed.share(self._settings.batch)
         total = 0.0
         for place in mine:
-            draw = generator(*self._key, number, place)
-            loss = self._run(self._clips[draw_index(self._clips, draw)], draw, spoken=True) / len(mine)
+            key = (*self._key, number, place)
+            draw = generator(*key)
+            clip = self._clips[draw_index(self._clips, draw)]
+            loss = self._run(clip, draw, draw_of_passes(self._dit, key, draw), spoken=True) / len(mine)
             loss.backward()
             total += loss.item()
         norm = update(self.optimizers["dit"], self._settings.clip_norm)
@@ -127,12 +145,12 @@ class FlowMatching:
 
     def _validation_loss(self, spoken: bool) -> float:
         count = len(self._validation)
-        losses = [
-            self._run(self._validation[index], generator(*self._key, "validation", index), spoken)
-            for index in range(count)
-        ]
+        losses = []
+        for index in range(count):
+            draw = generator(*self._key, "validation", index)
+            losses.append(self._run(self._validation[index], draw, draw, spoken))
         return torch.stack(losses).mean().item()
 
-    def _run(self, clip: EncodedClip, draw: torch.Generator, spoken: bool) -> Tensor:
-        sample = draw_sample(clip, self._loss.window.blocks, draw)
-        return self._unit(partial(self._loss, sample=sample, draw=draw, spoken=spoken))
+    def _run(self, clip: EncodedClip, draw: torch.Generator, passes: torch.Generator, spoken: bool) -> Tensor:
+        sample = draw_sample(clip, self._loss.window.blocks, draw, passes)
+        return self._dit(partial(self._loss, sample=sample, draw=draw, spoken=spoken))

@@ -32,9 +32,9 @@ from live_avatar.environment import environment
 from training.accumulation import backward_by_blocks
 from training.checkpoints import write_json
 from training.command import FILE, reported
-from training.distributed import Unit
 from training.encoded import EncodedClip
 from training.init import fresh
+from training.roles import whole
 from training.rollout import Roller, RolloutInput
 from training.window import Place, Window
 
@@ -104,18 +104,18 @@ def measure(preset: Preset, blocks: int, accumulate: bool) -> PeakBytes:
 
 def _update(preset: Preset, blocks: int, accumulate: bool) -> Callable[[], None]:
     draw = torch.Generator().manual_seed(SEED)
-    unit, roller = Unit(fresh(preset.dit, draw)), Roller(Window(preset, blocks))
+    dit, roller = whole(fresh(preset.dit, draw)), Roller(Window(preset, blocks))
     noise = roller.window.noise(draw)
     given = RolloutInput(_drawn_clip(preset, blocks, draw), Place(0, 30), noise, EXIT_STEP, replaces=True)
     slope = torch.ones_like(noise)
 
     def update() -> None:
-        made = unit(lambda dit: roller.roll_out(dit, given, draw, gradient=not accumulate))
+        made = dit(lambda network: roller.roll_out(network, given, draw, gradient=not accumulate))
         if accumulate:
-            backward_by_blocks(roller, unit, given, made, slope)
+            backward_by_blocks(roller, dit, given, made, slope)
         else:
             made.latents.backward(slope)
-        unit.zero_grad()
+        dit.module.zero_grad()
 
     return update
 

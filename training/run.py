@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -22,22 +22,22 @@ from live_avatar.environment import environment
 from live_avatar.errors import CheckpointError
 from live_avatar.graphs.digests import file_sha256
 from live_avatar.json_files import read_json
+from live_avatar.model.dit import CausalDiT
 from live_avatar.weights.checkpoint import open_checkpoint
 from training import distributed, encoders, loop, stage1, stage2, teacher, vae
 from training.checkpoints import check_identity, save_weights, write_json, write_whole
 from training.command import FILE, reported
-from training.config import TrainingConfig, load
+from training.config import AdapterConfig, TrainingConfig, load
 from training.data.split import Split
 from training.encoded import ENCODERS, FOLDER, MANIFEST, encode_split
 from training.errors import TrainingError
 from training.logs import CSVLog
 from training.loop import TrainingStage, train
-from training.lora import merged, save_adapter
+from training.lora import ADAPTER, GENERATOR, Adapter, merged, save_adapter
 
 RECORD = "record.json"
 WEIGHTS = "weights"
 """Folder of a run with the four networks, for `live-avatar export --checkpoint`."""
-ADAPTER = "lora.safetensors"
 DATA = (f"{FOLDER}/train/{MANIFEST}", f"{FOLDER}/validation/{MANIFEST}")
 ALL = "all"
 ROOT = Path(__file__).parents[1]
@@ -65,8 +65,13 @@ STEPS: Mapping[str, Step] = {
     stage2.NAME: Step((*DATA, "teacher/dit.safetensors", "stage1/dit.safetensors"), ("stage2/dit.safetensors",)),
 }
 """All stages in their order."""
+ADAPTER_STEPS: Mapping[str, Step] = {
+    stage1.NAME: Step((), (f"{stage1.NAME}/{ADAPTER}",)),
+    stage2.NAME: Step((f"{stage1.NAME}/{ADAPTER}",), (f"{stage2.NAME}/{ADAPTER}",)),
+}
+"""The stages of adapters on a checkpoint."""
 PRODUCTS = {**ENCODERS, "dit": "stage2/dit.safetensors"}
-MAKERS: Mapping[str, Callable[[TrainingConfig, Path], TrainingStage]] = {
+MAKERS: Mapping[str, Callable[[Any, Path], TrainingStage]] = {
     vae.STAGE: lambda config, out: vae.make_stage(config),
     vae.MOUTHS: vae.make_mouth_stage,
     "encoders": encoders.make_stage,
@@ -83,8 +88,13 @@ class TrainingRun:
     """A run: its configuration and its folder."""
 
     path: Path
-    config: TrainingConfig
+    config: TrainingConfig | AdapterConfig
     out: Path
+
+    @property
+    def steps(self) -> Mapping[str, Step]:
+        """The stages of this run."""
+        return ADAPTER_STEPS if isinstance(self.config, AdapterConfig) else STEPS
 
     def command(self, stage: str) -> str:
         return f"python -m training.run --config {self.path} --stage {stage} --out {self.out}"
@@ -99,10 +109,10 @@ class TrainingRun:
         return record or self._train(name, identity)
 
     def finish(self, records: Mapping[str, Facts]) -> Path:
-        """Collects the networks, checks that they are a checkpoint, and writes the record of the whole run."""
-        for part, file in PRODUCTS.items():
-            write_whole(self.out / WEIGHTS / f"{part}.safetensors", partial(_copy, self.out / file))
-        open_checkpoint(self.config.system, self.out / WEIGHTS)
+        """Writes the record of the whole run; returns its product, a checkpoint that was checked, or the adapter."""
+        product = self.out / stage2.NAME / ADAPTER
+        if isinstance(self.config, TrainingConfig):
+            product = self._collect(self.config)
         record = {
             "command": self.command(ALL),
             "environment": environment("torch", "numpy"),
@@ -111,15 +121,26 @@ class TrainingRun:
             "config": dataclasses.asdict(self.config),
         }
         write_json(self.out / RECORD, record)
+        return product
+
+    def _collect(self, config: TrainingConfig) -> Path:
+        for part, file in PRODUCTS.items():
+            write_whole(self.out / WEIGHTS / f"{part}.safetensors", partial(_copy, self.out / file))
+        open_checkpoint(config.system, self.out / WEIGHTS)
         return self.out / WEIGHTS
 
     def _require(self, name: str) -> None:
+        if name not in self.steps:
+            raise TrainingError(
+                f"stage {name} is not of {self.path}, whose networks have the weights of a checkpoint; choose "
+                f"{', '.join(self.steps)} or {ALL}."
+            )
         if name in ALONE and distributed.world() > 1:
             raise TrainingError(f"stage {name} runs in one process, and this is one of {distributed.world()}; run it "
                                 f"without torchrun: {self.command(name)}")  # fmt: skip
-        for file in STEPS[name].needs:
+        for file in self.steps[name].needs:
             if not (self.out / file).is_file():
-                maker = next(one for one, step in STEPS.items() if file in step.gives)
+                maker = next(one for one, step in self.steps.items() if file in step.gives)
                 raise TrainingError(
                     f"stage {name} starts from {self.out / file}, which does not exist; make it first: "
                     f"{self.command(maker)}"
@@ -127,6 +148,8 @@ class TrainingRun:
 
     def _identity(self, name: str) -> Facts:
         """Everything that the results of a stage depend on."""
+        if isinstance(self.config, AdapterConfig):
+            return self._adapter_identity(self.config, name)
         settings, data = dataclasses.asdict(getattr(self.config, name)), dataclasses.asdict(self.config.data)
         counts = {"train_clips", "validation_clips"}
         own = {key: value for key, value in settings.items() if key not in counts}
@@ -139,10 +162,24 @@ class TrainingRun:
             **{file: file_sha256(self.out / file) for file in STEPS[name].needs},
         }
 
+    def _adapter_identity(self, config: AdapterConfig, name: str) -> Facts:
+        """The same of adapters. Of the checkpoint's files, which are large, the sizes stand for the content."""
+        dit, stage = config.system.dit, dataclasses.asdict(getattr(config, name))
+        own = ("seed", "height", "width", "precision")
+        return {
+            **{key: getattr(config, key) for key in own},
+            **{f"lora.{key}": value for key, value in dataclasses.asdict(config.lora).items()},
+            **{f"{name}.{key}": value for key, value in stage.items()},
+            **{f"{FOLDER}.{key}": value for key, value in dataclasses.asdict(config.data).items()},
+            **{f"checkpoint.{key}": value for key, value in dataclasses.asdict(dit).items()},
+            **{f"checkpoint.{file.name}": file.stat().st_size for file in config.weights().parts["dit"].files},
+            **{file: file_sha256(self.out / file) for file in self.steps[name].needs},
+        }
+
     def _record(self, name: str, identity: Facts) -> Facts | None:
         """The record of a finished stage. Raises `CheckpointError` if it has another identity."""
         path = self.out / name / RECORD
-        if not path.is_file() or not all((self.out / file).is_file() for file in STEPS[name].gives):
+        if not path.is_file() or not all((self.out / file).is_file() for file in self.steps[name].gives):
             return None
         try:
             record: Facts = read_json(path)
@@ -157,17 +194,21 @@ class TrainingRun:
         stage = MAKERS[name](self.config, self.out)
         progress = train(stage, settings, folder, identity, quiet=not distributed.is_main())
         for part, network in stage.outputs().items():
+            if isinstance(network, Adapter):
+                save_adapter(folder / ADAPTER, network)
+                continue
             tensors = merged(network)
             if distributed.is_main():
                 save_weights(folder / f"{part}.safetensors", tensors)
         if getattr(settings, "lora", None) is not None:
-            save_adapter(folder / ADAPTER, stage.modules["dit"])
+            save_adapter(folder / ADAPTER, Adapter(cast(CausalDiT, stage.modules["dit"]), GENERATOR))
         final = _numbers(CSVLog(folder / loop.VALIDATION_LOG).rows()[-1])
         facts = {"seconds": round(progress.elapsed_s, 1), "steps": progress.step, "validation": final}
         return self._write(name, identity, facts)
 
     def _encode(self, identity: Facts, spent_s: float) -> Facts:
         """Makes the missing clips. Their number does not belong to the identity, so a data set can grow."""
+        assert isinstance(self.config, TrainingConfig)
         data, began = self.config.data, time.monotonic()
         try:
             for split, count in ((Split.TRAIN, data.train_clips), (Split.VALIDATION, data.validation_clips)):
@@ -227,7 +268,7 @@ def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
 
 
 def _execute(run: TrainingRun, stage: str) -> None:
-    records = {name: run.do(name) for name in (STEPS if stage == ALL else (stage,))}
+    records = {name: run.do(name) for name in (run.steps if stage == ALL else (stage,))}
     if not distributed.is_main():
         return
     for name, record in records.items():

@@ -18,12 +18,14 @@ from live_avatar.config import StreamConfig
 from live_avatar.model.dit import KV, CausalDiT
 from live_avatar.model.schedule import make_schedule
 from training import distributed
-from training.config import TrainingConfig
+from training.config import AdapterConfig, TrainingConfig
 from training.data.clips import Split
 from training.encoded import open_clips
 from training.flow import chance, choice, mixed, training_levels, velocity_loss
 from training.init import load
+from training.lora import GENERATOR
 from training.matching import FlowMatching, Sample, movement
+from training.roles import open_base, whole
 from training.teacher import NAME as TEACHER
 from training.window import Place, Scene, Window, draw_place, unspoken
 
@@ -58,7 +60,7 @@ class ForcingLoss:
         window, clip = self.window, sample.clip
         place = draw_place(sample.start, self.far_share, window.stream, draw)
         levels = draw_levels(window.stream, window.blocks, draw)
-        late = clip.latents[:, :, :1] if chance(REPLACED_SHARE, draw) else None
+        late = clip.latents[:, :, :1] if chance(REPLACED_SHARE, sample.passes) else None
         noise = window.noise(draw)
         blocks = zip(window.blocks_of(clip.latents), window.blocks_of(noise), levels, strict=True)
         noisy = [mixed(clean, one, level) for clean, one, level in blocks]
@@ -80,10 +82,18 @@ def forced_velocity(
     return torch.cat(velocities, dim=2)
 
 
-def make_stage(config: TrainingConfig, out: Path) -> FlowMatching:
-    """The stage on the data set and the teacher of the run in `out`. Raises `TrainingError` if one is missing."""
-    settings = config.stage1
+def make_stage(config: TrainingConfig | AdapterConfig, out: Path) -> FlowMatching:
+    """The stage on its data set, from the teacher of the run in `out`, or from a checkpoint with a new adapter.
+
+    Raises `TrainingError` if one is missing.
+    """
+    settings, system = config.stage1, config.system
+    distributed.share(settings.batch)
     clips, validation = (open_clips(config, out, split) for split in (Split.TRAIN, Split.VALIDATION))
-    window = Window(config.system, settings.blocks, distributed.device())
+    window = Window(system, settings.blocks, distributed.device())
     loss = ForcingLoss(window, movement(clips, settings.motion_weight), settings.far_share)
-    return FlowMatching(NAME, config.seed, settings, load(config.system.dit, out, TEACHER), loss, clips, validation)
+    if isinstance(config, AdapterConfig):
+        dit = open_base(config, (GENERATOR,)).role(GENERATOR)
+    else:
+        dit = whole(load(system.dit, out, TEACHER))
+    return FlowMatching(NAME, config.seed, settings, dit, loss, clips, validation)

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from live_avatar.config import Preset
-from live_avatar.model.dit import CausalDiT
 from training import distributed
 from training.accumulation import backward_by_blocks
-from training.config import DistillationStage, TrainingConfig
+from training.config import AdapterConfig, DistillationStage, TrainingConfig
 from training.data.clips import Split
 from training.dmd import Scores, draw_score_level, matching_loss
 from training.encoded import EncodedClip, open_clips
@@ -27,8 +27,9 @@ from training.flow import chance
 from training.init import load
 from training.logs import mean
 from training.loop import generator
-from training.lora import adapt
-from training.matching import Clips, adam, draw_index, draw_sample, movement, update
+from training.lora import ADAPTER, GENERATOR, Adapter, adapt, draw_factors, load_adapter
+from training.matching import Clips, adam, draw_index, draw_of_passes, draw_sample, movement, update
+from training.roles import FAKE, Role, open_base, whole
 from training.rollout import Roller, Rollout, RolloutInput, Rules
 from training.stage1 import NAME as STAGE1
 from training.stage1 import REPLACED_SHARE
@@ -59,11 +60,11 @@ class Distillation:
         seed: int,
         settings: DistillationStage,
         roller: Roller,
-        networks: tuple[CausalDiT, CausalDiT, CausalDiT],
+        networks: tuple[Role, Role, Role],
         clips: Clips,
         validation: Clips,
     ) -> None:
-        """`networks`: the generator, trained as a whole or by adapters, the real score and the fake score."""
+        """`networks`: the generator, the real score, which is not trained, and the fake score."""
         dit, real, fake = networks
         self._key = (seed, NAME)
         self._settings = settings
@@ -71,15 +72,13 @@ class Distillation:
         self._clips = clips
         self._validation = validation
         self._weight = movement(clips, settings.motion_weight)
-        self._unit, fake_unit = distributed.shard(dit), distributed.shard(fake)
-        real_unit = distributed.shard(real.requires_grad_(False))
-        self._scores = Scores(roller.window, real_unit, fake_unit, settings.guidance)
+        self._dit = dit
+        self._scores = Scores(roller.window, real, fake, settings.guidance)
         scale = settings.fake_learning_rate / settings.learning_rate
-        trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
-        self.modules: dict[str, nn.Module] = {"dit": dit, "fake": fake}
+        self.modules: dict[str, nn.Module] = {"dit": dit.module, "fake": fake.module}
         self.optimizers: dict[str, Optimizer] = {
-            "dit": adam(trained, settings),
-            "fake": adam(list(fake.parameters()), settings, scale),
+            "dit": adam(dit.parameters, settings),
+            "fake": adam(fake.parameters, settings, scale),
         }
 
     def step(self, number: int) -> dict[str, float]:
@@ -111,16 +110,18 @@ class Distillation:
         """A window for the draws of `key`; with `gradient`, its latents have the graph of the exit step."""
         draw = generator(*key)
         clip = self._clips[draw_index(self._clips, draw)]
-        given = self._given(clip, draw, self._settings.far_share)
-        rollout = self._unit(lambda dit: self._roller.roll_out(dit, given, draw, gradient))
+        given = self._given(clip, draw, draw_of_passes(self._dit, key, draw), self._settings.far_share)
+        rollout = self._dit(lambda dit: self._roller.roll_out(dit, given, draw, gradient))
         return Made(key, given, rollout, draw)
 
-    def _given(self, clip: EncodedClip, draw: torch.Generator, far_share: float) -> RolloutInput:
+    def _given(
+        self, clip: EncodedClip, draw: torch.Generator, passes: torch.Generator, far_share: float
+    ) -> RolloutInput:
         window = self._roller.window
-        sample = draw_sample(clip, window.blocks, draw)
+        sample = draw_sample(clip, window.blocks, draw, passes)
         place = draw_place(sample.start, far_share, window.stream, draw)
-        exit_step = int(torch.randint(self._roller.steps, (), generator=draw))
-        replaces = chance(REPLACED_SHARE, draw)
+        exit_step = int(torch.randint(self._roller.steps, (), generator=passes))
+        replaces = chance(REPLACED_SHARE, passes)
         return RolloutInput(sample.clip, place, window.noise(draw), exit_step, replaces)
 
     def _update_fake(self, windows: Sequence[Made]) -> tuple[float, float]:
@@ -148,7 +149,7 @@ class Distillation:
         gradient = self._scores.gradient(given.clip, given.place, clean, noise, level)
         if self._settings.accumulate:
             part = gradient / (gradient.numel() * count)
-            backward_by_blocks(self._roller, self._unit, given, made.rollout, part)
+            backward_by_blocks(self._roller, self._dit, given, made.rollout, part)
         else:
             kept = self._generate(made.key, gradient=True).rollout
             (matching_loss(kept.latents, gradient) / count).backward()
@@ -158,22 +159,39 @@ class Distillation:
         distances: list[float] = []
         for index in range(len(self._validation)):
             draw = generator(*self._key, "validation", index)
-            given = self._given(self._validation[index], draw, far_share=0.0)
+            given = self._given(self._validation[index], draw, draw, far_share=0.0)
             truth, clip = given.clip.latents, given.clip if spoken else unspoken(given.clip)
             whole = replace(given, clip=clip, exit_step=self._roller.steps - 1)
-            made = self._unit(partial(self._roller.roll_out, given=whole, draw=draw))
+            made = self._dit(partial(self._roller.roll_out, given=whole, draw=draw))
             distances.append((self._weight * (made.latents - truth).square()).mean().item())
         return sum(distances) / len(distances)
 
 
-def make_stage(config: TrainingConfig, out: Path) -> Distillation:
-    """The stage on the data set and the networks of the run in `out`. Raises `TrainingError` if one is missing."""
+def make_stage(config: TrainingConfig | AdapterConfig, out: Path) -> Distillation:
+    """The stage on its data set, from the networks of the run in `out`, or from a checkpoint and stage 1's adapter.
+
+    Raises `TrainingError` if one is missing.
+    """
     settings, system = config.stage2, config.system
+    distributed.share(settings.batch)
     clips, validation = (open_clips(config, out, split) for split in (Split.TRAIN, Split.VALIDATION))
-    dit, real, fake = (load(system.dit, out, stage) for stage in (STAGE1, TEACHER, TEACHER))
-    if settings.lora is not None:
-        adapt(dit, settings.lora, generator(config.seed, NAME, "adapters"))
-    return Distillation(config.seed, settings, make_roller(system, settings), (dit, real, fake), clips, validation)
+    networks = _one_base(config, out) if isinstance(config, AdapterConfig) else _three_networks(config, out)
+    return Distillation(config.seed, settings, make_roller(system, settings), networks, clips, validation)
+
+
+def _one_base(config: AdapterConfig, out: Path) -> tuple[Role, Role, Role]:
+    base = open_base(config, (GENERATOR, FAKE))
+    dit = base.role(GENERATOR)
+    load_adapter(out / STAGE1 / ADAPTER, cast(Adapter, dit.module))
+    return dit, base.role(None), base.role(FAKE)
+
+
+def _three_networks(config: TrainingConfig, out: Path) -> tuple[Role, Role, Role]:
+    dit, real, fake = (load(config.system.dit, out, stage) for stage in (STAGE1, TEACHER, TEACHER))
+    if config.stage2.lora is not None:
+        adapt(dit, config.stage2.lora)
+        draw_factors(dit, generator(config.seed, NAME, "adapters"))
+    return whole(dit), whole(real.requires_grad_(False)), whole(fake)
 
 
 def make_roller(system: Preset, settings: DistillationStage) -> Roller:

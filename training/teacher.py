@@ -20,6 +20,7 @@ from training.flow import chance, choice, mixed, training_levels, velocity_loss
 from training.init import fresh
 from training.loop import generator
 from training.matching import FlowMatching, Sample, movement
+from training.roles import whole
 from training.window import Place, Scene, Window, draw_place, unspoken
 
 NAME = "teacher"
@@ -66,4 +67,4 @@ def make_stage(config: TrainingConfig, out: Path) -> FlowMatching:
     window = Window(config.system, settings.blocks, distributed.device())
     loss = TeacherLoss(window, movement(clips, settings.motion_weight), settings.far_share, settings.audio_dropout)
     dit = fresh(config.system.dit, generator(config.seed, NAME, "weights"))
-    return FlowMatching(NAME, config.seed, settings, dit, loss, clips, validation)
+    return FlowMatching(NAME, config.seed, settings, whole(dit), loss, clips, validation)

@@ -31,6 +31,7 @@ from training.config import (
 )
 from training.encoded import EncodedClip
 from training.init import fresh
+from training.roles import Role, whole
 
 Handlers = dict[signal.Signals, Any]
 
@@ -51,6 +52,12 @@ def drawn_network(preset: Preset = SMALL, seed: int = 3) -> CausalDiT:
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * fan_in**-0.5)
     return dit
+
+
+def three(dit: CausalDiT | None = None) -> tuple[Role, Role, Role]:
+    """The generator, the real score and the fake score, which begins as the real one."""
+    real = drawn_network(seed=2).requires_grad_(False)
+    return whole(dit or drawn_network(seed=1)), whole(real), whole(drawn_network(seed=2))
 
 
 def drawn_clip(blocks: int, seed: int = 5, preset: Preset = SMALL) -> EncodedClip:
@@ -104,6 +111,11 @@ def differing(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
     """Names of tensors that are not the same but for rounding, relative to the largest value of each."""
     assert ours.keys() == expected.keys()
     return [name for name, one in expected.items() if (ours[name] - one).abs().max() > STREAMED * one.abs().max()]
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((ours - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def toy_config(**changes: Any) -> TrainingConfig:

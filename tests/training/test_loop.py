@@ -21,6 +21,7 @@ from tests.training.conftest import (
     drawn_network,
     handlers_of_signals,
     restore_handlers,
+    three,
     toy_config,
 )
 from training.config import StageConfig, TeacherStage
@@ -29,6 +30,7 @@ from training.errors import TrainingError
 from training.logs import CSVLog
 from training.loop import CHECKPOINT, EMA, LOG, PLOT, VALIDATION_LOG, Progress, TrainingStage, learning_rate, train
 from training.matching import FlowMatching, movement
+from training.roles import whole
 from training.stage2 import Distillation, make_roller
 from training.teacher import TeacherLoss
 from training.vae import VAETraining, make_stage
@@ -44,14 +46,13 @@ SETTINGS = TeacherStage(
 def new_teacher(settings: TeacherStage = SETTINGS) -> FlowMatching:
     clips = [drawn_clip(3, seed) for seed in range(2)]
     loss = TeacherLoss(Window(SMALL, 2), movement(clips, 0.5), 0.5, 0.1)
-    return FlowMatching("teacher", 0, settings, drawn_network(), loss, clips, clips[:1])
+    return FlowMatching("teacher", 0, settings, whole(drawn_network()), loss, clips, clips[:1])
 
 
 def new_distillation() -> Distillation:
     settings = replace(toy_config().stage2, **common())
     clips = [drawn_clip(3, seed) for seed in range(2)]
-    networks = (drawn_network(seed=1), drawn_network(seed=2), drawn_network(seed=2))
-    return Distillation(0, settings, make_roller(SMALL, settings), networks, clips, clips[:1])
+    return Distillation(0, settings, make_roller(SMALL, settings), three(), clips, clips[:1])
 
 
 def new_vae() -> VAETraining:

@@ -134,10 +134,10 @@ def test_levels_are_independent_or_even_and_often_the_schedules(draw: torch.Gene
 
 def test_the_same_draws_give_the_same_loss_and_no_speech_another(dit: CausalDiT, clip: EncodedClip) -> None:
     loss = ForcingLoss(Window(SMALL, BLOCKS), movement([clip], 0.5), far_share=0.5)
-    sample = Sample(clip, 0)
 
     def value(spoken: bool) -> float:
-        return loss(dit, sample, torch.Generator().manual_seed(4), spoken).item()
+        draw = torch.Generator().manual_seed(4)
+        return loss(dit, Sample(clip, 0, draw), draw, spoken).item()
 
     assert value(True) == value(True)
     assert value(True) != value(False)

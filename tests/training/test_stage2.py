@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from live_avatar.model.dit import CausalDiT
-from tests.training.conftest import SMALL, differing, drawn_clip, drawn_network, gradients
+from tests.training.conftest import SMALL, differing, drawn_clip, drawn_network, gradients, three
 from training.accumulation import backward_by_blocks
 from training.config import DistillationStage, LoRAConfig
-from training.distributed import Unit
 from training.encoded import EncodedClip
-from training.lora import adapt
+from training.lora import adapt, draw_factors
+from training.roles import whole
 from training.rollout import Roller, RolloutInput, Rules
 from training.stage2 import Distillation, make_roller
 from training.window import Place, Window
@@ -33,7 +33,8 @@ def clips() -> list[EncodedClip]:
 
 def adapted() -> CausalDiT:
     dit = drawn_network()
-    adapt(dit, LoRAConfig(rank=4, alpha=2.0), torch.Generator().manual_seed(3))
+    adapt(dit, LoRAConfig(rank=4, alpha=2.0))
+    draw_factors(dit, torch.Generator().manual_seed(3))
     with torch.no_grad():
         for name, parameter in dit.named_parameters():
             if "lora_B" in name:
@@ -61,14 +62,14 @@ def check_gradients(dit: CausalDiT, exit_step: int, rules: Rules) -> None:
     plain = gradients(dit)
     dit.zero_grad()
     made = roller.roll_out(dit, given, torch.Generator().manual_seed(3))
-    backward_by_blocks(roller, Unit(dit), given, made, slope)
+    backward_by_blocks(roller, whole(dit), given, made, slope)
     assert plain
     assert differing(gradients(dit), plain) == []
 
 
 def stage_of(clips: list[EncodedClip], **changes: Any) -> Distillation:
     settings = replace(SETTINGS, **changes)
-    networks = (drawn_network(seed=1), drawn_network(seed=2), drawn_network(seed=2))
+    networks = three()
     return Distillation(0, settings, make_roller(SMALL, settings), networks, clips, clips[:1])
 
 
@@ -95,15 +96,15 @@ def test_a_step_is_that_of_its_number(clips: list[EncodedClip]) -> None:
 
 
 def test_the_fake_score_moves_several_times_and_the_teacher_never(clips: list[EncodedClip]) -> None:
-    networks = (drawn_network(seed=1), drawn_network(seed=2), drawn_network(seed=2))
-    real = {name: tensor.clone() for name, tensor in networks[1].state_dict().items()}
+    networks = three()
+    real = {name: tensor.clone() for name, tensor in networks[1].module.state_dict().items()}
     stage = Distillation(0, SETTINGS, make_roller(SMALL, SETTINGS), networks, clips, clips[:1])
     stage.step(1)
     counts = {
         name: {int(state["step"]) for state in optimizer.state.values()} for name, optimizer in stage.optimizers.items()
     }
     assert counts == {"dit": {1}, "fake": {SETTINGS.fake_steps}}
-    assert all(torch.equal(tensor, real[name]) for name, tensor in networks[1].state_dict().items())
+    assert all(torch.equal(tensor, real[name]) for name, tensor in networks[1].module.state_dict().items())
     assert [group["scale"] for name in ("dit", "fake") for group in stage.optimizers[name].param_groups] == [1.0, 2.0]
 
 
@@ -126,7 +127,7 @@ def test_settings_choose_the_rollout(clips: list[EncodedClip]) -> None:
 def test_adapters_are_all_that_is_trained_of_a_generator_with_them(clips: list[EncodedClip]) -> None:
     dit = adapted()
     before = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
-    networks = (dit, drawn_network(seed=2), drawn_network(seed=2))
+    networks = three(dit)
     Distillation(0, SETTINGS, make_roller(SMALL, SETTINGS), networks, clips, clips[:1]).step(1)
     moved = [name for name, tensor in dit.state_dict().items() if not torch.equal(tensor, before[name])]
     assert moved

@@ -19,6 +19,7 @@ from training.encoded import EncodedClip
 from training.errors import TrainingError
 from training.init import fresh, load
 from training.matching import FlowMatching, Sample, draw_sample, movement
+from training.roles import whole
 from training.teacher import TeacherLoss
 from training.window import Place, Window
 
@@ -44,7 +45,7 @@ def clips() -> list[EncodedClip]:
 def stage_of(clips: list[EncodedClip], settings: TeacherStage = SETTINGS) -> FlowMatching:
     window = Window(SMALL, settings.blocks)
     loss = TeacherLoss(window, movement(clips, settings.motion_weight), settings.far_share, settings.audio_dropout)
-    return FlowMatching("teacher", 0, settings, fresh_network(), loss, clips, clips)
+    return FlowMatching("teacher", 0, settings, whole(fresh_network()), loss, clips, clips)
 
 
 def weights(stage: FlowMatching) -> dict[str, Tensor]:
@@ -95,7 +96,7 @@ def test_validation_changes_nothing_and_repeats(clips: list[EncodedClip]) -> Non
 
 def test_dropped_speech_is_no_speech(clips: list[EncodedClip]) -> None:
     dit, window = drawn_network().requires_grad_(False), Window(SMALL, 2)
-    sample = Sample(draw_sample(clips[0], 2, torch.Generator().manual_seed(0)).clip, 0)
+    sample = replace(draw_sample(clips[0], 2, torch.Generator().manual_seed(0)), start=0)
 
     def value(dropout: float, spoken: bool) -> float:
         loss = TeacherLoss(window, movement(clips, 0.5), 0.0, dropout)
@@ -125,7 +126,9 @@ def test_a_fresh_network_predicts_no_velocity_and_hears_nothing() -> None:
     window, clip = Window(SMALL, 2), drawn_clip(2)
     loss = TeacherLoss(window, torch.ones(1), 0.0, 0.0)
     noise = window.noise(torch.Generator().manual_seed(0))
-    assert loss(dit, Sample(clip, 0), torch.Generator().manual_seed(0), spoken=True).requires_grad
+    assert loss(
+        dit, Sample(clip, 0, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0), spoken=True
+    ).requires_grad
     velocity = window.whole(dit, window.open(dit, clip), Place(0, 30), noise, 1.0)
     assert not velocity.any()
     spread = dit.blocks[0].self_attn.q.weight.std().item()

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from tests.training.conftest import SMALL, drawn_clip, drawn_network, handlers_of_signals, restore_handlers
+from tests.training.conftest import SMALL, drawn_clip, drawn_network, handlers_of_signals, restore_handlers, three
 from training import distributed, loop
 from training.checkpoints import save_checkpoint
 from training.config import DistillationStage, DiTStage
 from training.loop import TrainingStage, train
 from training.matching import FlowMatching, movement
+from training.roles import whole
 from training.stage1 import ForcingLoss
 from training.stage2 import Distillation, make_roller
 from training.window import Window
@@ -45,8 +46,8 @@ def new_stage(name: str) -> TrainingStage:
     clips = [drawn_clip(3, seed) for seed in range(2)]
     if name == "stage1":
         loss = ForcingLoss(Window(SMALL, 2), movement(clips, 0.5), 0.5)
-        return FlowMatching("stage1", 0, FORCING, drawn_network(), loss, clips, clips)
-    networks = (drawn_network(seed=1), drawn_network(seed=2), drawn_network(seed=2))
+        return FlowMatching("stage1", 0, FORCING, whole(drawn_network()), loss, clips, clips)
+    networks = three()
     return Distillation(0, DISTILLATION, make_roller(SMALL, DISTILLATION), networks, clips, clips[:1])
 
 
