@@ -45,9 +45,13 @@ class DataConfig:
     """Number and length of the clips for the transformer's stages."""
 
     train_clips: int = 1500
+    """Of drawn clips; shards give all that they have."""
     validation_clips: int = 16
+    """Of shards the first so many at most."""
     blocks: int = 8
     """Blocks of 12 frames (0.48 s) in each clip."""
+    shards: str = ""
+    """Folder or fsspec URL of shards that `training.prepare` made of videos; empty draws the clips."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "train_clips", "validation_clips", "blocks")
@@ -277,6 +281,10 @@ class AdapterConfig(RunConfig):
         super().__post_init__()
         _expect(self, "shard_ranks", self.shard_ranks >= 0, "0 or more")
         _expect(self, "precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
+        if not self.data.shards:
+            raise ConfigError(
+                "key 'data.shards' is missing; give the folder or URL that python -m training.prepare has written."
+            )
         if self.stage2.lora is not None:
             raise ConfigError("key 'stage2.lora' is of runs from nothing; here [lora] is for both stages.")
 

@@ -20,6 +20,7 @@ from training.config import DiTStage, StageConfig
 from training.encoded import EncodedClip
 from training.loop import clip_gradients, generator
 from training.roles import Role
+from training.shards import ShardedClips
 from training.window import Window, moved_to, part
 
 BETAS = (0.9, 0.99)
@@ -56,9 +57,10 @@ class ClipLoss(Protocol):
     def __call__(self, dit: CausalDiT, sample: Sample, draw: torch.Generator, spoken: bool) -> Tensor: ...
 
 
-def draw_index(clips: Clips, draw: torch.Generator) -> int:
-    """The number of a random clip."""
-    return int(torch.randint(len(clips), (), generator=draw))
+def draw_index(clips: Clips, draw: torch.Generator, position: int) -> int:
+    """The number of a clip: a random one, or of shards the one at this position of their shuffle."""
+    drawn = int(torch.randint(len(clips), (), generator=draw))
+    return clips.at(position) if isinstance(clips, ShardedClips) else drawn
 
 
 def draw_sample(clip: EncodedClip, blocks: int, draw: torch.Generator, passes: torch.Generator | None = None) -> Sample:
@@ -126,7 +128,8 @@ class FlowMatching:
         for place in mine:
             key = (*self._key, number, place)
             draw = generator(*key)
-            clip = self._clips[draw_index(self._clips, draw)]
+            position = (number - 1) * self._settings.batch + place
+            clip = self._clips[draw_index(self._clips, draw, position)]
             loss = self._run(clip, draw, draw_of_passes(self._dit, key, draw), spoken=True) / len(mine)
             loss.backward()
             total += loss.item()
