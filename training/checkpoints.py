@@ -44,7 +44,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     except BaseException as error:  # also after Ctrl-C
         temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
+        cause = os_error(error)
         if cause is None:
             raise
         older = "the older one is whole" if path.exists() else "there is none yet"
@@ -69,7 +69,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
-def _os_error(error: BaseException | None) -> int | None:
+def os_error(error: BaseException | None) -> int | None:
     """The errno behind an error of torch or safetensors, which wrap errors of the file system."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:

@@ -158,6 +158,17 @@ class StageRun:
         state = load_checkpoint(self.path, self.identity)
         if state is not None:
             self._take(state)
+        self.cut_logs()
+
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint."""
+        return self.path.exists()
+
+    def settle(self, wait: bool) -> None:
+        """Ends what saving has left to do; only a kind of run that saves in the background has any."""
+
+    def cut_logs(self) -> None:
+        """Drops the rows of steps that are done again."""
         if distributed.is_main():
             self.log.cut(self.progress.step)
             self.validation.cut(self.progress.step)
@@ -206,9 +217,7 @@ class StageRun:
     def _check(self, number: int, figures: Figures) -> None:
         for name, value in figures.items():
             if not math.isfinite(value):
-                kept = (
-                    f"{self.path} still holds an earlier step" if self.path.exists() else "no checkpoint was made yet"
-                )
+                kept = f"{self.path} still holds an earlier step" if self.is_saved() else "no checkpoint was made yet"
                 raise TrainingError(
                     f"step {number} of {self.folder.name} gave {name} {value}, expected a finite number; {kept}. "
                     "Lower learning_rate or clip_norm of that stage and begin it anew."
@@ -225,16 +234,21 @@ class StageRun:
 
 
 def train(
-    stage: TrainingStage, settings: StageConfig, folder: Path, identity: Mapping[str, Any], quiet: bool = False
+    stage: TrainingStage,
+    settings: StageConfig,
+    folder: Path,
+    identity: Mapping[str, Any],
+    quiet: bool = False,
+    kind: type[StageRun] = StageRun,
 ) -> Progress:
     """Runs a stage from its last checkpoint to its last step; then its modules hold the averaged weights.
 
     A checkpoint in `folder` with another `identity` is refused with `CheckpointError`. Raises `KeyboardInterrupt` after
     Ctrl-C, SIGTERM or SIGHUP, when the current step is done and saved, and `TrainingError` for a figure that is not
-    finite or a full disk; the last checkpoint stays complete.
+    finite or a full disk; the last checkpoint stays complete. `kind` says how checkpoints are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = StageRun(stage, settings, folder, identity, EMA(stage.modules, settings.ema))
+    run = kind(stage, settings, folder, identity, EMA(stage.modules, settings.ema))
     run.resume()
     with interrupts.deferred(), _bar(run, quiet) as bar:
         while run.progress.step < settings.steps:
@@ -245,12 +259,15 @@ def train(
                 run.validate()
             run.progress.elapsed_s += time.monotonic() - began
             interrupted = distributed.any_rank(interrupts.received())
+            run.settle(wait=False)
             if due or interrupted:
                 run.save()
             if interrupted:
+                run.settle(wait=True)
                 raise KeyboardInterrupt
             bar.set_postfix(loss=f"{figures['loss']:.4g}", refresh=False)
             bar.update()
+        run.settle(wait=True)
     run.average.swap()
     return run.progress
 

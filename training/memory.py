@@ -61,9 +61,13 @@ class LiveBytes(TorchDispatchMode):
             self._see(tensor)
         return result
 
+    def restart(self) -> None:
+        """Forgets the peak; what is alive still counts."""
+        self.peak = self._bytes
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
+        place, size = storage._cdata, storage.nbytes()
         if place not in self._alive:
             self._alive.add(place)
             self._bytes += size

@@ -7,6 +7,7 @@ and a record into its own folder. The same command resumes an interrupted stage 
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ from training.errors import TrainingError
 from training.logs import CSVLog
 from training.loop import TrainingStage, train
 from training.lora import ADAPTER, GENERATOR, Adapter, merged, save_adapter
+from training.sharded import ShardedRun
 from training.shards import index_digest
 
 RECORD = "record.json"
@@ -180,7 +182,7 @@ class TrainingRun:
         """The same of adapters. Of the checkpoint's files, which are large, the sizes stand for the content."""
         dit, stage = config.system.dit, dataclasses.asdict(getattr(config, name))
         own = ("seed", "height", "width", "precision")
-        return {
+        facts = {
             **{key: getattr(config, key) for key in own},
             **{f"lora.{key}": value for key, value in dataclasses.asdict(config.lora).items()},
             **{f"{name}.{key}": value for key, value in stage.items()},
@@ -190,6 +192,8 @@ class TrainingRun:
             **{f"checkpoint.{file.name}": file.stat().st_size for file in config.weights().parts["dit"].files},
             **{file: file_sha256(self.out / file) for file in self.steps[name].needs},
         }
+        plain: Facts = json.loads(json.dumps(facts))  # as a checkpoint gives it back: lists for tuples
+        return plain
 
     def _record(self, name: str, identity: Facts) -> Facts | None:
         """The record of a finished stage. Raises `CheckpointError` if it has another identity."""
@@ -207,7 +211,7 @@ class TrainingRun:
     def _train(self, name: str, identity: Facts) -> Facts:
         settings, folder = getattr(self.config, name), self.out / name
         stage = MAKERS[name](self.config, self.out)
-        progress = train(stage, settings, folder, identity, quiet=not distributed.is_main())
+        progress = train(stage, settings, folder, identity, quiet=not distributed.is_main(), kind=self._kind)
         for part, network in stage.outputs().items():
             if isinstance(network, Adapter):
                 save_adapter(folder / ADAPTER, network)
@@ -220,6 +224,10 @@ class TrainingRun:
         final = _numbers(CSVLog(folder / loop.VALIDATION_LOG).rows()[-1])
         facts = {"seconds": round(progress.elapsed_s, 1), "steps": progress.step, "validation": final}
         return self._write(name, identity, facts)
+
+    @property
+    def _kind(self) -> type[loop.StageRun]:
+        return ShardedRun if isinstance(self.config, AdapterConfig) else loop.StageRun
 
     def _encode(self, identity: Facts, spent_s: float) -> Facts:
         """Makes the missing clips. Their number does not belong to the identity, so a data set can grow."""

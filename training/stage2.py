@@ -86,8 +86,10 @@ class Distillation:
         """Iteration `number`, from 1."""
         mine = distributed.share(self._settings.batch)
         figures = []
+        windows: list[Made] = []
         for turn in range(self._settings.fake_steps):
-            windows = [self._generate((*self._key, number, turn, place)) for place in mine]
+            windows.clear()  # before new ones need their memory
+            windows += [self._generate((*self._key, number, turn, place)) for place in mine]
             fake_loss, fake_norm = self._update_fake(windows)
             figures.append({"fake_loss": distributed.mean(fake_loss), "fake_gradient": fake_norm})
         loss = sum(self._descend(made, len(mine)) for made in windows)

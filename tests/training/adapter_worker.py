@@ -17,6 +17,7 @@ from training.loop import LOG, TrainingStage, train
 from training.lora import ADAPTER, GENERATOR, Adapter, draw_factors, save_adapter
 from training.matching import FlowMatching, movement
 from training.roles import FAKE, SharedBase
+from training.sharded import ShardedRun
 from training.stage1 import ForcingLoss
 from training.stage2 import Distillation, make_roller
 from training.window import Window
@@ -65,7 +66,7 @@ def run(folder: Path, name: str, kill_at: int | None = None) -> None:
         return step(number)
 
     stage.step = watched  # type: ignore[method-assign]
-    train(stage, STAGES[name], folder / name, {"widths": 32}, quiet=True)
+    train(stage, STAGES[name], folder / name, {"widths": 32}, quiet=True, kind=ShardedRun)
     adapter = stage.outputs()["dit"]
     assert isinstance(adapter, Adapter)
     save_adapter(folder / name / ADAPTER, adapter)
