@@ -135,12 +135,13 @@ def _drawn_clip(preset: Preset, blocks: int, draw: torch.Generator) -> EncodedCl
 def _resident_growth(update: Callable[[], None]) -> int:
     """Measures the rise of the resident memory above its present value. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status_bytes("VmHWM")
+    before = status_bytes("VmHWM")
     update()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """A figure of this process in /proc/self/status. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

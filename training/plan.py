@@ -19,7 +19,8 @@ import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from live_avatar.config import MOTION_LATENTS, Preset
 from live_avatar.errors import ConfigError
@@ -108,12 +109,28 @@ def _fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = torchs
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+class Operations(TorchDispatchMode):
+    """Counts the floating-point operations of everything that runs while it is open, by torch's own formulas.
 
+    torch's `FlopCounterMode` keeps tensors alive, which the count of live bytes would see.
+    """
 
-def _attention_backward_flops(slope: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(slope, query, key, value))
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet is FLASH:
+            self.count += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        elif packet is FLASH_BACKWARD:
+            self.count += sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+        elif packet in flop_registry:
+            self.count += flop_registry[packet](*args, **(kwargs or {}), out_val=made)
+        return made
 
 
 @dataclass(frozen=True)
@@ -144,11 +161,10 @@ class Passes:
     def make(self, name: str, work: Callable[[], Any]) -> Any:
         """The result of a pass, which is counted under its name."""
         self._live.restart()
-        mapping = {FLASH.default: _attention_flops, FLASH_BACKWARD.default: _attention_backward_flops}
-        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        with Operations() as operations:
             made = work()
         self.counts.bytes[name] = self._live.peak
-        self.counts.flops[name] = counter.get_total_flops()
+        self.counts.flops[name] = operations.count
         return made
 
 
@@ -326,8 +342,8 @@ def check_fit(plan: StagePlan, gpu_bytes: int, reserve: int) -> None:
     parts = " + ".join(f"{key} {value / GIB:.1f}" for key, value in {**asdict(plan.memory), "reserve": reserve}.items())
     raise TrainingError(
         f"{plan.stage} needs {(plan.memory.total + reserve) / GIB:.1f} GiB on each GPU, which has "
-        f"{gpu_bytes / GIB:.1f}: {parts} (the fullest pass is {plan.fullest_pass}). Take more GPUs for one copy of the base (shard_ranks), or "
-        "fewer blocks, a smaller picture or a smaller rank."
+        f"{gpu_bytes / GIB:.1f}: {parts} (the fullest pass is {plan.fullest_pass}). Take more GPUs for one copy of the "
+        "base (shard_ranks), or fewer blocks, a smaller picture or a smaller rank."
     )
 
 

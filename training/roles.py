@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from live_avatar.config import Preset
 from live_avatar.model.attention import Attention
 from live_avatar.model.dit import CausalDiT
-from live_avatar.model.networks import meta_networks
+from live_avatar.model.networks import meta_dit
 from live_avatar.weights.tensors import Weights
 from training import distributed
 from training.config import AdapterConfig, LoRAConfig
@@ -71,12 +71,12 @@ class SharedBase:
         self._switch = adapt(network, settings, names)
         if recompute:
             _recompute(network, self._switch)
-        self._unit = distributed.shard_layers(network, ranks or distributed.world())
+        self.unit = distributed.shard_layers(network, ranks or distributed.world())
         self.network = network
 
     def fill(self, weights: Weights, device: torch.device) -> None:
         """Moves the network to a device and reads its weights, one tensor at a time; adapters stay without values."""
-        self._unit.to_empty(device=device)
+        self.unit.to_empty(device=device)
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 if not FACTOR.search(name):
@@ -85,7 +85,7 @@ class SharedBase:
     def role(self, adapter: str | None) -> Role:
         """The base with the adapter of that name, or alone."""
         module = nn.Module() if adapter is None else Adapter(self.network, adapter)
-        return Role(self._unit, module, self._switch, adapter, together=True)
+        return Role(self.unit, module, self._switch, adapter, together=True)
 
 
 def _recompute(network: CausalDiT, switch: Switch) -> None:
@@ -125,5 +125,4 @@ def open_base(config: AdapterConfig, names: tuple[str, ...]) -> SharedBase:
 
 def empty_base(config: AdapterConfig, system: Preset, names: tuple[str, ...]) -> SharedBase:
     """The same without values, on the meta device."""
-    network = meta_networks(system).dit.train()
-    return SharedBase(network, config.lora, names, config.recompute, config.shard_ranks)
+    return SharedBase(meta_dit(system), config.lora, names, config.recompute, config.shard_ranks)

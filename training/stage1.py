@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from live_avatar.config import StreamConfig
+from live_avatar.config import Preset, StreamConfig
 from live_avatar.model.dit import KV, CausalDiT
 from live_avatar.model.schedule import make_schedule
 from training import distributed
-from training.config import AdapterConfig, TrainingConfig
+from training.config import AdapterConfig, DiTStage, TrainingConfig
 from training.data.clips import Split
 from training.flow import chance, choice, mixed, training_levels, velocity_loss
 from training.init import load
 from training.lora import GENERATOR
-from training.matching import FlowMatching, Sample, movement
+from training.matching import Clips, FlowMatching, Sample, movement
 from training.roles import open_base, whole
 from training.shards import open_clips
 from training.teacher import NAME as TEACHER
@@ -82,6 +82,12 @@ def forced_velocity(
     return torch.cat(velocities, dim=2)
 
 
+def make_loss(system: Preset, settings: DiTStage, clips: Clips) -> ForcingLoss:
+    """The loss with the settings of the stage."""
+    window = Window(system, settings.blocks, distributed.device())
+    return ForcingLoss(window, movement(clips, settings.motion_weight), settings.far_share)
+
+
 def make_stage(config: TrainingConfig | AdapterConfig, out: Path) -> FlowMatching:
     """The stage on its data set, from the teacher of the run in `out`, or from a checkpoint with a new adapter.
 
@@ -90,8 +96,7 @@ def make_stage(config: TrainingConfig | AdapterConfig, out: Path) -> FlowMatchin
     settings, system = config.stage1, config.system
     distributed.share(settings.batch)
     clips, validation = (open_clips(config, out, split) for split in (Split.TRAIN, Split.VALIDATION))
-    window = Window(system, settings.blocks, distributed.device())
-    loss = ForcingLoss(window, movement(clips, settings.motion_weight), settings.far_share)
+    loss = make_loss(system, settings, clips)
     if isinstance(config, AdapterConfig):
         dit = open_base(config, (GENERATOR,)).role(GENERATOR)
     else:

@@ -74,13 +74,23 @@ def text_network(config: TextEncoderConfig) -> nn.Module:
     return UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu", use_cache=False)).eval()
 
 
+def meta_dit(preset: Preset) -> CausalDiT:
+    """The transformer alone, of the preset's sizes and types on the meta device."""
+    with torch.device("meta"):
+        dit = CausalDiT(preset.dit)
+    for module in dit.modules():
+        if isinstance(module, Linear):
+            module.to(getattr(torch, preset.precision))
+    return dit
+
+
 def meta_networks(preset: Preset) -> Networks:
     """Networks of the preset's sizes and types on torch's meta device: no weights, and no memory for them."""
     # Of the types with fused attention, float16 is nearer to float32; the normalised speech is far from its limits.
     heard = torch.float32 if preset.precision == "float32" else torch.float16
     with torch.device("meta"):
         networks = Networks(
-            CausalDiT(preset.dit).eval(),
+            meta_dit(preset).eval(),
             VAE(preset.vae).eval(),
             speech_network(preset.speech, heard),
             text_network(preset.text),
@@ -88,9 +98,6 @@ def meta_networks(preset: Preset) -> Networks:
         )
     networks.speech.to("meta")  # transformers makes `masked_spec_embed` on the CPU whatever the device
     large = getattr(torch, preset.precision)
-    for module in networks.dit.modules():
-        if isinstance(module, Linear):
-            module.to(large)
     for network in (networks.vae, networks.tae):
         for parameter in () if network is None else network.parameters():
             parameter.data = parameter.data.to(large)

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from export.synthetic import official_preset, write_checkpoint
 from live_avatar.cli.main import main as cli
 from live_avatar.config import Preset, VAEConfig
-from live_avatar.model.networks import meta_networks
+from live_avatar.model.networks import meta_dit
 from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar.weights.lora import LoRA
 from tests.export.conftest import LEAST
@@ -86,7 +86,7 @@ def test_both_stages_make_an_adapter_that_the_core_merges(toy: AdapterRun, check
     merged = open_checkpoint(None, checkpoint, LoRA(adapter)).parts["dit"]
     plain = open_checkpoint(None, checkpoint).parts["dit"]
     preset = toy.config.system
-    network = SharedBase(meta_networks(preset).dit, LoRAConfig(1, 1.0), ("none",), recompute=False)
+    network = SharedBase(meta_dit(preset), LoRAConfig(1, 1.0), ("none",), recompute=False)
     network.fill(merged, torch.device("cpu"))
     base = open_base(toy.config, (GENERATOR,))
     role = base.role(GENERATOR)
