@@ -10,6 +10,7 @@ base, the adapters and their moments are given, and the most resident memory.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ from training.loop import EMA, TrainingStage, generator
 from training.lora import GENERATOR
 from training.matching import FlowMatching
 from training.memory import LiveBytes, status_bytes
-from training.plan import PEAK_TFLOPS, UTILISATION, make_plan
+from training.plan import PEAK_TFLOPS, UTILISATION, StagePlan, make_plan
 from training.roles import FAKE, SharedBase, open_base
 
 CLIPS = 2
@@ -63,9 +64,8 @@ def new_stage(config: AdapterConfig, name: str) -> tuple[TrainingStage, SharedBa
     return stage2.Distillation(config.seed, settings, roller, networks, clips, clips), base
 
 
-def measure(config: AdapterConfig, name: str, steps: int) -> dict[str, Any]:
+def measure(config: AdapterConfig, name: str, steps: int, plan: StagePlan) -> dict[str, Any]:
     """Takes steps of a stage; returns their figures, times and memory beside the plan."""
-    plan = make_plan(config, name, distributed.world(), PEAK_TFLOPS, UTILISATION)
     alone = distributed.world() == 1
     with LiveBytes() as live:
         stage, base = new_stage(config, name)
@@ -101,13 +101,15 @@ def main(path: Path, names: tuple[str, ...], steps: int, report: Path | None) ->
         config = load(path)
         if not isinstance(config, AdapterConfig):
             raise ConfigError(f"{path} has no key 'checkpoint'; only adapters of one are measured here.")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # the plan is made before they join, of one whole base
+        plans = {name: make_plan(config, name, processes, PEAK_TFLOPS, UTILISATION) for name in names}
         distributed.join()
         try:
             made = {
                 "command": f"python -m training.peaks --config {path} --steps {steps}",
                 "environment": environment("torch"),
-                "processes": distributed.world(),
-                "stages": [measure(config, name, steps) for name in names],
+                "processes": processes,
+                "stages": [measure(config, name, steps, plans[name]) for name in names],
             }
         finally:
             distributed.leave()
