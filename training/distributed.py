@@ -158,8 +158,8 @@ def _mesh(ranks: int) -> Any:
             "shard_ranks to a divisor of their number."
         )
     if ranks == world():
-        return init_device_mesh(device().type, (ranks,))
-    return init_device_mesh(device().type, (world() // ranks, ranks))
+        return init_device_mesh(device().type, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device().type, (world() // ranks, ranks), mesh_dim_names=("copy", "shard"))
 
 
 def fill(held: Tensor, whole: Tensor) -> None:

@@ -102,7 +102,7 @@ def _fused_attention() -> Iterator[None]:
         made: Tensor = FLASH(query, key, value, 0.0, False, scale=1.0)[0]
         return made
 
-    F.scaled_dot_product_attention = fused
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
     try:
         yield
     finally:

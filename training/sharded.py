@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from live_avatar.errors import CheckpointError
@@ -83,7 +84,7 @@ class ShardedRun(StageRun):
         distributed.barrier()
         state = {name: _copied(tensor) for name, tensor in self._tensors()}
         _expect_one_process()
-        part = dcp.async_save(state, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
+        part = async_save(state, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
         self._writing = Writing(folder, self.progress.step, cast("Future[Any]", part))
         self._numbers = {**asdict(self.progress), "identity": dict(self.identity)}
 
@@ -142,7 +143,7 @@ class ShardedRun(StageRun):
         state = dict(self._tensors())
         _expect_one_process()
         try:
-            dcp.load(state, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
+            load(state, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{folder} is not a whole checkpoint ({_reason(error)}); remove it.") from error
         self.progress = progress

@@ -1,4 +1,4 @@
-"""What every process of the tests of adapters runs: `python -m tests.training.adapter_worker FOLDER [kill]`."""
+"""What every process of the tests of adapters runs: `python -m tests.training.adapter_worker FOLDER [STEP [RANKS]]`."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ STAGES = {"stage1": FORCING, "stage2": DISTILLATION}
 LORA = LoRAConfig(rank=4, alpha=2.0)
 
 
-def new_stage(name: str) -> TrainingStage:
+def new_stage(name: str, ranks: int = 0) -> TrainingStage:
     clips = [drawn_clip(3, seed) for seed in range(2)]
     names = (GENERATOR, FAKE)
-    base = SharedBase(drawn_network(), LORA, names, recompute=True)
+    base = SharedBase(drawn_network(), LORA, names, recompute=True, ranks=ranks)
     for seed, adapter in enumerate(names):
         draw_factors(base.network, torch.Generator().manual_seed(seed), adapter)
     if name == "stage1":
@@ -54,9 +54,9 @@ def new_stage(name: str) -> TrainingStage:
     return Distillation(0, DISTILLATION, make_roller(SMALL, DISTILLATION), networks, clips, clips[:1])
 
 
-def run(folder: Path, name: str, kill_at: int | None = None) -> None:
+def run(folder: Path, name: str, kill_at: int = 0, ranks: int = 0) -> None:
     """Trains a stage; with `kill_at`, the last process ends without a word in that step of its first life."""
-    stage = new_stage(name)
+    stage = new_stage(name, ranks)
     step = stage.step
 
     def watched(number: int) -> dict[str, float]:
@@ -81,7 +81,7 @@ def main() -> None:
     distributed.join()
     try:
         for name in STAGES:
-            run(Path(sys.argv[1]), name, int(sys.argv[2]) if len(sys.argv) > 2 else None)
+            run(Path(sys.argv[1]), name, *map(int, sys.argv[2:]))
     finally:
         distributed.leave()
 

@@ -182,6 +182,12 @@ def test_two_processes_with_a_sharded_base_give_what_one_gives(tmp_path: Path, a
 
 
 @pytest.mark.slow
+def test_two_processes_with_a_copy_each_give_what_one_gives(tmp_path: Path, alone: Path) -> None:
+    torchrun(tmp_path, "0", "1")
+    assert_same(tmp_path, alone)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_when_one_of_two_processes_is_killed(tmp_path: Path, alone: Path) -> None:
     """In step 4 of stage 1, of which the checkpoint of step 2 is whole."""
     torchrun(tmp_path, "4", restarts=1)
