@@ -35,7 +35,7 @@ ROUNDS = 150
 FLOOD = 20_000
 """Frames of a flood, unless the connection is closed before."""
 ANSWER_S = 1.0
-MOST_MIB = 96.0
+MOST_MIB = 160.0
 """By how much a process may be larger at any moment than at the start."""
 ATTACK_S = 60.0
 """An attack that the server answers, or ends, takes less; each is bounded in bytes."""
