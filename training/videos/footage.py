@@ -39,7 +39,7 @@ class FootageError(InputError):
 
 @dataclass(frozen=True)
 class Footage:
-    """A video file. seconds: of its picture. speech int16 [n]: 16 kHz mono from the first frame on.
+    """A video file. seconds: of its picture. speech int16 [n * 640]: 16 kHz mono, of n whole frames.
 
     size: height and width of the coded picture with square pixels, before it is turned upright. track: the sound's
     track, in words.
@@ -54,7 +54,7 @@ class Footage:
     @property
     def frames(self) -> int:
         """Number of frames at 25 fps that sound and picture both cover."""
-        return min(round(self.seconds * FPS), len(self.speech) // SAMPLES_PER_FRAME)
+        return len(self.speech) // SAMPLES_PER_FRAME
 
 
 def open_footage(path: Path, language: str | None = None) -> Footage:
@@ -72,8 +72,10 @@ def open_footage(path: Path, language: str | None = None) -> Footage:
             speech = _speech(container, container.streams[index], start_s, path)
     except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from error
-    samples = round(seconds * SAMPLE_RATE_HZ)
-    return Footage(path, seconds, size, speech[:samples], track)
+    frames = min(round(seconds * FPS), math.ceil(len(speech) / SAMPLES_PER_FRAME))
+    covered = np.zeros(frames * SAMPLES_PER_FRAME, np.int16)
+    covered[: len(speech)] = speech[: len(covered)]
+    return Footage(path, seconds, size, covered, track)
 
 
 def frames_of(footage: Footage, height: int, width: int) -> Iterator[Array]:
