@@ -233,14 +233,16 @@ def test_a_dry_run_prints_the_figures_and_encodes_nothing(preparing: Preparing, 
 
 
 def test_figures_tell_speech_cuts_and_movement_with_the_voice(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
     talking = make_clip(Split.TRAIN, SEED, 4, 64)
-    write_video(tmp_path / "talks.mkv", talking.frames, None, {"eng": talking.speech})
-    write_video(tmp_path / "silent.mkv", talking.frames, None, {"eng": np.zeros_like(talking.speech)})
+    write_video(videos / "talks.mkv", talking.frames, None, {"eng": talking.speech})
+    write_video(videos / "silent.mkv", talking.frames, None, {"eng": np.zeros_like(talking.speech)})
     moved = np.roll(talking.speech, len(talking.speech) // 2)
-    write_video(tmp_path / "shifted.mkv", talking.frames, None, {"eng": moved})
+    write_video(videos / "shifted.mkv", talking.frames, None, {"eng": moved})
     cut = np.concatenate([talking.frames[:24], 255 - talking.frames[24:]])
-    write_video(tmp_path / "cut.mkv", cut, None, {"eng": talking.speech})
-    preparing = Preparing(tmp_path, tmp_path)
+    write_video(videos / "cut.mkv", cut, None, {"eng": talking.speech})
+    preparing = Preparing(videos, tmp_path)
     assert preparing("--dry-run", "--blocks", "4").exit_code == 0
     lines = (preparing.output / "part-00000-of-00001" / "figures.jsonl").read_text().splitlines()[1:]
     found = {one["name"]: one["clips"][0] for one in map(json.loads, lines)}
