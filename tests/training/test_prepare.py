@@ -156,6 +156,7 @@ def test_the_index_has_counts_provenance_and_a_split_by_files(made: Preparing) -
         assert [member.name for member in file] == [f"{entry['key']}.safetensors" for entry in entries]
 
 
+@pytest.mark.slow
 def test_a_drawn_face_is_the_same_through_a_video_within_the_codecs_loss(tmp_path: Path) -> None:
     """Its mouth moves at the same time; latents, speech and the teacher's loss differ as H.264 and AAC do.
 
@@ -200,10 +201,9 @@ def test_the_stages_train_on_shards_and_refuse_other_ones(made: Preparing, tmp_p
     config, out = tmp_path / "run.toml", tmp_path / "run"
     config.write_text(toml(toy_config(data=DataConfig(blocks=BLOCKS, shards=str(made.output)))))
     command = ["--config", str(config), "--out", str(out), "--stage"]
-    for stage in ("teacher", "stage1"):
-        done = CliRunner().invoke(run.main, [*command, stage])
-        assert done.exit_code == 0, done.output
-        assert f"{stage}: done in" in done.stdout
+    done = CliRunner().invoke(run.main, [*command, "teacher"])
+    assert done.exit_code == 0, done.output
+    assert "teacher: done in" in done.stdout
     drawn = CliRunner().invoke(run.main, [*command, "data"])
     assert drawn.stderr == (
         f"Error: stage data draws clips, but key 'data.shards' is {str(made.output)!r}; leave the stage out, or the "
@@ -454,17 +454,18 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_official_checkpoint_encodes_at_its_own_size(films: Path, official: Path, tmp_path: Path) -> None:
-    output = tmp_path / "shards"
+def test_an_official_checkpoint_encodes_at_a_size_of_its_own(official: Path, tmp_path: Path) -> None:
+    videos, output = tmp_path / "videos", tmp_path / "shards"
+    write_films(videos, Split.TRAIN, 1, 1, 64)
     done = CliRunner().invoke(
         prepare.main,
-        ["--videos", str(films), "--checkpoint", str(official), "--output", str(output), "--prompt", "A face.",
-         "--min-seconds", "0", "--blocks", "2", "--width", "64", "--height", "96"],
+        ["--videos", str(videos), "--checkpoint", str(official), "--output", str(output), "--prompt", "A face.",
+         "--min-seconds", "0", "--blocks", "1", "--width", "80", "--height", "64"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    system = open_checkpoint(None, official).preset.with_stream(width=64, height=96)
-    clip = ShardedClips(str(output), Split.TRAIN, system, 2)[0]
-    assert clip.latents.shape == (1, 16, 6, 12, 8)
+    system = open_checkpoint(None, official).preset.with_stream(width=80, height=64)
+    clip = ShardedClips(str(output), Split.TRAIN, system, 1)[0]
+    assert clip.latents.shape == (1, 16, 3, 8, 10)
     assert clip.text.shape == (system.dit.text_len, system.text.d_model)
     assert clip.states.any()
 

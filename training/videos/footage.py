@@ -7,6 +7,7 @@ shift.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,14 +79,15 @@ def open_footage(path: Path, language: str | None = None) -> Footage:
     return Footage(path, seconds, size, covered, track)
 
 
-def frames_of(footage: Footage, height: int, width: int) -> Iterator[Array]:
+def frames_of(footage: Footage, height: int, width: int, start: int = 0, stop: int | None = None) -> Iterator[Array]:
     """The frames at 25 fps, uint8 [height, width, 3], scaled to cover and cropped in the middle as a picture is.
 
-    Raises `FootageError` where the file is damaged.
+    start, stop: of the frames, without which all are given. Raises `FootageError` where the file is damaged.
     """
     try:
         with _opened(footage.path) as container:
-            for frame in _at_25_fps(_decoded(container, footage.path), footage.frames):
+            shown = _at_25_fps(_decoded(container, footage.path), footage.frames)
+            for frame in itertools.islice(shown, start, stop):
                 yield _fitted(frame, footage, height, width)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _unreadable(footage.path, error) from error

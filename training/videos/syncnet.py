@@ -81,7 +81,16 @@ def load_syncnet(path: Path) -> SyncNet:
         state = torch.load(path, map_location="cpu", weights_only=True)
         network = SyncNet(state["netfclip.3.weight"].shape[0])
         network.load_state_dict(state)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} does not hold the weights of SyncNet ({reason}); {fetch}.") from error
     return network.eval()
