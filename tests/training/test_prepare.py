@@ -437,7 +437,16 @@ def test_a_folder_without_videos_is_refused(tmp_path: Path) -> None:
 
 def test_a_part_that_is_not_there_is_refused(preparing: Preparing) -> None:
     done = preparing("--part", "2", "--of", "2")
-    assert done.stderr == "Error: --part is 2, expected 0 to 1: parts count from 0; mend it, or --of.\n"
+    assert done.stderr == (
+        "Error: --part is 2, expected 0 to 1: parts count from 0; mend it, or --of. Without --part it comes from "
+        "JOB_COMPLETION_INDEX or SLURM_ARRAY_TASK_ID.\n"
+    )
+
+
+def test_a_part_takes_its_number_from_the_array_of_jobs(preparing: Preparing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert preparing("--of", "2", "--dry-run").exit_code == 0
+    assert (preparing.output / "part-00001-of-00002" / "figures.jsonl").is_file()
 
 
 def test_filters_that_drop_all_say_so(preparing: Preparing) -> None:
