@@ -8,10 +8,12 @@ table of what the filters would drop, then encodes what is left. The same comman
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +54,7 @@ MEASURED_SIDE = 64
 """Pixels of the shorter side of a frame that is measured."""
 ARRAYS = ("JOB_COMPLETION_INDEX", "SLURM_ARRAY_TASK_ID")
 """Variables in which Kubernetes and Slurm tell a job its number."""
-FIGURES, PART, DONE, SILENCE = "figures.jsonl", "part.json", "done.json", "silence.safetensors"
+FIGURES, PART, DONE, SILENCE, LOCK = "figures.jsonl", "part.json", "done.json", "silence.safetensors", ".lock"
 LOG_EVERY_S = 30.0
 """Least time between two lines of progress in a file; on a terminal it is `SHOWN_EVERY_S`."""
 SHOWN_EVERY_S = 0.5
@@ -138,6 +140,20 @@ class Job:
             name: {path.name: digest for path, digest in file_digests(self.checkpoint.parts[name].files).items()}
             for name in ENCODERS
         }
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process prepares the same part. Raises `TrainingError` if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(
+                f"{folder} is being written by another process; wait for its end, or give each one a --part of its own."
+            ) from error
+        yield
 
 
 def part_folder(output: Path, part: int, of: int) -> Path:
@@ -459,7 +475,7 @@ def main(verifies: bool, output: str, dry_run: bool, report_file: Path | None, *
             click.echo(f"{output}: {shards} shards with {clips} clips are whole.")
             return
         job = make_job(output=Path(output), **options)
-        with interrupts.deferred():
+        with interrupts.deferred(), _alone(job.folder):
             files = measured(job)
             found = report(files, job.filters, job.blocks, job.preset.stream.block_frames)
             click.echo(table(found, job.filters))
@@ -502,6 +518,8 @@ def make_job(
     """The job of the command's options. Raises `LiveAvatarError` for those that cannot be."""
     if videos is None:
         raise ConfigError("--videos is missing; give the folder that holds the videos.")
+    if output.resolve().is_relative_to(videos.resolve()):
+        raise ConfigError(f"--output {output} lies in --videos {videos}; give a folder outside.")
     if part >= of:
         raise ConfigError(
             f"--part is {part}, expected 0 to {of - 1}: parts count from 0; mend it, or --of. Without --part it comes "

@@ -435,6 +435,31 @@ def test_a_folder_without_videos_is_refused(tmp_path: Path) -> None:
     assert "none has no video; give the folder" in Preparing(tmp_path / "none", tmp_path)().stderr
 
 
+def test_a_part_that_another_process_writes_is_refused(preparing: Preparing) -> None:
+    folder = preparing.output / "part-00000-of-00001"
+    with prepare._alone(folder):
+        done = preparing("--dry-run")
+    assert done.stderr == (
+        f"Error: {folder} is being written by another process; wait for its end, or give each one a --part of its "
+        "own.\n"
+    )
+
+
+def test_shards_among_the_videos_are_refused(films: Path, tmp_path: Path) -> None:
+    preparing = Preparing(films, tmp_path)
+    preparing.output = films / "shards"
+    assert f"--output {films / 'shards'} lies in --videos {films}; give a folder outside." in preparing().stderr
+
+
+def test_a_name_that_no_terminal_shows_is_shown(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / os.fsdecode(b"b\xff\n.mp4")).write_text("no video")
+    done = Preparing(videos, tmp_path)("--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "1 files, 1 of them unusable" in done.stdout
+
+
 def test_a_part_that_is_not_there_is_refused(preparing: Preparing) -> None:
     done = preparing("--part", "2", "--of", "2")
     assert done.stderr == (
