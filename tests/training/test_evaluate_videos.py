@@ -139,7 +139,8 @@ def test_networks_of_local_files_fill_the_papers_columns(
     done = evaluated("--generated", generated, "--reference", true, "--weights", weights, "--report", report,
                      "--seconds", "1.28")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert done.stderr == f"Not measured: {SYNCNET} is not in --weights. It comes from: {SOURCES[SYNCNET]}.\n"
+    assert done.stderr.count("Not measured") == 1
+    assert f"Not measured: {SYNCNET} is not in --weights. It comes from: {SOURCES[SYNCNET]}." in done.stderr
     found = means(report)
     videos = [frames(folder / "face-0.mp4", 32) for folder in (generated, true)]
     assert found["FID"] == pytest.approx(plain_frechet(*(one.mean((1, 2)) for one in videos)), rel=1e-3)

@@ -117,7 +117,9 @@ def _scripted(path: Path) -> Any:
 
 def _transformer(path: Path) -> Any:
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         return AutoModel.from_pretrained(str(path), local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
