@@ -113,12 +113,11 @@ def measure(folder: Path, component: str, capability: str) -> Mapping[str, Any]:
     compiler = require_compiler(options, artifacts.preset.precision, artifacts.manifest["fp8"] is not None)
     log = heard(compiler.library.trt)
     compiler = replace(compiler, library=replace(compiler.library, logger=log))
-    path, contract = artifacts.graph_path(component), artifacts.contracts[component]
-    model = onnx.load(path, load_external_data=False)
+    model = onnx.load(artifacts.graph_path(component), load_external_data=False)
     attentions = sum(node.op_type == "Attention" for node in model.graph.node)
     start = time.monotonic()
     with TemporaryFile() as plan:
-        compile_graph(compiler, model, path, contract, plan, False, threading.Event(), detailed=True)
+        compile_graph(compiler, artifacts, component, model, plan, False, threading.Event(), detailed=True)
         plan_bytes = plan.tell()
     seconds = time.monotonic() - start
     text = "\n".join(log.lines)
@@ -129,7 +128,7 @@ def measure(folder: Path, component: str, capability: str) -> Mapping[str, Any]:
         "plan_bytes": plan_bytes,
         "activation_bytes": memory["Total Activation"],
         "attentions": attentions,
-        "may_be_decomposed": contract.decomposable,
+        "may_be_decomposed": artifacts.contracts[component].decomposable,
         **figures,
     }
 

@@ -36,7 +36,7 @@ from live_avatar_client.protocol import (
 from live_avatar_client.wire import Message, decode_response, encode_request
 from perf.soak_sessions import FULL, NOTHING, Ending, SoakSession
 
-CALL_S = 90.0
+CALL_S = 300.0
 
 
 class Unexpected(Exception):  # noqa: N818 - it is a finding of the soak

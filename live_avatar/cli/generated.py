@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import click
 
 from live_avatar.arrays import Array
-from live_avatar.serving.provenance import ProvenanceWriter
+from live_avatar.serving.provenance import ContentHashes, ProvenanceWriter
 from live_avatar.serving.served import Served
 from live_avatar.version import __version__
 from live_avatar.watermark.embed import Watermark
@@ -35,11 +34,10 @@ class Markings:
             raise click.UsageError("--watermark and --operator go together; give both, or none")
         return cls(None if watermark is None else read_key(watermark), operator)
 
-    def metadata(self, preset: str, artifacts: str | None, picture: bytes, prompt: str, seed: int) -> dict[str, str]:
+    def metadata(self, preset: str, artifacts: str | None, contents: ContentHashes, seed: int) -> dict[str, str]:
         """The metadata of the video file. artifacts: their fingerprint, None without artifacts."""
         served = Served(__version__, preset, artifacts or WITHOUT_ARTIFACTS, "generate", 1)
-        of_picture, of_prompt = (hashlib.sha256(content).hexdigest() for content in (picture, prompt.encode()))
-        statement = ProvenanceWriter(served, self._operator).write(self._session, of_picture, of_prompt, seed)
+        statement = ProvenanceWriter(served, self._operator).write(self._session, contents, seed)
         return provenance_metadata(json.loads(statement))
 
     def mark(self, frames: Array) -> Array:

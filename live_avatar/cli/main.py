@@ -124,6 +124,7 @@ def generate(
     from live_avatar.cli.speeches import read_speeches
     from live_avatar.inputs.image import crop_warning
     from live_avatar.pipeline.generator import Generator
+    from live_avatar.serving.provenance import ContentHashes
     from live_avatar_client.media import read_image_bytes
     from live_avatar_client.video import SpeechVideo
 
@@ -139,7 +140,8 @@ def generate(
 
     def metadata() -> dict[str, str]:
         fingerprint = None if artifacts is None else _artifacts_of(artifacts, None).fingerprint
-        return markings.metadata(generator.preset.name, fingerprint, picture, prompt, seed)
+        contents = ContentHashes.of(picture, prompt, speech.masks)
+        return markings.metadata(generator.preset.name, fingerprint, contents, seed)
 
     with (
         SpeechVideo(output, speech.track, frames_output, metadata=metadata, credentials=credentials) as video,

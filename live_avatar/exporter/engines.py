@@ -246,9 +246,8 @@ def _build(artifacts: Artifacts, name: str, compiler: Compiler, on_host: bool) -
     written = engine_path(artifacts, name)
     with artifacts.reading(name) as path:
         model = onnx.load(path, load_external_data=False)
-        contract = artifacts.contracts[name]
         with _writing(written.parent), written_whole(written) as file:
-            cache = _cancellable(lambda stop: compile_graph(compiler, model, path, contract, file, on_host, stop))
+            cache = _cancellable(lambda stop: compile_graph(compiler, artifacts, name, model, file, on_host, stop))
     if cache is not None:
         with _writing(written.parent):
             write_whole(written.with_name(TIMING_CACHE), cache)
@@ -282,9 +281,9 @@ def _files(path: Path, model: onnx.ModelProto) -> list[str]:
 
 def compile_graph(
     compiler: Compiler,
+    artifacts: Artifacts,
+    name: str,
     model: onnx.ModelProto,
-    path: Path,
-    contract: Contract,
     plan: BinaryIO,
     on_host: bool,
     stop: threading.Event,
@@ -292,11 +291,12 @@ def compile_graph(
 ) -> Any:
     """Writes the engine's plan, and gives the timing cache of a compiler that has one, serialized.
 
-    model: the graph of `path`, without its weights; detailed: the compiler logs the kernels that it made. The plan goes
-    to its file as it is made: a second copy in memory would be as large as the weights. Raises `ExportError` with the
-    compiler's own words, and `OSError` if the plan cannot be written.
+    model: the graph of the component `name`, without its weights; detailed: the compiler logs the kernels that it made.
+    The plan goes to its file as it is made: a second copy in memory would be as large as the weights. Raises
+    `ExportError` with the compiler's own words, and `OSError` if the plan cannot be written.
     """
     trt, logger = compiler.library.trt, compiler.library.logger
+    path, contract = artifacts.graph_path(name), artifacts.contracts[name]
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -308,7 +308,7 @@ def compile_graph(
         errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise ExportError(f"{compiler.library} cannot read {path}: {errors}; export it again.")
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(contract.name))
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(artifacts.preset, name))
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a graph means float32
     config.progress_monitor = _monitor(trt, stop)
     if detailed:
@@ -325,7 +325,7 @@ def compile_graph(
         raise writer.error
     if not done:
         raise ExportError(
-            f"{compiler.library} cannot build {contract.name}: {logger.reason()}; see whether the GPU has room and "
+            f"{compiler.library} cannot build {name}: {logger.reason()}; see whether the GPU has room and "
             "this version is supported, and for an attention without a fused kernel docs/real_model.md."
         )
     return None if cache is None else cache.serialize()

@@ -10,6 +10,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 
+from live_avatar.serving.provenance import ContentHashes
 from live_avatar.watermark.key import Origin
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class SessionRecord:
     """A session as the log shows it. session: Triton's sequence id. number: what its video says of itself, in its
-    provenance and its invisible mark. The hashes are SHA-256, hex."""
+    provenance and its invisible mark."""
 
     session: int
     number: int
@@ -27,8 +28,7 @@ class SessionRecord:
     seed: int
     frame_format: str
     avatar: str
-    picture_sha256: str
-    prompt_sha256: str
+    hashes: ContentHashes
     blocks: int = 0
     began_s: float = field(default_factory=time.monotonic)
 
@@ -62,7 +62,7 @@ class AuditLog:
             "seed": record.seed,
         }
         if self._with_hashes:
-            who |= {"picture_sha256": record.picture_sha256, "prompt_sha256": record.prompt_sha256}
+            who |= record.hashes.fields
         self._line(record.session, event, who | facts)
 
     def _line(self, session: int, event: str, facts: dict[str, object]) -> None:

@@ -7,7 +7,6 @@ own caches. So the time that a start takes tells a caller nothing about the avat
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections import OrderedDict
@@ -16,26 +15,24 @@ from dataclasses import dataclass
 
 from live_avatar.arrays import Array
 from live_avatar.serving.gateway_settings import Limits
+from live_avatar.serving.provenance import ContentHashes
 
 KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
 class AvatarSource:
-    """A picture, a prompt and the masks of several speakers, with the SHA-256 of each in hex."""
+    """A picture, a prompt and the masks of several speakers, with their hashes."""
 
     picture: bytes
     prompt: str
-    picture_sha256: str
-    prompt_sha256: str
+    hashes: ContentHashes
     masks: tuple[bytes, ...] = ()
-    mask_sha256s: tuple[str, ...] = ()
 
     @classmethod
     async def of(cls, picture: bytes, prompt: str, masks: tuple[bytes, ...] = ()) -> AvatarSource:
-        """Hashes a picture, which may have tens of megabytes, in a thread."""
-        digest, *of_masks = await asyncio.to_thread(lambda: [_sha256(file) for file in (picture, *masks)])
-        return cls(picture, prompt, digest, _sha256(prompt.encode()), masks, tuple(of_masks))
+        """Hashes them in a thread."""
+        return cls(picture, prompt, await asyncio.to_thread(ContentHashes.of, picture, prompt, masks), masks)
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Avatars:
         self._make = make
         self._limits = limits
         self._clock = clock
-        self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, ContentHashes], _Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -78,7 +75,7 @@ class Avatars:
     async def get(self, owner: str, source: AvatarSource) -> tuple[Avatar, bool]:
         """The avatar, and whether it was remembered for `owner`. Raises what `make` raises, and remembers no error."""
         self.forget_old()
-        name = (owner, source.picture_sha256, source.prompt_sha256, *source.mask_sha256s)
+        name = (owner, source.hashes)
         entry = self._entries.get(name)
         known = entry is not None
         if entry is None:
@@ -113,10 +110,6 @@ class Avatars:
 
     async def _encode(self, source: AvatarSource) -> Avatar:
         return Avatar(secrets.token_bytes(KEY_BYTES), *await self._make(source))
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _is_made(avatar: asyncio.Task[Avatar]) -> bool:

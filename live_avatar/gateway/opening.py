@@ -61,15 +61,14 @@ async def open_session(context: SessionContext, caller: Caller, start: CallerReq
         context.report()
         raise
     novelty = "known" if known else "new"
-    hashes = (source.picture_sha256, source.prompt_sha256)
     number = new_session()
     record = SessionRecord(
-        sequence, number, caller.name, caller.peer, chosen.seed, chosen.frame_format.value, novelty, *hashes
+        sequence, number, caller.name, caller.peer, chosen.seed, chosen.frame_format.value, novelty, source.hashes
     )
     context.meter.add(metrics.AVATARS_PREPARED, avatar=novelty)
     context.meter.add(metrics.SESSIONS_ADMITTED)
     context.audit.started(record)
-    tensors = _tensors(avatar, context.provenance.write(number, *hashes, chosen.seed))
+    tensors = _tensors(avatar, context.provenance.write(number, source.hashes, chosen.seed))
     return Opening(record, tensors, chosen.frame_format)
 
 

@@ -167,7 +167,7 @@ class Session:
             f"session {self.id} has lasted {self._context.limits.session_s:g} s, the longest that this server allows; "
             "start a new session to go on."
         )
-        self.fail(PipeError(ErrorCode.FAILED_PRECONDITION, text), EndCause.SHUTDOWN)
+        self.fail(PipeError(ErrorCode.FAILED_PRECONDITION, text), EndCause.TOO_LONG)
 
     def fail(self, error: Exception, cause: EndCause = EndCause.FAILED) -> None:
         """Ends the session with an error, which answers everything that is under way and all further requests."""

@@ -39,6 +39,9 @@ WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES = 2 * GIB, GIB // 4
 and all others."""
 DECODER_WORKSPACE_BYTES = {"vae_decoder": 7 * GIB // 2, "vae_decoder_first": GIB // 2}
 """At 704x384 TensorRT-RTX 1.7 needs 3.48 GiB for a block of frames and 0.38 for a stream's first latent."""
+PER_PIXEL = (DIT, *DECODERS, "vae_encoder_first", "vae_encoder")
+WORKSPACE_PIXELS = 704 * 384
+"""Pictures for which these limits hold. Components of PER_PIXEL need more for larger ones, in proportion."""
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
 
@@ -61,11 +64,13 @@ IN_SMALL_GRAPHS = (
 ELSEWHERE = ("casual_audio_encoder", "time_embedding", "time_projection", "modulation")
 
 
-def workspace_bytes(component: str) -> int:
+def workspace_bytes(preset: Preset, component: str) -> int:
     """Most scratch space of a component's engine."""
-    if component in DECODER_WORKSPACE_BYTES:
-        return DECODER_WORKSPACE_BYTES[component]
-    return WORKSPACE_BYTES if component == DIT or component.startswith("vae_") else SMALL_WORKSPACE_BYTES
+    if component not in PER_PIXEL:
+        return SMALL_WORKSPACE_BYTES
+    limit = DECODER_WORKSPACE_BYTES.get(component, WORKSPACE_BYTES)
+    pixels = preset.stream.height * preset.stream.width
+    return max(limit, -(-limit * pixels // WORKSPACE_PIXELS))
 
 
 def readable(size: int) -> str:
@@ -111,13 +116,13 @@ def denoiser_memory(preset: Preset, steps: range, fp8: bool = False) -> Memory:
             "weights of the transformer": large,
             "weights of text and tokens": small,
             "modulation": (1 + len(steps)) * (6 * preset.dit.num_layers + 2) * preset.dit.dim * BYTES["float32"],
-            **_scratch(DIT, *SMALL_GRAPHS),
+            **_scratch(preset, DIT, *SMALL_GRAPHS),
         }
     )
 
 
-def _scratch(*components: str) -> dict[str, int]:
-    return {"scratch space": sum(workspace_bytes(component) for component in components)}
+def _scratch(preset: Preset, *components: str) -> dict[str, int]:
+    return {"scratch space": sum(workspace_bytes(preset, component) for component in components)}
 
 
 def decoder_memory(preset: Preset) -> Memory:
@@ -126,7 +131,7 @@ def decoder_memory(preset: Preset) -> Memory:
     return session_memory(preset, DECODER, _contracts(preset)).beside(
         {
             "weights of two engines": 2 * _part_bytes(preset, part, ("decoder",)),
-            **_scratch(*DECODERS),
+            **_scratch(preset, *DECODERS),
         }
     )
 
@@ -137,7 +142,7 @@ def conditioning_memory(preset: Preset) -> Memory:
         CONDITIONING,
         {
             "weights": _part_bytes(preset, "speech") + _part_bytes(preset, "dit", ("casual_audio_encoder",)),
-            **_scratch("speech_encoder", "audio_tokens"),
+            **_scratch(preset, "speech_encoder", "audio_tokens"),
         },
         {},
     )
@@ -151,7 +156,7 @@ def encoder_memory(preset: Preset, text_on_host: bool = False) -> Memory:
         {
             "weights of the text encoder": text,
             "weights of two engines of the VAE": 2 * _part_bytes(preset, "vae", ("encoder",)),
-            **_scratch("text_encoder", "vae_encoder_first", "vae_encoder"),
+            **_scratch(preset, "text_encoder", "vae_encoder_first", "vae_encoder"),
         },
         {},
     )

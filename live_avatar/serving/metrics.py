@@ -33,6 +33,8 @@ class RefusalReason(StrEnum):
     FULL = "full"
     MEMORY = "memory"
     INPUT = "input"
+    TOO_LONG = "too_long"
+    """It has lasted as long as a session may."""
     SHUTDOWN = "shutdown"
 
 
@@ -49,6 +51,8 @@ class EndCause(StrEnum):
     """The stream ended without END: the client was killed, or the network was cut."""
     SILENT = "silent"
     """The client sent nothing, or read nothing, for the idle limit."""
+    TOO_LONG = "too_long"
+    """It has lasted as long as a session may."""
     SHUTDOWN = "shutdown"
 
 
@@ -73,7 +77,7 @@ SESSIONS_REFUSED: Final = Metric(
 SESSIONS_ENDED: Final = Metric(
     "live_avatar_sessions_ended_total",
     Kind.COUNTER,
-    "Sessions ended, by reason: completed, abandoned, failed, ended, disconnected, silent, shutdown.",
+    "Sessions ended, by reason: completed, abandoned, failed, ended, disconnected, silent, too_long, shutdown.",
     ("reason",),
 )
 STREAMS: Final = Metric("live_avatar_streams_open", Kind.GAUGE, "Streams of callers that are open now.")

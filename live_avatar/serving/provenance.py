@@ -1,8 +1,10 @@
-"""The provenance of a video: a JSON object with what made it. Picture and prompt appear only as hashes."""
+"""The provenance of a video: a JSON object with what made it. Picture, prompt and masks appear only as hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -17,6 +19,27 @@ OPERATOR: Final = "operator"
 
 
 @dataclass(frozen=True)
+class ContentHashes:
+    """SHA-256, in hex, of what a video was asked for with: picture, prompt, and a mask for each of several speakers."""
+
+    picture: str
+    prompt: str
+    masks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, picture: bytes, prompt: str, masks: Iterable[bytes] = ()) -> ContentHashes:
+        """Hashes picture and masks, as files, which may have tens of megabytes."""
+        text = prompt.encode(errors="surrogatepass")
+        return cls(_sha256(picture), _sha256(text), tuple(_sha256(mask) for mask in masks))
+
+    @property
+    def fields(self) -> dict[str, str | list[str]]:
+        """As provenance and log lines name them; without masks there is no field for them."""
+        masks = {"mask_sha256s": list(self.masks)} if self.masks else {}
+        return {"picture_sha256": self.picture, "prompt_sha256": self.prompt, **masks}
+
+
+@dataclass(frozen=True)
 class ProvenanceWriter:
     """Writes the provenance of sessions. operator: the number of who serves, if there is one. signer: signs it."""
 
@@ -24,7 +47,7 @@ class ProvenanceWriter:
     operator: int | None = None
     signer: Signer | None = None
 
-    def write(self, session: int, picture_sha256: str, prompt_sha256: str, seed: int) -> str:
+    def write(self, session: int, contents: ContentHashes, seed: int) -> str:
         """The provenance of a session, whose number is also what its invisible mark carries."""
         statement = {
             "generator": GENERATOR,
@@ -34,8 +57,7 @@ class ProvenanceWriter:
             SESSION_NUMBER: Origin(0, session).session_text,
             **({} if self.operator is None else {OPERATOR: self.operator}),
             "seed": seed,
-            "picture_sha256": picture_sha256,
-            "prompt_sha256": prompt_sha256,
+            **contents.fields,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return json.dumps(statement if self.signer is None else self.signer.sign(statement))
@@ -47,3 +69,7 @@ def origin_of(provenance: str) -> Origin | None:
     if OPERATOR not in fields:
         return None
     return Origin(fields[OPERATOR], int(fields[SESSION_NUMBER], 16))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from live_avatar import signing
 from live_avatar.arrays import Array
-from live_avatar.serving.provenance import ProvenanceWriter
+from live_avatar.serving.provenance import ContentHashes, ProvenanceWriter
 from live_avatar.serving.served import Served
 from live_avatar.signing import make_pair, read_signer
 from live_avatar.watermark.embed import Watermark
@@ -43,7 +43,7 @@ class Studio:
     def statement(self, session: int = ORIGIN.session) -> dict[str, object]:
         served = Served("0.1", "tiny", "fingerprint", "cpu", 1)
         writer = ProvenanceWriter(served, ORIGIN.operator, read_signer(*self.pair))
-        return dict(json.loads(writer.write(session, "a" * 64, "b" * 64, 3)))
+        return dict(json.loads(writer.write(session, ContentHashes("a" * 64, "b" * 64), 3)))
 
     def write(self, name: str, credentials: ContentCredentials | None, session: int = ORIGIN.session) -> Path:
         metadata = provenance_metadata(self.statement(session))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -238,6 +239,22 @@ def test_a_session_that_fails_while_its_first_block_waits_gives_everything_back(
         finally:
             made.frames.close()
         assert not list(Path("/dev/shm").glob("live-avatar-test-*"))
+
+    run(main())
+
+
+def test_a_session_that_lasts_too_long_ends_with_its_own_reason():
+    async def main() -> None:
+        made, _ = context(session_s=0.0)
+        caller = FakeCaller(made)
+        caller.send(START)
+        await settle()
+        [session] = made.live
+        assert session.is_too_long(time.monotonic() + 1.0)
+        session.end_too_long()
+        await caller.close()
+        assert "has lasted 0 s, the longest that this server allows" in caller.answers[-1][1]
+        assert 'live_avatar_sessions_ended_total{reason="too_long"} 1.0' in made.meter.text()
 
     run(main())
 

@@ -31,6 +31,7 @@ from live_avatar.graphs.memory import (
     require_room,
     require_sessions,
     session_memory,
+    workspace_bytes,
 )
 from live_avatar.inputs.speech import SpeechWindow
 from live_avatar.pipeline.decoder import FrameDecoder
@@ -240,6 +241,16 @@ def test_numbers_of_sessions_that_mean_nothing_are_refused(sessions: int, avatar
     message = rf"^{sessions} sessions and {avatars} known avatars; expected at least 1 session and 0 known avatars\.$"
     with pytest.raises(ConfigError, match=message):
         require_sessions(TINY, sessions, avatars, GIB)
+
+
+def test_scratch_space_grows_with_the_picture() -> None:
+    """The released size has the limits that were measured for it; a smaller picture has them too."""
+    assert workspace_bytes(S2V_14B, "vae_decoder") == 7 * GIB // 2
+    large = S2V_14B.with_stream(height=2 * S2V_14B.stream.height)
+    assert workspace_bytes(large, "vae_decoder") == 7 * GIB
+    assert workspace_bytes(large, "speech_encoder") == workspace_bytes(S2V_14B, "speech_encoder")
+    assert workspace_bytes(TINY, "vae_decoder") == 7 * GIB // 2
+    assert decoder_memory(large).shared["scratch space"] == 2 * decoder_memory(S2V_14B).shared["scratch space"]
 
 
 def test_a_stage_that_is_none_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from live_avatar.errors import ServerError
 from perf.figures import BUFFER_S
 from perf.scenarios.turn import Heard, turns
 
@@ -42,3 +43,9 @@ def test_a_late_block_stops_the_player() -> None:
 def test_a_short_pause_in_speech_begins_no_turn() -> None:
     blocks = [heard(1.0, first=0, last=100), heard(1.48, first=300), heard(1.96)]
     assert len(turns(blocks, [0.9]).found) == 1
+
+
+@pytest.mark.parametrize("begun_s", [[], [0.9, 1.4]])
+def test_turns_that_are_lost_or_cut_are_told(begun_s: list[float]) -> None:
+    with pytest.raises(ServerError, match=f"{len(begun_s)} turns were spoken, and the frames show 1; the server lost"):
+        turns([heard(1.0, first=0, last=100), heard(1.48)], begun_s)

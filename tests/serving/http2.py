@@ -12,7 +12,7 @@ from typing import Any, Final
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 END_STREAM, END_HEADERS = 0x1, 0x4
 PIECE_BYTES: Final = 1 << 16
-LIMIT_S: Final = 20.0
+LIMIT_S: Final = 60.0
 STREAM_CALL: Final = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
@@ -110,8 +110,8 @@ class Connection:
             self.is_open = False
         return self.is_open
 
-    def read(self, limit_s: float) -> bytes:
-        """What comes within so long, or until the other end closes."""
+    def read(self, limit_s: float, until: bytes | None = None) -> bytes:
+        """What comes within so long, or until `until` is part of it, or until the other end closes."""
         got, until_s = bytearray(), time.monotonic() + limit_s
         with suppress(OSError):
             while (left_s := until_s - time.monotonic()) > 0:
@@ -119,5 +119,7 @@ class Connection:
                 if not (piece := self._socket.recv(PIECE_BYTES)):
                     break
                 got += piece
+                if until is not None and until in got:
+                    break
         self._socket.settimeout(LIMIT_S)
         return bytes(got)

@@ -14,6 +14,7 @@ from live_avatar.arrays import Array
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.serving.provenance import ContentHashes
 from live_avatar.serving.server import serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar_client import AvatarSession, SessionRefused, Speaker
@@ -66,6 +67,7 @@ def test_frames_equal_the_generators(url_of_two: str, both: Array, expected: Arr
         session.send({0: both[0, alone:], 1: both[1, alone:]})
         session.end()
         blocks = list(session)
+        assert (session.provenance or {})["mask_sha256s"] == list(ContentHashes.of(b"", "", MASKS).masks)
     assert np.array_equal(np.concatenate([block.frames for block in blocks]), expected)
     assert np.array_equal(np.concatenate([block.audio for block in blocks], axis=1)[:, : both.shape[1]], both)
 
