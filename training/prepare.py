@@ -8,10 +8,12 @@ table of what the filters would drop, then encodes what is left. The same comman
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from live_avatar import interrupts
 from live_avatar.arrays import Array
-from live_avatar.config import FPS, PRESETS, Preset, preset
+from live_avatar.config import FPS, PRECISIONS, PRESETS, Preset, preset
 from live_avatar.environment import environment
 from live_avatar.errors import ConfigError, InputError
 from live_avatar.graphs.digests import file_digests, file_sha256
@@ -50,7 +52,9 @@ PAPER_BLOCKS = 7
 """84 frames, the paper's clips (section 5.1)."""
 MEASURED_SIDE = 64
 """Pixels of the shorter side of a frame that is measured."""
-FIGURES, PART, DONE, SILENCE = "figures.jsonl", "part.json", "done.json", "silence.safetensors"
+ARRAYS = ("JOB_COMPLETION_INDEX", "SLURM_ARRAY_TASK_ID")
+"""Variables in which Kubernetes and Slurm tell a job its number."""
+FIGURES, PART, DONE, SILENCE, LOCK = "figures.jsonl", "part.json", "done.json", "silence.safetensors", ".lock"
 LOG_EVERY_S = 30.0
 """Least time between two lines of progress in a file; on a terminal it is `SHOWN_EVERY_S`."""
 SHOWN_EVERY_S = 0.5
@@ -136,6 +140,20 @@ class Job:
             name: {path.name: digest for path, digest in file_digests(self.checkpoint.parts[name].files).items()}
             for name in ENCODERS
         }
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process prepares the same part. Raises `TrainingError` if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(
+                f"{folder} is being written by another process; wait for its end, or give each one a --part of its own."
+            ) from error
+        yield
 
 
 def part_folder(output: Path, part: int, of: int) -> Path:
@@ -426,6 +444,7 @@ def _bar(total: int, initial: int, name: str, unit: str, quiet: bool) -> Any:
 @click.option("--preset", "name", type=click.Choice(sorted(PRESETS)), help="Instead of --config or the checkpoint's.")
 @click.option("--width", type=click.IntRange(16), help="Width of the clips, a multiple of 16; default: the preset's.")
 @click.option("--height", type=click.IntRange(16), help="Height of the clips, a multiple of 16.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Type of the encoders; default: the preset's.")
 @click.option("--blocks", type=click.IntRange(1), help=f"Blocks of 12 frames in a clip; default: {PAPER_BLOCKS}.")
 @click.option("--prompt", help="Caption of every file that --captions does not name.")
 @click.option("--captions", "caption_file", type=FILE, help="JSON object of captions by a file's path in --videos.")
@@ -441,7 +460,8 @@ def _bar(total: int, initial: int, name: str, unit: str, quiet: bool) -> Any:
 @click.option("--max-cut", type=click.FloatRange(0), help="Largest mean change between two frames, levels of 255.")
 @click.option("--max-still", type=click.FloatRange(0, 1), help="Largest share of frames that equal the one before.")
 @click.option("--min-sync", type=click.FloatRange(-1, 1), help="Least correlation of moving parts with the loudness.")
-@click.option("--part", type=click.IntRange(0), default=0, show_default=True, help="Number of this part, from 0.")
+@click.option("--part", type=click.IntRange(0), default=0, show_default=True, envvar=ARRAYS,
+              help=f"Number of this part, from 0; by default that of the job, {' or '.join(ARRAYS)}.")  # fmt: skip
 @click.option("--of", type=click.IntRange(1), default=1, show_default=True, help="Number of parts.")
 @click.option("--shard-mib", type=click.IntRange(1), default=256, show_default=True, help="Size of a shard, about.")
 @click.option("--dry-run", is_flag=True, help="Measure, print the table, and stop.")
@@ -455,7 +475,7 @@ def main(verifies: bool, output: str, dry_run: bool, report_file: Path | None, *
             click.echo(f"{output}: {shards} shards with {clips} clips are whole.")
             return
         job = make_job(output=Path(output), **options)
-        with interrupts.deferred():
+        with interrupts.deferred(), _alone(job.folder):
             files = measured(job)
             found = report(files, job.filters, job.blocks, job.preset.stream.block_frames)
             click.echo(table(found, job.filters))
@@ -483,6 +503,7 @@ def make_job(
     name: str | None,
     width: int | None,
     height: int | None,
+    precision: str | None,
     blocks: int | None,
     prompt: str | None,
     caption_file: Path | None,
@@ -497,13 +518,18 @@ def make_job(
     """The job of the command's options. Raises `LiveAvatarError` for those that cannot be."""
     if videos is None:
         raise ConfigError("--videos is missing; give the folder that holds the videos.")
+    if output.resolve().is_relative_to(videos.resolve()):
+        raise ConfigError(f"--output {output} lies in --videos {videos}; give a folder outside.")
     if part >= of:
-        raise ConfigError(f"--part is {part}, expected 0 to {of - 1}: parts count from 0; mend it, or --of.")
+        raise ConfigError(
+            f"--part is {part}, expected 0 to {of - 1}: parts count from 0; mend it, or --of. Without --part it comes "
+            f"from {' or '.join(ARRAYS)}."
+        )
     system, config_blocks = _system(config, name)
     checkpoint = open_checkpoint(system, weights)
-    sizes = {key: value for key, value in (("width", width), ("height", height)) if value is not None}
-    if sizes:
-        checkpoint = dataclasses.replace(checkpoint, preset=checkpoint.preset.with_stream(**sizes))
+    stream = checkpoint.preset.stream
+    sized = checkpoint.preset.with_stream(width=width or stream.width, height=height or stream.height)
+    checkpoint = dataclasses.replace(checkpoint, preset=sized.with_precision(precision or sized.precision))
     sources = list_sources(videos, validation_share)
     captions = read_captions(caption_file) if caption_file is not None else {}
     return Job(

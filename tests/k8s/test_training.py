@@ -19,7 +19,7 @@ NAME = "live-avatar-training"
 
 @cache
 def objects() -> list[Object]:
-    return build(K8S / "training")
+    return build(K8S / "training" / "stages")
 
 
 def node() -> Object:

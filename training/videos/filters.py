@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from live_avatar.config import FPS
+from live_avatar_client.text import printable
 from training.videos.measures import quantiles
 
 SECONDS = "seconds"
@@ -108,7 +109,7 @@ def table(found: dict[str, Any], filters: Filters) -> str:
     unusable = found["unusable"]
     lines.append(f"{found['files']} files, {len(unusable)} of them unusable; {found['clips_kept']} clips are kept, "
                  f"{found['seconds_kept']:g} s.")  # fmt: skip
-    lines += [f"  {fault}" for fault in list(unusable.values())[:NAMED]]
+    lines += [f"  {printable(fault)}" for fault in list(unusable.values())[:NAMED]]
     if len(unusable) > NAMED:
         lines.append(f"  and {len(unusable) - NAMED} more, which the report names")
     return "\n".join(lines)

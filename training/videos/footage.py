@@ -7,6 +7,7 @@ shift.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,13 +40,15 @@ class FootageError(InputError):
 
 @dataclass(frozen=True)
 class Footage:
-    """A video file. seconds: of its picture. speech int16 [n]: 16 kHz mono from the first frame on.
+    """A video file.
 
-    size: height and width of the coded picture with square pixels, before it is turned upright. track: the sound's
-    track, in words.
+    start_s: the timestamp of its first frame; seconds: of its picture. size: height and width of the coded picture with
+    square pixels, before it is turned upright. speech int16 [n * 640]: 16 kHz mono, of n whole frames. track: the
+    sound's track, in words.
     """
 
     path: Path
+    start_s: float
     seconds: float
     size: tuple[int, int]
     speech: Array
@@ -54,7 +57,7 @@ class Footage:
     @property
     def frames(self) -> int:
         """Number of frames at 25 fps that sound and picture both cover."""
-        return min(round(self.seconds * FPS), len(self.speech) // SAMPLES_PER_FRAME)
+        return len(self.speech) // SAMPLES_PER_FRAME
 
 
 def open_footage(path: Path, language: str | None = None) -> Footage:
@@ -72,18 +75,21 @@ def open_footage(path: Path, language: str | None = None) -> Footage:
             speech = _speech(container, container.streams[index], start_s, path)
     except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from error
-    samples = round(seconds * SAMPLE_RATE_HZ)
-    return Footage(path, seconds, size, speech[:samples], track)
+    frames = min(round(seconds * FPS), math.ceil(len(speech) / SAMPLES_PER_FRAME))
+    covered = np.zeros(frames * SAMPLES_PER_FRAME, np.int16)
+    covered[: len(speech)] = speech[: len(covered)]
+    return Footage(path, start_s, seconds, size, covered, track)
 
 
-def frames_of(footage: Footage, height: int, width: int) -> Iterator[Array]:
+def frames_of(footage: Footage, height: int, width: int, start: int = 0, stop: int | None = None) -> Iterator[Array]:
     """The frames at 25 fps, uint8 [height, width, 3], scaled to cover and cropped in the middle as a picture is.
 
-    Raises `FootageError` where the file is damaged.
+    start, stop: of the frames, without which all are given. Raises `FootageError` where the file is damaged.
     """
     try:
         with _opened(footage.path) as container:
-            for frame in _at_25_fps(_decoded(container, footage.path), footage.frames):
+            shown = _at_25_fps(_decoded(container, footage), footage.frames)
+            for frame in itertools.islice(shown, start, stop):
                 yield _fitted(frame, footage, height, width)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _unreadable(footage.path, error) from error
@@ -195,20 +201,18 @@ def _resampled(resampler: av.AudioResampler, frame: av.AudioFrame | None) -> lis
     return [np.zeros(0, np.int16), *(one.to_ndarray()[0] for one in resampler.resample(frame))]
 
 
-def _decoded(container: Any, path: Path) -> Iterator[tuple[float, Any]]:
-    """Times in frames of 25 fps from the first frame on, and frames."""
+def _decoded(container: Any, footage: Footage) -> Iterator[tuple[float, Any]]:
+    """Times in frames of 25 fps from the file's first frame on, whether it can be decoded or not, and frames."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
-    first_s: float | None = None
     usual = 1 / float(stream.average_rate or FPS)
-    last_s = -usual
+    last_s = footage.start_s - usual
     for frame in container.decode(stream):
         time_s = last_s + usual if frame.pts is None else float(frame.pts * frame.time_base)
-        first_s = time_s if first_s is None else first_s
         last_s = time_s
         if frame.is_corrupt:
-            raise FootageError(f"{path} is damaged at {time_s - first_s:.2f} s; make the file again.")
-        yield (time_s - first_s) * FPS, frame
+            raise FootageError(f"{footage.path} is damaged at {time_s - footage.start_s:.2f} s; make the file again.")
+        yield (time_s - footage.start_s) * FPS, frame
 
 
 def _at_25_fps(decoded: Iterator[tuple[float, Any]], count: int) -> Iterator[Any]:
