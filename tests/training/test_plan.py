@@ -76,7 +76,7 @@ def test_a_deep_network_is_planned_from_cuts(config: AdapterConfig, monkeypatch:
     monkeypatch.setattr(plan, "SHALLOW", 6)
     whole = plan.make_plan(config, "stage1", 1, 1.0, 1.0)
     assert cut.clip_flops == whole.clip_flops
-    assert cut.memory.activations == pytest.approx(whole.memory.activations, rel=0.02)
+    assert cut.memory.activations == pytest.approx(whole.memory.activations, rel=0.05)
 
 
 def test_numbers_that_do_not_divide_are_refused(config: AdapterConfig) -> None:
