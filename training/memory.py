@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +60,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _tensors(result):
             self._see(tensor)
         return result
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Does not count these, which an operation may return as views."""
+        self._alive.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def restart(self) -> None:
         """Forgets the peak; what is alive still counts."""

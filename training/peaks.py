@@ -49,11 +49,15 @@ def noise_clip(system: Preset, blocks: int, draw: torch.Generator) -> EncodedCli
     return EncodedClip(motion[:, :, :1], motion, text, states, states, latents)
 
 
-def new_stage(config: AdapterConfig, name: str) -> tuple[TrainingStage, SharedBase]:
-    """A stage with new adapters on clips of noise."""
-    settings, system = getattr(config, name), config.system
+def noise_clips(config: AdapterConfig, name: str) -> list[EncodedClip]:
+    """The clips of a stage."""
     draw = generator(config.seed, "noise")
-    clips = [noise_clip(system, settings.blocks, draw) for _ in range(CLIPS)]
+    return [noise_clip(config.system, getattr(config, name).blocks, draw) for _ in range(CLIPS)]
+
+
+def new_stage(config: AdapterConfig, name: str, clips: list[EncodedClip]) -> tuple[TrainingStage, SharedBase]:
+    """A stage with new adapters."""
+    settings, system = getattr(config, name), config.system
     if name == stage1.NAME:
         base = open_base(config, (GENERATOR,))
         loss = stage1.make_loss(system, settings, clips)
@@ -67,8 +71,9 @@ def new_stage(config: AdapterConfig, name: str) -> tuple[TrainingStage, SharedBa
 def measure(config: AdapterConfig, name: str, steps: int, plan: StagePlan) -> dict[str, Any]:
     """Takes steps of a stage; returns their figures, times and memory beside the plan."""
     alone = distributed.world() == 1
+    clips = noise_clips(config, name)
     with LiveBytes() as live:
-        stage, base = new_stage(config, name)
+        stage, base = new_stage(config, name, clips)
         average = EMA(stage.modules, getattr(config, name).ema)
         figures = []
         for number in range(1, steps + 1):
@@ -106,7 +111,8 @@ def main(path: Path, names: tuple[str, ...], steps: int, report: Path | None) ->
         distributed.join()
         try:
             made = {
-                "command": f"python -m training.peaks --config {path} --steps {steps}",
+                "command": f"python -m training.peaks --config {path} --steps {steps}"
+                + "".join(f" --stage {name}" for name in names),
                 "environment": environment("torch"),
                 "processes": processes,
                 "stages": [measure(config, name, steps, plans[name]) for name in names],

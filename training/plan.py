@@ -147,11 +147,13 @@ class Passes:
     Gradients of parameters are freed as they come, and counted apart.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.counts = Counts({}, {})
         self._live = LiveBytes()
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(_free)
+        self._live.leave_out(network.parameters())
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_free)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -189,7 +191,7 @@ def _forcing(system: Preset, settings: DiTStage, base: SharedBase) -> Counts:
     draw = torch.Generator().manual_seed(0)
     sample = Sample(part(_clip(system, settings.blocks), 0, settings.blocks), 0, _always())
     dit = base.role(GENERATOR)
-    passes = Passes(dit.parameters)
+    passes = Passes(base.network)
     with passes.counted():
         passes.make("window", lambda: dit(partial(loss, sample=sample, draw=draw, spoken=True)).backward())
     return passes.counts
@@ -210,7 +212,7 @@ def _distilling(config: AdapterConfig, system: Preset, base: SharedBase) -> Coun
     roller = Roller(window, roller.rules)
     dit, real, fake = base.role(GENERATOR), base.role(None), base.role(FAKE)
     draw = torch.Generator().manual_seed(0)
-    passes = Passes([*dit.parameters, *fake.parameters])
+    passes = Passes(base.network)
     clip = part(_clip(system, settings.blocks), 0, settings.blocks)
     given = RolloutInput(clip, PLACE, window.noise(draw), roller.steps - 1, replaces=True)
     with passes.counted():
