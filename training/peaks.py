@@ -82,7 +82,7 @@ def measure(config: AdapterConfig, name: str, steps: int, plan: StagePlan) -> di
             average.update(number)
             figures.append({"seconds": round(time.monotonic() - began, 1), **made})
         facts = {
-            "held_base_bytes": sum(distributed.to_local(one).nbytes for one in base.network.parameters()),
+            "held_parameter_bytes": sum(distributed.to_local(one).nbytes for one in base.network.parameters()),
             "resident_peak_bytes": status_bytes("VmHWM"),
             **({"live_peak_bytes": live.peak} if alone else {}),
         }
