@@ -579,7 +579,7 @@ async def use_async():
 asyncio.run(use_async()) if {is_async} else use()
 """
     with FakeAvatarServer() as server:
-        done = subprocess.run([sys.executable, "-c", program, server.url], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([sys.executable, "-c", program, server.url], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     *refused, frames = done.stdout.splitlines()
     assert frames == "1"
