@@ -116,7 +116,7 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_files(tmp_path: Path) -
     written = sum(path.stat().st_size for path in (tmp_path / "folder").rglob("*") if path.is_file())
     largest = 4 * 6 * 1024**2  # time_projection in float32
     assert written > 240 * 2**20
-    assert peak_bytes() - before < 3 * largest + 32 * 2**20
+    assert peak_bytes() - before < 3 * largest + 80 * 2**20 < written
 
 
 def test_a_broken_run_leaves_nothing(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class Neighbour:
 
     def run(self) -> None:
         try:
-            while not self.over.is_set():
+            while not (self.over.is_set() and self.rounds):
                 try:
                     with AvatarSession(self.url, image=PORTRAIT.read_bytes(), prompt="hello", seed=3) as session:
                         frames = np.concatenate([block.frames for block in session.stream(self._spoken())])
