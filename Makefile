@@ -48,9 +48,13 @@ talk: $(INSTALLED) ## Talk to the avatar on a page in your browser, until Ctrl-C
 # Processes that run the tests, each a file at a time: more than two cores, since tests wait for servers. 0: none but pytest.
 WORKERS := 3
 
+# The type checker uses one core for a minute, so it runs beside the tests.
 .PHONY: test
-test: lint ## Run the linter, the type checker and the tests that are not slow
-	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+test: style ## Run the linter, the type checker and the tests that are not slow
+	@$(BIN)/mypy & types=$$!; code=0; \
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile || code=$$?; \
+	wait $$types || { echo "The type checker has found errors: see above." >&2; code=1; }; \
+	exit $$code
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the tests marked slow
@@ -97,10 +101,13 @@ soak: $(INSTALLED) ## Let sessions come and go for an hour (MINUTES=60), and che
 	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
 	@$(BIN)/python -m perf.soak --artifacts artifacts/tiny --minutes $(MINUTES) --report out/soak.json
 
-.PHONY: lint
-lint: $(INSTALLED) ## Check style, formatting and types
+.PHONY: style
+style: $(INSTALLED) ## Check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+.PHONY: lint
+lint: style ## Check style, formatting and types
 	@$(BIN)/mypy
 
 .PHONY: format

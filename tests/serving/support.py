@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -63,6 +64,16 @@ def metrics_page(server: TritonServer) -> str:
             if not isinstance(error.reason, ConnectionRefusedError) or time.monotonic() > deadline_s:
                 raise
         time.sleep(0.05)
+
+
+def command_of(server: TritonServer) -> str:
+    """Triton's command line, words apart by NUL."""
+    return Path(f"/proc/{server.process.pid}/cmdline").read_bytes().decode()
+
+
+def scratch_of(server: TritonServer) -> Path:
+    """The folder of the server's temporary files."""
+    return Path(command_of(server).split("--model-repository=")[1].split("\0")[0]).parent
 
 
 def series(metric: Metric, label: str = "") -> str:

@@ -34,7 +34,7 @@ from live_avatar_client import AvatarError, AvatarSession
 from live_avatar_client.protocol import MAX_IMAGE_BYTES
 from tests.cli.support import served, wait_until
 from tests.serving.raw import BLOCK, NOTHING, raw_session
-from tests.serving.support import bystander, scrape, series, spoken
+from tests.serving.support import bystander, command_of, scrape, scratch_of, series, spoken
 from tests.support.certificates import CertificateFolder, shown_name
 
 MIB = 2**20
@@ -102,14 +102,6 @@ def shared_bytes(door: TritonServer) -> int:
 
 def prefix_of(door: TritonServer) -> str:
     return command_of(door).split("shm-region-prefix-name=")[1].split("\0")[0]
-
-
-def command_of(door: TritonServer) -> str:
-    return Path(f"/proc/{door.process.pid}/cmdline").read_bytes().decode()
-
-
-def scratch_of(door: TritonServer) -> Path:
-    return Path(command_of(door).split("--model-repository=")[1].split("\0")[0]).parent
 
 
 # 1. Requests that ended Triton with a segmentation fault
@@ -385,23 +377,6 @@ def test_the_place_of_a_killed_client_is_free_at_once(door: TritonServer, url: s
         client.kill()
     wait_until(lambda: scrape(door)[live] == before)
     assert scrape(door)[series(metrics.SESSIONS_ENDED, "disconnected")] >= 1
-
-
-def test_blocks_that_nobody_waits_for_are_not_computed(slow_server: TritonServer, picture: bytes):
-    """The place was free only when all of them had gone through the pipe. Conditioning waits for a sink meanwhile."""
-    made, live = series(metrics.BLOCKS, "vae_decoder"), series(metrics.SESSIONS_LIVE)
-    with raw_session(slow_server.options.url) as raw:
-        raw.ask(BLOCK, picture, start=True)
-        for _ in range(40):
-            raw.send(BLOCK)
-        wait_until(lambda: scrape(slow_server)[metrics.PIPE_BLOCKS.name] >= 6)
-        before = scrape(slow_server)[made]
-        raw.vanish()
-    wait_until(lambda: scrape(slow_server)[live] == 0)
-    assert scrape(slow_server)[made] - before < 6
-    with raw_session(slow_server.options.url) as raw:
-        raw.ask(NOTHING, picture, start=True)
-    assert not list((scratch_of(slow_server) / "control").glob("abandoned*"))
 
 
 def test_a_session_belongs_to_its_stream(url: str, picture: bytes):
