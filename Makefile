@@ -15,6 +15,8 @@ UNFINISHED := $(VENV)/.unfinished
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# pip compiles its files one after another, compileall on every core. What does not compile, such as a template that only
+# looks like Python, is no failure.
 $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@for python in python3.11 python3.12 python3 none; do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2> /dev/null; then break; fi; \
@@ -30,7 +32,8 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	fi; \
 	touch $(UNFINISHED); \
 	echo "Installing into $(VENV): the first time this can take some minutes"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e './client[c2pa,media,web]' -e '.[dev,training]'; \
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e './client[c2pa,media,web]' -e '.[dev,training]'; \
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; \
 	rm $(UNFINISHED); \
 	touch $@
 
