@@ -21,7 +21,7 @@ from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.config import TINY
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.onnx_runtime import OnnxGraph, OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
@@ -72,9 +72,22 @@ def artifacts_of_two(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     return exported_once(tmp_path_factory, TWO)
 
 
+class KeptGraphs(OnnxRuntime):
+    """Loads each graph once: graphs have no state, and many tests run the same ones."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        super().__init__(artifacts)
+        self._graphs: dict[str, OnnxGraph] = {}
+
+    def graph(self, component: str) -> OnnxGraph:
+        if component not in self._graphs:
+            self._graphs[component] = super().graph(component)
+        return self._graphs[component]
+
+
 @pytest.fixture(scope="session")
 def onnx_runtime(artifacts: Artifacts) -> OnnxRuntime:
-    return OnnxRuntime(artifacts)
+    return KeptGraphs(artifacts)
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,14 @@ def compiled(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> 
     return load_artifacts(folder)
 
 
-@pytest.mark.parametrize("component", contracts(TINY))
+SECONDS = ("speech_encoder", "vae_encoder", "vae_decoder_first", "vae_decoder", "dit")
+"""Components whose compilation in float32 takes seconds; those of the smaller preset are compiled in any case."""
+
+
+@pytest.mark.parametrize(
+    "component",
+    [pytest.param(name, marks=pytest.mark.slow if name in SECONDS else ()) for name in contracts(TINY)],
+)
 def test_every_graph_in_float32_compiles(compiled: Artifacts, component: str) -> None:
     build(compiled, options(component))
     assert read_engines(compiled)[component].bytes > 0
