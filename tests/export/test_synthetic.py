@@ -138,7 +138,7 @@ def test_what_exists_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"heads": 5}, r"dim 16 is not a multiple of 5 heads; change one\."),
+        ({"heads": 5}, r"dim 32 is not a multiple of 5 heads; change one\."),
         ({"text-vocab": 300}, r"a vocabulary of 300 tokens is too small; the tokenizer has 354\."),
         ({"speech-heads": 7}, r"these sizes make no network: .*7.* Change one\."),
     ],
