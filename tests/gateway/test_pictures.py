@@ -239,7 +239,7 @@ def test_a_bad_mask_has_the_sentence_of_this_process() -> None:
         decoded_scene(b"0,0,20,20", b"hello")
 
 
-@pytest.mark.parametrize("masks", [4])
+@pytest.mark.parametrize("masks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_largest_masks_are_decoded_within_the_limits(masks: int) -> None:
     large = encoded(Image.new("L", (8000, 8000), 255))
     scene = asyncio.run(PictureDecoder(limits=PATIENT).decode(large, *SIZE, (large,) * masks))
