@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from live_avatar.errors import InputError
-from perf.watermark import ATTACKS, clips, faces, report, table, usable
+from perf.watermark import ATTACKS, LONG, SHORT, clips, faces, report, table, usable
 
 
 def record(kind: str, seed: int, found: bool) -> dict[str, Any]:
@@ -38,8 +38,22 @@ def test_what_is_lost_is_named() -> None:
     assert alarms["searches_of_marked_files"] == 3 * len(ATTACKS)
 
 
+def test_long_attacks_of_a_clip_have_a_line_of_their_own() -> None:
+    usual, long = record("face 96x96", 0, True), record("face 96x96", 0, False)
+    usual["attacks"] = {name: usual["attacks"][name] for name in SHORT}
+    long["attacks"] = dict.fromkeys(LONG, long["attacks"]["half size"])
+    unmarked = {"alarm": False, "readings": 1000, "agreeing": 4, "search_s": 3.0}
+    counted = report([usual, record("face 96x96", 1, True), long | {"without_mark": unmarked}])
+    group = counted["groups"]["faces 96x96"]
+    assert group["clips"] == 2
+    assert group["attacks"]["half size"]["found"] == 2
+    assert (group["attacks"]["double size"]["clips"], group["attacks"]["double size"]["found"]) == (2, 1)
+    assert (group["attacks"]["mirrored"]["clips"], group["attacks"]["mirrored"]["found"]) == (1, 0)
+    assert counted["false_alarms"]["files_without_mark"] == 1
+
+
 def test_every_third_large_clip_is_a_photograph(tmp_path: Path) -> None:
-    names = [kind for kind, _, _ in clips([tmp_path / "grass.png"], 3)]
+    names = [kind for kind, _, _ in clips([tmp_path / "grass.png"], range(3))]
     assert names == ["face 720x400", "face 96x96"] * 2 + ["photograph grass", "face 96x96"]
 
 
