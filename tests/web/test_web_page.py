@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
-import wave
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Playwright, sync_playwright
+from playwright.sync_api import Browser, Playwright
 
 from live_avatar.arrays import Array
-from live_avatar.assets import PORTRAIT, PORTRAITS, SPEECH
+from live_avatar.assets import PORTRAITS
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server import serving
 from live_avatar.serving.server_options import ServerOptions
-from live_avatar_client.media import read_speech
 from live_avatar_client.web.options import WebOptions
 from perf.browser import PROGRAM, chromium, heard_late_s, picture_of, sound_of, tab
 from perf.page import measure_sync, page_of
@@ -35,38 +32,6 @@ MOST_OFFSET_S = 0.045
 SYNC_S = 60
 LONG_TEXT = "This is a long sentence, which I say without any hurry, as there is enough time. " * 8
 SHORT_TEXT = "Now something else."
-QUIET_S = 1.5
-
-
-@pytest.fixture(scope="module")
-def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the microphone hears: the demo's speech after some silence, at 48 kHz as browsers like it."""
-    path = tmp_path_factory.mktemp("heard") / "heard.wav"
-    speech = read_speech(SPEECH)
-    quiet = np.zeros(round(QUIET_S * 16_000), np.int16)
-    with wave.open(str(path), "wb") as writer:
-        writer.setnchannels(1)
-        writer.setsampwidth(2)
-        writer.setframerate(16_000)
-        writer.writeframes(np.concatenate([quiet, speech, quiet]).astype("<i2").tobytes())
-    return path
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser(playwright: Playwright, heard: Path) -> Iterator[Browser]:
-    with chromium(playwright, heard) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def portrait() -> Array:
-    return np.asarray(Image.open(PORTRAIT).convert("RGB").resize((96, 96), Image.Resampling.BOX))
 
 
 def test_the_mouth_opens_with_the_voice_of_the_microphone(browser: Browser, page: str, portrait: Array):
