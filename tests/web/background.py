@@ -37,8 +37,8 @@ class BackgroundTab:
             message = json.loads(self._socket.recv(PATIENCE_S))
             if message.get("id") == number:
                 assert "error" not in message, message
-                result: dict[str, Any] = message["result"]
-                return result
+                answer: dict[str, Any] = message["result"]
+                return answer
 
     def value(self, expression: str) -> Any:
         """The value of an expression of the page's `visit`, as if the visitor had clicked."""
@@ -47,6 +47,14 @@ class BackgroundTab:
         answer = self.call("Runtime.evaluate", expression=code, **options)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def await_page(self) -> None:
+        """Waits until the page has its settings."""
+        ready = "document.readyState === 'complete' && document.querySelector('#faces input') !== null"
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not self.call("Runtime.evaluate", expression=ready)["result"].get("value"):
+            assert time.monotonic() < deadline_s, "the page is not there"
+            time.sleep(0.1)
 
     def wait(self, expression: str) -> None:
         """Waits until an expression is true."""
@@ -72,7 +80,7 @@ class BackgroundTab:
 def background_tab(address: str, folder: Path) -> Iterator[BackgroundTab]:
     """A tab with a page, in a browser of its own."""
     options = ("--headless", "--no-sandbox", "--no-first-run", "--remote-debugging-port=0", f"--user-data-dir={folder}")
-    browser = subprocess.Popen([str(PROGRAM), *options, address], stderr=subprocess.DEVNULL)
+    browser = subprocess.Popen([str(PROGRAM), *options, "about:blank"], stderr=subprocess.DEVNULL)
     try:
         file = folder / "DevToolsActivePort"
         deadline_s = time.monotonic() + PATIENCE_S
@@ -84,7 +92,8 @@ def background_tab(address: str, folder: Path) -> Iterator[BackgroundTab]:
             target = next(one for one in json.load(answer) if one["type"] == "page")
         with connect(target["webSocketDebuggerUrl"], proxy=None, max_size=None) as socket:
             tab = BackgroundTab(port, target, socket)
-            tab.wait("visit.settings !== null")
+            tab.call("Page.navigate", url=address)
+            tab.await_page()
             yield tab
     finally:
         browser.terminate()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-import shutil
+import queue
 import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -29,12 +28,13 @@ from perf.browser import PROGRAM, sound_of, tab
 from perf.page import measure_sync, page_of
 from tests.cli.support import invoke
 from tests.web.background import background_tab
-from tests.web.support import PATIENCE_S, film, save, talking
+from tests.web.support import PATIENCE_S, film
 from training.mouth import best_lag, correlation, measure_mouth
 
-NGINX = shutil.which("nginx")
-needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs chromium (Debian: apt-get install chromium)")
-pytestmark = [pytest.mark.slow]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PROGRAM is None, reason="needs chromium (Debian: apt-get install chromium)"),
+]
 
 MOST_OFFSET_MS = 45
 LONG_TEXT = "This is a long sentence, which I say without any hurry, as there is enough time. " * 8
@@ -49,7 +49,6 @@ def loudness(sound: Array, frames: int) -> Array:
 # ---- Recording
 
 
-@needs_browser
 def test_what_is_shown_is_saved_as_a_video_with_its_sound(browser: Browser, page: str, portrait: Array, tmp_path: Path):
     with tab(browser, page) as visitor:
         visitor.page.evaluate("document.getElementById('label').checked = false")
@@ -97,7 +96,6 @@ def test_what_is_shown_is_saved_as_a_video_with_its_sound(browser: Browser, page
     assert found["aigc_label"]
 
 
-@needs_browser
 def test_a_conversation_that_is_lost_or_ended_saves_its_recording(browser: Browser, artifacts: Artifacts):
     options = ServerOptions(artifacts.folder, share_avatars=True).on_free_ports()
     with page_of(WebOptions(options.url, port=0, portraits=PORTRAITS)) as page, tab(browser, page) as visitor:
@@ -126,7 +124,6 @@ def test_a_conversation_that_is_lost_or_ended_saves_its_recording(browser: Brows
 # ---- In the background
 
 
-@needs_browser
 def test_a_tab_in_the_background_speaks_on_and_is_in_sync_when_it_is_shown(page: str, tmp_path: Path):
     with background_tab(page, tmp_path) as visitor:
         visitor.value("document.getElementById('start').click()")
@@ -152,7 +149,6 @@ def test_a_tab_in_the_background_speaks_on_and_is_in_sync_when_it_is_shown(page:
         assert visitor.value("document.getElementById('notice').textContent") == ""
 
 
-@needs_browser
 def test_a_tab_that_was_frozen_goes_on_in_sync(page: str, tmp_path: Path):
     """The browser freezes tabs to save power: no code runs, and messages wait."""
     with background_tab(page, tmp_path) as visitor:
@@ -172,41 +168,40 @@ def test_a_tab_that_was_frozen_goes_on_in_sync(page: str, tmp_path: Path):
 # ---- Behind a proxy that buffers
 
 
+async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, held_s: float) -> None:
+    """Passes on what has come together in some time."""
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 20):
+            await asyncio.sleep(held_s)
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
 @contextmanager
 def holding(port: int) -> Iterator[int]:
     """The port of a proxy that collects what comes from a server for half a second before it passes it on."""
-    loop = asyncio.new_event_loop()
-
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, held_s: float) -> None:
-        try:
-            while data := await reader.read(1 << 20):
-                await asyncio.sleep(held_s)
-                writer.write(data)
-                await writer.drain()
-        except OSError:
-            pass
-        finally:
-            writer.close()
+    ports: queue.Queue[int] = queue.Queue()
+    over = threading.Event()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         to_reader, to_writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
         await asyncio.gather(pass_on(reader, to_writer, 0), pass_on(to_reader, writer, HELD_S))
 
-    proxy = loop.run_until_complete(asyncio.start_server(connected, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever)
+    async def run() -> None:
+        async with await asyncio.start_server(connected, "127.0.0.1", 0) as proxy:
+            ports.put(proxy.sockets[0].getsockname()[1])
+            await asyncio.to_thread(over.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))  # playwright has the loop of this thread
     thread.start()
     try:
-        yield proxy.sockets[0].getsockname()[1]
+        yield ports.get(timeout=PATIENCE_S)
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        over.set()
         thread.join()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
 
 
-@needs_browser
 def test_behind_a_proxy_that_buffers_the_buffer_adapts_and_the_page_says_so(browser: Browser, page: str):
     with holding(int(page.rpartition(":")[2])) as port, tab(browser, f"http://127.0.0.1:{port}") as visitor:
         visitor.start()
@@ -220,55 +215,3 @@ def test_behind_a_proxy_that_buffers_the_buffer_adapts_and_the_page_says_so(brow
     assert before["targetMs"] >= 300, "blocks come half a second apart and together"
     assert after["bufferMs"] < 3_000, "the delay does not run away"
     assert shown == "The connection brings the video in bursts, so it is shown up to a second later."
-
-
-@pytest.mark.skipif(NGINX is None, reason="needs nginx (Debian: apt-get install nginx-light)")
-def test_nginx_that_buffers_passes_a_conversation_and_a_recording(page: str, tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (tmp_path / "nginx.conf").write_text(
-        f"""daemon off; worker_processes 1; pid {tmp_path}/pid; error_log stderr;
-        events {{ }}
-        http {{
-          access_log off; proxy_buffering on; proxy_temp_path {tmp_path}/temp; client_body_temp_path {tmp_path}/body;
-          fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;
-          server {{
-            listen 127.0.0.1:{port};
-            location / {{
-              proxy_pass {page}; proxy_http_version 1.1; proxy_set_header Host $http_host;
-              proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection upgrade;
-            }}
-          }}
-        }}"""
-    )
-    nginx = subprocess.Popen([str(NGINX), "-c", tmp_path / "nginx.conf", "-p", tmp_path], stderr=subprocess.DEVNULL)
-    proxied = f"http://127.0.0.1:{port}"
-
-    async def visit() -> tuple[list[float], int, bytes]:
-        async with talking(proxied) as talker:
-            await talker.send(type="record.start")
-            path, times_s = "", []
-            while len(times_s) < 12:
-                message = await talker.receive()
-                if isinstance(message, dict):
-                    path = message["path"]
-                else:
-                    times_s.append(time.monotonic())
-            return times_s, *await asyncio.to_thread(save, proxied, path)
-
-    try:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while True:
-            with socket.socket() as trial:
-                if not trial.connect_ex(("127.0.0.1", port)):
-                    break
-            assert time.monotonic() < deadline_s, "nginx has not started"
-            time.sleep(0.1)
-        times_s, status, file = asyncio.run(visit())
-    finally:
-        nginx.terminate()
-        nginx.wait()
-    assert times_s[-1] - times_s[0] > 2, "blocks come one by one"
-    assert status == 200
-    assert len(film(file).frames) >= 60
