@@ -186,19 +186,24 @@ REMOVERS: Final[dict[str, Attack]] = {
     "a third of the size": scaled(1 / 3),
 }
 """Attacks that the mark is not made for."""
-LONG: Final = {name: ATTACKS[name] for name in ("double size", "10 s recording of the screen")} | REMOVERS
-"""What takes long: these attacks, and the search of a clip without a mark."""
-SHORT: Final = {name: attack for name, attack in ATTACKS.items() if name not in LONG}
+LONG: Final = ("double size", "10 s recording of the screen")
+GROUPS: Final[tuple[dict[str, Attack], ...]] = (
+    {name: attack for name, attack in ATTACKS.items() if name not in LONG},
+    {name: ATTACKS[name] for name in LONG},
+    REMOVERS,
+)
+"""Attacks that are tried together, each group on all clips before the next. With the last group, clips without a mark
+are searched."""
 LONG_CLIPS: Final = 50
-"""What takes long is tried on the first clips of each size only."""
+"""The groups behind the first take long, and are tried on the first clips of each size only."""
 
 
 # ---- One clip
 
 
-def measure(kind: str, seed: int, frames: Array, is_long: bool) -> dict[str, Any]:
-    """The figures of one clip after the attacks of `LONG` or of `SHORT`."""
-    random = np.random.default_rng([seed, is_long])
+def measure(kind: str, seed: int, frames: Array, group: int) -> dict[str, Any]:
+    """The figures of one clip after the attacks of a group."""
+    random = np.random.default_rng([seed, group])
     key = WatermarkKey(random.bytes(32))
     origin = Origin(int(random.integers(2**16)), int(random.integers(2**48)))
     mark = Watermark(key, origin, *frames.shape[1:3])
@@ -208,14 +213,14 @@ def measure(kind: str, seed: int, frames: Array, is_long: bool) -> dict[str, Any
     record: dict[str, Any] = {
         "kind": kind,
         "seed": seed,
-        "is_long": is_long,
+        "group": group,
         "psnr_db": psnr(frames, marked),
         "fps": len(frames) / apply_s,
         "attacks": {},
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip"
-        for name, attack in (LONG if is_long else SHORT).items():
+        for name, attack in GROUPS[group].items():
             is_short = attack is recording and len(frames) < STREAM_FRAMES
             attack(mark.apply(_there_and_back(frames, STREAM_FRAMES), 0) if is_short else marked, file, random)
             began_s = time.process_time()
@@ -226,7 +231,7 @@ def measure(kind: str, seed: int, frames: Array, is_long: bool) -> dict[str, Any
                 "z": None if found is None else round(found.z, 1),
                 "seconds": round(time.process_time() - began_s, 1),
             }
-        if is_long:
+        if group == len(GROUPS) - 1:
             encode(frames, file, 23)
             record["without_mark"] = without_mark(file, random)
     return record
@@ -324,7 +329,7 @@ def report(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def joined(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One record for each clip, whose long attacks have a line of their own."""
+    """One record for each clip, of which each group of attacks has a line."""
     records: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines:
         before = records.get((line["kind"], line["seed"]), {"attacks": {}})
@@ -388,15 +393,15 @@ def main(photographs: Path, work: Path, count: int, minutes: float, output: Path
     """Attack marked clips, and count where the mark is found."""
     work.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
-    done = {(r["kind"], r["seed"], r["is_long"]) for r in records}
+    done = {(r["kind"], r["seed"], r["group"]) for r in records}
     end_s = time.monotonic() + 60 * minutes
-    first = range(min(count, LONG_CLIPS))
-    pictures = usable(photographs)
-    for is_long, seeds in ((False, first), (True, first), (False, range(len(first), count))):
+    first, pictures = range(min(count, LONG_CLIPS)), usable(photographs)
+    rounds = [*((group, first) for group in range(len(GROUPS))), (0, range(len(first), count))]
+    for group, seeds in rounds:
         for kind, seed, frames in clips(pictures, seeds):
-            if (kind, seed, is_long) in done or time.monotonic() > end_s:
+            if (kind, seed, group) in done or time.monotonic() > end_s:
                 continue
-            records.append(measure(kind, seed, frames(), is_long))
+            records.append(measure(kind, seed, frames(), group))
             with work.open("a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
             print(kind, seed, " ".join("1" if a["found"] else "0" for a in records[-1]["attacks"].values()), flush=True)
