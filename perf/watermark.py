@@ -194,8 +194,8 @@ GROUPS: Final[tuple[dict[str, Attack], ...]] = (
 )
 """Attacks that are tried together, each group on all clips before the next. With the last group, clips without a mark
 are searched."""
-LONG_CLIPS: Final = 50
-"""The groups behind the first take long, and are tried on the first clips of each size only."""
+LARGE_LONG_CLIPS: Final = 20
+"""The groups behind the first take long, and are tried on so many of the large clips only."""
 
 
 # ---- One clip
@@ -274,9 +274,9 @@ def _there_and_back(frames: Array, count: int) -> Array:
 # ---- All clips
 
 
-def clips(photographs: Sequence[Path], seeds: Iterable[int]) -> Iterator[tuple[str, int, Callable[[], Array]]]:
+def clips(photographs: Sequence[Path], count: int) -> Iterator[tuple[str, int, Callable[[], Array]]]:
     """Kind, number and frames of each clip; of the large ones every third is a photograph."""
-    for seed in seeds:
+    for seed in range(count):
         if seed % 3 == 2:
             path = photographs[seed // 3 % len(photographs)]
             yield f"photograph {path.stem}", seed, lambda p=path, s=seed: photograph(p, s, LARGE_FRAMES, *LARGE)  # type: ignore[misc]
@@ -395,11 +395,11 @@ def main(photographs: Path, work: Path, count: int, minutes: float, output: Path
     records = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
     done = {(r["kind"], r["seed"], r["group"]) for r in records}
     end_s = time.monotonic() + 60 * minutes
-    first, pictures = range(min(count, LONG_CLIPS)), usable(photographs)
-    rounds = [*((group, first) for group in range(len(GROUPS))), (0, range(len(first), count))]
-    for group, seeds in rounds:
-        for kind, seed, frames in clips(pictures, seeds):
-            if (kind, seed, group) in done or time.monotonic() > end_s:
+    pictures = usable(photographs)
+    for group in range(len(GROUPS)):
+        for kind, seed, frames in clips(pictures, count):
+            is_skipped = group > 0 and kind != "face 96x96" and seed >= LARGE_LONG_CLIPS
+            if is_skipped or (kind, seed, group) in done or time.monotonic() > end_s:
                 continue
             records.append(measure(kind, seed, frames(), group))
             with work.open("a") as file:

@@ -53,7 +53,7 @@ def test_each_group_of_attacks_has_a_line_of_its_own() -> None:
 
 
 def test_every_third_large_clip_is_a_photograph(tmp_path: Path) -> None:
-    names = [kind for kind, _, _ in clips([tmp_path / "grass.png"], range(3))]
+    names = [kind for kind, _, _ in clips([tmp_path / "grass.png"], 3)]
     assert names == ["face 720x400", "face 96x96"] * 2 + ["photograph grass", "face 96x96"]
 
 

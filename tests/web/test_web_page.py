@@ -17,6 +17,7 @@ from live_avatar.assets import PORTRAITS
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.server import serving
 from live_avatar.serving.server_options import ServerOptions
+from live_avatar_client.media import read_speech
 from live_avatar_client.web.options import WebOptions
 from perf.browser import PROGRAM, chromium, heard_late_s, picture_of, sound_of, tab
 from perf.page import measure_sync, page_of
@@ -182,6 +183,47 @@ def test_without_a_permission_the_page_says_what_to_do(playwright: Playwright, p
         assert visitor.notice().endswith("or type a text.")
         visitor.say(SHORT_TEXT)
         visitor.await_state("speaking")
+
+
+def test_without_a_microphone_the_page_says_what_to_do(browser: Browser, page: str):
+    refuse = """(name) => {
+      navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException("Requested device not found", name));
+    }"""
+    with tab(browser, page) as visitor:
+        visitor.start()
+        for name, sentence in (
+            ("NotFoundError", "No microphone was found. Plug one in, or type a text."),
+            ("NotReadableError", "The microphone is in use by another program. Close that program, or type a text."),
+            ("AbortError", "The microphone cannot be used: Requested device not found. Type a text instead."),
+        ):
+            visitor.page.evaluate(refuse, name)
+            visitor.page.click("#microphone")
+            visitor.page.wait_for_selector(f"#notice:text-is('{sentence}')")
+            assert visitor.page.get_attribute("#microphone", "aria-pressed") == "false"
+        visitor.say(SHORT_TEXT)
+        visitor.await_state("speaking")
+
+
+@pytest.mark.parametrize("rate_hz", [44_100, 96_000])
+def test_microphones_of_other_rates_are_heard_at_their_pitch(browser: Browser, page: str, heard: Path, rate_hz: int):
+    """The file's speech at 16 kHz is found in what the server got."""
+    code = """(sampleRate) => {
+      const Real = AudioContext;
+      globalThis.AudioContext = class extends Real { constructor(options) { super(options ?? { sampleRate }); } };
+    }"""
+    with tab(browser, page) as visitor:
+        visitor.start()
+        visitor.record()
+        visitor.page.evaluate(code, rate_hz)
+        visitor.page.click("#microphone")
+        visitor.await_state("speaking")
+        assert visitor.call("visit.microphone.context.sampleRate") == rate_hz
+        visitor.page.wait_for_timeout(6_000)
+        said = sound_of(visitor.recorded()["blocks"])
+    speech = read_speech(heard) / 32768
+    size = 1 << int(np.ceil(np.log2(len(said) + 2 * len(speech))))
+    alike = np.fft.irfft(np.fft.rfft(said, size) * np.fft.rfft(np.tile(speech, 2), size).conj(), size)
+    assert np.abs(alike).max() / np.sqrt(np.sum(said**2) * np.sum(speech**2)) > 0.3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

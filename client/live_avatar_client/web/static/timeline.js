@@ -46,7 +46,7 @@ export class Timeline {
     } else if (this.nextS - nowS < LEAST_S) {
       this.#noteLate(nowS);
     } else {
-      this.#noteInTime();
+      this.#noteInTime(nowS);
     }
     this.leadS = this.nextS - nowS;
     const skip = this.#surplus(frames, isSilent);
@@ -73,7 +73,7 @@ export class Timeline {
     this.leads = [];
   }
 
-  #noteInTime() {
+  #noteInTime(nowS) {
     this.calm += 1;
     this.leastS = Math.min(this.leastS, this.nextS - nowS);
     if (this.calm < CALM) return;
