@@ -68,7 +68,7 @@ def test_what_is_shown_is_saved_as_a_video_with_its_sound(browser: Browser, page
         visitor.page.focus("#mute")
         with visitor.page.expect_download() as download:
             visitor.page.keyboard.press("r")
-        path = download.value.path()
+        file = download.value.path().read_bytes()
         name = download.value.suggested_filename
         visitor.page.wait_for_selector(f"#recorded:text-is('Saved {name}.')")
         assert visitor.page.get_attribute("#record", "aria-pressed") == "false"
@@ -76,7 +76,7 @@ def test_what_is_shown_is_saved_as_a_video_with_its_sound(browser: Browser, page
         shown = sound_of(visitor.recorded()["blocks"])
         visitor.await_state("speaking")  # the conversation goes on
     assert name.startswith("avatar-")
-    made = film(path.read_bytes())
+    made = film(file)
     count = len(made.frames)
     assert count > 150
     assert made.times_s == pytest.approx([frame / 25 for frame in range(count)])
@@ -88,7 +88,8 @@ def test_what_is_shown_is_saved_as_a_video_with_its_sound(browser: Browser, page
     smooth = np.convolve(heard, np.ones(3) / 3, "same")
     assert correlation(opening, smooth) > 0.5
     assert abs(best_lag(opening, smooth, range(-6, 7))) <= 1, "a frame is 40 ms"
-    result = invoke("verify", path, "--json")
+    (tmp_path / name).write_bytes(file)
+    result = invoke("verify", tmp_path / name, "--json")
     found = json.loads(result.stdout)
     assert result.exit_code == 1, "nothing is signed here"
     assert found["claims"]["generator"] == "Live Avatar on Triton"
@@ -149,20 +150,22 @@ def test_a_tab_in_the_background_speaks_on_and_is_in_sync_when_it_is_shown(page:
         assert visitor.value("document.getElementById('notice').textContent") == ""
 
 
-def test_a_tab_that_was_frozen_goes_on_in_sync(page: str, tmp_path: Path):
-    """The browser freezes tabs to save power: no code runs, and messages wait."""
+def test_a_tab_that_was_frozen_takes_the_conversation_up_again(page: str, tmp_path: Path):
+    """The browser freezes hidden tabs to save power, and closes their connections."""
     with background_tab(page, tmp_path) as visitor:
         visitor.value("document.getElementById('start').click()")
         visitor.wait("document.body.dataset.state === 'ready'")
+        visitor.hide()
         visitor.call("Page.setWebLifecycleState", state="frozen")
-        time.sleep(6)
+        time.sleep(3)
         visitor.call("Page.setWebLifecycleState", state="active")
+        visitor.show()
         visitor.wait("document.body.dataset.state === 'ready'")
         visitor.value("visit.player.offsets = []")
-        visitor.wait("visit.player.offsets.length >= 100")
+        visitor.wait("visit.player.offsets.length >= 40")
         figures = visitor.value("visit.player.figures(performance.now())")
         assert figures["syncP95Ms"] < MOST_OFFSET_MS
-        assert figures["bufferMs"] < 3_000, "silence that waited is left out"
+        assert figures["bufferMs"] < 3_000
 
 
 # ---- Behind a proxy that buffers
