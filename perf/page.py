@@ -233,6 +233,7 @@ def measure(browser: Browser, address: str, minutes: float) -> dict[str, Any]:
     return {
         "command": f"python -m perf.page --artifacts ARTIFACTS --minutes {minutes:g}",
         "environment": environment(),
+        "load_average_15_min": os.getloadavg()[2],
         "browser": browser.version,
         "first_frame_ms": figures["firstFrameMs"],
         "sync": asdict(sync),
