@@ -218,4 +218,4 @@ def test_behind_a_proxy_that_buffers_the_buffer_adapts_and_the_page_says_so(brow
     assert measured.by_samples_p95_ms < MOST_OFFSET_MS
     assert before["targetMs"] >= 300, "blocks come half a second apart and together"
     assert after["bufferMs"] < 3_000, "the delay does not run away"
-    assert shown == "The connection brings the video in bursts, so it is shown up to a second later."
+    assert shown == "The video comes in bursts or too slowly, so it is shown up to a second later."

@@ -41,7 +41,7 @@ export function showRecording(recording, ...sentences) {
 
 /** Shows why the picture is late, if blocks come unevenly. */
 export const showUneven = (isUneven) =>
-  tell("uneven", [isUneven && "the connection brings the video in bursts, so it is shown up to a second later"]);
+  tell("uneven", [isUneven && "the video comes in bursts or too slowly, so it is shown up to a second later"]);
 
 function tell(id, sentences) {
   const text = sentences.filter(Boolean).map(asSentence).join(" ");
