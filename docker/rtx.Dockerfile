@@ -38,7 +38,7 @@ RUN python3 -m venv --without-pip /opt/venv \
 
 COPY . .
 RUN pip --python /opt/venv/bin/python install --no-deps -e ./client -e . \
- && python -m compileall -q client export live_avatar model_repository
+ && python -m compileall -q client export live_avatar model_repository training
 
 USER 10001:10001
 EXPOSE 8000 8001 8002 8003

@@ -43,9 +43,13 @@ class DataConfig:
     """Number and length of the clips for the transformer's stages."""
 
     train_clips: int = 1500
+    """Of drawn clips; shards give all that they have."""
     validation_clips: int = 16
+    """Of shards the first so many at most."""
     blocks: int = 8
     """Blocks of 12 frames (0.48 s) in each clip."""
+    shards: str = ""
+    """Folder or fsspec URL of shards that `training.prepare` made of videos; empty draws the clips."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "train_clips", "validation_clips", "blocks")

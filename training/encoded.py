@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,11 +31,13 @@ from live_avatar.inputs.speech import SpeechWindow, interpolate
 from live_avatar.inputs.text import make_tokenizer
 from live_avatar.json_files import read_json
 from live_avatar.model.networks import Networks, meta_networks
+from live_avatar.pipeline.lru import LRU
 from training.checkpoints import check_identity, load_weights, write_json, write_whole
 from training.config import TrainingConfig
-from training.data.clips import Clip, Split, make_clip
+from training.data.clips import Split, make_clip
 from training.errors import TrainingError
 
+CPU = torch.device("cpu")
 FOLDER = "data"
 MANIFEST = "manifest.json"
 SILENCE = "silence.safetensors"
@@ -46,6 +48,8 @@ ENCODERS = {
 }
 """Paths of the frozen networks' weights in a run's folder."""
 STORED = ("motion", "text", "states", "latents")
+PIECE_FRAMES = 24  # that the VAE encodes at once, a multiple of 4
+TEXTS = 16  # prompts whose features are remembered
 
 
 @dataclass(frozen=True)
@@ -85,29 +89,60 @@ def speech_windows(speech: Array, preset: Preset) -> list[tuple[Array, Array]]:
     return seen
 
 
-class ClipEncoder:
-    """The frozen networks of a run."""
+class Take(Protocol):
+    """A drawn or filmed clip; the fields are those of `training.data.clips.Clip`."""
 
-    def __init__(self, preset: Preset, networks: Networks) -> None:
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def picture(self) -> Array: ...
+
+    @property
+    def speech(self) -> Array: ...
+
+    @property
+    def frames(self) -> Array: ...
+
+
+class ClipEncoder:
+    """The frozen networks of a run, on one device; what they give is on the CPU."""
+
+    def __init__(
+        self,
+        preset: Preset,
+        networks: Networks,
+        tokenizer_file: Path | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self._preset = preset
-        self._vae = networks.vae
-        self._speech = SpeechEncoder(networks)
-        self._text = TextEncoder(networks)
-        self._tokenizer = make_tokenizer(preset, None)
+        self._device = device
+        self._vae = networks.vae.to(device)
+        self._speech = SpeechEncoder(networks).to(device)
+        self._text = TextEncoder(networks).to(device)
+        self._tokenizer = make_tokenizer(preset, tokenizer_file)
+        self._texts: LRU[Tensor] = LRU(TEXTS)
+
+    def encode(self, clip: Take, silence: Tensor) -> EncodedClip:
+        """A clip -> its stored tensors; `silence` is for its number of blocks."""
+        motion, latents = self.video(clip.picture, clip.frames)
+        return EncodedClip(motion[:, :, :1], motion, self.text(clip.prompt), self.states(clip.speech), silence, latents)
+
+    def text(self, prompt: str) -> Tensor:
+        """Features of a prompt, [text_len, text_dim]; recent ones are remembered."""
+        return self._texts.get(prompt.encode(), lambda: self._text_features(prompt))
 
     @torch.no_grad()
-    def encode(self, clip: Clip, silence: Tensor) -> EncodedClip:
-        """A rendered clip -> its stored tensors; `silence` is for its number of blocks."""
-        motion, latents = self._video(pixels(clip.picture[None]), pixels(clip.frames))
-        ids, mask = self._tokenizer.encode(clip.prompt)
-        text = self._text(torch.from_numpy(ids), torch.from_numpy(mask))
-        return EncodedClip(motion[:, :, :1], motion, text, self.states(clip.speech), silence, latents)
+    def _text_features(self, prompt: str) -> Tensor:
+        ids, mask = (torch.from_numpy(one).to(self._device) for one in self._tokenizer.encode(prompt))
+        features: Tensor = self._text(ids, mask)
+        return features.cpu()
 
     @torch.no_grad()
     def states(self, speech: Array) -> Tensor:
         """int16 [blocks * samples] -> [blocks, K, A, 12]."""
         made = [
-            torch.from_numpy(frames) @ self._speech(torch.from_numpy(samples))
+            torch.from_numpy(frames) @ self._speech(torch.from_numpy(samples).to(self._device)).cpu()
             for samples, frames in speech_windows(speech, self._preset)
         ]
         return torch.stack(made).transpose(2, 3).contiguous()
@@ -116,17 +151,32 @@ class ClipEncoder:
         """The states of a stream without sound."""
         return self.states(np.zeros(blocks * self._preset.stream.block_samples, dtype=np.int16))
 
-    def _video(self, still: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of the still picture held for 73 frames, and of a video after the decoder's warm-up.
+    @torch.no_grad()
+    def video(self, picture: Array, frames: Array) -> tuple[Tensor, Tensor]:
+        """Latents of a still picture held for 73 frames, and of a video after the decoder's warm-up.
 
-        Both streams begin with the same frames.
+        picture uint8 [H, W, 3], frames uint8 [n, H, W, 3] -> [1, 16, 19, h, w] and [1, 16, n / 4, h, w].
+        Both streams begin with the same frames. They are encoded piece by piece, so a longer clip needs no more memory.
         """
+        still = pixels(picture[None]).to(self._device)
         warm_up = TEMPORAL_STRIDE * (self._preset.stream.decoder_warmup_latents - 1)
         first, state = self._vae.encode(still, None)
-        warm, state = self._vae.encode(still.expand(-1, -1, warm_up, -1, -1), state)
-        rest, _ = self._vae.encode(still.expand(-1, -1, MOTION_FRAMES - 1 - warm_up, -1, -1), state)
-        latents, _ = self._vae.encode(video, state)
-        return torch.cat([first, warm, rest], dim=2), latents
+        warm, state = self._held(still, warm_up, state)
+        rest, _ = self._held(still, MOTION_FRAMES - 1 - warm_up, state)
+        latents = []
+        for piece in np.split(frames, range(PIECE_FRAMES, len(frames), PIECE_FRAMES)):
+            latent, state = self._vae.encode(pixels(piece).to(self._device), state)
+            latents.append(latent)
+        return torch.cat([first, *warm, *rest], dim=2).cpu(), torch.cat(latents, dim=2).cpu()
+
+    def _held(self, still: Tensor, frames: int, state: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Latents of `frames` frames that all show the still picture, piece by piece, and the new state."""
+        latents = []
+        for start in range(0, frames, PIECE_FRAMES):
+            count = min(PIECE_FRAMES, frames - start)
+            latent, state = self._vae.encode(still.expand(-1, -1, count, -1, -1), state)
+            latents.append(latent)
+        return latents, state
 
 
 def load_encoders(preset: Preset, out: Path) -> ClipEncoder:
@@ -221,12 +271,6 @@ class EncodedClips:
             raise IndexError(f"clip {index} is outside 0..{self._count - 1}.")
         stored = {name: tensor.float() for name, tensor in _read(_clip_path(self._folder, index)).items()}
         return EncodedClip(reference=stored["motion"][:, :, :1], silence=self._silence, **stored)
-
-
-def open_clips(config: TrainingConfig, out: Path, split: Split) -> EncodedClips:
-    """The encoded clips of the training or validation split of a run. Errors as `EncodedClips`."""
-    counts = {Split.TRAIN: config.data.train_clips, Split.VALIDATION: config.data.validation_clips}
-    return EncodedClips(out, split, counts[split])
 
 
 def _read(path: Path) -> dict[str, Tensor]:

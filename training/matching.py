@@ -19,6 +19,7 @@ from training import distributed
 from training.config import DiTStage, StageConfig
 from training.encoded import EncodedClip
 from training.loop import clip_gradients, generator
+from training.shards import ShardedClips
 from training.window import Window, moved_to, part
 
 BETAS = (0.9, 0.99)
@@ -51,9 +52,10 @@ class ClipLoss(Protocol):
     def __call__(self, dit: CausalDiT, sample: Sample, draw: torch.Generator, spoken: bool) -> Tensor: ...
 
 
-def draw_index(clips: Clips, draw: torch.Generator) -> int:
-    """The number of a random clip."""
-    return int(torch.randint(len(clips), (), generator=draw))
+def draw_index(clips: Clips, draw: torch.Generator, position: int) -> int:
+    """The number of a clip: a random one, or of shards the one at this position of their shuffle."""
+    drawn = int(torch.randint(len(clips), (), generator=draw))
+    return clips.at(position) if isinstance(clips, ShardedClips) else drawn
 
 
 def draw_sample(clip: EncodedClip, blocks: int, draw: torch.Generator) -> Sample:
@@ -109,7 +111,9 @@ class FlowMatching:
         total = 0.0
         for place in mine:
             draw = generator(*self._key, number, place)
-            loss = self._run(self._clips[draw_index(self._clips, draw)], draw, spoken=True) / len(mine)
+            position = (number - 1) * self._settings.batch + place
+            clip = self._clips[draw_index(self._clips, draw, position)]
+            loss = self._run(clip, draw, spoken=True) / len(mine)
             loss.backward()
             total += loss.item()
         norm = update(self.optimizers["dit"], self._settings.clip_norm)

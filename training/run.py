@@ -33,6 +33,7 @@ from training.errors import TrainingError
 from training.logs import CSVLog
 from training.loop import TrainingStage, train
 from training.lora import merged, save_adapter
+from training.shards import index_digest
 
 RECORD = "record.json"
 WEIGHTS = "weights"
@@ -117,7 +118,12 @@ class TrainingRun:
         if name in ALONE and distributed.world() > 1:
             raise TrainingError(f"stage {name} runs in one process, and this is one of {distributed.world()}; run it "
                                 f"without torchrun: {self.command(name)}")  # fmt: skip
-        for file in STEPS[name].needs:
+        if name == FOLDER and self.config.data.shards:
+            raise TrainingError(
+                f"stage {FOLDER} draws clips, but key 'data.shards' is {self.config.data.shards!r}; leave the stage "
+                "out, or the key."
+            )
+        for file in self._needs(name):
             if not (self.out / file).is_file():
                 maker = next(one for one, step in STEPS.items() if file in step.gives)
                 raise TrainingError(
@@ -125,18 +131,26 @@ class TrainingRun:
                     f"{self.command(maker)}"
                 )
 
+    def _needs(self, name: str) -> tuple[str, ...]:
+        """The files of the run that a stage starts from; shards replace those of the drawn clips."""
+        return tuple(file for file in STEPS[name].needs if not (self.config.data.shards and file in DATA))
+
     def _identity(self, name: str) -> Facts:
         """Everything that the results of a stage depend on."""
-        settings, data = dataclasses.asdict(getattr(self.config, name)), dataclasses.asdict(self.config.data)
+        settings, data = dataclasses.asdict(getattr(self.config, name)), self.config.data
         counts = {"train_clips", "validation_clips"}
-        own = {key: value for key, value in settings.items() if key not in counts}
-        seen = {key: data[key] for key in counts if DATA[0] in STEPS[name].needs}
+        own = {key: value for key, value in settings.items() if key not in {*counts, "shards"}}
+        seen: Facts = {}
+        if DATA[0] in STEPS[name].needs and data.shards:
+            seen = {"shards": index_digest(data.shards), "validation_clips": data.validation_clips}
+        elif DATA[0] in STEPS[name].needs:
+            seen = {key: getattr(data, key) for key in counts}
         return {
             "preset": self.config.preset,
             "seed": self.config.seed,
             **{f"{name}.{key}": value for key, value in own.items()},
             **{f"{FOLDER}.{key}": value for key, value in seen.items()},
-            **{file: file_sha256(self.out / file) for file in STEPS[name].needs},
+            **{file: file_sha256(self.out / file) for file in self._needs(name)},
         }
 
     def _record(self, name: str, identity: Facts) -> Facts | None:
@@ -227,7 +241,8 @@ def main(path: Path, stage: str, out: Path, threads: int | None) -> None:
 
 
 def _execute(run: TrainingRun, stage: str) -> None:
-    records = {name: run.do(name) for name in (STEPS if stage == ALL else (stage,))}
+    names = [name for name in STEPS if name != FOLDER or not run.config.data.shards] if stage == ALL else [stage]
+    records = {name: run.do(name) for name in names}
     if not distributed.is_main():
         return
     for name, record in records.items():

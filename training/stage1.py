@@ -20,10 +20,10 @@ from live_avatar.model.schedule import make_schedule
 from training import distributed
 from training.config import TrainingConfig
 from training.data.clips import Split
-from training.encoded import open_clips
 from training.flow import chance, choice, mixed, training_levels, velocity_loss
 from training.init import load
 from training.matching import FlowMatching, Sample, movement
+from training.shards import open_clips
 from training.teacher import NAME as TEACHER
 from training.window import Place, Scene, Window, draw_place, unspoken
 

@@ -22,7 +22,7 @@ from training.accumulation import backward_by_blocks
 from training.config import DistillationStage, TrainingConfig
 from training.data.clips import Split
 from training.dmd import Scores, draw_score_level, matching_loss
-from training.encoded import EncodedClip, open_clips
+from training.encoded import EncodedClip
 from training.flow import chance
 from training.init import load
 from training.logs import mean
@@ -30,6 +30,7 @@ from training.loop import generator
 from training.lora import adapt
 from training.matching import Clips, adam, draw_index, draw_sample, movement, update
 from training.rollout import Roller, Rollout, RolloutInput, Rules
+from training.shards import open_clips
 from training.stage1 import NAME as STAGE1
 from training.stage1 import REPLACED_SHARE
 from training.teacher import NAME as TEACHER
@@ -110,7 +111,9 @@ class Distillation:
     def _generate(self, key: Key, gradient: bool = False) -> Made:
         """A window for the draws of `key`; with `gradient`, its latents have the graph of the exit step."""
         draw = generator(*key)
-        clip = self._clips[draw_index(self._clips, draw)]
+        _, _, number, turn, place = key
+        position = ((number - 1) * self._settings.fake_steps + turn) * self._settings.batch + place
+        clip = self._clips[draw_index(self._clips, draw, position)]
         given = self._given(clip, draw, self._settings.far_share)
         rollout = self._unit(lambda dit: self._roller.roll_out(dit, given, draw, gradient))
         return Made(key, given, rollout, draw)

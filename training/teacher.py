@@ -15,11 +15,11 @@ from live_avatar.model.dit import CausalDiT
 from training import distributed
 from training.config import TrainingConfig
 from training.data.clips import Split
-from training.encoded import open_clips
 from training.flow import chance, choice, mixed, training_levels, velocity_loss
 from training.init import fresh
 from training.loop import generator
 from training.matching import FlowMatching, Sample, movement
+from training.shards import open_clips
 from training.window import Place, Scene, Window, draw_place, unspoken
 
 NAME = "teacher"

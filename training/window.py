@@ -20,13 +20,12 @@ from live_avatar.config import FPS, Preset, StreamConfig
 from live_avatar.model import rope
 from live_avatar.model.audio import AudioTokens
 from live_avatar.model.dit import KV, CausalDiT, Conditions
-from training.encoded import EncodedClip
+from training.encoded import CPU, EncodedClip
 from training.flow import chance, timestep
 
 FAR_HOURS = 10
 """Latest time of a window in a stream. The motion tokens stay at the start of the stream (quirk Q8), so their distance
 from a block grows, up to the period of the slowest rotation: 36 minutes for TINY."""
-CPU = torch.device("cpu")
 LEAST_DISTANCE = 4  # of the sink from the block, in latent frames; the prefill uses the largest (section 4)
 
 

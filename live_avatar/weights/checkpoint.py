@@ -98,11 +98,15 @@ def _shipped(preset: Preset) -> Path | None:
     return TINY_WEIGHTS if trained else None
 
 
-def load_networks(checkpoint: Checkpoint) -> Networks:
-    """Networks with all their weights in memory, in the types of the preset."""
+def load_networks(checkpoint: Checkpoint, only: Sequence[str] | None = None) -> Networks:
+    """Networks with their weights in memory, in the types of the preset.
+
+    only: names of the parts that get their weights; the others stay on the meta device. None is all.
+    """
     networks = meta_networks(checkpoint.preset)
     for part, network in networks.parts().items():
-        _fill(network, checkpoint.parts[part])
+        if only is None or part in only:
+            _fill(network, checkpoint.parts[part])
     return networks
 
 

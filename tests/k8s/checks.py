@@ -18,6 +18,7 @@ import kubernetes_validate
 
 import export.engines
 import live_avatar.cli.main
+import training.prepare
 from live_avatar.serving import gateway_process, server, supervisor
 from live_avatar.serving.profiles import load_profile
 from live_avatar.serving.server_options import ServerOptions
@@ -53,8 +54,13 @@ COMMANDS: dict[tuple[str, ...], click.Command] = {
     ("live-avatar", "serve"): live_avatar.cli.main.serve,
     ("live-avatar", "export"): live_avatar.cli.main.export,
     ("python3", "-m", "export.engines"): export.engines.main,
+    ("python3", "-m", "training.prepare"): training.prepare.main,
 }
-WRITTEN = {("live-avatar", "export"): "output", ("python3", "-m", "export.engines"): "artifacts"}
+WRITTEN = {
+    ("live-avatar", "export"): "output",
+    ("python3", "-m", "export.engines"): "artifacts",
+    ("python3", "-m", "training.prepare"): "output",
+}
 """The option of a command that names a folder it writes into."""
 
 Check = Callable[[Sequence[Object]], Iterator[str]]

@@ -14,7 +14,7 @@ import yaml
 from tests.k8s.programs import ROOT, tool
 
 K8S = ROOT / "k8s"
-APPLIED = ("artifacts", "overlays/cpu-kind", "overlays/h800", "overlays/rtx")
+APPLIED = ("artifacts", "training", "overlays/cpu-kind", "overlays/h800", "overlays/rtx")
 """Folders that are applied to a cluster as they are."""
 VARIABLE = re.compile(r"\$\((\w+)\)")
 

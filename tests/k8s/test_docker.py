@@ -56,7 +56,9 @@ def test_hadolint_sees_root_and_a_base_that_moves(tmp_path: Path):
 @EACH
 def test_it_runs_as_the_user_of_the_manifests(path: Path):
     [user] = arguments_of(path, "USER")
-    pods = [pod_of(workload) for folder in ("base", "artifacts") for workload in workloads(build(K8S / folder))]
+    pods = [
+        pod_of(workload) for folder in ("base", "artifacts", "training") for workload in workloads(build(K8S / folder))
+    ]
     contexts = [pod["securityContext"] for pod in pods]
     assert {f"{context['runAsUser']}:{context['runAsGroup']}" for context in contexts} == {user}
 
@@ -95,7 +97,7 @@ def test_all_do_the_same_but_for_triton_and_tensorrt():
 
 def test_an_image_gets_code_and_nothing_else():
     files = [file for file in context(ROOT) if not (file.parts[0] == "docker" or len(file.parts) == 1)]
-    assert {file.parts[0] for file in files} == {"client", "export", "live_avatar", "model_repository"}
+    assert {file.parts[0] for file in files} == {"client", "export", "live_avatar", "model_repository", "training"}
     shipped = {file for file in files if file.suffix == ".safetensors"}
     assert {file.parent.as_posix() for file in shipped} == {"live_avatar/assets/tiny"}
     code = [file for file in files if file not in shipped]
@@ -124,10 +126,12 @@ def test_other_weights_keys_and_the_rest_of_a_checkout_stay_outside(path: str):
 def test_it_holds_the_modules_that_the_manifests_run(path: Path):
     """`python3 -m` finds a module of the checkout, which is not installed, from the image's working directory."""
     files = {file.as_posix() for file in context(ROOT)}
-    pods = [pod_of(workload) for folder in ("base", "artifacts") for workload in workloads(build(K8S / folder))]
+    pods = [
+        pod_of(workload) for folder in ("base", "artifacts", "training") for workload in workloads(build(K8S / folder))
+    ]
     containers = [container for pod in pods for container in (*pod.get("initContainers", []), *pod["containers"])]
     modules = [container["command"][2] for container in containers if container["command"][:2] == ["python3", "-m"]]
-    assert modules == ["export.engines"]
+    assert modules == ["export.engines", "training.prepare"]
     assert {f"{module.replace('.', '/')}.py" for module in modules} <= files
     assert all("workingDir" not in container for container in containers)
     assert arguments_of(path, "COPY")[-1] == ". ."

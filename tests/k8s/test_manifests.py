@@ -10,6 +10,7 @@ import kubernetes_validate.utils
 import pytest
 import yaml
 
+import training.prepare
 from live_avatar.config import S2V_14B
 from live_avatar.gateway.pictures import AT_ONCE
 from live_avatar.gateway.sandbox import MIB, Limits
@@ -70,7 +71,7 @@ def every(check: Check) -> str:
 
 def test_every_folder_is_looked_at():
     overlays = {f"overlays/{name}" for name in ("h800", "rtx", "cpu-kind")}
-    assert {*overlays, "artifacts", "examples", "namespace", "base"} <= set(BUILT)
+    assert {*overlays, "artifacts", "examples", "namespace", "base", "training"} <= set(BUILT)
     sized = ("cpu-only", "rtx", "one-gpu", "two-gpu", "four-gpu")
     assert {f"components/{name}" for name in ("tls", "mtls", "network-policy", *sized)} <= set(COMPONENTS)
 
@@ -128,9 +129,13 @@ def test_the_job_makes_the_artifacts_that_the_server_reads(objects_of):
 
 
 def test_every_volume_claim_and_secret_is_made_by_us_or_named_in_the_readme(objects_of):
-    claims = {found["metadata"]["name"] for found in of_kind(objects_of("artifacts"), "PersistentVolumeClaim")}
+    claims = {
+        found["metadata"]["name"]
+        for folder in ("artifacts", "training")
+        for found in of_kind(objects_of(folder), "PersistentVolumeClaim")
+    }
     readme = (K8S / "README.md").read_text()
-    for folder in ("artifacts", *WITH_SERVER):
+    for folder in ("artifacts", "training", *WITH_SERVER):
         for workload in of_kind(objects_of(folder), "Deployment", "Job"):
             for volume in pod_of(workload)["volumes"]:
                 if "persistentVolumeClaim" in volume:
@@ -144,6 +149,16 @@ def test_a_component_changes_the_profile_and_its_gpus_together(objects_of):
     profiles = {folder: option(objects_of(folder), server_of(objects_of(folder)), "profile") for folder in folders}
     assert list(profiles.values()) == ["gpux5", "gpux4", "gpux2", "gpux1", "cpu"]
     assert [gpus_of(profile) for profile in profiles.values()] == [5, 4, 2, 1, 0]
+
+
+def test_every_part_of_the_videos_has_a_pod(objects_of):
+    """An indexed job sets JOB_COMPLETION_INDEX from 0, which `--part` reads."""
+    job = the(objects_of("training"), "Job", "live-avatar-prepare")
+    [container] = pod_of(job)["containers"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == int(option(objects_of("training"), container, "of"))
+    [part] = [one for one in training.prepare.main.params if one.name == "part"]
+    assert "JOB_COMPLETION_INDEX" in part.envvar
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
