@@ -137,7 +137,7 @@ def session_context(settings: GatewaySettings, signing: SigningPair | None = Non
         options=OptionsReader(settings.height, settings.width, settings.label_font, settings.label),
         meter=meter,
         audit=AuditLog(settings.log_format == "json", settings.log_hashes),
-        provenance=ProvenanceWriter(settings.served, settings.operator, signing and signing.sign),
+        provenance=ProvenanceWriter(settings.served, settings.operator, None if signing is None else signing.sign),
         speakers=settings.speakers,
         limits=settings.limits,
         control=Control(settings.control),
