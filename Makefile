@@ -15,6 +15,8 @@ UNFINISHED := $(VENV)/.unfinished
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# pip compiles its files one after another, compileall on every core. What does not compile, such as a template that only
+# looks like Python, is no failure.
 $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@for python in python3.11 python3.12 python3 none; do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2> /dev/null; then break; fi; \
@@ -30,7 +32,8 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	fi; \
 	touch $(UNFINISHED); \
 	echo "Installing into $(VENV): the first time this can take some minutes"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e './client[c2pa,media,web]' -e '.[dev,training]'; \
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e './client[c2pa,media,web]' -e '.[dev,training]'; \
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; \
 	rm $(UNFINISHED); \
 	touch $@
 
@@ -48,9 +51,13 @@ talk: $(INSTALLED) ## Talk to the avatar on a page in your browser, until Ctrl-C
 # Processes that run the tests, each a file at a time: more than two cores, since tests wait for servers. 0: none but pytest.
 WORKERS := 3
 
+# The type checker uses one core for a minute, so it runs beside the tests.
 .PHONY: test
-test: lint ## Run the linter, the type checker and the tests that are not slow
-	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+test: style ## Run the linter, the type checker and the tests that are not slow
+	@$(BIN)/mypy & types=$$!; code=0; \
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile || code=$$?; \
+	wait $$types || { echo "The type checker has found errors: see above." >&2; code=1; }; \
+	exit $$code
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the tests marked slow
@@ -97,10 +104,13 @@ soak: $(INSTALLED) ## Let sessions come and go for an hour (MINUTES=60), and che
 	@$(BIN)/live-avatar export --preset tiny --output artifacts/tiny
 	@$(BIN)/python -m perf.soak --artifacts artifacts/tiny --minutes $(MINUTES) --report out/soak.json
 
-.PHONY: lint
-lint: $(INSTALLED) ## Check style, formatting and types
+.PHONY: style
+style: $(INSTALLED) ## Check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+.PHONY: lint
+lint: style ## Check style, formatting and types
 	@$(BIN)/mypy
 
 .PHONY: format

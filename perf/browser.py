@@ -123,7 +123,7 @@ def tab(browser: Browser, address: str, **options: Any) -> Iterator[Tab]:
         opened.page.goto(address)
         opened.page.wait_for_selector("#faces input", state="attached")
         yield opened
-        assert opened.said == []
+        assert opened.said == [], opened.said
     finally:
         context.close()
 

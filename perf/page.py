@@ -2,13 +2,16 @@
 
 `python -m perf.page --artifacts artifacts/tiny --report perf/results/page.json` starts the server, the page and
 Debian's chromium, whose sound goes nowhere. Sync is measured in two ways: by the page itself, and from the samples that
-were played while a frame was drawn.
+were played while a frame was drawn. With `--screenshots docs` it measures nothing, and makes the documents' pictures.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,11 +22,12 @@ from typing import Any
 
 import click
 import numpy as np
-from playwright.sync_api import sync_playwright
+from PIL import Image
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 from live_avatar.assets import PORTRAITS
 from live_avatar.environment import environment
-from live_avatar.serving.server import serving
+from live_avatar.serving.server import TritonServer, serving
 from live_avatar.serving.server_options import ServerOptions
 from live_avatar_client.web.options import WebOptions
 from live_avatar_client.web.server import serve
@@ -34,6 +38,10 @@ TEXT_S = 20.0
 TURNS = 10
 QUIET = 1e-3
 START_S = 60.0
+SHOWN_TEXT = "Hello there, my name is Robin. How are you today?"
+SPEAKING_SIZE: ViewportSize = {"width": 1020, "height": 780}
+STATE_SIZE: ViewportSize = {"width": 1040, "height": 720}
+GAP = 10
 
 
 @dataclass(frozen=True)
@@ -145,27 +153,87 @@ def page_of(options: WebOptions) -> Iterator[str]:
         thread.join()
 
 
+def take_screenshots(server: TritonServer, browser: Browser, address: str, folder: Path) -> None:
+    """Writes `page.png`, the page while the avatar speaks, and `page_states.png`, four of its states."""
+    states: list[Image.Image] = []
+    with tab(browser, address, viewport=SPEAKING_SIZE) as visitor:
+        visitor.start()
+        visitor.page.click("#measured summary")
+        visitor.say(SHOWN_TEXT)
+        visitor.await_state("speaking")
+        visitor.page.wait_for_timeout(1_500)
+        _reduced(_screenshot(visitor)).save(folder / "page.png", optimize=True)
+    with tab(browser, address, viewport=STATE_SIZE) as visitor, tab(browser, address, viewport=STATE_SIZE) as other:
+        states.append(_screenshot(visitor))
+        visitor.page.click("#start")
+        while visitor.page.get_attribute("body", "data-state") != "ready":  # the place before it becomes free
+            visitor.await_state("ready", "full")
+            if visitor.page.get_attribute("body", "data-state") == "full":
+                visitor.page.wait_for_timeout(500)
+                visitor.page.click("#start")
+        states.append(_screenshot(visitor))
+        other.page.click("#start")
+        other.await_state("full")
+        states.append(_screenshot(other))
+        os.kill(server.process.pid, signal.SIGKILL)
+        visitor.await_state("lost")
+        states.append(_screenshot(visitor))
+    width, height = (side // 2 for side in states[0].size)
+    sheet = Image.new("RGB", (2 * width + GAP, 2 * height + GAP), "white")
+    for place, state in enumerate(states):
+        row, column = divmod(place, 2)
+        sheet.paste(
+            state.resize((width, height), Image.Resampling.LANCZOS), (column * (width + GAP), row * (height + GAP))
+        )
+    _reduced(sheet).save(folder / "page_states.png", optimize=True)
+
+
+def _screenshot(visitor: Tab) -> Image.Image:
+    return Image.open(io.BytesIO(visitor.page.screenshot())).convert("RGB")
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    """With 256 colours, for a small file."""
+    return picture.quantize(256)
+
+
 @click.command()
 @click.option("--artifacts", type=click.Path(path_type=Path), required=True)
 @click.option("--minutes", type=float, default=10.0, show_default=True, help="How long sync is measured.")
 @click.option("--report", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(artifacts: Path, minutes: float, report: Path | None) -> None:
-    """Measure the page in a browser on this machine."""
+@click.option(
+    "--screenshots", type=click.Path(path_type=Path, file_okay=False), help="Folder for pictures of the page."
+)
+def main(artifacts: Path, minutes: float, report: Path | None, screenshots: Path | None) -> None:
+    """Measure the page in a browser on this machine, or take pictures of it."""
     options = ServerOptions(artifacts, max_sessions=1).on_free_ports()
     with (
-        serving(options),
+        serving(options) as server,
         page_of(WebOptions(options.url, port=0, portraits=PORTRAITS)) as address,
         sync_playwright() as playwright,
         chromium(playwright) as browser,
-        tab(browser, address) as visitor,
     ):
+        if screenshots is not None:
+            take_screenshots(server, browser, address, screenshots)
+            print(f"Wrote {screenshots / 'page.png'} and {screenshots / 'page_states.png'}.")
+            return
+        document = measure(browser, address, minutes)
+    if report is not None:
+        report.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+def measure(browser: Browser, address: str, minutes: float) -> dict[str, Any]:
+    """The figures of a conversation in a tab of its own."""
+    with tab(browser, address) as visitor:
         visitor.start()
         turns = measure_turns(visitor)
         sync = measure_sync(visitor, 60 * minutes)
         figures = visitor.call("{ ...visit.player.figures(performance.now()), firstFrameMs: visit.times.firstFrameMs }")
-    document = {
+    return {
         "command": f"python -m perf.page --artifacts ARTIFACTS --minutes {minutes:g}",
         "environment": environment(),
+        "load_average_15_min": os.getloadavg()[2],
         "browser": browser.version,
         "first_frame_ms": figures["firstFrameMs"],
         "sync": asdict(sync),
@@ -174,9 +242,6 @@ def main(artifacts: Path, minutes: float, report: Path | None) -> None:
         "frames_not_drawn": figures["undrawn"],
         "frames_of_silence_left_out": figures["skipped"],
     }
-    if report is not None:
-        report.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -233,9 +233,11 @@ class Soak:
 
     def _come_late(self, rng: random.Random, utterance: Utterance) -> None:
         """Starts one more session as soon as the server is no longer ready."""
-        with suppress(AvatarError):
-            while self.status().ready:
-                time.sleep(0.05)
+        ready = True
+        while ready:
+            time.sleep(0.05)
+            with suppress(AvatarError):  # a busy server may answer late
+                ready = bool(self.status().ready)
         SoakSession(self.context, rng, Ending.DRAINED, utterance, 1).run(ENDINGS[Ending.DRAINED])
 
     def _run_sessions(self, number: int) -> None:

@@ -30,7 +30,7 @@ from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK, FrameFo
 AVATARS = 6
 UTTERANCES_PER_AVATAR = 3
 UTTERANCE_BLOCKS = 20
-ANSWER_S = 60.0
+ANSWER_S = 300.0
 """A new avatar is encoded at the lowest priority: on a busy machine that took 30 s."""
 AFTER_OUTAGE_S = 2.0
 NOTHING = np.zeros(0, dtype=np.int16)
@@ -281,6 +281,7 @@ class SoakSession:
             prompt=utterance.prompt,
             seed=utterance.seed,
             keep_alive_s=1.0,
+            send_timeout_s=ANSWER_S,
             answer_timeout_s=ANSWER_S,
             api_key=self.context.api_key,
             **self.frame_options.options,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -186,17 +186,24 @@ REMOVERS: Final[dict[str, Attack]] = {
     "a third of the size": scaled(1 / 3),
 }
 """Attacks that the mark is not made for."""
-EVERY: Final = 25
-"""What takes long is tried on every 25th clip: these attacks, `SLOW`, and the search of a clip without a mark."""
-SLOW: Final = (ATTACKS["double size"], recording)
+LONG: Final = ("double size", "10 s recording of the screen")
+GROUPS: Final[tuple[dict[str, Attack], ...]] = (
+    {name: attack for name, attack in ATTACKS.items() if name not in LONG},
+    {name: ATTACKS[name] for name in LONG},
+    REMOVERS,
+)
+"""Attacks that are tried together, each group on all clips before the next. With the last group, clips without a mark
+are searched."""
+LARGE_LONG_CLIPS: Final = 20
+"""The groups behind the first take long, and are tried on so many of the large clips only."""
 
 
 # ---- One clip
 
 
-def measure(kind: str, seed: int, frames: Array) -> dict[str, Any]:
-    """The figures of one clip, with its mark and without."""
-    random = np.random.default_rng(seed)
+def measure(kind: str, seed: int, frames: Array, group: int) -> dict[str, Any]:
+    """The figures of one clip after the attacks of a group."""
+    random = np.random.default_rng([seed, group])
     key = WatermarkKey(random.bytes(32))
     origin = Origin(int(random.integers(2**16)), int(random.integers(2**48)))
     mark = Watermark(key, origin, *frames.shape[1:3])
@@ -206,18 +213,16 @@ def measure(kind: str, seed: int, frames: Array) -> dict[str, Any]:
     record: dict[str, Any] = {
         "kind": kind,
         "seed": seed,
+        "group": group,
         "psnr_db": psnr(frames, marked),
         "fps": len(frames) / apply_s,
         "attacks": {},
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip"
-        is_rare = seed % EVERY == 0
-        for name, attack in (ATTACKS | REMOVERS if is_rare else ATTACKS).items():
-            if attack in SLOW and not is_rare:
-                continue
-            long = attack is recording and len(frames) < STREAM_FRAMES
-            attack(mark.apply(_there_and_back(frames, STREAM_FRAMES), 0) if long else marked, file, random)
+        for name, attack in GROUPS[group].items():
+            is_short = attack is recording and len(frames) < STREAM_FRAMES
+            attack(mark.apply(_there_and_back(frames, STREAM_FRAMES), 0) if is_short else marked, file, random)
             began_s = time.process_time()
             found = find(key, read_frames(file).evidence)
             record["attacks"][name] = {
@@ -226,7 +231,7 @@ def measure(kind: str, seed: int, frames: Array) -> dict[str, Any]:
                 "z": None if found is None else round(found.z, 1),
                 "seconds": round(time.process_time() - began_s, 1),
             }
-        if is_rare:
+        if group == len(GROUPS) - 1:
             encode(frames, file, 23)
             record["without_mark"] = without_mark(file, random)
     return record
@@ -295,8 +300,9 @@ def usable(folder: Path) -> list[Path]:
     return found
 
 
-def report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the records count to."""
+def report(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the lines of all clips count to."""
+    records = joined(lines)
     groups = {
         "faces 720x400": [r for r in records if r["kind"] == "face 720x400"],
         "photographs 720x400": [r for r in records if r["kind"].startswith("photograph")],
@@ -320,6 +326,16 @@ def report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "expected_by_chance": readings / 2**SHORT_CHECK_BITS,
         },
     }
+
+
+def joined(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each clip, of which each group of attacks has a line."""
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in lines:
+        before = records.get((line["kind"], line["seed"]), {"attacks": {}})
+        attacks = {**before["attacks"], **line["attacks"]}
+        records[line["kind"], line["seed"]] = {**before, **line, "attacks": attacks}
+    return list(records.values())
 
 
 def _group(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -370,26 +386,29 @@ def table(counted: Mapping[str, Any]) -> str:
 @click.command()
 @click.option("--photographs", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--work", type=click.Path(path_type=Path), default="out/watermark.jsonl", show_default=True)
-@click.option("--clips", "count", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--clips", "count", type=click.IntRange(min=1), default=100, show_default=True, help="Of each size.")
 @click.option("--minutes", type=float, default=1e9, help="Stop after so long; another run goes on.")
 @click.option("--report", "output", type=click.Path(path_type=Path), help="Count what is there, and write JSON.")
 def main(photographs: Path, work: Path, count: int, minutes: float, output: Path | None) -> None:
     """Attack marked clips, and count where the mark is found."""
     work.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
-    done = {(r["kind"], r["seed"]) for r in records}
+    done = {(r["kind"], r["seed"], r["group"]) for r in records}
     end_s = time.monotonic() + 60 * minutes
-    for kind, seed, frames in clips(usable(photographs), count):
-        if (kind, seed) in done or time.monotonic() > end_s:
-            continue
-        records.append(measure(kind, seed, frames()))
-        with work.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
-        print(kind, seed, " ".join("1" if a["found"] else "0" for a in records[-1]["attacks"].values()), flush=True)
+    pictures = usable(photographs)
+    for group in range(len(GROUPS)):
+        for kind, seed, frames in clips(pictures, count):
+            is_skipped = group > 0 and kind != "face 96x96" and seed >= LARGE_LONG_CLIPS
+            if is_skipped or (kind, seed, group) in done or time.monotonic() > end_s:
+                continue
+            records.append(measure(kind, seed, frames(), group))
+            with work.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+            print(kind, seed, " ".join("1" if a["found"] else "0" for a in records[-1]["attacks"].values()), flush=True)
     if output:
         counted = report(records)
         output.write_text(json.dumps(counted, indent=1) + "\n")
-        print(f"{table(counted)}\nWrote {output} ({len(records)} clips).")
+        print(f"{table(counted)}\nWrote {output} ({len(joined(records))} clips).")
 
 
 if __name__ == "__main__":

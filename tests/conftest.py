@@ -1,4 +1,4 @@
-"""What many tests share: the tiny preset's networks, its artifacts, and a picture and speech.
+"""What many tests share: the tiny preset's networks, its artifacts, a server of them, and a picture and speech.
 
 Exporting takes about 40 s, so a run exports once; tests must not change what they get from here.
 """
@@ -21,8 +21,10 @@ from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.config import TINY
 from live_avatar.graphs.artifacts import Artifacts
-from live_avatar.runtime.onnx_runtime import OnnxRuntime
+from live_avatar.runtime.onnx_runtime import OnnxGraph, OnnxRuntime
 from live_avatar.runtime.torch_runtime import TorchRuntime
+from live_avatar.serving.server import TritonServer, serving
+from live_avatar.serving.server_options import ServerOptions
 from live_avatar.weights.checkpoint import open_checkpoint
 from tests.support.artifacts import exported_once
 from tests.support.networks import SMALL
@@ -70,9 +72,31 @@ def artifacts_of_two(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     return exported_once(tmp_path_factory, TWO)
 
 
+class KeptGraphs(OnnxRuntime):
+    """Loads each graph once: graphs have no state, and many tests run the same ones."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        super().__init__(artifacts)
+        self._graphs: dict[str, OnnxGraph] = {}
+
+    def graph(self, component: str) -> OnnxGraph:
+        if component not in self._graphs:
+            self._graphs[component] = super().graph(component)
+        return self._graphs[component]
+
+
 @pytest.fixture(scope="session")
 def onnx_runtime(artifacts: Artifacts) -> OnnxRuntime:
-    return OnnxRuntime(artifacts)
+    return KeptGraphs(artifacts)
+
+
+@pytest.fixture(scope="session")
+def server(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """For all tests that do not break it. Its sessions share their avatars, though each has its own connection."""
+    trace = tmp_path_factory.mktemp("trace")
+    options = ServerOptions(artifacts.folder, trace=trace, share_avatars=True, starts_per_minute=100_000)
+    with serving(options.on_free_ports()) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

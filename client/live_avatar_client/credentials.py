@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 try:
     import c2pa
@@ -49,15 +49,14 @@ class ContentCredentials:
                 "ECDSA P-256 key as PEM files"
             ) from error
 
-    def sign(self, source: Path, target: Path, title: str, provenance: Mapping[str, Any]) -> None:
-        """Write the MP4 `source` with a manifest to `target`. Raises MediaError if the certificate cannot be used."""
+    def sign(self, source: BinaryIO, target: BinaryIO, title: str, provenance: Mapping[str, Any]) -> None:
+        """Write the MP4 in `source` with a manifest to `target`, which must be readable as well.
+
+        Raises MediaError if the certificate cannot be used.
+        """
         try:
-            with (
-                c2pa.Builder(manifest(title, provenance)) as builder,
-                source.open("rb") as old,
-                target.open("w+b") as new,
-            ):
-                builder.sign(self._signer, _MP4, old, new)
+            with c2pa.Builder(manifest(title, provenance)) as builder:
+                builder.sign(self._signer, _MP4, source, target)
         except c2pa.C2paError as error:
             raise MediaError(
                 f"the video {title!r} cannot be signed with {os.fspath(self._certificate)!r} ({error}); pass a "

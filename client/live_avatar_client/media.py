@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +44,7 @@ _VIDEO_OPTIONS: Final = {"crf": "18", "preset": "veryfast"}
 _BT709: Final = 1
 """The number of BT.709 among colour primaries and transfer characteristics (ISO/IEC 23091-2)."""
 _AUDIO_BIT_RATE: Final = 96_000
-# Without the second flag MP4 keeps only the entries that FFmpeg has a place for.
-_CONTAINER_OPTIONS: Final = {"movflags": "+faststart+use_metadata_tags"}
-_FAULTS: Final = (av.FFmpegError, OSError)
+MEDIA_FAULTS: Final = (av.FFmpegError, OSError)
 
 
 def read_speech(path: str | os.PathLike[str]) -> Samples:
@@ -64,7 +62,7 @@ def read_speech(path: str | os.PathLike[str]) -> Samples:
             channel = reader.loudest_channel
             speech = reader.read(channel)
             _warn(f"{reader.name} has channels that cancel each other out; only channel {channel + 1} is used")
-    except _FAULTS as error:
+    except MEDIA_FAULTS as error:
         raise MediaError(
             f"{reader.name} cannot be read as audio: {error.strerror}; pass a file that FFmpeg can read, "
             "such as WAV, FLAC, MP3, Ogg or M4A"
@@ -212,12 +210,84 @@ def provenance_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+class Mp4Encoder:
+    """Encodes frames and their sound into an MP4 of H.264 video and AAC sound, at a path or in a seekable file object.
+
+    H.264 needs even sizes, so the last column or row of a frame of odd width or height is doubled. Colours are coded
+    and tagged as BT.709. Errors are those of PyAV and of the file (`MEDIA_FAULTS`). Call `finish` and then `close`, or
+    `close` alone to give the file up.
+    """
+
+    def __init__(
+        self,
+        target: str | BinaryIO,
+        width: int,
+        height: int,
+        fps: int = FPS,
+        *,
+        has_sound: bool,
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.frames = 0
+        """How many frames were written."""
+        self._fps = fps
+        self._samples = 0
+        # FFmpeg opens a file a second time to move its index to the front, so only one with a path.
+        flags = "+faststart" if isinstance(target, str) else ""
+        # Without the last flag MP4 keeps only the entries that FFmpeg has a place for.
+        options = {"movflags": f"{flags}+use_metadata_tags"}
+        self._container = av.open(target, "w", format="mp4", options=options)
+        self._container.metadata.update(metadata)
+        self._video = self._container.add_stream("libx264", rate=fps, options=_VIDEO_OPTIONS)
+        self._video.width, self._video.height = width + width % 2, height + height % 2
+        self._video.pix_fmt = "yuv420p"
+        coding = self._video.codec_context
+        coding.colorspace, coding.color_range = Colorspace.ITU709, ColorRange.MPEG
+        coding.color_primaries = coding.color_trc = _BT709
+        self._audio = None
+        if has_sound:
+            self._audio = self._container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
+            self._audio.bit_rate = _AUDIO_BIT_RATE
+
+    def write_frame(self, frame: Pixels) -> None:
+        """Append a frame [height, width, 3], RGB uint8."""
+        height, width, _ = frame.shape
+        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
+        picture.pts, picture.time_base = self.frames, Fraction(1, self._fps)
+        self._container.mux(self._video.encode(picture))
+        self.frames += 1
+
+    def write_sound(self, samples: Samples) -> None:
+        """Append samples, int16 at 16 kHz, to the sound."""
+        if self._audio is None or not len(samples):
+            return
+        sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[np.newaxis], format="s16", layout="mono")
+        sound.sample_rate = SAMPLE_RATE_HZ
+        sound.pts, sound.time_base = self._samples, Fraction(1, SAMPLE_RATE_HZ)
+        self._container.mux(self._audio.encode(sound))
+        self._samples += len(samples)
+
+    def finish(self) -> None:
+        """Complete the file."""
+        self._container.mux(self._video.encode(None))
+        if self._audio is not None:
+            self._container.mux(self._audio.encode(None))
+        self._container.close()
+
+    def close(self) -> None:
+        """Let go of the file, in any state; never raises."""
+        with contextlib.suppress(*MEDIA_FAULTS):  # an abandoned file may be incomplete
+            self._container.close()
+
+
 class Mp4Writer(FileWriter):
     """Writes an MP4 file of H.264 video and AAC speech, piece by piece, in a `with` statement.
 
     The file appears under its name at the normal end of the statement; after an exception there is no file.
-    Speech after the last frame is dropped. H.264 needs even sizes, so the last column or row of a frame of
-    odd width or height is doubled. Colours are coded and tagged as BT.709.
+    Speech after the last frame is dropped. `Mp4Encoder` says how frames are coded.
 
     Args:
         path: path of the file; an existing file is replaced.
@@ -257,61 +327,38 @@ class Mp4Writer(FileWriter):
         for frame in frames if frames.ndim == 4 else frames[np.newaxis]:
             if frame.shape != self._shape or frame.dtype != np.uint8:
                 raise InvalidInput(f"the frame is {frame.dtype} {list(frame.shape)}; pass uint8 {list(self._shape)}")
-            with self._file.explained(_FAULTS):
-                self._write_frame(frame)
-                self._write_speech()
+            with self._file.explained(MEDIA_FAULTS):
+                self._encoder.write_frame(frame)
+                self.frames += 1
+                self._encoder.write_sound(self._next_speech())
 
     def _open(self) -> None:
-        with self._file.explained(_FAULTS):
-            self._container = av.open(str(self._file.partial), "w", format="mp4", options=_CONTAINER_OPTIONS)
-        self._container.metadata.update(self._metadata)
         height, width, _ = self._shape
-        self._video = self._container.add_stream("libx264", rate=self._fps, options=_VIDEO_OPTIONS)
-        self._video.width, self._video.height = width + width % 2, height + height % 2
-        self._video.pix_fmt = "yuv420p"
-        coding = self._video.codec_context
-        coding.colorspace, coding.color_range = Colorspace.ITU709, ColorRange.MPEG
-        coding.color_primaries = coding.color_trc = _BT709
-        if self._speech is not None:
-            self._audio = self._container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
-            self._audio.bit_rate = _AUDIO_BIT_RATE
+        with self._file.explained(MEDIA_FAULTS):
+            self._encoder = Mp4Encoder(
+                str(self._file.partial),
+                width,
+                height,
+                self._fps,
+                has_sound=self._speech is not None,
+                metadata=self._metadata,
+            )
 
-    def _write_frame(self, frame: Pixels) -> None:
-        height, width, _ = self._shape
-        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-        )
-        picture.pts, picture.time_base = self.frames, Fraction(1, self._fps)
-        self._container.mux(self._video.encode(picture))
-        self.frames += 1
-
-    def _write_speech(self) -> None:
-        """Append the speech up to the end of the last frame."""
+    def _next_speech(self) -> Samples:
+        """The speech up to the end of the last frame."""
         if self._speech is None:
-            return
-        start, stop = self._samples_written, self.frames * SAMPLE_RATE_HZ // self._fps
-        chunk = self._speech[start:stop]
-        if not len(chunk):
-            return
-        sound = av.AudioFrame.from_ndarray(chunk[np.newaxis], format="s16", layout="mono")
-        sound.sample_rate = SAMPLE_RATE_HZ
-        sound.pts, sound.time_base = start, Fraction(1, SAMPLE_RATE_HZ)
-        self._container.mux(self._audio.encode(sound))
-        self._samples_written += len(chunk)
+            return np.zeros(0, np.int16)
+        start, self._samples_written = self._samples_written, self.frames * SAMPLE_RATE_HZ // self._fps
+        return self._speech[start : self._samples_written]
 
     def _abandon(self) -> None:
-        with contextlib.suppress(*_FAULTS):  # the abandoned file may be incomplete
-            self._container.close()
+        self._encoder.close()
 
     def _finish(self) -> None:
         if not self.frames:
             raise MediaError(f"the video {str(self.path)!r} got 0 frames; write at least one")
-        with self._file.explained(_FAULTS):
-            self._container.mux(self._video.encode(None))
-            if self._speech is not None:
-                self._container.mux(self._audio.encode(None))
-            self._container.close()
+        with self._file.explained(MEDIA_FAULTS):
+            self._encoder.finish()
         if self._credentials is not None:
             self._sign(self._credentials)
         self._file.publish()
@@ -322,7 +369,8 @@ class Mp4Writer(FileWriter):
             with self._file.explained():
                 signed.create()
                 provenance = json.loads(self._metadata.get("description", "{}"))
-                credentials.sign(self._file.partial, signed.partial, self.path.name, provenance)
+                with self._file.partial.open("rb") as old, signed.partial.open("w+b") as new:
+                    credentials.sign(old, new, self.path.name, provenance)
                 signed.partial.replace(self._file.partial)
         finally:
             signed.discard()

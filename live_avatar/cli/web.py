@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from live_avatar import interrupts
+from live_avatar.cli.marks import credentials_of, signing_options
 from live_avatar.cli.options import (
     FILE,
     Integer,
@@ -78,6 +79,7 @@ speech_endpoint_options = combined(
 )
 @voice_option
 @speech_endpoint_options
+@signing_options("recordings with a C2PA manifest")
 @connection_options
 def web(
     url: str,
@@ -91,6 +93,8 @@ def web(
     tls_ca: Path | None,
     tls_certificate: Path | None,
     tls_key: Path | None,
+    sign_certificate: Path | None,
+    sign_key: Path | None,
     **options: Any,
 ) -> None:
     """Serve a page to talk to the avatar of a server, until Ctrl-C (docs/web.md)."""
@@ -121,6 +125,7 @@ def web(
             visitor_key=None if visitor_key_file is None else read_key(visitor_key_file),
             portraits=faces or PORTRAITS,
             text_to_speech=endpoint,
+            credentials=credentials_of(sign_certificate, sign_key),
             **options,
         )
     )

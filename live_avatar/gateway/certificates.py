@@ -1,15 +1,61 @@
-"""The server's TLS certificates, which are read again when their files change."""
+"""The server's certificates, of TLS and for signatures, which are read again when their files change."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from live_avatar.errors import ServerError
+from live_avatar.errors import ServerError, SigningError
 from live_avatar.gateway.keys import file_version
 from live_avatar.serving.access import Access, check_access
+from live_avatar.signing import read_signer
+
+
+class WatchedFiles:
+    """Files that may be written again."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._versions = self._current()
+
+    def have_changed(self) -> bool:
+        """Whether one was written since the last call."""
+        before, self._versions = self._versions, self._current()
+        return self._versions != before
+
+    def _current(self) -> list[Any]:
+        return [file_version(path) for path in self._paths]
+
+
+class SigningPair:
+    """The certificate and key that sign provenance. Raises `SigningError` if they cannot be used.
+
+    A session that begins after they have changed is signed with the new ones.
+    """
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self._paths = (certificate, key)
+        self._files = WatchedFiles(self._paths)
+        self._signer = read_signer(*self._paths)
+
+    def sign(self, statement: Mapping[str, Any]) -> dict[str, Any]:
+        """The statement with its signature."""
+        return self._signer.sign(statement)
+
+    def reload_if_changed(self) -> str | None:
+        """Reads the files again if one was written since. Files that cannot be used leave the old pair, and give a
+        sentence that says why, once until they change again."""
+        if not self._files.have_changed():
+            return None
+        try:
+            self._signer = read_signer(*self._paths)
+        except SigningError as error:
+            return str(error)
+        return None
 
 
 class Certificates:
@@ -21,7 +67,7 @@ class Certificates:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._files = [path for path in (access.tls_certificate, access.tls_key, access.tls_client_ca) if path]
-        self._versions = self._current_versions()
+        self._watched = WatchedFiles(self._files)
         self._first = self._read()
         self._next: deque[Any] = deque(maxlen=1)
 
@@ -33,10 +79,8 @@ class Certificates:
     def reload_if_changed(self) -> str | None:
         """Reads the files again if one was written since. Files that cannot be used leave the old certificates, and
         give a sentence that says why, once until they change again."""
-        versions = self._current_versions()
-        if versions == self._versions:
+        if not self._watched.have_changed():
             return None
-        self._versions = versions
         try:
             self._next.append(self._read())
         except ServerError as error:
@@ -59,6 +103,3 @@ class Certificates:
                 f"{error.filename} cannot be read ({error.strerror}); give a file that this user can read."
             ) from error
         return grpc.ssl_server_certificate_configuration([(key, certificate)], rest[0] if rest else None)
-
-    def _current_versions(self) -> list[Any]:
-        return [file_version(path) for path in self._files]

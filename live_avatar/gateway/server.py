@@ -17,7 +17,7 @@ from live_avatar.errors import ServerError
 from live_avatar.gateway.admission import Admission, Phase
 from live_avatar.gateway.audit import AuditLog
 from live_avatar.gateway.avatars import Avatars, AvatarSource
-from live_avatar.gateway.certificates import Certificates
+from live_avatar.gateway.certificates import Certificates, SigningPair
 from live_avatar.gateway.context import SessionContext
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.http import http_routes, metrics_routes
@@ -36,7 +36,6 @@ from live_avatar.serving.health import listen
 from live_avatar.serving.options import OptionsReader
 from live_avatar.serving.provenance import ProvenanceWriter
 from live_avatar.serving.tensors import AVATAR_ENCODER
-from live_avatar.signing import read_signer
 from live_avatar_client.protocol import MAX_IMAGE_BYTES, ErrorCode
 
 log = logging.getLogger(__name__)
@@ -80,8 +79,8 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
     Commands: {"pipe_ready": bool}, {"phase": str}, {"lost": name of a stage}.
     """
     raise_file_limit()
-    context = session_context(settings)
-    keys, certificates = load_keys(settings), load_certificates(settings)
+    keys, certificates, signing = load_keys(settings), load_certificates(settings), load_signing(settings)
+    context = session_context(settings, signing)
     service = GatewayService(context, keys, settings.limits.idle_s)
     server = grpc.aio.server(options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((service,))
@@ -90,7 +89,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         asyncio.create_task(_repeat(act, seconds))
         for act, seconds in (
             (service.check, CHECK_S),
-            (partial(_check_files, keys, certificates), FILE_CHECK_S),
+            (partial(_check_files, keys, certificates, signing), FILE_CHECK_S),
             (context.frames.release_others, RELEASE_S),
             (_Reporter(context.admission, report).act, REPORT_S),
         )
@@ -118,7 +117,7 @@ async def run(settings: GatewaySettings, commands: AsyncIterator[dict[str, Any]]
         context.frames.close()
 
 
-def session_context(settings: GatewaySettings) -> SessionContext:
+def session_context(settings: GatewaySettings, signing: SigningPair | None = None) -> SessionContext:
     """What the sessions share."""
     pipe = Pipe(settings.triton, settings.limits.answer_s)
     pictures, meter = PictureDecoder(), GatewayMeter(settings.served)
@@ -138,7 +137,7 @@ def session_context(settings: GatewaySettings) -> SessionContext:
         options=OptionsReader(settings.height, settings.width, settings.label_font, settings.label),
         meter=meter,
         audit=AuditLog(settings.log_format == "json", settings.log_hashes),
-        provenance=_provenance(settings),
+        provenance=ProvenanceWriter(settings.served, settings.operator, None if signing is None else signing.sign),
         speakers=settings.speakers,
         limits=settings.limits,
         control=Control(settings.control),
@@ -151,12 +150,6 @@ def session_context(settings: GatewaySettings) -> SessionContext:
     )
     context.report()
     return context
-
-
-def _provenance(settings: GatewaySettings) -> ProvenanceWriter:
-    certificate, key = settings.sign_certificate, settings.sign_key
-    signer = None if certificate is None or key is None else read_signer(certificate, key)
-    return ProvenanceWriter(settings.served, settings.operator, signer)
 
 
 def raise_file_limit() -> None:
@@ -210,7 +203,7 @@ class _Reporter:
             self._told, self._told_s = state, now_s
 
 
-def _check_files(keys: Keys, certificates: Certificates | None) -> None:
+def _check_files(keys: Keys, certificates: Certificates | None, signing: SigningPair | None) -> None:
     """Reads the files of keys and certificates again when they have changed."""
     rings = [keys.callers.reload_if_changed(keys.admin)]
     if keys.admin is not None:
@@ -219,6 +212,8 @@ def _check_files(keys: Keys, certificates: Certificates | None) -> None:
         log.error("the old keys stay in use: %s", key_fault)
     if certificates is not None and (fault := certificates.reload_if_changed()) is not None:
         log.error("the old certificates stay in use: %s", fault)
+    if signing is not None and (fault := signing.reload_if_changed()) is not None:
+        log.error("the old signing key stays in use: %s", fault)
 
 
 def load_keys(settings: GatewaySettings) -> Keys:
@@ -238,6 +233,12 @@ def load_certificates(settings: GatewaySettings) -> Certificates | None:
         return None
     tls = (settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     return Certificates(Access(None, None, *tls))
+
+
+def load_signing(settings: GatewaySettings) -> SigningPair | None:
+    """What signs provenance; None without. Raises `SigningError` for files that cannot be used."""
+    certificate, key = settings.sign_certificate, settings.sign_key
+    return None if certificate is None or key is None else SigningPair(certificate, key)
 
 
 def _listen_grpc(server: Any, settings: GatewaySettings, certificates: Certificates | None) -> None:

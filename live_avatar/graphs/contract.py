@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 from live_avatar.config import (
@@ -20,6 +21,8 @@ from live_avatar.config import (
     SPATIAL_STRIDE,
     TEMPORAL_STRIDE,
     Preset,
+    TAEConfig,
+    VAEConfig,
 )
 
 FLOAT, INT64, UINT8 = "float32", "int64", "uint8"
@@ -117,7 +120,8 @@ def kv_names(prefix: str, layers: int) -> tuple[str, ...]:
     return tuple(f"{prefix}_{part}.{layer}" for layer in range(layers) for part in "kv")
 
 
-def encoder_state_shapes(preset: Preset, latent_height: int, latent_width: int) -> list[tuple[int, ...]]:
+@cache
+def encoder_state_shapes(vae: VAEConfig, latent_height: int, latent_width: int) -> tuple[tuple[int, ...], ...]:
     """Shapes of the slots of a stream through the VAE's encoder, read off a dry run."""
     import torch  # here and below alone: a serving process reads shapes from the manifest and needs no torch
 
@@ -125,22 +129,25 @@ def encoder_state_shapes(preset: Preset, latent_height: int, latent_width: int) 
 
     with torch.device("meta"):
         frame = torch.empty(1, 3, 1, SPATIAL_STRIDE * latent_height, SPATIAL_STRIDE * latent_width)
-        _, state = VAE(preset.vae).to("meta").encode(frame, None)
-    return [tuple(slot.shape) for slot in state]
+        _, state = VAE(vae).to("meta").encode(frame, None)
+    return tuple(tuple(slot.shape) for slot in state)
 
 
-def decoder_state_shapes(preset: Preset, latent_height: int, latent_width: int) -> list[tuple[int, ...]]:
-    """Shapes of the slots of a stream through the preset's decoder, read off a dry run."""
+@cache
+def decoder_state_shapes(
+    config: VAEConfig | TAEConfig, latent_height: int, latent_width: int
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the slots of a stream through the decoder of that configuration, read off a dry run."""
     import torch
 
     from live_avatar.model.tae import TAE
     from live_avatar.model.vae import VAE
 
     with torch.device("meta"):
-        decoder = VAE(preset.vae) if preset.tae is None else TAE(preset.tae)
+        decoder = TAE(config) if isinstance(config, TAEConfig) else VAE(config)
         latent = torch.empty(1, LATENT_CHANNELS, 1, latent_height, latent_width)
         _, state = decoder.to("meta").decode(latent, None)
-    return [tuple(slot.shape) for slot in state]
+    return tuple(tuple(slot.shape) for slot in state)
 
 
 def _kv_specs(preset: Preset, prefix: str, tokens: int | str) -> tuple[GraphTensor, ...]:
@@ -193,12 +200,12 @@ def _latent_shape(preset: Preset, frames: int) -> Shape:
 
 
 def _encoder_states(preset: Preset, prefix: str) -> tuple[GraphTensor, ...]:
-    shapes = encoder_state_shapes(preset, preset.stream.latent_height, preset.stream.latent_width)
+    shapes = encoder_state_shapes(preset.vae, preset.stream.latent_height, preset.stream.latent_width)
     return _states(preset, shapes, prefix)
 
 
 def _decoder_states(preset: Preset, prefix: str) -> tuple[GraphTensor, ...]:
-    shapes = decoder_state_shapes(preset, preset.stream.latent_height, preset.stream.latent_width)
+    shapes = decoder_state_shapes(preset.tae or preset.vae, preset.stream.latent_height, preset.stream.latent_width)
     return _states(preset, shapes, prefix)
 
 

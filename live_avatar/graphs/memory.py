@@ -111,7 +111,7 @@ def denoiser_memory(preset: Preset, steps: range, fp8: bool = False) -> Memory:
     small = sum(_fp8_bytes(preset, name, size, fp8) for name, size in _weights(preset, "dit", only=IN_SMALL_GRAPHS))
     without = (*IN_SMALL_GRAPHS, *ELSEWHERE)
     large = sum(_fp8_bytes(preset, name, size, fp8) for name, size in _weights(preset, "dit", without=without))
-    return session_memory(preset, steps, _contracts(preset)).beside(
+    return session_memory(preset, steps, contracts(preset)).beside(
         {
             "weights of the transformer": large,
             "weights of text and tokens": small,
@@ -128,7 +128,7 @@ def _scratch(preset: Preset, *components: str) -> dict[str, int]:
 def decoder_memory(preset: Preset) -> Memory:
     """The VAE's decoder or the tiny one; its state is there twice while it is renewed."""
     part = "vae" if preset.tae is None else TINY_DECODER
-    return session_memory(preset, DECODER, _contracts(preset)).beside(
+    return session_memory(preset, DECODER, contracts(preset)).beside(
         {
             "weights of two engines": 2 * _part_bytes(preset, part, ("decoder",)),
             **_scratch(preset, *DECODERS),
@@ -224,7 +224,7 @@ def require_sessions(
         raise ConfigError(
             f"{sessions} sessions and {known_avatars} known avatars; expected at least 1 session and 0 known avatars."
         )
-    agreed = agreed or _contracts(preset)
+    agreed = agreed or contracts(preset)
     memories = [session_memory(preset, stage, agreed) for stage in stages or _stages(preset)]
     needed = sum(memory.total(sessions, known_avatars) for memory in memories)
     if needed > available_bytes:
@@ -362,11 +362,6 @@ def _weights(
     for name, size in _parameters(preset)[network].items():
         if (not only or has(only, name)) and not has(without, name):
             yield name, size
-
-
-@cache
-def _contracts(preset: Preset) -> Mapping[str, Contract]:
-    return contracts(preset)
 
 
 @cache

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from live_avatar.serving.served import Served
-from live_avatar.signing import Signer
 from live_avatar.watermark.key import Origin
 
 GENERATOR: Final = "Live Avatar on Triton"
@@ -41,11 +40,12 @@ class ContentHashes:
 
 @dataclass(frozen=True)
 class ProvenanceWriter:
-    """Writes the provenance of sessions. operator: the number of who serves, if there is one. signer: signs it."""
+    """Writes the provenance of sessions. operator: the number of who serves, if there is one. sign: returns a statement
+    with its signature."""
 
     served: Served
     operator: int | None = None
-    signer: Signer | None = None
+    sign: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def write(self, session: int, contents: ContentHashes, seed: int) -> str:
         """The provenance of a session, whose number is also what its invisible mark carries."""
@@ -60,7 +60,7 @@ class ProvenanceWriter:
             **contents.fields,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return json.dumps(statement if self.signer is None else self.signer.sign(statement))
+        return json.dumps(statement if self.sign is None else self.sign(statement))
 
 
 def origin_of(provenance: str) -> Origin | None:

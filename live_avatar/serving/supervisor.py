@@ -113,6 +113,8 @@ class Supervisor:
         self._is_running = is_running
         self._repair = repair
         self._protect = protect
+        self._stages: dict[str, int] = {}
+        """Process id by model, as found last."""
         self._is_away = False
         """Whether a stage was lost and not every one is back."""
         self._epoch = threading.Lock()
@@ -173,16 +175,26 @@ class Supervisor:
 
     def _look_after_stages(self) -> None:
         self._protect()
-        stages = living_stages(self._process)
+        stages = self._find_stages()
         if (model := self._vigil.stuck(stages)) is not None:
             log.error("%s is stuck; ending its process", model)
             with suppress(ProcessLookupError):
                 os.kill(stages.pop(model), signal.SIGKILL)
         for model in sorted(self._models - stages.keys()):
             self._reload(model)
-        if self._is_away and self._models <= living_stages(self._process).keys() and self._admin.ready():
+        if self._is_away and self._models <= self._find_stages().keys() and self._admin.ready():
             self._is_away = False
             self._gateway.tell(pipe_ready=True)
+
+    def _find_stages(self) -> dict[str, int]:
+        """Process id by model of the stages that are alive.
+
+        Looking through all processes of a machine takes milliseconds, so this is done only if a stage is not where it
+        was.
+        """
+        known = {model: number for model, number in self._stages.items() if is_stage(number, model, self._process)}
+        self._stages = known if self._models <= known.keys() else living_stages(self._process)
+        return dict(self._stages)
 
     def _restart_gateway(self) -> None:
         """Its sessions are lost with their connections, so the stages drop them."""
@@ -258,21 +270,26 @@ class Vigil:
 
 def living_stages(triton: int) -> dict[str, int]:
     """Process id by model of the python processes that are alive under the Triton with that process id."""
-    found = {}
-    for folder in PROCESSES.iterdir():
-        if folder.name.isdecimal():
-            with suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
-                if (model := _stage(folder, triton)) is not None:
-                    found[model] = int(folder.name)
-    return found
+    numbers = (int(folder.name) for folder in PROCESSES.iterdir() if folder.name.isdecimal())
+    models = ((_stage(number, triton), number) for number in numbers)
+    return {model: number for model, number in models if model is not None}
 
 
-def _stage(process: Path, triton: int) -> str | None:
-    """The model, if a process is a stage of that Triton."""
-    state, parent = process.joinpath("stat").read_bytes().decode(errors="replace").rpartition(")")[2].split()[:2]
-    if int(parent) != triton or state not in ALIVE:
+def is_stage(number: int, model: str, triton: int) -> bool:
+    """Whether the process of that number is alive and serves the model under that Triton."""
+    return _stage(number, triton) == model
+
+
+def _stage(number: int, triton: int) -> str | None:
+    """The model, if a process is a living stage of that Triton."""
+    process = PROCESSES / str(number)
+    try:
+        state, parent = process.joinpath("stat").read_bytes().decode(errors="replace").rpartition(")")[2].split()[:2]
+        if int(parent) != triton or state not in ALIVE:
+            return None
+        return model_of(process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0"))
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
         return None
-    return model_of(process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0"))
 
 
 def model_of(command: Sequence[str]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -210,28 +211,41 @@ class Lines:
     def at(self, code: Code, scale: tuple[float, float]) -> Array:
         """The waves of a tile of `scale` (height, width) times its size, complex [waves]."""
         if self._rows is None or self._rows[0] != scale[0]:
-            left = _waves(np.arange(HIGHEST + 1), self._y, scale[0])
-            parts = [
-                np.ascontiguousarray(part) @ self._picture for part in (left.real, left.imag)
-            ]  # BLAS takes no views
-            self._rows = scale[0], parts[0] + 1j * parts[1]
-        right = _waves(np.arange(-HIGHEST, HIGHEST + 1), self._x, scale[1])
-        grid = self._rows[1] @ right.T
+            left = _waves(self._y, scale[0])
+            parts = np.concatenate([left.real, left.imag]) @ self._picture
+            self._rows = scale[0], parts[: len(left)] + 1j * parts[len(left) :]
+        right = _waves(self._x, scale[1])
+        grid = self._rows[1] @ np.concatenate([right[:0:-1].conj(), right]).T
         return grid[code.ky, code.kx + HIGHEST]
 
 
-def _waves(periods: Array, places: Array, scale: float) -> Array:
-    """exp(-2πi k x / (TILE scale)), complex64 [periods, places]."""
-    return np.exp(np.outer(periods, places * (-2j * np.pi / (TILE * scale)))).astype(np.complex64)
+def _waves(places: Array, scale: float) -> Array:
+    """exp(-2πi k x / (TILE scale)) for k from 0 to HIGHEST, complex64 [HIGHEST + 1, places]."""
+    powers = np.empty((HIGHEST + 1, len(places)), dtype=np.complex64)
+    powers[0], powers[1:] = 1, np.exp(places * (-2j * np.pi / (TILE * scale)))
+    return np.cumprod(powers, axis=0, out=powers)
 
 
 def agreement(code: Code, waves: Array, per_pixel: int) -> Array:
     """How well the waves of known phase agree at each shift, float32 [shifts, shifts], in standard deviations."""
     seen = waves[code.sync]
-    shifts = TILE * per_pixel
-    spectrum = np.zeros((shifts, shifts), dtype=np.complex64)
-    spectrum[-code.ky[code.sync], -code.kx[code.sync]] = seen * code.sync_phases.conj()
-    return np.fft.fft2(spectrum).real / (np.sqrt(np.sum(np.abs(seen) ** 2) / 2) + 1e-12)
+    grid = np.zeros((HIGHEST + 1, 2 * HIGHEST + 1), dtype=np.complex64)
+    grid[code.ky[code.sync], code.kx[code.sync] + HIGHEST] = seen * code.sync_phases.conj()
+    rows, columns = _shifts(per_pixel)
+    along = rows @ grid
+    # The real part alone, as one product. Few waves are used, so this is faster than a Fourier transform.
+    surface: Array = np.concatenate([along.real, along.imag], axis=1) @ columns
+    return surface / (np.sqrt(np.sum(np.abs(seen) ** 2) / 2) + 1e-12)
+
+
+@lru_cache
+def _shifts(per_pixel: int) -> tuple[Array, Array]:
+    """exp(2πi k s / TILE) at each shift s. For ky complex64 [shifts, HIGHEST + 1]; for kx its real and minus its
+    imaginary parts, float32 [2 (2 HIGHEST + 1), shifts]."""
+    turns = 2j * np.pi * np.arange(TILE * per_pixel) / (TILE * per_pixel)
+    rows = np.exp(np.outer(turns, np.arange(HIGHEST + 1)))
+    columns = np.exp(np.outer(np.arange(-HIGHEST, HIGHEST + 1), turns))
+    return rows.astype(np.complex64), np.concatenate([columns.real, -columns.imag]).astype(np.float32)
 
 
 def turned(code: Code, waves: Array, shift: tuple[float, float]) -> Array:

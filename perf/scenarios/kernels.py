@@ -186,7 +186,7 @@ def _half(bench: Bench) -> Figures:
     """
     preset, stream = bench.preset, bench.preset.stream
     width = min(stream.latent_width, -(-stream.latent_width // 2) + TILE_HALO)
-    shapes = decoder_state_shapes(preset, stream.latent_height, width)
+    shapes = decoder_state_shapes(preset.tae or preset.vae, stream.latent_height, width)
     latents = (1, LATENT_CHANNELS, stream.frames_per_block, stream.latent_height, width)
     kinds = [getattr(torch, spec.dtype) for spec in contracts(preset)[DECODER].inputs]
     inputs = [

@@ -13,8 +13,7 @@ from live_avatar.arrays import Array
 from live_avatar.assets import PORTRAIT
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.interrupts import SIGNALS
-from live_avatar.serving.server import serving
-from live_avatar.serving.server_options import ServerOptions
+from live_avatar.serving.server import TritonServer
 from tests.cli.support import Running, invoke, write_audio
 from tests.conftest import noise_speech
 
@@ -40,9 +39,8 @@ def started(tmp_path: Path) -> Iterator[list[Running]]:
 
 
 @pytest.fixture(scope="session")
-def url(artifacts: Artifacts) -> Iterator[str]:
-    with serving(ServerOptions(artifacts.folder).on_free_ports()) as server:
-        yield server.options.url
+def url(server: TritonServer) -> str:
+    return server.options.url
 
 
 @pytest.fixture(scope="session")

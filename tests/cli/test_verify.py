@@ -42,7 +42,7 @@ class Studio:
 
     def statement(self, session: int = ORIGIN.session) -> dict[str, object]:
         served = Served("0.1", "tiny", "fingerprint", "cpu", 1)
-        writer = ProvenanceWriter(served, ORIGIN.operator, read_signer(*self.pair))
+        writer = ProvenanceWriter(served, ORIGIN.operator, read_signer(*self.pair).sign)
         return dict(json.loads(writer.write(session, ContentHashes("a" * 64, "b" * 64), 3)))
 
     def write(self, name: str, credentials: ContentCredentials | None, session: int = ORIGIN.session) -> Path:

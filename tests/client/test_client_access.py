@@ -70,7 +70,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 def refusal(frames: Callable[..., int], url: str, kind: type[AvatarError], **options: Any) -> str:
     with pytest.raises(kind) as caught:
-        frames(url, connect_timeout_s=5, **options)
+        frames(url, connect_timeout_s=60, **options)
     return str(caught.value)
 
 

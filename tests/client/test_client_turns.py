@@ -162,9 +162,9 @@ def test_a_reader_that_sleeps_costs_bounded_memory(idle: bool) -> None:
             feeder = session.stream([OLD])
             next(feeder)
             (received,) = server.sessions
-            assert wait_for(lambda: len(received.blocks) == 4)
-            time.sleep(0.6)
             core = session._core
+            assert wait_for(lambda: len(received.blocks) == 4 and len(core._unread) == 3)
+            time.sleep(0.6)
             assert len(received.blocks) == 4  # one read, three unread
             assert sum(len(block.frames) for block in core._unread) == 36
             assert len(core._sent) <= 1

@@ -116,7 +116,7 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_files(tmp_path: Path) -
     written = sum(path.stat().st_size for path in (tmp_path / "folder").rglob("*") if path.is_file())
     largest = 4 * 6 * 1024**2  # time_projection in float32
     assert written > 240 * 2**20
-    assert peak_bytes() - before < 3 * largest + 32 * 2**20
+    assert peak_bytes() - before < 3 * largest + 80 * 2**20 < written
 
 
 def test_a_broken_run_leaves_nothing(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_exists_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"heads": 5}, r"dim 16 is not a multiple of 5 heads; change one\."),
+        ({"heads": 5}, r"dim 32 is not a multiple of 5 heads; change one\."),
         ({"text-vocab": 300}, r"a vocabulary of 300 tokens is too small; the tokenizer has 354\."),
         ({"speech-heads": 7}, r"these sizes make no network: .*7.* Change one\."),
     ],

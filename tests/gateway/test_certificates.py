@@ -1,16 +1,21 @@
-"""New certificates come into use without a restart, on a real TLS port."""
+"""New certificates come into use without a restart: of TLS on a real port, and those that sign provenance."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import copyfile
 
 import grpc
 import pytest
 
-from live_avatar.errors import ServerError
-from live_avatar.gateway.certificates import Certificates
+from live_avatar.errors import ServerError, SigningError
+from live_avatar.gateway.certificates import Certificates, SigningPair
+from live_avatar.serving.provenance import ContentHashes, ProvenanceWriter
+from live_avatar.serving.served import Served
+from live_avatar.signing import make_pair, verdict
 from tests.support.certificates import CertificateFolder, shown_name
 
 
@@ -67,3 +72,41 @@ def test_files_that_cannot_be_used_at_the_start_are_refused(folder: CertificateF
     folder.write(b"no certificate", b"no key")
     with pytest.raises(ServerError, match="are no certificate with its key"):
         Certificates(folder.access)
+
+
+# ---- Signatures
+
+
+def signer_of(pair: SigningPair) -> str:
+    """The name of who signs the provenance of the next session."""
+    writer = ProvenanceWriter(Served("0.1", "tiny", "fingerprint", "cpu", 1), None, pair.sign)
+    return verdict(json.loads(writer.write(1, ContentHashes("a", "b"), 3)), []).signer
+
+
+def test_a_new_pair_signs_the_next_session(tmp_path: Path):
+    first, second = (make_pair(name, tmp_path) for name in ("first", "second"))
+    pair = SigningPair(*first[:2])
+    assert signer_of(pair) == "first"
+    for new, old in zip(second[:2], first[:2], strict=True):
+        copyfile(new, old)
+    assert signer_of(pair) == "first", "it is read again when it is asked to"
+    assert pair.reload_if_changed() is None
+    assert signer_of(pair) == "second"
+    assert pair.reload_if_changed() is None
+
+
+def test_files_that_do_not_fit_leave_the_old_pair(tmp_path: Path):
+    (certificate, key, _), second = (make_pair(name, tmp_path) for name in ("first", "second"))
+    pair = SigningPair(certificate, key)
+    copyfile(second[0], certificate)  # half of a renewal
+    assert "do not belong together" in str(pair.reload_if_changed())
+    assert pair.reload_if_changed() is None, "told once"
+    assert signer_of(pair) == "first"
+    copyfile(second[1], key)
+    assert pair.reload_if_changed() is None
+    assert signer_of(pair) == "second"
+    certificate.unlink()
+    assert "cannot be read (No such file or directory)" in str(pair.reload_if_changed())
+    assert signer_of(pair) == "second"
+    with pytest.raises(SigningError, match="cannot be read"):
+        SigningPair(certificate, key)

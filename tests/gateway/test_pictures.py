@@ -8,8 +8,8 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,13 @@ from live_avatar.inputs.masks import Scene, decode_scene
 from tests.support.pictures import encoded, jpeg_of_scans
 
 SIZE = (96, 96)
+PATIENT = Limits(cpu_s=60, wall_s=600)
+"""The limits of memory, and time enough on a busy machine."""
 
 
-def decoded(data: bytes, **options: Any) -> Array:
+def decoded(data: bytes, limits: Limits = PATIENT) -> Array:
     async def decode() -> Array:
-        return (await PictureDecoder(**options).decode(data, *SIZE)).pixels
+        return (await PictureDecoder(limits=limits).decode(data, *SIZE)).pixels
 
     return asyncio.run(decode())
 
@@ -61,7 +63,7 @@ def test_the_largest_picture_is_decoded_within_the_limits(file_format: str) -> N
     """Its sides are those of the largest in pixels; every format takes memory of its own."""
     options = {"PNG": {"compress_level": 1}, "JPEG": {}, "WEBP": {"method": 0}}[file_format]
     data = encoded(Image.new("RGB", (8000, 8000), (9, 100, 200)), file_format, **options)
-    assert decoded(data, limits=Limits(cpu_s=60, wall_s=120)).shape == (*SIZE, 3)
+    assert decoded(data).shape == (*SIZE, 3)
 
 
 def test_a_header_that_promises_much_takes_nothing() -> None:
@@ -77,10 +79,10 @@ def test_a_header_that_promises_much_takes_nothing() -> None:
 def test_a_picture_that_needs_too_much_memory() -> None:
     data = encoded(Image.new("L", (5000, 5000)), "JPEG")
     with pytest.raises(InputError, match=r"^the reference image is 5000x5000 pixels, more than there is memory for; "):
-        decoded(data, limits=Limits(memory_mib=50))
+        decoded(data, limits=replace(PATIENT, memory_mib=50))
 
 
-@pytest.mark.parametrize("limits", [Limits(cpu_s=1, wall_s=60), Limits(cpu_s=60, wall_s=0.5)], ids=["cpu", "wall"])
+@pytest.mark.parametrize("limits", [Limits(cpu_s=1, wall_s=600), Limits(cpu_s=60, wall_s=0.5)], ids=["cpu", "wall"])
 def test_a_picture_that_takes_too_long(limits: Limits) -> None:
     data = jpeg_of_scans(8000, 50)
     with pytest.raises(
@@ -101,12 +103,14 @@ def test_a_caller_that_leaves_ends_the_process(monkeypatch: pytest.MonkeyPatch) 
     started = monkeypatch_children(monkeypatch, lambda process: None)
 
     async def leave() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(PictureDecoder().decode(jpeg_of_scans(8000, 50), *SIZE), 0.5)
+        decoding = asyncio.create_task(PictureDecoder(limits=PATIENT).decode(jpeg_of_scans(8000, 50), *SIZE))
+        while not started:
+            await asyncio.sleep(0.01)
+        decoding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await decoding
 
-    begun_s = time.monotonic()
     asyncio.run(leave())
-    assert time.monotonic() - begun_s < 5
     assert [process.exitcode for process in started] == [-signal.SIGKILL]
 
 
@@ -117,7 +121,7 @@ def test_the_line_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return await asyncio.gather(*(decode(PORTRAIT.read_bytes(), *SIZE) for _ in range(4)), return_exceptions=True)
 
     async def meet() -> list[object]:
-        return await crowd(PictureDecoder(at_once=1, waiting=2).decode)
+        return await crowd(PictureDecoder(at_once=1, waiting=2, limits=PATIENT).decode)
 
     outcomes = asyncio.run(meet())
     assert [type(outcome) for outcome in outcomes] == [Scene, Scene, Scene, CapacityError]
@@ -214,7 +218,7 @@ def test_the_process_has_nothing_open_but_its_connection() -> None:
 
 
 def decoded_scene(*masks: bytes) -> Scene:
-    return asyncio.run(PictureDecoder().decode(PORTRAIT.read_bytes(), *SIZE, masks))
+    return asyncio.run(PictureDecoder(limits=PATIENT).decode(PORTRAIT.read_bytes(), *SIZE, masks))
 
 
 def test_masks_are_decoded_with_their_picture() -> None:
@@ -235,8 +239,8 @@ def test_a_bad_mask_has_the_sentence_of_this_process() -> None:
         decoded_scene(b"0,0,20,20", b"hello")
 
 
-@pytest.mark.parametrize("masks", [4])
+@pytest.mark.parametrize("masks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_largest_masks_are_decoded_within_the_limits(masks: int) -> None:
     large = encoded(Image.new("L", (8000, 8000), 255))
-    scene = asyncio.run(PictureDecoder().decode(large, *SIZE, (large,) * masks))
+    scene = asyncio.run(PictureDecoder(limits=PATIENT).decode(large, *SIZE, (large,) * masks))
     assert np.array_equal(scene.weights, np.ones((masks, 36)))

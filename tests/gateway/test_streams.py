@@ -33,7 +33,7 @@ from live_avatar.serving.provenance import ProvenanceWriter
 from live_avatar.serving.served import Served
 from live_avatar_client.protocol import BLOCK_SAMPLES
 
-LIMIT_S = 10.0
+LIMIT_S = 120.0
 LARGE = 1024
 """Height and width of frames that come through shared memory."""
 

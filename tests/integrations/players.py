@@ -33,7 +33,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             result = await work
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if left:  # what is cancelled needs a moment
-            _, left = await asyncio.wait(left, timeout=1.0)
+            _, left = await asyncio.wait(left, timeout=30.0)
         assert not left, left
         return result
 

@@ -341,7 +341,7 @@ def test_after_an_error_speech_without_an_end_is_played_as_well():
 def test_without_a_server_the_voice_passes_as_it_is():
     with FakeAvatarServer() as server:
         url = server.url
-    service = LiveAvatarVideoService(url, image=SAMPLE_IMAGE, connect_timeout_s=1)
+    service = LiveAvatarVideoService(url, image=SAMPLE_IMAGE, connect_timeout_s=60)
     witness = Witness(service)
     frames = through(service, spoken(tone(ONE, 30)), observers=[witness])
     assert len(witness.errors) == 1

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from live_avatar.errors import InputError
-from perf.watermark import ATTACKS, clips, faces, report, table, usable
+from perf.watermark import ATTACKS, GROUPS, clips, faces, report, table, usable
 
 
 def record(kind: str, seed: int, found: bool) -> dict[str, Any]:
@@ -36,6 +36,20 @@ def test_what_is_lost_is_named() -> None:
     alarms = counted["false_alarms"]
     assert (alarms["files_without_mark"], alarms["alarms"], alarms["readings"]) == (1, 0, 1000)
     assert alarms["searches_of_marked_files"] == 3 * len(ATTACKS)
+
+
+def test_each_group_of_attacks_has_a_line_of_its_own() -> None:
+    usual, long = record("face 96x96", 0, True), record("face 96x96", 0, False)
+    usual["attacks"] = {name: usual["attacks"][name] for name in GROUPS[0]}
+    long["attacks"] = dict.fromkeys(GROUPS[1] | GROUPS[2], long["attacks"]["half size"])
+    unmarked = {"alarm": False, "readings": 1000, "agreeing": 4, "search_s": 3.0}
+    counted = report([usual, record("face 96x96", 1, True), long | {"without_mark": unmarked}])
+    group = counted["groups"]["faces 96x96"]
+    assert group["clips"] == 2
+    assert group["attacks"]["half size"]["found"] == 2
+    assert (group["attacks"]["double size"]["clips"], group["attacks"]["double size"]["found"]) == (2, 1)
+    assert (group["attacks"]["mirrored"]["clips"], group["attacks"]["mirrored"]["found"]) == (1, 0)
+    assert counted["false_alarms"]["files_without_mark"] == 1
 
 
 def test_every_third_large_clip_is_a_photograph(tmp_path: Path) -> None:

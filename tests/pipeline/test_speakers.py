@@ -118,6 +118,11 @@ def test_each_face_speaks_what_it_says(generator: Generator) -> None:
     assert left[second].mean() < 1.5 * rest
 
 
+@pytest.fixture(scope="module")
+def torch_generator() -> Generator:
+    return Generator(TorchRuntime(open_checkpoint(TWO)))
+
+
 @pytest.mark.parametrize(
     ("masks", "words"),
     [
@@ -127,10 +132,9 @@ def test_each_face_speaks_what_it_says(generator: Generator) -> None:
         ((MASKS[0], b"0,0,193,96"), "the mask of speaker 1 is the box 0,0,193,96, which leaves the picture of 192x96"),
     ],
 )
-def test_masks_that_do_not_fit_are_refused(masks: tuple[bytes, ...], words: str) -> None:
-    generator = Generator(TorchRuntime(open_checkpoint(TWO)))
+def test_masks_that_do_not_fit_are_refused(torch_generator: Generator, masks: tuple[bytes, ...], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        next(generator.stream(two_faces(), "", 3, no_speech(), masks=masks))
+        next(torch_generator.stream(two_faces(), "", 3, no_speech(), masks=masks))
 
 
 def no_speech() -> Iterator[Array]:

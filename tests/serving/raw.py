@@ -18,7 +18,7 @@ from live_avatar_client.protocol import API_KEY_HEADER
 
 BLOCK, NOTHING = np.zeros(7680, dtype=np.int16), np.zeros(0, dtype=np.int16)
 DATATYPES = {"int16": "INT16", "uint8": "UINT8", "object": "BYTES", "float32": "FP32", "int32": "INT32"}
-ANSWER_S = 60.0
+ANSWER_S = 180.0
 _ids = itertools.count(1000)
 
 

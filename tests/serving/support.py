@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -63,6 +64,16 @@ def metrics_page(server: TritonServer) -> str:
             if not isinstance(error.reason, ConnectionRefusedError) or time.monotonic() > deadline_s:
                 raise
         time.sleep(0.05)
+
+
+def command_of(server: TritonServer) -> str:
+    """Triton's command line, words apart by NUL."""
+    return Path(f"/proc/{server.process.pid}/cmdline").read_bytes().decode()
+
+
+def scratch_of(server: TritonServer) -> Path:
+    """The folder of the server's temporary files."""
+    return Path(command_of(server).split("--model-repository=")[1].split("\0")[0]).parent
 
 
 def series(metric: Metric, label: str = "") -> str:
@@ -169,7 +180,7 @@ class Neighbour:
 
     def run(self) -> None:
         try:
-            while not self.over.is_set():
+            while not (self.over.is_set() and self.rounds):
                 try:
                     with AvatarSession(self.url, image=PORTRAIT.read_bytes(), prompt="hello", seed=3) as session:
                         frames = np.concatenate([block.frames for block in session.stream(self._spoken())])

@@ -22,7 +22,7 @@ from live_avatar_client.errors import AvatarError
 from tests.cli.support import wait_until
 from tests.serving.support import frames_of, received
 
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 CHANGED = r"dit\.weights has digest [0-9a-f]{12}, expected [0-9a-f]{12} as in manifest\.json, so it was changed after"
 
 

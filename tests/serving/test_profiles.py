@@ -66,9 +66,14 @@ def test_three_steps_in_the_pipe_equal_three_steps_in_sequence(
     assert stages == set(CHAIN)
 
 
+@pytest.mark.slow
 def test_a_profile_loads_its_models_alone_and_no_client_can_change_that(short_server: TritonServer) -> None:
     assert living_stages(short_server.process.pid).keys() == {*CHAIN, "rolling_sink", "avatar_encoder"}
-    with InferenceServerClient(short_server.options.url) as client:
+    assert_no_client_can_change_the_models(short_server.options.url)
+
+
+def assert_no_client_can_change_the_models(url: str) -> None:
+    with InferenceServerClient(url) as client:
         for forbidden in (
             client.get_model_repository_index,
             lambda: client.unload_model("dit_step_2"),
@@ -101,6 +106,7 @@ def test_every_split_of_the_steps_serves_the_same_frames(
     stages = [place.name for place in load_profile(str(profile)).chain]
     with serving(options) as server:
         assert living_stages(server.process.pid).keys() == {*stages, "rolling_sink", "avatar_encoder"}
+        assert_no_client_can_change_the_models(server.options.url)
         frames = frames_of(received(server.options.url, picture, speech_of(speech, 0, BLOCKS)))
         assert np.array_equal(frames, frames_until(expected, BLOCKS))
         numbers = scrape(server)

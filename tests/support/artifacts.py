@@ -13,27 +13,45 @@ import pytest
 
 from live_avatar.config import Preset
 from live_avatar.exporter.build import export_artifacts
+from live_avatar.exporter.tracing import Tracer
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
+from live_avatar.graphs.components import build_components
+from live_avatar.graphs.contract import contracts
+from live_avatar.model.networks import meta_networks
 from live_avatar.weights.checkpoint import open_checkpoint
 
 
 def exported_once(factory: pytest.TempPathFactory, preset: Preset) -> Artifacts:
     """The artifacts of a preset with its own weights; tests must not change them."""
-    key = hashlib.sha256(repr(preset).encode()).hexdigest()[:12]
+    name = f"{preset.name}-{hashlib.sha256(repr(preset).encode()).hexdigest()[:12]}"
 
     def export(folder: Path) -> None:
         export_artifacts(open_checkpoint(preset), folder / preset.name, lambda component: None)
 
-    return load_artifacts(made_once(factory, f"{preset.name}-{key}", export) / preset.name)
+    if not _done(factory, name).exists():
+        _trace_together(preset)
+    return load_artifacts(made_once(factory, name, export) / preset.name)
+
+
+def _trace_together(preset: Preset) -> None:
+    """Workers that need the same artifacts trace them together, each beginning elsewhere, instead of waiting for one.
+
+    The graphs are kept, as `tests.support.traces` has arranged, and the export that follows finds them.
+    """
+    tracer = Tracer(build_components(preset, meta_networks(preset)))
+    agreed = list(contracts(preset).values())
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = worker * len(agreed) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    for contract in agreed[first:] + agreed[:first]:
+        tracer.trace(contract)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first caller of this run fills with `make`; other workers wait until it is filled."""
-    base = factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    done = _done(factory, name)
+    shared = done.parent
     folder = shared / name
     shared.mkdir(exist_ok=True)
-    done = shared / f"{name}.done"
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
@@ -42,3 +60,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             done.touch()
     return folder
+
+
+def _done(factory: pytest.TempPathFactory, name: str) -> Path:
+    """The file that says that a folder is filled; the folder stands beside it, and all workers have the same."""
+    base = factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / f"{name}.done"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from torch import Tensor, nn
+from torch.onnx._internal.exporter import _registration
 
 from live_avatar.exporter.tracing import TracedGraph, Tracer
 from live_avatar.graphs.contract import Contract
@@ -24,8 +26,13 @@ GRAPH = "graph.onnx"
 
 
 def trace_once(factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on `Tracer.trace` gives what it gave before for the same contract and the same networks."""
+    """From now on `Tracer.trace` gives what it gave before for the same contract and the same networks.
+
+    What torch asks of onnxscript for each graph, the list of its operators, is made once as well.
+    """
     trace = Tracer.trace
+    operators = _registration.onnxscript_apis.get_torchlib_ops
+    monkeypatch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", cache(operators))
 
     def traced(tracer: Tracer, contract: Contract) -> TracedGraph:
         component, constants = tracer._components[contract.name], tracer._constants[contract.name]

@@ -116,6 +116,7 @@ def test_without_weights_the_rest_is_measured_and_the_missing_files_are_named(
     assert found["colour"] > 10
 
 
+@pytest.mark.slow
 def test_in_sync_is_better_than_late_or_another_clips_sound(clips: list[Clip], reference: Path, tmp_path: Path) -> None:
     known = {"own": (0, 0), "late": (0, 3), "other": (1, 0)}
     mouth = {}

@@ -329,7 +329,7 @@ def test_parts_make_the_clips_of_one_part_in_the_same_order(made: Preparing, pre
                 assert torch.equal(getattr(ours[index], name), getattr(expected[index], name))
 
 
-@pytest.mark.parametrize("lost_bytes", [1, 300, 5000, 250_000])
+@pytest.mark.parametrize("lost_bytes", [300, 150_000])
 def test_what_a_kill_leaves_is_continued_to_the_same_bytes(
     made: Preparing, preparing: Preparing, lost_bytes: int
 ) -> None:

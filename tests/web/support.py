@@ -7,11 +7,14 @@ import io
 import json
 import struct
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import av
 import numpy as np
 from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
@@ -135,3 +138,43 @@ async def talking(page: str, picture: bytes | None = None, **fields: object) -> 
             assert message["code"] == "full", message
             assert time.monotonic() < deadline_s, "no place became free"
         await asyncio.sleep(0.1)
+
+
+def save(page: str, path: str, **headers: str) -> tuple[int, bytes]:
+    """What the page's server answers to a page that fetches a recording: status and body."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(page + path, b"", headers, method="POST")
+    try:
+        with opener.open(request, timeout=PATIENCE_S) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """A recording. frames uint8 [n, H, W, 3]; sound float32 [samples] in [-1, 1], from the first frame on."""
+
+    frames: Array
+    times_s: list[float]
+    sound: Array
+    metadata: dict[str, str]
+
+
+def film(file: bytes) -> Film:
+    """Reads an MP4 with PyAV."""
+    frames, times_s, parts = [], [], []
+    with av.open(io.BytesIO(file)) as container:
+        metadata = dict(container.metadata)
+        for frame in container.decode(container.streams.video[0], container.streams.audio[0]):
+            if isinstance(frame, av.VideoFrame):
+                frames.append(frame.to_ndarray(format="rgb24"))
+                times_s.append(float(frame.time or 0))
+            else:
+                assert frame.sample_rate == 16_000
+                parts.append((round(frame.time * 16_000), frame.to_ndarray()[0]))
+    sound = np.zeros(max(at + len(part) for at, part in parts), np.float32)
+    for at, part in parts:
+        sound[max(0, at) : at + len(part)] = part[max(0, -at) :]
+    return Film(np.stack(frames), times_s, sound, metadata)

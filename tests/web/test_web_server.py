@@ -93,6 +93,7 @@ def test_the_settings_tell_what_a_page_must_know(lonely: str):
         "needs_key": False,
         "max_text_chars": 1000,
         "max_picture_bytes": 4 * 1024 * 1024,
+        "max_recording_s": 300,
     }
 
 

@@ -1,7 +1,9 @@
 """The web server's routes: the page's files, its settings, and the WebSocket of a conversation."""
 
+import asyncio
+import contextlib
 import mimetypes
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -9,19 +11,24 @@ from typing import Final
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 from starlette.websockets import WebSocket
 
+from ..errors import AvatarError
 from .conversation import converse
 from .guard import Guard
 from .options import WebOptions
 from .protocol import DEFAULT_LABEL, MAX_PICTURE_BYTES, MAX_TEXT_CHARS, VERSION
+from .recording import MAX_RECORDING_S, PATH, Recordings
 from .voices import voice_of
 
 SOCKET_PATH: Final = "/talk"
+_PIECE_BYTES: Final = 256 * 1024
+_DELIVERY_S: Final = 120.0
+"""How long a visitor may take to fetch a recording."""
 
 HEADERS: Final = {
     # The page needs its own files, pictures that it has made itself, and its WebSocket.
@@ -40,17 +47,44 @@ _TYPES: Final = {".js": "text/javascript", ".css": "text/css", ".html": "text/ht
 
 def make_app(options: WebOptions) -> ASGIApp:
     """Return the ASGI application; raise OSError for a portrait that cannot be read."""
-    guard, voice = Guard(options), voice_of(options)
+    guard, voice, recordings = Guard(options), voice_of(options), Recordings(options.credentials)
 
     async def talk(socket: WebSocket) -> None:
         if not guard.may_connect(socket.headers.get("origin"), socket.headers.get("host", "")):
             await socket.close()  # the handshake is answered with 403
             return
         await socket.accept()
-        await converse(socket, options, guard, voice)
+        await converse(socket, options, guard, voice, recordings)
+
+    async def fetch(request: Request) -> Response:
+        if not guard.may_connect(request.headers.get("origin"), request.headers.get("host", "")):
+            return JSONResponse({"message": "another site asks for the recording; open the page itself"}, 403)
+        try:
+            recording = await recordings.fetch(request.path_params["token"])
+        except AvatarError as fault:
+            return JSONResponse({"message": str(fault)}, 404)
+        return _Delivery(recording.file)
 
     routes = [*_file_routes(), *_portrait_routes(options), Route("/settings.json", _answer(_settings(options)))]
-    return _WithHeaders(Starlette(routes=[*routes, WebSocketRoute(SOCKET_PATH, talk)]))
+    ways = [WebSocketRoute(SOCKET_PATH, talk), Route(f"{PATH}/{{token}}", fetch, methods=["POST"])]
+    return _WithHeaders(Starlette(routes=[*routes, *ways]))
+
+
+class _Delivery(StreamingResponse):
+    """An MP4 for a visitor, who may not take for ever to read it."""
+
+    def __init__(self, file: bytes) -> None:
+        super().__init__(_pieces(file), headers={"Content-Length": str(len(file))}, media_type="video/mp4")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DELIVERY_S):
+                await super().__call__(scope, receive, send)
+
+
+async def _pieces(file: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(file), _PIECE_BYTES):
+        yield file[start : start + _PIECE_BYTES]
 
 
 class _WithHeaders:
@@ -80,6 +114,7 @@ def _settings(options: WebOptions) -> Response:
             "needs_key": options.visitor_key is not None,
             "max_text_chars": MAX_TEXT_CHARS,
             "max_picture_bytes": MAX_PICTURE_BYTES,
+            "max_recording_s": MAX_RECORDING_S,
         }
     )
 

@@ -1,7 +1,7 @@
 """One visitor's conversation: what comes over the WebSocket goes to a session, and its blocks come back.
 
 A conversation ends when the visitor leaves, when the session fails, or with a message that breaks the protocol. Nothing
-that a visitor sends is kept or logged.
+that a visitor sends is kept or logged; what is shown is kept in memory if the visitor records it.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -36,6 +36,7 @@ from .protocol import (
     Message,
     Picture,
     ProtocolError,
+    Record,
     Say,
     Speech,
     Start,
@@ -43,7 +44,10 @@ from .protocol import (
     error,
     parse,
     ready,
+    record_ended,
+    record_started,
 )
+from .recording import Recording, Recordings
 from .voices import Voice, checked_text
 
 _OPENING_S: Final = 10.0
@@ -102,7 +106,7 @@ class Visitor:
             raise ProtocolError(f"more than {_MOST_MESSAGES} messages came in a second; send speech in larger pieces")
 
 
-async def converse(socket: WebSocket, options: WebOptions, guard: Guard, voice: Voice) -> None:
+async def converse(socket: WebSocket, options: WebOptions, guard: Guard, voice: Voice, recordings: Recordings) -> None:
     """Serve an accepted WebSocket to its end."""
     visitor = Visitor(socket)
     address = socket.client.host if socket.client else ""
@@ -110,7 +114,7 @@ async def converse(socket: WebSocket, options: WebOptions, guard: Guard, voice: 
         with guard.place(address):
             session = await _opened(visitor, options, guard)
             async with session:
-                await _Conversation(visitor, session, voice).run()
+                await _Conversation(visitor, session, voice, lambda: recordings.begin(address)).run()
     except (WebSocketDisconnect, TimeoutError) as end:
         # grpc's and our own time limits are AvatarErrors too, and those are told.
         if isinstance(end, AvatarError):
@@ -171,7 +175,9 @@ async def _image(visitor: Visitor, start: Start, options: WebOptions) -> bytes:
 class _Conversation:
     """A session that is open, and its visitor."""
 
-    def __init__(self, visitor: Visitor, session: AsyncAvatarSession, voice: Voice) -> None:
+    def __init__(
+        self, visitor: Visitor, session: AsyncAvatarSession, voice: Voice, record: Callable[[], Recording]
+    ) -> None:
         self._visitor = visitor
         self._session = session
         self._voice = voice
@@ -179,10 +185,18 @@ class _Conversation:
         self._turn = 0
         self._texts: asyncio.Queue[str] = asyncio.Queue(_MOST_TEXTS)
         self._speaking: asyncio.Task[None] | None = None
+        self._record = record
+        self._recordings: asyncio.Queue[Recording] = asyncio.Queue()
+        self._recording: Recording | None = None
 
     async def run(self) -> None:
         """Go on until one of the directions ends, and raise its error."""
-        await _first_end(self._listen(), self._feeder.run(), self._speak_texts(), self._show())
+        works = (self._listen(), self._feeder.run(), self._speak_texts(), self._show(), self._watch_recordings())
+        try:
+            await _first_end(*works)
+        finally:
+            if self._recording is not None:
+                self._recording.stop()
 
     async def _listen(self) -> None:
         while True:
@@ -201,6 +215,8 @@ class _Conversation:
                 self._feeder.add(samples)
             case Say(text, turn) if turn == self._turn:
                 self._queue_text(checked_text(text))
+            case Record():
+                await self._begin_recording()
             case Speech() | Say():
                 pass  # of a turn that was interrupted, or is not known
             case _:
@@ -224,6 +240,21 @@ class _Conversation:
         self._feeder.drop()
         await self._session.interrupt()
 
+    async def _begin_recording(self) -> None:
+        if self._recording is not None and not self._recording.ended.is_set():
+            raise InvalidInput("a recording is under way; save it before you begin another")
+        self._recording = self._record()
+        self._recordings.put_nowait(self._recording)
+        await self._visitor.send(record_started(self._recording.path))
+
+    async def _watch_recordings(self) -> None:
+        """Tell the visitor of recordings that end by themselves."""
+        while True:
+            recording = await self._recordings.get()
+            await recording.ended.wait()
+            if not recording.is_wanted:
+                await self._visitor.send(record_ended(recording.sentence))
+
     async def _speak_texts(self) -> None:
         while True:
             text = await self._texts.get()
@@ -246,6 +277,8 @@ class _Conversation:
                 is_first = False
             if not block.stale:
                 await self._visitor.send(block_message(block, self._turn))
+                if self._recording is not None:
+                    self._recording.add(block, self._session.provenance or {})
 
 
 async def _first_end(*works: Coroutine[Any, Any, None]) -> None:

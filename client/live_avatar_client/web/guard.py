@@ -59,7 +59,7 @@ class Guard:
     @contextmanager
     def place(self, address: str) -> Iterator[None]:
         """Hold one of the places of an address; raise RefusalError when all are taken."""
-        name, most = _network(address), self._options.sessions_per_address
+        name, most = network(address), self._options.sessions_per_address
         if self._open[name] >= most:
             raise RefusalError(
                 Fault.FULL, f"your address has {most} conversations open, the limit; close one of them, and try again"
@@ -75,7 +75,7 @@ class Guard:
                 del self._open[name]
 
 
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """Return the address, or of IPv6 the network that one household has."""
     try:
         parsed = ipaddress.ip_address(address)

@@ -5,11 +5,14 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ..address import is_loopback, parse_url
 from ..errors import InvalidInput
 from ..tls import TLS
+
+if TYPE_CHECKING:
+    from ..credentials import ContentCredentials
 
 DEFAULT_PORT: Final = 8080
 DEFAULT_VOICE: Final = "en-us"
@@ -57,6 +60,8 @@ class WebOptions:
     """espeak-ng's voice of typed text."""
     text_to_speech: TextToSpeech | None = None
     """Speaks typed text instead of espeak-ng."""
+    credentials: "ContentCredentials | None" = field(default=None, repr=False)
+    """Sign recordings."""
 
     def __post_init__(self) -> None:
         parse_url(self.url)

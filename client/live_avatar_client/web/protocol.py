@@ -107,7 +107,12 @@ class Interrupt:
     turn: int
 
 
-Message: TypeAlias = Start | Picture | Speech | Say | Interrupt
+@dataclass(frozen=True)
+class Record:
+    """A recording of what is shown begins."""
+
+
+Message: TypeAlias = Start | Picture | Speech | Say | Interrupt | Record
 
 
 def parse(data: str | bytes) -> Message:
@@ -124,6 +129,16 @@ def ready(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "fps": FPS,
         "provenance": dict(provenance),
     }
+
+
+def record_started(path: str) -> dict[str, Any]:
+    """Return the message that a recording has begun; a POST to `path` ends it and is answered with the MP4."""
+    return {"type": "record.started", "path": path}
+
+
+def record_ended(message: str) -> dict[str, Any]:
+    """Return the message of a recording that has ended although nobody asked for it; its file is to be fetched."""
+    return {"type": "record.ended", "message": message}
 
 
 def error(fault: Fault, message: str, *, ends: bool = True) -> dict[str, Any]:
@@ -173,10 +188,12 @@ def _parse_text(data: str) -> Message:
             return Say(_text(fields, "text"), _number(fields, "turn", 0, _MAX_TURN))
         case "speech.interrupt":
             return Interrupt(_number(fields, "turn", 0, _MAX_TURN))
+        case "record.start":
+            return Record()
         case other:
             raise ProtocolError(
-                f"a message has the type {printable(repr(other), 60)}; send session.start, speech.text or "
-                "speech.interrupt"
+                f"a message has the type {printable(repr(other), 60)}; send session.start, speech.text, "
+                "speech.interrupt or record.start"
             )
 
 

@@ -6,10 +6,10 @@ import { readPicture, readSound, sendPaced } from "./files.js";
 import { Gate } from "./gate.js";
 import { Microphone, microphoneFault } from "./microphone.js";
 import { Player } from "./player.js";
+import { Recording } from "./recording.js";
 import { chosenFields, faceUrl, offerFaces, ownFace } from "./settings.js";
-import { element, notice, showState } from "./view.js";
+import { element, notice, showRecording, showState, showUneven } from "./view.js";
 
-const QUIET_MS = 600; // without a frame of speech the avatar is silent
 const FIGURES_MS = 500;
 
 /** All that a visit changes; tests read it. */
@@ -18,13 +18,14 @@ export const visit = {
   connection: null,
   player: null,
   microphone: null,
+  recording: null,
   gate: new Gate(),
   source: null, // of the speech of this turn: "text", "sound" or "microphone"
   isHeld: false,
-  times: { start: 0, firstFrameMs: null, asked: null, latencyMs: null, spokenAt: -Infinity },
+  times: { start: 0, firstFrameMs: null, asked: null, latencyMs: null },
 };
 
-const isSpeaking = () => performance.now() - visit.times.spokenAt < QUIET_MS;
+const isSpeaking = () => visit.player?.isSpeaking ?? false;
 
 function start() {
   notice("");
@@ -32,7 +33,7 @@ function start() {
   visit.player.resume();
   visit.player.restart();
   visit.player.muted = element("mute").getAttribute("aria-pressed") === "true";
-  visit.times = { start: performance.now(), firstFrameMs: null, asked: null, latencyMs: null, spokenAt: -Infinity };
+  visit.times = { start: performance.now(), firstFrameMs: null, asked: null, latencyMs: null };
   visit.connection?.close();
   visit.connection = new Connection(chosenFields(visit.settings), {
     connecting: () => showState("connecting"),
@@ -41,9 +42,15 @@ function start() {
       showState("ready");
     },
     block: (block) => visit.player.push(block),
+    recording: ({ path }) => {
+      visit.recording = new Recording(path);
+      showRecording(visit.recording);
+    },
+    recorded: ({ message }) => saveRecording(message),
     fault: ({ message }) => notice(message),
     failed: (error) => end(error.code === "full" ? "full" : "failed", error.message),
     lost: ({ message }, waitMs) => {
+      saveRecording("the conversation was lost");
       visit.player.restart();
       showState("lost");
       notice(message, `Connecting again in ${waitMs / 1000} s`);
@@ -53,6 +60,7 @@ function start() {
 }
 
 function end(state = "stopped", message = "") {
+  saveRecording("the conversation has ended");
   visit.connection?.close();
   visit.connection = null;
   visit.player?.restart();
@@ -65,9 +73,7 @@ function noteFrame(frame) {
   const now = performance.now();
   const { times } = visit;
   times.firstFrameMs ??= now - times.start;
-  if (!frame.isSpeech) return;
-  times.spokenAt = now;
-  if (times.asked !== null) {
+  if (frame.isSpeech && times.asked !== null) {
     times.latencyMs = now - times.asked;
     times.asked = null;
   }
@@ -77,7 +83,6 @@ function noteFrame(frame) {
 function interrupt() {
   if (!visit.connection?.isReady) return;
   visit.player.interrupt(visit.connection.interrupt());
-  visit.times.spokenAt = -Infinity;
   visit.times.asked = null;
   visit.source = null;
 }
@@ -173,11 +178,31 @@ function toggleMute() {
   if (visit.player) visit.player.muted = isMuted;
 }
 
+function toggleRecording() {
+  if (visit.recording) saveRecording();
+  else if (visit.connection?.isReady) visit.connection.record();
+}
+
+/** Ends the recording, if there is one; `reason` is for one that the visitor did not end. */
+async function saveRecording(reason = "") {
+  const { recording } = visit;
+  if (!recording) return;
+  visit.recording = null;
+  showRecording(null, reason, "saving the recording …");
+  try {
+    showRecording(null, reason, `saved ${await recording.save()}`);
+  } catch (error) {
+    showRecording(null, reason, error.message);
+  }
+}
+
 /** The state follows what is heard, while there is a conversation. */
 function refresh() {
   if (visit.connection?.isReady) {
     showState(isSpeaking() ? "speaking" : visit.microphone ? "listening" : "ready");
   }
+  showUneven(visit.connection?.isReady && visit.player.isUneven);
+  if (visit.recording) showRecording(visit.recording);
   if (element("measured").open && visit.player) showFigures(element("figures"), visit);
 }
 
@@ -193,6 +218,8 @@ function keyDown(event) {
     // the key belongs to what is typed, or to the browser
   } else if (event.key === "m") {
     toggleMute();
+  } else if (event.key === "r") {
+    toggleRecording();
   } else if (event.key === " " && visit.microphone && element("push").checked) {
     event.preventDefault();
     hold(true);
@@ -205,12 +232,16 @@ function listen() {
   element("interrupt").addEventListener("click", interrupt);
   element("microphone").addEventListener("click", toggleMicrophone);
   element("mute").addEventListener("click", toggleMute);
+  element("record").addEventListener("click", toggleRecording);
   element("push").addEventListener("change", showMicrophone);
   element("hold").addEventListener("pointerdown", () => hold(true));
   addEventListener("pointerup", () => hold(false));
   addEventListener("keydown", keyDown);
   addEventListener("keyup", ({ key }) => key === " " && hold(false));
   addEventListener("blur", () => hold(false));
+  document.addEventListener("visibilitychange", () => {
+    visit.times.asked = null; // the first frame would be drawn when the tab is shown again
+  });
   element("typed").addEventListener("submit", (event) => {
     event.preventDefault();
     say();

@@ -9,7 +9,8 @@ const RETRIED = new Set(["lost", "no_server", "full"]);
 export class Connection {
   /**
    * `settings` is { fields, picture } of session.start; `on` has the functions
-   * connecting(), ready(message), block(block), fault(message), failed(message), lost(message, waitMs).
+   * connecting(), ready(message), block(block), recording(message), recorded(message), fault(message),
+   * failed(message), lost(message, waitMs).
    */
   constructor(settings, on) {
     this.settings = settings;
@@ -34,6 +35,10 @@ export class Connection {
     this.turn += 1;
     this.#send(JSON.stringify({ type: "speech.interrupt", turn: this.turn }));
     return this.turn;
+  }
+
+  record() {
+    this.#send(JSON.stringify({ type: "record.start" }));
   }
 
   close() {
@@ -75,6 +80,10 @@ export class Connection {
       this.wasReady = true;
       this.waitMs = FIRST_WAIT_MS;
       this.on.ready(message);
+    } else if (message.type === "record.started") {
+      this.on.recording(message);
+    } else if (message.type === "record.ended") {
+      this.on.recorded(message);
     } else if (message.type === "error") {
       if (message.ends) this.error = message;
       else this.on.fault(message);

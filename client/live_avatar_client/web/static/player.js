@@ -7,7 +7,9 @@ import { FRAME_S, FRAME_SAMPLES, RATE_HZ } from "./protocol.js";
 import { Timeline } from "./timeline.js";
 
 const FADE_S = 0.015;
+const QUIET_S = 0.6; // without a block of speech the avatar is silent
 const MOST_WAITING = 250; // frames: ten seconds, while the sound does not run
+const UNEVEN_S = 0.4;
 const OFFSETS = 250; // frames over which sync is measured
 const FIRST_REFRESH_S = 1 / 60;
 
@@ -30,6 +32,7 @@ export class Player {
   #reset() {
     this.timeline = new Timeline();
     this.frames = [];
+    this.spoken = []; // { fromS, toS } of blocks of speech that are or will be heard
     this.offsets = [];
     this.drawn = 0;
     this.undrawn = 0; // frames whose time passed before they could be drawn
@@ -56,6 +59,7 @@ export class Player {
   /** Begin a turn: what waits is not played, and the sound ends at once. */
   interrupt(turn) {
     this.turn = turn;
+    this.spoken = [];
     this.#silence();
     this.#openBus();
     this.timeline.restart();
@@ -67,7 +71,10 @@ export class Player {
     if (block.isSpeech) this.#dropWaitingSilence();
     const { atS, skip } = this.timeline.place(block.jpegs.length, this.context.currentTime, !block.isSpeech);
     const sound = block.sound.subarray(skip * FRAME_SAMPLES);
-    if (block.isSpeech) this.#play(sound, atS); // silence needs no sound
+    if (block.isSpeech) {
+      this.#play(sound, atS); // silence needs no sound
+      this.spoken.push({ fromS: atS, toS: atS + (block.jpegs.length - skip) * FRAME_S });
+    }
     block.jpegs.slice(skip).forEach((jpeg, i) => this.#take(block, skip + i, jpeg, atS + i * FRAME_S));
     while (this.frames.length > MOST_WAITING) this.frames.shift().bitmap?.close();
   }
@@ -125,6 +132,18 @@ export class Player {
     } catch {
       frame.bitmap = null; // the picture before it is held
     }
+  }
+
+  /** Whether speech is heard now, or was a moment ago. Frames do not tell: a tab in the background draws none. */
+  get isSpeaking() {
+    const heardS = this.heardAt(performance.now());
+    while (this.spoken.length && this.spoken[0].toS + QUIET_S < heardS) this.spoken.shift();
+    return this.spoken.length > 0 && this.spoken[0].fromS <= heardS;
+  }
+
+  /** Whether blocks come so unevenly that the picture is much later than it could be. */
+  get isUneven() {
+    return this.timeline.targetS >= UNEVEN_S;
   }
 
   /** The time of the context that is heard at a time of the page's clock. */

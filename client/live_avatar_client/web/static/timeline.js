@@ -8,7 +8,8 @@ import { FRAME_S } from "./protocol.js";
 const LEAST_S = 0.01; // a block that would begin earlier than this is late
 const FIRST_TARGET_S = 0.08;
 const MOST_TARGET_S = 1.0;
-const STEP_S = 0.04;
+const STEP_S = 0.04; // least rise of the target
+const FALL_S = 0.02; // least fall
 const SLACK_S = 0.24; // how far the distance may be above the target
 const WINDOW = 8; // blocks whose least distance counts
 const MOST_SKIPPED = 6; // frames of one block
@@ -27,7 +28,12 @@ export class Timeline {
   restart() {
     this.nextS = null;
     this.leads = [];
+    this.#beginCalm();
+  }
+
+  #beginCalm() {
     this.calm = 0;
+    this.leastS = Infinity; // distance of the latest block since then
   }
 
   /**
@@ -40,7 +46,7 @@ export class Timeline {
     } else if (this.nextS - nowS < LEAST_S) {
       this.#noteLate(nowS);
     } else {
-      this.#noteInTime();
+      this.#noteInTime(nowS);
     }
     this.leadS = this.nextS - nowS;
     const skip = this.#surplus(frames, isSilent);
@@ -61,18 +67,19 @@ export class Timeline {
 
   #noteLate(nowS) {
     this.late += 1;
-    this.calm = 0;
-    this.targetS = Math.min(MOST_TARGET_S, this.targetS + STEP_S);
+    this.#beginCalm();
+    this.targetS = Math.min(MOST_TARGET_S, this.targetS + Math.max(STEP_S, nowS - this.nextS));
     this.nextS = nowS + this.targetS;
     this.leads = [];
   }
 
-  #noteInTime() {
+  #noteInTime(nowS) {
     this.calm += 1;
-    if (this.calm >= CALM) {
-      this.calm = 0;
-      this.targetS = Math.max(FIRST_TARGET_S, this.targetS - STEP_S / 2);
-    }
+    this.leastS = Math.min(this.leastS, this.nextS - nowS);
+    if (this.calm < CALM) return;
+    // Half of what no block has needed; the other half is kept for the next that is late.
+    this.targetS = Math.max(FIRST_TARGET_S, this.targetS - Math.max(FALL_S, this.leastS / 2));
+    this.#beginCalm();
   }
 
   #surplus(frames, isSilent) {
@@ -80,7 +87,9 @@ export class Timeline {
     if (this.leads.length > WINDOW) this.leads.shift();
     const surplusS = Math.min(...this.leads) - this.targetS;
     if (!isSilent || this.leads.length < WINDOW || surplusS < SLACK_S) return 0;
-    const skip = Math.min(MOST_SKIPPED, frames, Math.floor(surplusS / FRAME_S));
+    // After a burst, as behind a tab that was asleep, silence is left out whole.
+    const most = surplusS > MOST_TARGET_S ? frames : MOST_SKIPPED;
+    const skip = Math.min(most, frames, Math.floor(surplusS / FRAME_S));
     this.leads = this.leads.map((leadS) => leadS - skip * FRAME_S);
     this.skipped += skip;
     return skip;

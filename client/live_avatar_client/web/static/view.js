@@ -11,7 +11,7 @@ const WORDS = {
   failed: "Not possible",
 };
 const LIVE = new Set(["ready", "listening", "speaking"]);
-const NEEDS_LIVE = ["interrupt", "microphone", "say", "sound"];
+const NEEDS_LIVE = ["interrupt", "microphone", "say", "sound", "record"];
 
 export const element = (id) => document.getElementById(id);
 
@@ -27,10 +27,27 @@ export function showState(state) {
 }
 
 /** Shows sentences for the visitor, or none. */
-export function notice(...sentences) {
+export const notice = (...sentences) => tell("notice", sentences);
+
+/** Shows how long a recording is, or without one the sentences of its end. */
+export function showRecording(recording, ...sentences) {
+  element("record").setAttribute("aria-pressed", String(recording !== null));
+  const { firstChild: name } = element("record");
+  const seconds = recording?.seconds;
+  const text = recording ? `Save ${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")} ` : "Record ";
+  if (name.textContent !== text) name.textContent = text;
+  tell("recorded", recording ? ["recording what the avatar says and shows"] : sentences);
+}
+
+/** Shows why the picture is late, if blocks come unevenly. */
+export const showUneven = (isUneven) =>
+  tell("uneven", [isUneven && "the video comes in bursts or too slowly, so it is shown up to a second later"]);
+
+function tell(id, sentences) {
   const text = sentences.filter(Boolean).map(asSentence).join(" ");
-  element("notice").textContent = text;
-  element("notice").hidden = !text;
+  const place = element(id);
+  if (place.textContent !== text) place.textContent = text; // what is shown already is not announced again
+  place.hidden = !text;
 }
 
 const asSentence = (text) => `${text[0].toUpperCase()}${text.slice(1).replace(/\.$/, "")}.`;
