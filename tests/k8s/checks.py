@@ -43,6 +43,8 @@ from tests.k8s.manifests import (
 )
 
 SCHEMAS = Path(__file__).parent / "schemas"
+VERSIONS = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
+"""Of Kubernetes, whose schemas the objects are held against."""
 LEAST_UID = 10_000  # below lie users of the node
 GPU = "nvidia.com/gpu"
 RESTRICTED = {

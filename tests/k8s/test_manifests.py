@@ -19,7 +19,7 @@ from live_avatar.pipeline.denoiser import one_step
 from live_avatar.serving.profiles import load_profile
 from live_avatar.version import __version__
 from live_avatar_client.protocol import FRAMES_PER_BLOCK
-from tests.k8s.checks import ANY, PLACES, SERVER, Check, gpus_of, schema_faults
+from tests.k8s.checks import ANY, PLACES, SERVER, VERSIONS, Check, gpus_of, schema_faults
 from tests.k8s.manifests import (
     APPLIED,
     K8S,
@@ -38,7 +38,6 @@ from tests.k8s.manifests import (
     the,
 )
 
-VERSIONS = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 FOLDERS = tuple(sorted(path.parent.relative_to(K8S).as_posix() for path in K8S.glob("**/kustomization.yaml")))
 BUILT = tuple(folder for folder in FOLDERS if not folder.startswith("components/"))
 COMPONENTS = tuple(folder for folder in FOLDERS if folder.startswith("components/"))

@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from tests.k8s.checks import resource_faults, schema_faults, version_faults, volume_faults
+from tests.k8s.checks import VERSIONS, resource_faults, schema_faults, version_faults, volume_faults
 from tests.k8s.manifests import K8S, Object, build, the
-from tests.k8s.test_manifests import VERSIONS
 from training import run
 from training.config import AdapterConfig, load
 
