@@ -43,8 +43,12 @@ def _traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """What a test does with signals ends with it: a command that was interrupted ignores further ones."""
+    """What a test does with signals ends with it: a command that was interrupted ignores further ones.
+
+    Ctrl-C interrupts tests also where a shell has started them in the background, and so ignoring it.
+    """
     before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

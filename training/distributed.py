@@ -22,8 +22,21 @@ from live_avatar.model.dit import CausalDiT
 T = TypeVar("T")
 
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
 def join() -> None:
-    """Joins the other processes of torchrun, if there are several."""
+    """Joins the other processes of torchrun, if there are several.
+
+    Raises `ConfigError` where a restart would hang: torchrun of torch 2.13 keeps the addresses of processes that have
+    ended, and those that come back connect to them.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun has --max-restarts {restarts}, but its processes would not find one another after a restart; "
+            f"set {OWN_STORE}=1 in its environment."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 

@@ -82,7 +82,8 @@ def movement(clips: Clips, share: float) -> Tensor:
     """Weights [1, 1, 1, h, w] of mean 1 for a loss over latents; `share` of them is for regions that move.
 
     A mouth covers about 4 of a small picture's 144 latent pixels, so a plain mean hardly counts it. The map is the
-    same for all clips, so it does not change the optimum, only the order of learning.
+    same for all clips, so it does not change the optimum, only the order of learning. A share of 0 needs no map, and
+    gives [1, 1, 1, 1, 1].
     """
     if not share:
         return torch.ones(1, 1, 1, 1, 1, device=distributed.device())

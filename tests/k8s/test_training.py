@@ -12,6 +12,7 @@ from tests.k8s.checks import VERSIONS, resource_faults, schema_faults, version_f
 from tests.k8s.manifests import K8S, Object, build, the
 from training import run
 from training.config import AdapterConfig, load
+from training.distributed import OWN_STORE
 
 NAME = "live-avatar-training"
 
@@ -56,6 +57,8 @@ def test_torchrun_gets_the_rendezvous_of_kubeflow_and_the_command_its_options() 
     assert "--rdzv-backend=c10d" in launch
     assert "--rdzv-endpoint=$(PET_MASTER_ADDR):$(PET_MASTER_PORT)" in launch
     assert "--nnodes=$(PET_NNODES)" in launch
+    [container] = node()["spec"]["template"]["spec"]["containers"]
+    assert {"name": OWN_STORE, "value": "1"} in container["env"]
     assert command[0] == "training.run"
     context = run.main.make_context("command", command[1:])
     assert isinstance(context, click.Context)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from live_avatar.errors import ConfigError
 from tests.support.training import flat
 from tests.tolerances import FLOAT32, STREAMED
 from tests.training import worker
@@ -67,6 +68,14 @@ def test_two_processes_leave_the_weights_moments_and_averages_of_one(alone: Path
     assert {name.split("/")[1] for name in ours} == {"modules", "optimizers", "average"}
     worst = {name: float((theirs[name] - tensor).abs().max()) for name, tensor in ours.items()}
     assert max(worst.values()) <= FLOAT32, max(worst, key=worst.__getitem__)
+
+
+def test_restarts_that_would_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    sentence = "torchrun has --max-restarts 3, .*; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+    with pytest.raises(ConfigError, match=sentence):
+        distributed.join()
 
 
 def test_a_process_on_its_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

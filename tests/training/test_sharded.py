@@ -19,6 +19,7 @@ from torch import Tensor
 from live_avatar.errors import CheckpointError
 from tests.tolerances import FLOAT32
 from tests.training import adapter_worker as worker
+from training.distributed import OWN_STORE
 from training.errors import TrainingError
 from training.loop import EMA, Progress, StageRun, TrainingStage, train
 from training.lora import ADAPTER
@@ -150,7 +151,8 @@ def torchrun(folder: Path, *words: str, restarts: int = 0) -> None:
     limit = ["timeout", "--kill-after", "40", "400"]  # torchrun ends its processes at SIGTERM
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "-m", "tests.training.adapter_worker", str(folder), *words]
-    done = subprocess.run([*limit, *command], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, OWN_STORE: "1"}
+    done = subprocess.run([*limit, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

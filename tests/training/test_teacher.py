@@ -111,7 +111,7 @@ def test_the_loss_looks_where_clips_move(clips: list[EncodedClip]) -> None:
     assert half.mean().item() == pytest.approx(1, abs=FLOAT32)
     assert half[..., 5, 3].item() == pytest.approx(0.5 + 0.5 * 64, rel=1e-3)
     assert half[..., 0, 0].item() == pytest.approx(0.5, abs=1e-3)
-    assert torch.equal(movement(clips, 0.0), torch.ones(1, 1, 1, 8, 8))
+    assert torch.equal(movement(clips, 0.0), torch.ones(1, 1, 1, 1, 1))
 
 
 def test_a_sample_is_any_window_of_its_clip(clips: list[EncodedClip], draw: torch.Generator) -> None:
