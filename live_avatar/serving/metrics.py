@@ -33,8 +33,6 @@ class RefusalReason(StrEnum):
     FULL = "full"
     MEMORY = "memory"
     INPUT = "input"
-    TOO_LONG = "too_long"
-    """It has lasted as long as a session may."""
     SHUTDOWN = "shutdown"
 
 

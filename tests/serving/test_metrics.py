@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from live_avatar.arrays import Array
-from live_avatar.serving.metrics import METRICS, EndCause, Kind, Metric, RefusalReason, read_series
+from live_avatar.serving.metrics import (
+    METRICS,
+    SESSIONS_ENDED,
+    SESSIONS_REFUSED,
+    EndCause,
+    Kind,
+    Metric,
+    RefusalReason,
+    read_series,
+)
 from live_avatar.serving.server import TritonServer
 from live_avatar_client import AvatarSession
 from live_avatar_client.protocol import BLOCK_SAMPLES, FRAMES_PER_BLOCK, SAMPLES_PER_FRAME
@@ -52,6 +63,12 @@ def test_names_follow_prometheus() -> None:
         assert "_ms" not in metric.name
         assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
         assert list(metric.buckets) == sorted(metric.buckets)
+
+
+@pytest.mark.parametrize(("metric", "reasons"), [(SESSIONS_ENDED, EndCause), (SESSIONS_REFUSED, RefusalReason)])
+def test_the_help_names_every_reason(metric: Metric, reasons: type[StrEnum]) -> None:
+    named = metric.help.partition("by reason: ")[2].removesuffix(".").split(", ")
+    assert sorted(named) == sorted(reasons)
 
 
 def test_every_reason_is_there_before_it_happens(server: TritonServer) -> None:
