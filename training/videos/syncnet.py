@@ -98,7 +98,10 @@ def load_syncnet(path: Path) -> SyncNet:
 
 @dataclass(frozen=True)
 class Sync:
-    """confidence: Sync-C; distance: Sync-D; offset: frames by which the picture is late."""
+    """Agreement of sound and picture.
+
+    confidence is Sync-C, and distance is Sync-D. offset is the number of frames by which the picture is late.
+    """
 
     confidence: float
     distance: float
