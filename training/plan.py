@@ -8,6 +8,7 @@ The last line is the plan as JSON. A run that does not fit is refused with the s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -366,6 +367,8 @@ def main(
 ) -> None:
     """Plan memory and time of both stages of a run of adapters."""
     with reported():
+        memory = gpu_memory_gib or 0.0
+        _require_finite(gpu_memory_gib=memory, reserve_gib=reserve_gib, tflops=tflops, utilisation=utilisation)
         config = load(path)
         if not isinstance(config, AdapterConfig):
             raise ConfigError(f"{path} has no key 'checkpoint'; a plan is of a run that trains adapters of one.")
@@ -381,6 +384,12 @@ def main(
         if gpu_memory_gib is not None:
             for plan in plans:
                 check_fit(plan, round(gpu_memory_gib * GIB), round(reserve_gib * GIB))
+
+
+def _require_finite(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ConfigError(f"--{name.replace('_', '-')} is {number}; give a finite number.")
 
 
 def _facts(plan: StagePlan) -> dict[str, Any]:

@@ -115,3 +115,11 @@ def test_a_plan_is_of_adapters(tmp_path: Path) -> None:
     done = CliRunner().invoke(plan.main, ["--config", str(tiny), "--gpus", "1"])
     assert done.exit_code == 2
     assert "tiny.toml has no key 'checkpoint'; a plan is of a run that trains adapters of one." in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--gpu-memory-gib", "--reserve-gib", "--tflops", "--utilisation"])
+def test_a_plan_takes_finite_numbers(option: str) -> None:
+    config = ROOT / "training" / "configs" / "s2v_14b_node.toml"
+    done = CliRunner().invoke(plan.main, ["--config", str(config), "--gpus", "8", option, "nan"])
+    assert done.exit_code == 2
+    assert f"{option} is nan; give a finite number." in done.stderr

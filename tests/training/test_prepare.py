@@ -449,10 +449,7 @@ def test_captions_that_are_missing_are_named(preparing: Preparing, tmp_path: Pat
 
 def test_a_folder_without_videos_is_refused(tmp_path: Path) -> None:
     done = Preparing(tmp_path / "none", tmp_path)()
-    assert (
-        done.stderr
-        == f"Error: {tmp_path / 'none'} is no folder; give the folder that holds the videos with --videos.\n"
-    )
+    assert done.stderr == f"Error: {tmp_path / 'none'} is no folder; give the folder that holds the videos.\n"
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "notes.txt").write_text("")
     assert "none has no video; give the folder" in Preparing(tmp_path / "none", tmp_path)().stderr

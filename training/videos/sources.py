@@ -40,7 +40,7 @@ def list_sources(folder: Path, validation_share: float) -> list[Source]:
     the smallest hashes, so every part draws the same line. Raises `InputError` for a folder without files.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give the folder that holds the videos with --videos.")
+        raise InputError(f"{folder} is no folder; give the folder that holds the videos.")
     found = sorted(
         (path.relative_to(folder).as_posix(), path)
         for place, folders, names in os.walk(folder)
@@ -48,7 +48,7 @@ def list_sources(folder: Path, validation_share: float) -> list[Source]:
         if path.suffix.lower() not in NO_VIDEOS and not path.name.startswith(".") and path.is_file()
     )
     if not found:
-        raise InputError(f"{folder} has no video; give the folder that holds the videos with --videos.")
+        raise InputError(f"{folder} has no video; give the folder that holds the videos.")
     count = max(math.ceil(len(found) * validation_share), 1) if validation_share and len(found) > 1 else 0
     validation = set(sorted((name for name, _ in found), key=_hash)[:count])
     return [
