@@ -23,7 +23,7 @@ from live_avatar.errors import ConfigError, InputError
 from live_avatar.inputs.image import decode_pixels
 from live_avatar.json_files import read_json
 from training.checkpoints import write_json
-from training.command import FILE, reported
+from training.command import FILE, Number, reported
 from training.videos.footage import Footage, frames_of, open_footage
 from training.videos.measures import loudness, mouth_correlation, small_grey
 from training.videos.quality import Moments, colour_drift, frechet, looks_likeness, psnr, ssim
@@ -227,7 +227,7 @@ def _starts(context: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option("--figures", type=FILE, help=f"JSON object of columns measured elsewhere: {', '.join(GIVEN)}.")
 @click.option("--starts", callback=_starts, default=",".join(map(str, STARTS_S)), show_default=True,
               help="Where segments begin, in seconds.")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(1), default=SECONDS, show_default=True, help="Length of a segment.")
+@click.option("--seconds", type=Number(1), default=SECONDS, show_default=True, help="Length of a segment.")
 @click.option("--report", type=FILE, help="Write all figures to this JSON file.")
 def main(
     generated: Path,

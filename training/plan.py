@@ -8,7 +8,6 @@ The last line is the plan as JSON. A run that does not fit is refused with the s
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from live_avatar.errors import ConfigError
 from live_avatar.model.dit import CausalDiT
 from training import stage1, stage2
 from training.accumulation import backward_by_blocks
-from training.command import FILE, reported
+from training.command import FILE, Number, reported
 from training.config import AdapterConfig, DistillationStage, DiTStage, load
 from training.dmd import Scores
 from training.encoded import EncodedClip
@@ -353,22 +352,18 @@ def check_fit(plan: StagePlan, gpu_bytes: int, reserve: int) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", "path", type=FILE, required=True, help="TOML file, such as training/configs/s2v_14b.toml.")
 @click.option("--gpus", type=click.IntRange(min=1), required=True, help="Number of GPUs, one process each.")
-@click.option(
-    "--gpu-memory-gib", type=click.FloatRange(min=0), help="Memory of a GPU; a run that needs more is refused."
-)
-@click.option("--reserve-gib", type=click.FloatRange(min=0), default=RESERVE_GIB, show_default=True,
+@click.option("--gpu-memory-gib", type=Number(min=0), help="Memory of a GPU; a run that needs more is refused.")
+@click.option("--reserve-gib", type=Number(min=0), default=RESERVE_GIB, show_default=True,
               help="Memory of it that is left free.")  # fmt: skip
-@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=PEAK_TFLOPS, show_default=True,
+@click.option("--tflops", type=Number(min=0, min_open=True), default=PEAK_TFLOPS, show_default=True,
               help="Peak of a GPU.")  # fmt: skip
-@click.option("--utilisation", type=click.FloatRange(0, 1, min_open=True), default=UTILISATION, show_default=True,
+@click.option("--utilisation", type=Number(0, 1, min_open=True), default=UTILISATION, show_default=True,
               help="Share of the peak that is reached.")  # fmt: skip
 def main(
     path: Path, gpus: int, gpu_memory_gib: float | None, reserve_gib: float, tflops: float, utilisation: float
 ) -> None:
     """Plan memory and time of both stages of a run of adapters."""
     with reported():
-        memory = gpu_memory_gib or 0.0
-        _require_finite(gpu_memory_gib=memory, reserve_gib=reserve_gib, tflops=tflops, utilisation=utilisation)
         config = load(path)
         if not isinstance(config, AdapterConfig):
             raise ConfigError(f"{path} has no key 'checkpoint'; a plan is of a run that trains adapters of one.")
@@ -384,12 +379,6 @@ def main(
         if gpu_memory_gib is not None:
             for plan in plans:
                 check_fit(plan, round(gpu_memory_gib * GIB), round(reserve_gib * GIB))
-
-
-def _require_finite(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise ConfigError(f"--{name.replace('_', '-')} is {number}; give a finite number.")
 
 
 def _facts(plan: StagePlan) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from live_avatar.weights.checkpoint import load_networks, open_checkpoint
 from live_avatar.weights.tensors import Checkpoint
 from training import distributed
 from training.checkpoints import check_identity, write_json, write_text, write_whole
-from training.command import FILE, reported
+from training.command import FILE, Number, reported
 from training.config import load
 from training.encoded import ClipEncoder
 from training.errors import TrainingError
@@ -452,14 +452,14 @@ def _bar(total: int, initial: int, name: str, unit: str, quiet: bool) -> Any:
               "clip's first frame.")  # fmt: skip
 @click.option("--language", help="Take the sound track of this language, such as eng; default: the file's own default "
               "track, or else its first.")  # fmt: skip
-@click.option("--validation-share", type=click.FloatRange(0, 0.5), default=0.02, show_default=True,
+@click.option("--validation-share", type=Number(0, 0.5), default=0.02, show_default=True,
               help="Share of the files, not of clips, for validation.")  # fmt: skip
-@click.option("--min-seconds", type=click.FloatRange(0), default=10.0, show_default=True,
+@click.option("--min-seconds", type=Number(0), default=10.0, show_default=True,
               help="Files must be longer, as in the paper.")  # fmt: skip
-@click.option("--min-speech", type=click.FloatRange(0, 1), help="Least share of a clip's frames with sound.")
-@click.option("--max-cut", type=click.FloatRange(0), help="Largest mean change between two frames, levels of 255.")
-@click.option("--max-still", type=click.FloatRange(0, 1), help="Largest share of frames that equal the one before.")
-@click.option("--min-sync", type=click.FloatRange(-1, 1), help="Least correlation of moving parts with the loudness.")
+@click.option("--min-speech", type=Number(0, 1), help="Least share of a clip's frames with sound.")
+@click.option("--max-cut", type=Number(0), help="Largest mean change between two frames, levels of 255.")
+@click.option("--max-still", type=Number(0, 1), help="Largest share of frames that equal the one before.")
+@click.option("--min-sync", type=Number(-1, 1), help="Least correlation of moving parts with the loudness.")
 @click.option("--part", type=click.IntRange(0), default=0, show_default=True, envvar=ARRAYS,
               help=f"Number of this part, from 0; by default that of the job, {' or '.join(ARRAYS)}.")  # fmt: skip
 @click.option("--of", type=click.IntRange(1), default=1, show_default=True, help="Number of parts.")

@@ -122,4 +122,4 @@ def test_a_plan_takes_finite_numbers(option: str) -> None:
     config = ROOT / "training" / "configs" / "s2v_14b_node.toml"
     done = CliRunner().invoke(plan.main, ["--config", str(config), "--gpus", "8", option, "nan"])
     assert done.exit_code == 2
-    assert f"{option} is nan; give a finite number." in done.stderr
+    assert f"Invalid value for '{option}': nan is no finite number; give one." in done.stderr
