@@ -79,20 +79,18 @@ def test_the_session_too_many_is_refused_at_once_and_disturbs_nobody(
     small: TritonServer, small_url: str, picture: bytes, speech: Array, expected: Array
 ) -> None:
     before = scrape(small)
-    with (
-        bystander(small_url, picture, speech, expected),
-        AvatarSession(small_url, image=picture, prompt="hello", seed=3) as second,
-    ):
-        first = spoken(second, speech_of(speech, 0, 1))
-        assert scrape(small)[series(metrics.SESSIONS_FREE)] == 0
-        with AvatarSession(small_url, image=picture) as refused, pytest.raises(SessionRefused) as raised:
-            spoken(refused, BLOCK)
-        assert raised.value.code is ErrorCode.UNAVAILABLE
-        assert REFUSAL in str(raised.value)
-        second.send(speech_of(speech, 1, 2))
-        second.end()
-        assert np.array_equal(frames_of([first, *second]), frames_until(expected, 2))
-        with AvatarSession(small_url, image=picture, prompt="hello", seed=3) as third:  # END has freed the slot
+    with bystander(small_url, picture, speech, expected):
+        with AvatarSession(small_url, image=picture, prompt="hello", seed=3) as second:
+            first = spoken(second, speech_of(speech, 0, 1))
+            assert scrape(small)[series(metrics.SESSIONS_FREE)] == 0
+            with AvatarSession(small_url, image=picture) as refused, pytest.raises(SessionRefused) as raised:
+                spoken(refused, BLOCK)
+            assert raised.value.code is ErrorCode.UNAVAILABLE
+            assert REFUSAL in str(raised.value)
+            second.send(speech_of(speech, 1, 2))
+            second.end()
+            assert np.array_equal(frames_of([first, *second]), frames_until(expected, 2))
+        with AvatarSession(small_url, image=picture, prompt="hello", seed=3) as third:  # the slot is free again
             assert np.array_equal(frames_of(list(third.stream([speech_of(speech, 0, 1)]))), frames_until(expected, 1))
     assert changes(before, scrape(small), metrics.SESSIONS_REFUSED) == {"full": 1}
     assert_every_slot_serves(small, picture, speech, expected)
