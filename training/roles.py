@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from live_avatar.config import Preset
-from live_avatar.model.attention import Attention
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.networks import meta_dit
 from live_avatar.weights.tensors import Weights
@@ -89,11 +88,8 @@ class SharedBase:
 
 
 def _recompute(network: CausalDiT, switch: Switch) -> None:
-    """Lets the backward pass compute every layer again, so that only its input is kept."""
-    for layer in network.layers:
-        layer.forward = _checkpointed(layer.forward, switch)  # type: ignore[method-assign]
-    for attention in cast(list[Attention], list(network.audio_injector.injector)):
-        attention.across = _checkpointed(attention.across, switch)  # type: ignore[method-assign]
+    """Lets the backward pass compute every layer again, so that only its input, keys and values are kept."""
+    network.layer = _checkpointed(network.layer, switch)  # type: ignore[method-assign]
 
 
 def _checkpointed(work: Callable[..., T], switch: Switch) -> Callable[..., T]:

@@ -174,14 +174,21 @@ class CausalDiT(nn.Module):
         """
         x = tokens
         written: KV = []
-        for layer, block in enumerate(self.layers):
-            sink_key, sink_value = conditions.sink[layer]
-            past = [*(part[layer] for part in conditions.history), (rotate(sink_key, sink_turn), sink_value)]
-            x, key_value = block(x, modulation.layers[layer], phase, conditions.text[layer], past)
-            if conditions.audio is not None:
-                x = self.audio_injector(layer, x, conditions.audio)
+        for index in range(len(self.blocks)):
+            x, key_value = self.layer(index, x, conditions, modulation.layers[index], phase, sink_turn)
             written.append(key_value)
         return self.head(x, modulation.head), written
+
+    def layer(
+        self, index: int, x: Tensor, conditions: Conditions, modulation: Tensor, phase: Tensor, sink_turn: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Layer `index` with the audio that is injected after it; shapes as in `forward` and `TransformerBlock`."""
+        sink_key, sink_value = conditions.sink[index]
+        past = [*(part[index] for part in conditions.history), (rotate(sink_key, sink_turn), sink_value)]
+        x, written = self.layers[index](x, modulation, phase, conditions.text[index], past)
+        if conditions.audio is not None:
+            x = self.audio_injector(index, x, conditions.audio)
+        return x, written
 
     def prefill(self, reference: Tensor, motion: Tensor, text: KV, modulation: Modulation, phase: Tensor) -> KV:
         """Keys and values of the sink in every layer (spec section 6).
