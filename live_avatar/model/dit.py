@@ -175,17 +175,17 @@ class CausalDiT(nn.Module):
         x = tokens
         written: KV = []
         for index in range(len(self.blocks)):
-            x, key_value = self.layer(index, x, conditions, modulation.layers[index], phase, sink_turn)
+            x, key_value = self.layer(index, x, conditions, modulation.layers, phase, sink_turn)
             written.append(key_value)
         return self.head(x, modulation.head), written
 
     def layer(
         self, index: int, x: Tensor, conditions: Conditions, modulation: Tensor, phase: Tensor, sink_turn: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Layer `index` with the audio that is injected after it; shapes as in `forward` and `TransformerBlock`."""
+        """Layer `index` and the audio injected after it; modulation [layers, 6, C], the rest as in `forward`."""
         sink_key, sink_value = conditions.sink[index]
         past = [*(part[index] for part in conditions.history), (rotate(sink_key, sink_turn), sink_value)]
-        x, written = self.layers[index](x, modulation, phase, conditions.text[index], past)
+        x, written = self.layers[index](x, modulation[index], phase, conditions.text[index], past)
         if conditions.audio is not None:
             x = self.audio_injector(index, x, conditions.audio)
         return x, written
