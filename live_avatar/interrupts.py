@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,21 @@ def is_termination() -> bool:
 
 
 def _note(number: int, frame: object) -> None:
+    """Notes the first signal; further ones do nothing.
+
+    They still have a handler in Python: of a signal that came together with the first, Python would report that it is
+    "ignored due to race condition" if it had SIG_IGN by now.
+    """
     global _received
     _received = number
-    ignore()
+    for other in SIGNALS:
+        if signal.getsignal(other) != signal.SIG_IGN:
+            signal.signal(other, _do_nothing)
+    atexit.register(ignore)  # Python's own handlers end before the process does
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    pass
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
