@@ -23,7 +23,13 @@ def install() -> None:
 
 
 def ignore() -> None:
-    """From now on none of them does anything."""
+    """From now on none of them does anything.
+
+    Python would report of a signal that has just come that it is "ignored due to race condition", so it first gets a
+    handler in Python.
+    """
+    for number in SIGNALS:
+        _silence(number)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -62,17 +68,17 @@ def is_termination() -> bool:
 
 
 def _note(number: int, frame: object) -> None:
-    """Notes the first signal; further ones do nothing.
-
-    They still have a handler in Python: of a signal that came together with the first, Python would report that it is
-    "ignored due to race condition" if it had SIG_IGN by now.
-    """
+    """Notes the first signal; further ones do nothing. At its exit Python drops its own handlers, so `ignore` follows."""
     global _received
     _received = number
     for other in SIGNALS:
-        if signal.getsignal(other) != signal.SIG_IGN:
-            signal.signal(other, _do_nothing)
-    atexit.register(ignore)  # Python's own handlers end before the process does
+        _silence(other)
+    atexit.register(ignore)
+
+
+def _silence(number: int) -> None:
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, _do_nothing)
 
 
 def _do_nothing(number: int, frame: object) -> None:

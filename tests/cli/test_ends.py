@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,19 @@ def test_an_interruption_that_was_swallowed_is_raised_again() -> None:
         interrupts.check()
     interrupts.install()
     interrupts.check()
+
+
+def test_signals_that_come_together_are_one_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    interrupts.install()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.pthread_kill(threading.get_ident(), number)
+    with pytest.raises(KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.raise_signal(signal.SIGINT)  # lets Python look at those that still wait
+    assert reported == []
 
 
 @ENDS
