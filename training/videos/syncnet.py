@@ -100,7 +100,7 @@ def load_syncnet(path: Path) -> SyncNet:
 class Sync:
     """Agreement of sound and picture.
 
-    confidence is Sync-C, and distance is Sync-D. offset is the number of frames by which the picture is late.
+    The confidence is Sync-C, and the distance is Sync-D. The picture is late by `offset` frames.
     """
 
     confidence: float
