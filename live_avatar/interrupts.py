@@ -68,7 +68,10 @@ def is_termination() -> bool:
 
 
 def _note(number: int, frame: object) -> None:
-    """Notes the first signal; further ones do nothing. At its exit Python drops its own handlers, so `ignore` follows."""
+    """Notes the first signal; further ones do nothing.
+
+    Python drops its own handlers before the process ends, so `ignore` follows.
+    """
     global _received
     _received = number
     for other in SIGNALS:
