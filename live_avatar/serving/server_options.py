@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -63,10 +64,13 @@ class ServerOptions:
 
     def on_free_ports(self) -> ServerOptions:
         """The same options with ports that are free now, for tests and demos on this machine."""
-        health_port = None if self.health_port is None else _free_port()
-        grpc_port, http_port, metrics_port = _free_port(), _free_port(), _free_port()
+        grpc_port, http_port, metrics_port, health_port = free_ports(4)
         return replace(
-            self, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, health_port=health_port
+            self,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            metrics_port=metrics_port,
+            health_port=None if self.health_port is None else health_port,
         )
 
     @property
@@ -81,7 +85,8 @@ class ServerOptions:
         return f"{self.host}:{self.grpc_port}"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports that are free on loopback now: each is held until all are found."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(probe.getsockname()[1]) for probe in probes]

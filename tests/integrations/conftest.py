@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def impatient_triton() -> Iterator[str]:
 
 @contextmanager
 def _serving(*options: str) -> Iterator[str]:
-    ports = [_free_port() for _ in range(3)]
+    ports = _free_ports(3)
     numbers = zip(("--grpc-port", "--http-port", "--metrics-port"), map(str, ports), strict=True)
     command = [str(COMMAND), "serve", "--artifacts", str(ARTIFACTS), *(word for pair in numbers for word in pair)]
     server = subprocess.Popen([*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -83,11 +83,11 @@ def portrait() -> bytes:
     return (ROOT / "live_avatar" / "assets" / "portrait.png").read_bytes()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    """Different ones, as each is held until all are found; this environment has no `live_avatar`."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:

@@ -58,10 +58,6 @@ def two_servers(folder: Path, artifacts: Artifacts, *options: object) -> Iterato
         yield Server(*first), Server(*second)
 
 
-def free_port(artifacts: Artifacts) -> int:
-    return ServerOptions(artifacts.folder).on_free_ports().grpc_port
-
-
 def write_configuration(name: str, folder: Path, **values: object) -> Path:
     """A file of k8s/rehearsal with a value for every @name@."""
     path = folder / name

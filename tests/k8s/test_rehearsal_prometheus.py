@@ -14,12 +14,13 @@ from contextlib import ExitStack
 import pytest
 
 from live_avatar.graphs.artifacts import Artifacts
+from live_avatar.serving.server_options import free_ports
 from live_avatar_client import AvatarSession
 from tests.cli.support import wait_until
 from tests.conftest import noise_speech
 from tests.k8s.observing import alerts, queries, records, rule_groups, write_rules
 from tests.k8s.programs import program
-from tests.k8s.rehearsal import Prometheus, Server, free_port, started, two_servers, write_configuration
+from tests.k8s.rehearsal import Prometheus, Server, started, two_servers, write_configuration
 from tests.serving.support import spoken
 
 pytestmark = pytest.mark.k8s
@@ -35,9 +36,7 @@ def servers(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.fixture(scope="module")
-def prometheus(
-    servers: tuple[Server, Server], artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Prometheus]:
+def prometheus(servers: tuple[Server, Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     groups = rule_groups()
     for group in groups:
@@ -47,7 +46,7 @@ def prometheus(
     ports = {f"{name}_metrics": server.options.metrics_port for name, server in zip("ab", servers, strict=True)}
     rules = write_rules(folder / "rules.yaml", groups)
     configuration = write_configuration("prometheus.yaml", folder, rules=rules, **ports)
-    port = free_port(artifacts)
+    [port] = free_ports(1)
     command = (
         program("prometheus"),
         f"--config.file={configuration}",

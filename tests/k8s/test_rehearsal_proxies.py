@@ -24,10 +24,11 @@ from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.pipeline.generator import Generator
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
+from live_avatar.serving.server_options import free_ports
 from live_avatar_client import AvatarSession, Block, SessionRefused
 from live_avatar_client.protocol import ErrorCode
 from tests.conftest import noise_speech
-from tests.k8s.rehearsal import HAProxy, Nginx, Proxy, Server, free_port, started, two_servers
+from tests.k8s.rehearsal import HAProxy, Nginx, Proxy, Server, started, two_servers
 from tests.serving.conftest import generated
 from tests.serving.support import frames_of, frames_until, series, speech_of, spoken
 
@@ -64,7 +65,7 @@ def site(
     folder = tmp_path_factory.mktemp("site")
     limits = ("--max-sessions", SESSIONS, "--drain-seconds", DRAIN_S)
     with two_servers(folder, artifacts, *limits) as servers:
-        proxy = request.param(folder, free_port(artifacts), servers)
+        proxy = request.param(folder, free_ports(1)[0], servers)
         with started(folder / "proxy.log", *proxy.command, port=proxy.port) as process:
             yield Site(proxy, process, *servers)
 

@@ -11,7 +11,7 @@ from live_avatar.gateway.keys import KeyRing, add_key
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.serving.access import Access
 from live_avatar.serving.checks import gateway_settings, served_profile
-from live_avatar.serving.server_options import ServerOptions
+from live_avatar.serving.server_options import ServerOptions, free_ports
 
 
 @pytest.fixture
@@ -55,3 +55,9 @@ def test_files_stay_where_they_are_for_a_gateway_in_another_folder(
     monkeypatch.chdir(tmp_path)
     options = ServerOptions(artifacts.folder, access=Access(api_key_file=Path("api-keys")))
     assert gateway_settings(options, served_profile(options), tmp_path).api_key_file == tmp_path / "api-keys"
+
+
+def test_ports_that_are_found_together_are_different() -> None:
+    """The kernel gives a port again as soon as it is free, at random: 20,000 draws would show it."""
+    for _ in range(5_000):
+        assert len(set(free_ports(4))) == 4

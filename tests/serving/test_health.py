@@ -9,14 +9,9 @@ import pytest
 
 from live_avatar.serving import LOG_MARK
 from live_avatar.serving.health import health_port
+from live_avatar.serving.server_options import free_ports
 
 WORDS = f"2026-01-01 00:00:00,000{LOG_MARK}session 1 started"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -30,7 +25,7 @@ def free_port() -> int:
     ids=["version", "header", "line", "zero"],
 )
 def test_a_caller_cannot_write_into_the_log(request_: str, caplog: pytest.LogCaptureFixture) -> None:
-    port = free_port()
+    [port] = free_ports(1)
     with caplog.at_level(logging.DEBUG), health_port("127.0.0.1", port, lambda: True):
         with socket.create_connection(("127.0.0.1", port), timeout=10.0) as connection:
             connection.sendall(request_.encode())
