@@ -29,6 +29,8 @@ RELATIVE_TOLERANCE = 1e-4  # float32, of the largest value of an output
 # random networks torch in single precision is up to 2e-4 from torch in double precision.
 VAE_TOLERANCE = 1e-3
 FLOAT16_TOLERANCE = 1e-2
+# Of the speech encoder the attention alone is in float16, in every export in 16 bits; 4e-4 was measured.
+SPEECH_TOLERANCE = 2e-3
 # FP8: what quantizing costs, and no error of the export (`python -m perf.fp8_error` measures it). The VAE in float16.
 COARSE_TOLERANCE = 0.2
 PIXEL_TOLERANCE = 1.0  # a value on the edge of two pixel levels may fall to either side
@@ -52,13 +54,14 @@ class Difference:
 
 def tolerance(artifacts: Artifacts, component: str) -> float:
     """Of the relative difference, by what the export did to the component's numbers."""
-    network = component.split("_")[0]
-    float16 = artifacts.preset.precision == "float16"
-    if (network == "dit" and artifacts.manifest["fp8"] is not None) or (network == "vae" and float16):
+    network, precision = component.split("_")[0], artifacts.preset.precision
+    if (network == "dit" and artifacts.manifest["fp8"] is not None) or (network == "vae" and precision == "float16"):
         return COARSE_TOLERANCE
     if network == "vae":
         return VAE_TOLERANCE
-    return FLOAT16_TOLERANCE if network == "dit" and float16 else RELATIVE_TOLERANCE
+    if network == "speech" and precision != "float32":
+        return SPEECH_TOLERANCE
+    return FLOAT16_TOLERANCE if network == "dit" and precision == "float16" else RELATIVE_TOLERANCE
 
 
 def compare(

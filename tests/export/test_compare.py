@@ -14,6 +14,7 @@ from export.compare import (
     COARSE_TOLERANCE,
     FLOAT16_TOLERANCE,
     RELATIVE_TOLERANCE,
+    SPEECH_TOLERANCE,
     VAE_TOLERANCE,
     Difference,
     compare,
@@ -114,7 +115,7 @@ def test_16_bits_have_a_tolerance_of_their_own(tmp_path: Path) -> None:
     found = {difference.component: difference for difference in compare(low, checkpoint, seed=5)}
     assert all(difference.within for difference in found.values()), found
     tolerances = [found[name].tolerance for name in ("vae_decoder", "dit", "speech_encoder")]
-    assert tolerances == [COARSE_TOLERANCE, FLOAT16_TOLERANCE, RELATIVE_TOLERANCE]
+    assert tolerances == [COARSE_TOLERANCE, FLOAT16_TOLERANCE, SPEECH_TOLERANCE]
 
 
 def test_the_command_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:

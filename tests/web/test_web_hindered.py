@@ -174,12 +174,11 @@ def test_a_tab_that_was_frozen_takes_the_conversation_up_again(page: str, tmp_pa
 
 async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, held_s: float) -> None:
     """Passes on what has come together in some time."""
-    with contextlib.suppress(OSError):
+    with contextlib.closing(writer), contextlib.suppress(OSError):  # closed too where the proxy ends before the page
         while data := await reader.read(1 << 20):
             await asyncio.sleep(held_s)
             writer.write(data)
             await writer.drain()
-    writer.close()
 
 
 @contextmanager
