@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from live_avatar.config import S2V_14B, TEMPORAL_STRIDE, Preset, preset
+from live_avatar.config import S2V_14B, TEMPORAL_STRIDE, Preset, TAEConfig, preset
 from live_avatar.errors import ConfigError
 from live_avatar.weights.checkpoint import open_checkpoint
 from live_avatar.weights.tensors import Checkpoint
@@ -85,25 +85,41 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ReconstructionStage(StageConfig):
-    """Settings of both VAE stages."""
+    """Settings of the stages that learn to give frames back."""
 
     frames: int = 13
     """1 + a multiple of 4 video frames."""
     mouth_weight: float = 4.0
     """Weight of the pixels around the mouth in the reconstruction loss, against 1 elsewhere."""
-    smooth_weight: float = 1e-4
-    """Weight of the mean square of the latents, which keeps them small."""
+    mouth_batch: int = 0
+    """Whole clips, cut to the region of the mouth, in a step in addition to its `batch` pieces of clips."""
+    square_weight: float = 0.0
+    """Weight of the mean square error, added to the mean absolute error. It stresses the few pixels with large errors,
+    where the mouth is not yet followed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole = self.frames > TEMPORAL_STRIDE and self.frames % TEMPORAL_STRIDE == 1
         _expect(self, "frames", whole, f"1 + a multiple of {TEMPORAL_STRIDE}")
         _above_zero(self, "mouth_weight")
+        _expect(self, "mouth_batch", self.mouth_batch >= 0, "0 or more")
+        _expect(self, "square_weight", self.square_weight >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class VAEReconstructionStage(ReconstructionStage):
+    """Settings of both VAE stages."""
+
+    smooth_weight: float = 1e-4
+    """Weight of the mean square of the latents, which keeps them small."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _expect(self, "smooth_weight", self.smooth_weight >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
-class VAEStage(ReconstructionStage):
+class VAEStage(VAEReconstructionStage):
     """Stage 0a: the video VAE, on reconstruction of rendered clips."""
 
     still_steps: int = 0
@@ -113,19 +129,34 @@ class VAEStage(ReconstructionStage):
 
 
 @dataclass(frozen=True)
-class MouthStage(ReconstructionStage):
+class MouthStage(VAEReconstructionStage):
     """Stage 0b: further training of the video VAE, mostly on mouths."""
 
     mouth_batch: int = 2
-    """Whole clips, cut to the region of the mouth, in a step in addition to its `batch` pieces of clips."""
-    square_weight: float = 0.0
-    """Weight of the mean square error, added to the mean absolute error. It stresses the few pixels with large errors,
-    where the mouth is not yet followed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_one(self, "mouth_batch")
-        _expect(self, "square_weight", self.square_weight >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class DecoderStage(ReconstructionStage):
+    """The tiny decoder, which learns to give the frames of the frozen VAE's decoder. No other stage needs it."""
+
+    channels: tuple[int, ...] = (64, 32, 16, 8)
+    """Widths from the latents to the frames, as in `live_avatar.config.TAEConfig`."""
+    noise: float = 0.3
+    """Largest deviation of the noise on the latents, for the transformer's latents are not those of an encoder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect(self, "noise", self.noise >= 0, "0 or more")
+        self.network  # noqa: B018
+
+    @property
+    def network(self) -> TAEConfig:
+        """The sizes of the network. Raises `ConfigError`."""
+        return TAEConfig(self.channels)
 
 
 @dataclass(frozen=True)
@@ -232,6 +263,7 @@ class TrainingConfig(RunConfig):
     mouths: MouthStage
     encoders: EncoderStage
     teacher: TeacherStage
+    decoder: DecoderStage
     preset: str = "tiny"
 
     def __post_init__(self) -> None:
@@ -339,6 +371,10 @@ def _value(hint: Any, value: Any, origin: str, key: str) -> Any:
         return _made(hint, value, origin, key + ".")
     if hint is float and type(value) is int:
         return float(value)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or any(type(one) is not int or one < 1 for one in value):
+            raise ConfigError(f"{origin}: key {key!r} is {value!r}; expected whole numbers above 0, such as [2, 1].")
+        return tuple(value)
     if type(value) is not hint:
         raise ConfigError(f"{origin}: key {key!r} is {value!r}; expected {hint.__name__}.")
     return value

@@ -25,7 +25,7 @@ from live_avatar.graphs.digests import file_sha256
 from live_avatar.json_files import read_json
 from live_avatar.model.dit import CausalDiT
 from live_avatar.weights.checkpoint import open_checkpoint
-from training import distributed, encoders, loop, stage1, stage2, teacher, vae
+from training import decoder, distributed, encoders, loop, stage1, stage2, teacher, vae
 from training.checkpoints import check_identity, save_weights, write_json, write_whole
 from training.command import FILE, reported
 from training.config import AdapterConfig, TrainingConfig, load
@@ -62,6 +62,7 @@ STEPS: Mapping[str, Step] = {
     vae.STAGE: Step((), (vae.VAE_FILE,)),
     vae.MOUTHS: Step((vae.VAE_FILE,), (ENCODERS["vae"],)),
     "encoders": Step((), (ENCODERS["speech"], ENCODERS["text"])),
+    decoder.STAGE: Step((ENCODERS["vae"],), (decoder.FILE,)),
     FOLDER: Step(tuple(ENCODERS.values()), DATA),
     teacher.NAME: Step(DATA, ("teacher/dit.safetensors",)),
     stage1.NAME: Step((*DATA, "teacher/dit.safetensors"), ("stage1/dit.safetensors",)),
@@ -78,11 +79,12 @@ MAKERS: Mapping[str, Callable[[Any, Path], TrainingStage]] = {
     vae.STAGE: lambda config, out: vae.make_stage(config),
     vae.MOUTHS: vae.make_mouth_stage,
     "encoders": encoders.make_stage,
+    decoder.STAGE: decoder.make_stage,
     teacher.NAME: teacher.make_stage,
     stage1.NAME: stage1.make_stage,
     stage2.NAME: stage2.make_stage,
 }
-ALONE = (vae.STAGE, vae.MOUTHS, "encoders", FOLDER)
+ALONE = (vae.STAGE, vae.MOUTHS, "encoders", decoder.STAGE, FOLDER)
 """Stages with a single process, because their networks are small at every scale."""
 
 
@@ -170,13 +172,15 @@ class TrainingRun:
             seen = {"shards": index_digest(data.shards), "validation_clips": data.validation_clips}
         elif DATA[0] in STEPS[name].needs:
             seen = {key: getattr(data, key) for key in counts}
-        return {
-            "preset": self.config.preset,
-            "seed": self.config.seed,
-            **{f"{name}.{key}": value for key, value in own.items()},
-            **{f"{FOLDER}.{key}": value for key, value in seen.items()},
-            **{file: file_sha256(self.out / file) for file in self._needs(name)},
-        }
+        return _as_stored(
+            {
+                "preset": self.config.preset,
+                "seed": self.config.seed,
+                **{f"{name}.{key}": value for key, value in own.items()},
+                **{f"{FOLDER}.{key}": value for key, value in seen.items()},
+                **{file: file_sha256(self.out / file) for file in self._needs(name)},
+            }
+        )
 
     def _adapter_identity(self, config: AdapterConfig, name: str) -> Facts:
         """The same of adapters. Of the checkpoint's files, which are large, the sizes stand for the content."""
@@ -192,8 +196,7 @@ class TrainingRun:
             **{f"checkpoint.{file.name}": file.stat().st_size for file in config.weights().parts["dit"].files},
             **{file: file_sha256(self.out / file) for file in self.steps[name].needs},
         }
-        plain: Facts = json.loads(json.dumps(facts))  # as a checkpoint gives it back: lists for tuples
-        return plain
+        return _as_stored(facts)
 
     def _record(self, name: str, identity: Facts) -> Facts | None:
         """The record of a finished stage. Raises `CheckpointError` if it has another identity."""
@@ -248,6 +251,12 @@ class TrainingRun:
             write_json(self.out / name / RECORD, record)
         distributed.barrier()  # the next stage reads the record and the files beside it
         return record
+
+
+def _as_stored(facts: Facts) -> Facts:
+    """The facts as a file gives them back: lists for tuples."""
+    plain: Facts = json.loads(json.dumps(facts))
+    return plain
 
 
 def _copy(source: Path, place: Path) -> None:

@@ -6,9 +6,7 @@ of a block with the state of the piece before. So the network is trained on the 
 continuation. After training, two 1x1x1 convolutions are changed so that each channel of the latents has mean 0 and
 deviation 1, because the constants of the format are those of another VAE.
 
-Stills do not teach the VAE to tell the four frames of one latent apart. These differ almost only in the mouth, a sixth
-of the picture. So the second stage uses whole clips of the mouth's region, and pieces of whole pictures to keep the
-rest.
+The second stage also learns mouths, cut out of whole clips; its pieces of whole pictures keep the rest.
 """
 
 from __future__ import annotations
@@ -16,42 +14,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import AdamW, Optimizer
 
 from live_avatar.arrays import Array
-from live_avatar.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
+from live_avatar.config import VAEConfig
 from live_avatar.model.vae import VAE, Downsample, Residual, Upsample
 from training.checkpoints import load_weights
-from training.config import ReconstructionStage, TrainingConfig
-from training.data.canvas import UNITS
-from training.data.clips import SWAY, Clip, make_clip
-from training.data.face import MOUTH_BOX, Face, Pose
+from training.config import TrainingConfig, VAEReconstructionStage
+from training.data.clips import SWAY, make_clip
+from training.data.face import Face, Pose
 from training.data.identity import draw_identity
 from training.data.split import Split
 from training.encoded import pixels
-from training.logs import mean
-from training.loop import clip_gradients, generator
+from training.loop import generator
+from training.reconstruction import CLIP_BLOCKS, ReconstructionTraining
 
 STAGE = "vae"
 MOUTHS = "mouths"
 VAE_FILE = f"{STAGE}/vae.safetensors"
 """File of the first stage in a run's folder."""
-CLIP_BLOCKS = 3
-"""Length of the clips for frames; the head's sway grows in the first second."""
-STILL_SHARE = 0.5
-"""Share of clips that begin with the still picture, like every served stream."""
-VALIDATION_CLIPS = 8
 HEAD_SCALE = 0.3
 """Factor of the weights of the first pictures, because grey pictures are a better start than noise."""
 OPEN_SHARE = 0.6
 """Share of the stills whose mouth is open."""
 STATISTICS_CLIPS = 64
 """Number of training clips for the means and deviations of the latents."""
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -94,37 +88,14 @@ def _pass_on(conv: nn.Conv3d) -> None:
         copy.copy_(torch.eye(conv.in_channels))
 
 
-def channels_last(vae: VAE) -> VAE:
+def channels_last(network: Network) -> Network:
     """The same weights in the fastest memory format for torch's convolutions on a CPU."""
-    for module in vae.modules():
+    for module in network.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return vae
-
-
-def mouth_region(size: int) -> tuple[slice, slice]:
-    """Rows and columns of a picture that contain the mouth, open or closed."""
-    left, top, right, bottom = (round(edge * size / UNITS) for edge in MOUTH_BOX)
-    return slice(top, bottom), slice(left, right)
-
-
-def mouth_surroundings(size: int) -> tuple[slice, slice]:
-    """Rows and columns, in pixels, of the latents' cells that overlap the mouth."""
-    rows, columns = (
-        slice(span.start // SPATIAL_STRIDE * SPATIAL_STRIDE, -(-span.stop // SPATIAL_STRIDE) * SPATIAL_STRIDE)
-        for span in mouth_region(size)
-    )
-    return rows, columns
-
-
-def draw_video(clip: Clip, frames: int, draw: torch.Generator) -> Tensor:
-    """A piece of a clip, [1, 3, frames, H, W]: its start after the still picture, or any other."""
-    if torch.rand((), generator=draw) < STILL_SHARE:
-        return pixels(np.concatenate([clip.picture[None], clip.frames[: frames - 1]]))
-    first = int(torch.randint(len(clip.frames) - frames + 1, (), generator=draw))
-    return pixels(clip.frames[first : first + frames])
+    return network
 
 
 def draw_still(draw: torch.Generator, side: int) -> Array:
@@ -189,48 +160,14 @@ def fold(vae: VAE, mean: Tensor, deviation: Tensor) -> None:
     vae.conv2.weight *= deviation.reshape(1, -1, 1, 1, 1)
 
 
-def psnr(made: Tensor, true: Tensor) -> float:
-    """Peak signal to noise ratio in dB of pixels in -1..1."""
-    return float(-10 * torch.log10((made - true).square().mean() / 4))
+class VAETraining(ReconstructionTraining):
+    """A stage that trains the VAE."""
 
+    part = "vae"
 
-class VAETraining:
-    """Shared base of both stages; see `training.loop.Stage`."""
-
-    def __init__(self, config: TrainingConfig, name: str, settings: ReconstructionStage, vae: VAE) -> None:
-        self._settings = settings
-        self._stream = config.system.stream
-        self._key = (config.seed, name)
-        self._vae = vae
-        self._weights = self._pixel_weights()
-        self.modules: Mapping[str, nn.Module] = {"vae": self._vae}
-        self.optimizers: Mapping[str, Optimizer] = {
-            "vae": AdamW(self._vae.parameters(), weight_decay=self._settings.weight_decay)
-        }
-
-    def step(self, number: int) -> dict[str, float]:
-        """Stills of many faces at once, or clips one after another, and one update for all.
-
-        `loss` is the minimised loss, `error` the plain L1.
-        """
-        draw = generator(*self._key, number)
-        self.optimizers["vae"].zero_grad()
-        figures = self._learn(number, draw)
-        norm = clip_gradients(list(self._vae.parameters()), self._settings.clip_norm)
-        self.optimizers["vae"].step()
-        return {**mean(figures), "gradient_norm": norm}
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """PSNR in dB of streams of unseen faces after the decoder's warm-up, whole and around the mouth."""
-        side = self._stream.height
-        rows, columns = mouth_region(side)
-        ratios = []
-        for seed in range(VALIDATION_CLIPS):
-            made, true = self._streamed(make_clip(Split.VALIDATION, seed, CLIP_BLOCKS, side))
-            mouth = psnr(made[..., rows, columns], true[..., rows, columns])
-            ratios.append({"psnr": psnr(made, true), "mouth_psnr": mouth})
-        return mean(ratios)
+    def __init__(self, config: TrainingConfig, name: str, settings: VAEReconstructionStage, vae: VAE) -> None:
+        super().__init__(config, name, settings, vae)
+        self._vae, self._smooth_weight = vae, settings.smooth_weight
 
     @torch.no_grad()
     def outputs(self) -> Mapping[str, nn.Module]:
@@ -240,55 +177,19 @@ class VAETraining:
         fold(self._vae, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
         return {"vae": self._vae}
 
-    @property
-    def _warm_up(self) -> int:
-        """Number of frames of the still picture in the decoder's warm-up."""
-        return 1 + TEMPORAL_STRIDE * (self._stream.decoder_warmup_latents - 1)
+    def _shown(self, video: Tensor) -> Tensor:
+        return reconstruct(self._vae, video, Streams())[0]
 
-    def _pixel_weights(self) -> Tensor:
-        """[H, W] of mean 1: `mouth_weight` around the mouth against 1 elsewhere."""
-        weights = torch.ones(self._stream.height, self._stream.width)
-        weights[mouth_region(self._stream.height)] = self._settings.mouth_weight
-        return weights / weights.mean()
-
-    def _served(self, clip: Clip) -> Tensor:
-        """The clip as in a stream, after the still picture of the decoder's warm-up."""
-        still = np.repeat(clip.picture[None], self._warm_up, axis=0)
-        return pixels(np.concatenate([still, clip.frames]))
-
-    def _streamed(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """The clip's reconstruction, and the clip itself."""
-        video = self._served(clip)
-        made, _ = reconstruct(self._vae, video, Streams())
-        return made[:, :, self._warm_up :].clamp(-1, 1), video[:, :, self._warm_up :]
-
-    def _draw_clip(self, draw: torch.Generator) -> Clip:
-        seed = int(torch.randint(2**31, (), generator=draw))
-        return make_clip(Split.TRAIN, seed, CLIP_BLOCKS, self._stream.height)
-
-    def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
-        """Adds a step's gradients."""
-        raise NotImplementedError
-
-    def _learn_piece(self, draw: torch.Generator, shares: int) -> dict[str, float]:
-        """Adds the gradient of a piece of a clip, with weight 1 / `shares`."""
-        video = draw_video(self._draw_clip(draw), self._settings.frames, draw)
-        return self._learn_video(video, self._weights, shares)
-
-    def _learn_video(self, video: Tensor, weights: Tensor, shares: int) -> dict[str, float]:
+    def _learn_video(self, video: Tensor, weights: Tensor, draw: torch.Generator, shares: int) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16):  # torch's 3-D convolutions in float32 are ten times slower
             made, latents = reconstruct(self._vae, video, Streams())
         return self._descend(made, video, latents, weights, shares)
 
     def _descend(self, made: Tensor, true: Tensor, latents: Tensor, weights: Tensor, shares: int) -> dict[str, float]:
         error = (made - true).abs()
-        loss = (weights * self._penalty(error)).mean() + self._settings.smooth_weight * latents.square().mean()
+        loss = (weights * self._penalty(error)).mean() + self._smooth_weight * latents.square().mean()
         (loss / shares).backward()
         return {"loss": loss.item(), "error": error.mean().item()}
-
-    def _penalty(self, error: Tensor) -> Tensor:
-        """The loss of absolute errors."""
-        return error
 
 
 class PictureTraining(VAETraining):
@@ -301,7 +202,7 @@ class PictureTraining(VAETraining):
     def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
         if number <= self._still_steps:
             return [self._learn_stills(draw)]
-        return [self._learn_piece(draw, self._settings.batch) for _ in range(self._settings.batch)]
+        return super()._learn(number, draw)
 
     def _learn_stills(self, draw: torch.Generator) -> dict[str, float]:
         """Adds the gradient of a batch of first frames, each of another face."""
@@ -318,36 +219,13 @@ class PictureTraining(VAETraining):
         return made[0], latent[0]
 
 
-class MouthTraining(VAETraining):
-    """The second stage."""
-
-    def __init__(self, config: TrainingConfig, vae: VAE) -> None:
-        super().__init__(config, MOUTHS, config.mouths, vae)
-        self._mouths, self._square = config.mouths.mouth_batch, config.mouths.square_weight
-
-    def _penalty(self, error: Tensor) -> Tensor:
-        return error + self._square * error.square()
-
-    def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
-        pieces, mouths = self._settings.batch, self._mouths
-        figures = [self._learn_piece(draw, pieces + mouths) for _ in range(pieces)]
-        return figures + [self._learn_mouth(draw, pieces + mouths) for _ in range(mouths)]
-
-    def _learn_mouth(self, draw: torch.Generator, shares: int) -> dict[str, float]:
-        """Adds the gradient of the mouth's region in a whole clip, with weight 1 / `shares`."""
-        clip = self._draw_clip(draw)
-        rows, columns = mouth_surroundings(self._stream.height)
-        video = pixels(np.concatenate([clip.picture[None], clip.frames]))[..., rows, columns]
-        return self._learn_video(video, self._weights[rows, columns], shares)
-
-
 def make_stage(config: TrainingConfig) -> PictureTraining:
     """The first stage."""
     return PictureTraining(config, fresh_vae(config.system.vae, generator(config.seed, STAGE, "start")))
 
 
-def make_mouth_stage(config: TrainingConfig, out: Path) -> MouthTraining:
+def make_mouth_stage(config: TrainingConfig, out: Path) -> VAETraining:
     """The second stage, on the first stage's VAE in the run's folder `out`. Raises `CheckpointError`."""
     vae = VAE(config.system.vae)
     load_weights(out / VAE_FILE, vae, trainable=True)
-    return MouthTraining(config, channels_last(vae))
+    return VAETraining(config, MOUTHS, config.mouths, channels_last(vae))

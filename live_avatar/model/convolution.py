@@ -30,7 +30,7 @@ def causal_conv(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor,
     return _sum_of_taps(x, history, weight, bias, time_stride)
 
 
-def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 3x3 convolution of the nearest neighbours at twice the size, as one 2x2 convolution at the size of x.
 
     x [T, C, h, w], weight [C', C, 3, 3], bias [C'] -> [T, C', 2h, 2w]. An output pixel has four different neighbours,
@@ -39,7 +39,8 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     height, width = x.shape[2:]
     phases = [phase for rows in _phases(weight.float(), 2) for phase in _phases(rows, 3)]
-    made = F.conv2d(x, torch.cat(phases).to(weight.dtype), bias.repeat(4), padding=1).chunk(4, dim=1)
+    repeated = None if bias is None else bias.repeat(4)
+    made = F.conv2d(x, torch.cat(phases).to(weight.dtype), repeated, padding=1).chunk(4, dim=1)
     rows = [
         torch.stack([made[2 * row + column][..., row : row + height, column : column + width] for column in (0, 1)], -1)
         for row in (0, 1)

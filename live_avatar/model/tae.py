@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from live_avatar.config import TEMPORAL_STRIDE, TAEConfig
+from live_avatar.model.convolution import upsampled_conv
 
 SOFT_LIMIT = 3.0
 """Latents are squashed into -3..3."""
@@ -50,6 +51,17 @@ class TimeGrowth(nn.Module):
         return self.conv(x).reshape(-1, *x.shape[1:])
 
 
+class UpsampledConv(nn.Conv2d):
+    """A 3x3 convolution of the nearest neighbours at twice the size, without a bias."""
+
+    def __init__(self, channels: int, made: int) -> None:
+        super().__init__(channels, made, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C, h, w] -> [T, C', 2h, 2w]."""
+        return upsampled_conv(x, self.weight)
+
+
 class SoftClamp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x / SOFT_LIMIT).tanh() * SOFT_LIMIT
@@ -66,9 +78,9 @@ class TAE(nn.Module):
         for (width, next_width), factor in zip(pairwise(config.channels), config.time_upscale, strict=True):
             layers += [
                 *(MemoryBlock(width) for _ in range(config.memory_blocks)),
-                nn.Upsample(scale_factor=2),
+                nn.Identity(),  # upsamples in the official network; here the growth, which is 1x1, comes before it
                 TimeGrowth(width, factor),
-                nn.Conv2d(width, next_width, 3, padding=1, bias=False),
+                UpsampledConv(width, next_width),
             ]
         self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(last, 3, 3, padding=1))
 

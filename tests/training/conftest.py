@@ -18,9 +18,10 @@ from live_avatar.model.dit import CausalDiT
 from live_avatar.runtime import Graph
 from live_avatar.runtime.torch_runtime import TorchRuntime
 from tests.tolerances import STREAMED
-from training import encoders, vae
+from training import encoders, reconstruction, vae
 from training.config import (
     DataConfig,
+    DecoderStage,
     DistillationStage,
     DiTStage,
     EncoderStage,
@@ -125,6 +126,7 @@ def toy_config(**changes: Any) -> TrainingConfig:
         "vae": VAEStage(**few, frames=5),
         "mouths": MouthStage(**few, frames=5, mouth_batch=1),
         "encoders": EncoderStage(**few),
+        "decoder": DecoderStage(**few, frames=5, mouth_batch=1, channels=(16, 8, 8, 8)),
         "teacher": TeacherStage(**few, blocks=2),
         "stage1": DiTStage(**few, blocks=2),
         "stage2": DistillationStage(**few, blocks=2, fake_steps=1),
@@ -153,7 +155,7 @@ def signals() -> Iterator[None]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small preset among the known ones; the VAE stage looks at few clips."""
     monkeypatch.setitem(cast(dict[str, Preset], PRESETS), SMALL.name, SMALL)
-    monkeypatch.setattr(vae, "VALIDATION_CLIPS", 1)
+    monkeypatch.setattr(reconstruction, "VALIDATION_CLIPS", 1)
     monkeypatch.setattr(vae, "STATISTICS_CLIPS", 2)
     monkeypatch.setattr(encoders, "VALIDATION_UTTERANCES", 2)
     monkeypatch.setattr(encoders, "VALIDATION_PROMPTS", 4)

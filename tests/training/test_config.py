@@ -12,7 +12,9 @@ from training.config import LoRAConfig, load
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 STAGE = "steps = 2\nbatch = 1\nlearning_rate = 1e-3\n"
-WHOLE = "".join(f"[{name}]\n{STAGE}" for name in ("vae", "mouths", "encoders", "teacher", "stage1", "stage2"))
+WHOLE = "".join(
+    f"[{name}]\n{STAGE}" for name in ("vae", "mouths", "encoders", "decoder", "teacher", "stage1", "stage2")
+)
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -38,7 +40,11 @@ def test_values_come_from_the_file_and_defaults_from_the_paper(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("[vae]", "sed = 1\n[vae]", "there is no key 'sed'; the keys there are data, encoders, mouths, preset, seed,"),
+        (
+            "[vae]",
+            "sed = 1\n[vae]",
+            "there is no key 'sed'; the keys there are data, decoder, encoders, mouths, preset, seed,",
+        ),
         ("batch", "bacth", "there is no key 'vae.bacth'; the keys there are batch, checkpoint_every,"),
         ("steps = 2\n", "", "key 'vae.steps' is missing; it has no default."),
         ("[encoders]\n" + STAGE, "", "key 'encoders' is missing; it has no default."),
@@ -58,6 +64,16 @@ def test_values_come_from_the_file_and_defaults_from_the_paper(tmp_path: Path) -
         ),
         ("[vae]", "preset = 'tinny'\n[vae]", "there is no preset 'tinny'; choose one of s2v-14b, tiny."),
         ("[vae]", "preset = 's2v-14b'\n[vae]", "key 'preset' is 's2v-14b', whose encoders are the official ones; only"),
+        (
+            "[decoder]\n",
+            "[decoder]\nchannels = [8, 0]\n",
+            "key 'decoder.channels' is [8, 0]; expected whole numbers above 0, such as [2, 1].",
+        ),
+        (
+            "[decoder]\n",
+            "[decoder]\nchannels = [8]\n",
+            "in [decoder], channels (8,) are 1 widths; time_upscale (1, 2, 2)",
+        ),
         ("[stage2]", "[stage2.lora]\nrank = 0\nalpha = 1\n[stage2]", "in [stage2.lora], key 'rank' is 0; expected at"),
     ],
 )

@@ -18,19 +18,15 @@ from training.checkpoints import save_weights
 from training.config import TrainingConfig
 from training.data.clips import Clip, Split, make_clip
 from training.encoded import pixels
+from training.reconstruction import CLIP_BLOCKS, draw_video, mouth_region, mouth_surroundings, psnr
 from training.vae import (
-    CLIP_BLOCKS,
     VAE_FILE,
     Streams,
     VAETraining,
-    draw_video,
     fold,
     fresh_vae,
     make_mouth_stage,
     make_stage,
-    mouth_region,
-    mouth_surroundings,
-    psnr,
     reconstruct,
 )
 
@@ -121,10 +117,10 @@ def test_the_mouth_stage_keeps_the_rest_of_the_picture_in_mind(tmp_path: Path, m
     seen: list[tuple[list[int], int]] = []
     learn = stage._learn_video
 
-    def noted(video: Tensor, weights: Tensor, shares: int) -> dict[str, float]:
+    def noted(video: Tensor, weights: Tensor, draw: torch.Generator, shares: int) -> dict[str, float]:
         assert weights.shape == video.shape[-2:]
         seen.append(([*video.shape], shares))
-        return learn(video, weights, shares)
+        return learn(video, weights, draw, shares)
 
     monkeypatch.setattr(stage, "_learn_video", noted)
     stage.step(1)
