@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner, Result
 
 from export.synthetic import official_preset, write_checkpoint
-from live_avatar.cli.main import main as cli
 from live_avatar.config import Preset, VAEConfig
 from live_avatar.model.networks import meta_dit
 from live_avatar.weights.checkpoint import open_checkpoint
@@ -100,16 +99,6 @@ def test_both_stages_make_an_adapter_that_the_core_merges(toy: AdapterRun, check
     assert all(name.rpartition(".")[0].endswith(("q", "k", "v", "o", "ffn.0", "ffn.2")) for name in changed)
     again = toy("all")
     assert again.exit_code == 0, again.output
-
-
-@pytest.mark.slow  # an export of its own
-def test_the_export_takes_the_adapter(toy: AdapterRun, checkpoint: Path, tmp_path: Path) -> None:
-    assert toy("all").exit_code == 0
-    words = ["export", "--checkpoint", str(checkpoint), "--lora", str(toy.out / "stage2" / "lora.safetensors")]
-    done = CliRunner().invoke(cli, [*words, "--height", "64", "--width", "64", "--output", str(tmp_path / "artifacts")])
-    assert done.exit_code == 0, done.output
-    weights = json.loads((tmp_path / "artifacts" / "manifest.json").read_text())["weights"]["dit"]
-    assert weights["lora_scale"] == 2.0
 
 
 def test_stages_of_drawn_faces_are_not_of_a_checkpoint(toy: AdapterRun) -> None:
