@@ -39,8 +39,8 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """
     height, width = x.shape[2:]
     phases = [phase for rows in _phases(weight.float(), 2) for phase in _phases(rows, 3)]
-    repeated = None if bias is None else bias.repeat(4)
-    made = F.conv2d(x, torch.cat(phases).to(weight.dtype), repeated, padding=1).chunk(4, dim=1)
+    four = torch.cat(phases).to(weight.dtype)
+    made = F.conv2d(x, four, None if bias is None else bias.repeat(4), padding=1).chunk(4, dim=1)
     rows = [
         torch.stack([made[2 * row + column][..., row : row + height, column : column + width] for column in (0, 1)], -1)
         for row in (0, 1)
