@@ -91,6 +91,10 @@ class ReconstructionStage(StageConfig):
     """1 + a multiple of 4 video frames."""
     mouth_weight: float = 4.0
     """Weight of the pixels around the mouth in the reconstruction loss, against 1 elsewhere."""
+    still_steps: int = 0
+    """Number of steps at the start that train on single pictures instead of clips."""
+    still_batch: int = 8
+    """Number of pictures in such a step, each of another face."""
     mouth_batch: int = 0
     """Whole clips, cut to the region of the mouth, in a step in addition to its `batch` pieces of clips."""
     square_weight: float = 0.0
@@ -102,6 +106,8 @@ class ReconstructionStage(StageConfig):
         whole = self.frames > TEMPORAL_STRIDE and self.frames % TEMPORAL_STRIDE == 1
         _expect(self, "frames", whole, f"1 + a multiple of {TEMPORAL_STRIDE}")
         _above_zero(self, "mouth_weight")
+        _expect(self, "still_steps", self.still_steps >= 0, "0 or more")
+        _at_least_one(self, "still_batch")
         _expect(self, "mouth_batch", self.mouth_batch >= 0, "0 or more")
         _expect(self, "square_weight", self.square_weight >= 0, "0 or more")
 
@@ -121,11 +127,6 @@ class VAEReconstructionStage(ReconstructionStage):
 @dataclass(frozen=True)
 class VAEStage(VAEReconstructionStage):
     """Stage 0a: the video VAE, on reconstruction of rendered clips."""
-
-    still_steps: int = 0
-    """Number of steps at the start that train on single pictures instead of clips."""
-    still_batch: int = 8
-    """Number of pictures in such a step, each of another face."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from live_avatar.arrays import Array
 from live_avatar.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from training.config import ReconstructionStage, TrainingConfig
 from training.data.canvas import UNITS
-from training.data.clips import Clip, make_clip
-from training.data.face import MOUTH_BOX
+from training.data.clips import SWAY, Clip, make_clip
+from training.data.face import MOUTH_BOX, Face, Pose
+from training.data.identity import draw_identity
 from training.data.split import Split
 from training.encoded import pixels
 from training.logs import mean
@@ -29,6 +31,8 @@ CLIP_BLOCKS = 3
 STILL_SHARE = 0.5
 """Share of clips that begin with the still picture, like every served stream."""
 VALIDATION_CLIPS = 8
+OPEN_SHARE = 0.6
+"""Share of the stills whose mouth is open."""
 
 
 def mouth_region(size: int) -> tuple[slice, slice]:
@@ -54,6 +58,22 @@ def draw_video(clip: Clip, frames: int, draw: torch.Generator) -> Tensor:
     return pixels(clip.frames[first : first + frames])
 
 
+def draw_still(draw: torch.Generator, side: int) -> Array:
+    """A training face in any pose and with any mouth, uint8 [side, side, 3]."""
+    face = Face(draw_identity(Split.TRAIN, int(torch.randint(2**31, (), generator=draw))), side)
+    opening, width, lid, x, y, angle, talks = torch.rand(7, generator=draw).tolist()
+    return face.frame(
+        Pose(
+            opening=opening if talks < OPEN_SHARE else 0.0,
+            width=width,
+            lid=max(0.0, 5 * lid - 4),
+            x=(2 * x - 1) * SWAY[0],
+            y=(2 * y - 1) * SWAY[1],
+            angle=(2 * angle - 1) * SWAY[2],
+        )
+    )
+
+
 def psnr(made: Tensor, true: Tensor) -> float:
     """Peak signal to noise ratio in dB of pixels in -1..1."""
     return float(-10 * torch.log10((made - true).square().mean() / 4))
@@ -62,7 +82,8 @@ def psnr(made: Tensor, true: Tensor) -> float:
 class ReconstructionTraining:
     """Shared base of the stages that learn to give frames back; see `training.loop.Stage`.
 
-    A step learns `batch` pieces of clips and `mouth_batch` whole clips that are cut to the region of the mouth.
+    The first `still_steps` steps learn single pictures, for the frames of a clip are too similar to learn colours and
+    faces quickly. A later step learns `batch` pieces of clips, and `mouth_batch` whole clips that are cut to the mouth.
     """
 
     part: ClassVar[str]
@@ -130,6 +151,8 @@ class ReconstructionTraining:
 
     def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
         """Adds a step's gradients."""
+        if number <= self._settings.still_steps:
+            return self._learn_stills(draw)
         pieces, mouths = self._settings.batch, self._settings.mouth_batch
         figures = [self._learn_piece(draw, pieces + mouths) for _ in range(pieces)]
         return figures + [self._learn_mouth(draw, pieces + mouths) for _ in range(mouths)]
@@ -145,6 +168,12 @@ class ReconstructionTraining:
         rows, columns = mouth_surroundings(self._stream.height)
         video = pixels(np.concatenate([clip.picture[None], clip.frames]))[..., rows, columns]
         return self._learn_video(video, self._weights[rows, columns], draw, shares)
+
+    def _learn_stills(self, draw: torch.Generator) -> list[dict[str, float]]:
+        """Adds the gradient of a batch of first frames, each of another face."""
+        count, side = self._settings.still_batch, self._stream.height
+        stills = (pixels(draw_still(draw, side)[None]) for _ in range(count))
+        return [self._learn_video(still, self._weights, draw, count) for still in stills]
 
     def _learn_video(self, video: Tensor, weights: Tensor, draw: torch.Generator, shares: int) -> dict[str, float]:
         """Adds the gradient of a video [1, 3, T, H, W] whose pixels count by `weights` [H, W]."""

@@ -21,18 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from live_avatar.arrays import Array
 from live_avatar.config import VAEConfig
 from live_avatar.model.vae import VAE, Downsample, Residual, Upsample
 from training.checkpoints import load_weights
 from training.config import TrainingConfig, VAEReconstructionStage
-from training.data.clips import SWAY, make_clip
-from training.data.face import Face, Pose
-from training.data.identity import draw_identity
+from training.data.clips import make_clip
 from training.data.split import Split
 from training.encoded import pixels
 from training.loop import generator
-from training.reconstruction import CLIP_BLOCKS, ReconstructionTraining
+from training.reconstruction import CLIP_BLOCKS, ReconstructionTraining, draw_still
 
 STAGE = "vae"
 MOUTHS = "mouths"
@@ -40,8 +37,6 @@ VAE_FILE = f"{STAGE}/vae.safetensors"
 """File of the first stage in a run's folder."""
 HEAD_SCALE = 0.3
 """Factor of the weights of the first pictures, because grey pictures are a better start than noise."""
-OPEN_SHARE = 0.6
-"""Share of the stills whose mouth is open."""
 STATISTICS_CLIPS = 64
 """Number of training clips for the means and deviations of the latents."""
 
@@ -96,22 +91,6 @@ def channels_last(network: Network) -> Network:
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
-
-
-def draw_still(draw: torch.Generator, side: int) -> Array:
-    """A training face in any pose and with any mouth, uint8 [side, side, 3]."""
-    face = Face(draw_identity(Split.TRAIN, int(torch.randint(2**31, (), generator=draw))), side)
-    opening, width, lid, x, y, angle, talks = torch.rand(7, generator=draw).tolist()
-    return face.frame(
-        Pose(
-            opening=opening if talks < OPEN_SHARE else 0.0,
-            width=width,
-            lid=max(0.0, 5 * lid - 4),
-            x=(2 * x - 1) * SWAY[0],
-            y=(2 * y - 1) * SWAY[1],
-            angle=(2 * angle - 1) * SWAY[2],
-        )
-    )
 
 
 @dataclass
@@ -191,27 +170,13 @@ class VAETraining(ReconstructionTraining):
         (loss / shares).backward()
         return {"loss": loss.item(), "error": error.mean().item()}
 
-
-class PictureTraining(VAETraining):
-    """The first stage."""
-
-    def __init__(self, config: TrainingConfig, vae: VAE) -> None:
-        super().__init__(config, STAGE, config.vae, vae)
-        self._still_steps, self._still_batch = config.vae.still_steps, config.vae.still_batch
-
-    def _learn(self, number: int, draw: torch.Generator) -> list[dict[str, float]]:
-        if number <= self._still_steps:
-            return [self._learn_stills(draw)]
-        return super()._learn(number, draw)
-
-    def _learn_stills(self, draw: torch.Generator) -> dict[str, float]:
-        """Adds the gradient of a batch of first frames, each of another face."""
+    def _learn_stills(self, draw: torch.Generator) -> list[dict[str, float]]:
         side = self._stream.height
-        video = pixels(np.stack([draw_still(draw, side) for _ in range(self._still_batch)]))
+        video = pixels(np.stack([draw_still(draw, side) for _ in range(self._settings.still_batch)]))
         stills = video.transpose(0, 2)  # [batch, 3, 1, H, W]
         with sdpa_kernel(SDPBackend.MATH):  # the version that vmap can batch
             made, latents = torch.vmap(self._first)(stills)
-        return self._descend(made, stills, latents, self._weights, 1)
+        return [self._descend(made, stills, latents, self._weights, 1)]
 
     def _first(self, still: Tensor) -> tuple[Tensor, Tensor]:
         """[3, 1, H, W] as the first frame of a stream, and its latent."""
@@ -219,9 +184,9 @@ class PictureTraining(VAETraining):
         return made[0], latent[0]
 
 
-def make_stage(config: TrainingConfig) -> PictureTraining:
+def make_stage(config: TrainingConfig) -> VAETraining:
     """The first stage."""
-    return PictureTraining(config, fresh_vae(config.system.vae, generator(config.seed, STAGE, "start")))
+    return VAETraining(config, STAGE, config.vae, fresh_vae(config.system.vae, generator(config.seed, STAGE, "start")))
 
 
 def make_mouth_stage(config: TrainingConfig, out: Path) -> VAETraining:
