@@ -5,8 +5,8 @@ own caches, sink and text keys and values. So a block's error is that of the net
 not of latents that have drifted apart. The sink stays that of the picture. From block 4 on the ring is full. FP8 is
 calibrated on a stream of another seed.
 
-The weights are random, and random weights have no outliers. So the figures show the error of the arithmetic, and not
-the quality of pictures with trained weights.
+`tiny` has the weights of the package. Those of a cut are random, and random weights have no outliers: its figures show
+the error of the arithmetic, and not the quality of pictures with trained weights.
 """
 
 from __future__ import annotations
@@ -211,13 +211,14 @@ def main(dim: int | None, layers: int, side: int, blocks: int, json_path: Path |
     except LiveAvatarError as error:
         raise click.ClickException(str(error)) from error
     click.echo(table(found))
-    click.echo("Relative RMS error / cosine of the velocity, against float32; random weights.")
+    weights = "of the package, trained" if dim is None else f"random, seed {preset.weight_seed}"
+    click.echo(f"Relative RMS error / cosine of the velocity, against float32; weights: {weights}.")
     report = {
         "command": shlex.join(["python", "-m", "perf.fp8_error", *sys.argv[1:]]),
         "preset": preset.name,
         "dit": asdict(preset.dit),
         "picture": f"{preset.stream.width}x{preset.stream.height}",
-        "weights": f"random, seed {preset.weight_seed}",
+        "weights": weights,
         "environment": environment("torch", "onnxruntime"),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
         "results": [asdict(error) for error in found],
