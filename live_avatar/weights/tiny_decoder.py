@@ -1,10 +1,11 @@
-"""The file of a tiny decoder, as the community publishes it: `taew2_1.safetensors` or `taew2_1.pth`."""
+"""The file of a tiny decoder: the package's own, or `taew2_1.safetensors` or `.pth` as the community publishes it."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
+from live_avatar.assets import TINY_WEIGHTS
 from live_avatar.config import LATENT_CHANNELS, TINY_DECODER, TAEConfig
 from live_avatar.errors import CheckpointError, ConfigError
 from live_avatar.weights.tensors import (
@@ -22,13 +23,19 @@ FIRST, LAST = "decoder.1.weight", "decoder.22.weight"
 GROWTHS = ("decoder.7.conv.weight", "decoder.13.conv.weight", "decoder.19.conv.weight")
 WIDENINGS = ("decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
 ENCODER = "encoder."
+SHIPPED = "tiny"
+"""Stands for the file of the package."""
+SHIPPED_FILE = TINY_WEIGHTS / "tae.safetensors"
 
 
 def with_tiny_decoder(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     """The checkpoint with a tiny decoder in the place of the VAE's; reads no tensor.
 
-    The file's encoder is left out. Raises `CheckpointError` for a file that is not whole, or is of another network.
+    path: the file, or `SHIPPED`. The file's encoder is left out. Raises `CheckpointError` for a file that is not whole,
+    or is of another network, and for the package's own decoder with a VAE that is not the package's.
     """
+    if path == Path(SHIPPED):
+        path = _shipped(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"decoder file {path} does not exist; give {TAKEN}.")
     stored: Weights = SafetensorsWeights(path) if path.suffix == ".safetensors" else TorchFileWeights(path)
@@ -39,6 +46,16 @@ def with_tiny_decoder(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{error} Expected {TAKEN}.") from error
     return dataclasses.replace(checkpoint, preset=preset, parts={**checkpoint.parts, TINY_DECODER: decoder})
+
+
+def _shipped(checkpoint: Checkpoint) -> Path:
+    vae = checkpoint.parts["vae"]
+    if list(vae.files) != [TINY_WEIGHTS / "vae.safetensors"]:
+        raise CheckpointError(
+            f"decoder {SHIPPED!r} decodes the latents of the package's own VAE, but this VAE is {vae.origin}; give a "
+            "decoder that was trained with it, as `python -m training.run --stage decoder` does."
+        )
+    return SHIPPED_FILE
 
 
 def _config(weights: Weights) -> TAEConfig:

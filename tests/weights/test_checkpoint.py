@@ -13,7 +13,7 @@ from torch import Tensor
 
 from export.synthetic import official_preset, write_checkpoint
 from live_avatar.assets import TINY_WEIGHTS
-from live_avatar.config import NETWORK_NAMES, PRECISIONS, S2V_14B, TINY
+from live_avatar.config import NETWORK_NAMES, PRECISIONS, S2V_14B, TINY, TINY_DECODER
 from live_avatar.errors import CheckpointError
 from live_avatar.model.networks import Networks, meta_networks
 from live_avatar.weights.checkpoint import load_networks, modulation_networks, open_checkpoint
@@ -115,7 +115,7 @@ def test_networks_of_the_tiny_sizes_have_the_weights_of_the_package(drawn: Netwo
 
 def test_the_weights_of_the_package_are_small() -> None:
     files = list(TINY_WEIGHTS.glob("*.safetensors"))
-    assert {file.stem for file in files} == set(NETWORK_NAMES)
+    assert {file.stem for file in files} == {*NETWORK_NAMES, TINY_DECODER}
     assert sum(file.stat().st_size for file in files) < 20_000_000
 
 

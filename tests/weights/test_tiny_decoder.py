@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from live_avatar.assets import TINY_WEIGHTS
 from live_avatar.config import S2V_14B, TINY, TINY_DECODER, TAEConfig
 from live_avatar.errors import CheckpointError
 from live_avatar.graphs.contract import contracts
 from live_avatar.graphs.memory import decoder_memory
 from live_avatar.weights.checkpoint import load_networks, open_checkpoint
-from live_avatar.weights.tiny_decoder import TAKEN, with_tiny_decoder
+from live_avatar.weights.tiny_decoder import SHIPPED_FILE, TAKEN, with_tiny_decoder
 from tests.support.repository import ROOT
+from training.config import load
+from training.data.clips import Split, make_clip
+from training.decoder import decoded
+from training.encoded import pixels
+from training.reconstruction import psnr
+from training.vae import Streams, reconstruct
 
+LEAST_PSNR_DB = 27.0
 FILE = ROOT / "tests/golden/data/tae_weights.safetensors"
 Tensors = dict[str, Tensor]
 
@@ -42,6 +52,31 @@ def test_the_sizes_are_those_of_the_file(tensors: Tensors, tmp_path: Path, name:
     assert decoder.state_dict().keys() == tensors.keys()
     assert all(torch.equal(value, tensors[key]) for key, value in decoder.state_dict().items())
     assert list(checkpoint.parts[TINY_DECODER].files) == [path]
+
+
+def test_the_word_tiny_is_the_decoder_of_the_packages_own_vae(tmp_path: Path) -> None:
+    for size in ({}, {"height": 64, "width": 128}):
+        checkpoint = with_tiny_decoder(open_checkpoint(TINY.with_stream(**size)), Path("tiny"))
+        assert list(checkpoint.parts[TINY_DECODER].files) == [SHIPPED_FILE]
+        assert checkpoint.preset.tae == load(ROOT / "training/configs/tiny.toml").decoder.network
+    other = replace(TINY, weight_seed=1)
+    with pytest.raises(CheckpointError, match=r"this VAE is random weights of seed 2; give a decoder that was trained"):
+        with_tiny_decoder(open_checkpoint(other), Path("tiny"))
+    copy = shutil.copytree(TINY_WEIGHTS, tmp_path / "copy")
+    with pytest.raises(CheckpointError, match=rf"this VAE is {copy}/vae\.safetensors; give a decoder"):
+        with_tiny_decoder(open_checkpoint(TINY, copy), Path("tiny"))
+
+
+@torch.no_grad()
+def test_the_packages_decoder_gives_the_vaes_frames_softer() -> None:
+    """Of an unseen face that talks, behind the warm-up as a server does it."""
+    networks = load_networks(with_tiny_decoder(open_checkpoint(TINY), Path("tiny")))
+    clip = make_clip(Split.TEST, 0, 2)
+    video = pixels(np.concatenate([np.repeat(clip.picture[None], 25, axis=0), clip.frames]))
+    exact, latents = reconstruct(networks.vae, video, Streams())
+    assert networks.tae is not None
+    softer = decoded(networks.tae, latents)
+    assert psnr(softer[:, :, 25:], exact[:, :, 25:]) > LEAST_PSNR_DB
 
 
 @pytest.mark.slow
