@@ -49,7 +49,7 @@ talk: $(INSTALLED) ## Talk to the avatar on a page in your browser, until Ctrl-C
 	@$(BIN)/live-avatar talk
 
 # Processes that run the tests, each a file at a time: more than two cores, since tests wait for servers. 0: none but pytest.
-WORKERS := 3
+WORKERS := 4
 
 # The type checker uses one core for a minute, so it runs beside the tests.
 .PHONY: test

@@ -1,4 +1,8 @@
-"""The start of a session with new avatars and with a known one."""
+"""The start of a session with new avatars and with a known one.
+
+The parts of TTFF are those of the session's own stages. A new avatar is prepared before its session, beside the pipe:
+that time is in `rest_s`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from perf.scenario import Context, Figures, Scenario, check
 from perf.scenarios.realtime import MOST_OVER_PARTS
 
 REPEATS, QUICK_REPEATS = 9, 2
+MOST_OVER_PARTS_AT_HAND = 1.25
+"""Without the wait for a block the parts are 70 to 150 ms, and serving adds 13 to 16."""
 KNOWN = "A person whom the server knows by now."
 
 
@@ -37,7 +43,10 @@ def measure(context: Context) -> Figures:
         "first_after_the_start_ttff_s": first.received_s - first.begun_s,
         "spoken": {kind: _summary(found) for kind, found in spoken.items()},
         "speech_at_hand": {kind: _summary(found) for kind, found in at_hand.items()},
-        "checks": [_check("spoken", "known", spoken["known"]), *(_check("at hand", k, f) for k, f in at_hand.items())],
+        "checks": [
+            _check("spoken", spoken["known"], MOST_OVER_PARTS),
+            _check("at hand", at_hand["known"], MOST_OVER_PARTS_AT_HAND),
+        ],
     }
     ways = {"spoken": spoken, "at hand": at_hand}
     _picture(context, {f"{how}, {kind}": found for how, of in ways.items() for kind, found in of.items()})
@@ -68,9 +77,9 @@ def _over_parts(found: Sequence[FirstFrame]) -> float:
     return median(one.over_parts for one in found)
 
 
-def _check(how: str, kind: str, found: Sequence[FirstFrame]) -> Figures:
-    what = f"TTFF by the sum of its parts, speech {how}, {kind} avatar"
-    return check(what, _over_parts(found), at_most=MOST_OVER_PARTS)
+def _check(how: str, found: Sequence[FirstFrame], at_most: float) -> Figures:
+    what = f"TTFF by the sum of its parts, speech {how}, known avatar"
+    return check(what, _over_parts(found), at_most=at_most)
 
 
 def _picture(context: Context, found: dict[str, list[FirstFrame]]) -> None:
