@@ -26,8 +26,8 @@ model_options = combined(
     click.option(
         "--decoder",
         type=FILE,
-        help="A tiny decoder in the place of the VAE's, much cheaper and softer: the word tiny for the package's own, of "
-        "preset tiny; taew2_1.safetensors or taew2_1.pth for the released model.",
+        help="A tiny decoder in the place of the VAE's, much cheaper and softer: the word tiny for the package's own, "
+        "of preset tiny; taew2_1.safetensors or taew2_1.pth for the released model.",
     ),
     click.option("--precision", type=click.Choice(PRECISIONS), help="Type of large weights, activations and caches."),
     click.option(
