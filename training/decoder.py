@@ -20,14 +20,12 @@ from training.config import TrainingConfig
 from training.encoded import ENCODERS
 from training.loop import generator
 from training.reconstruction import ReconstructionTraining
-from training.vae import Streams, channels_last, reconstruct
+from training.vae import HEAD_SCALE, Streams, channels_last, reconstruct
 
 STAGE = "decoder"
 FILE = f"{STAGE}/tae.safetensors"
 """The trained decoder in a run's folder, for `live-avatar export --decoder`."""
 GREY = 0.5
-HEAD_SCALE = 0.3
-"""Factor of the weights of the first frames, because grey frames are a better start than noise."""
 
 
 @torch.no_grad()

@@ -37,7 +37,10 @@ def with_tiny_decoder(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     if path == Path(SHIPPED):
         path = _shipped(checkpoint)
     if not path.is_file():
-        raise CheckpointError(f"decoder file {path} does not exist; give {TAKEN}.")
+        raise CheckpointError(
+            f"decoder file {path} does not exist; give {TAKEN}; or the word {SHIPPED} for the package's "
+            "own, of preset tiny."
+        )
     stored: Weights = SafetensorsWeights(path) if path.suffix == ".safetensors" else TorchFileWeights(path)
     decoder = RenamedWeights(stored, {name: name for name in stored.shapes() if not name.startswith(ENCODER)})
     preset = dataclasses.replace(checkpoint.preset, tae=_config(decoder))
