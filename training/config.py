@@ -152,7 +152,7 @@ class DecoderStage(ReconstructionStage):
     def __post_init__(self) -> None:
         super().__post_init__()
         _expect(self, "noise", self.noise >= 0, "0 or more")
-        self.network  # noqa: B018
+        TAEConfig(self.channels)  # raises ConfigError
 
     @property
     def network(self) -> TAEConfig:
