@@ -27,6 +27,8 @@ SPATIAL_STRIDE = 8  # pixels per latent pixel
 TEMPORAL_STRIDE = 4  # video frames per latent frame
 PATCH = 2  # latent pixels per token side
 PRECISIONS = ("float32", "float16", "bfloat16")
+KV_CACHE_DTYPES: Mapping[str, str] = {"fp8": "float8_e4m3fn"}
+"""Types that a ring may have beside the precision: name of the option, type name of the contracts."""
 NETWORK_NAMES = ("dit", "vae", "speech", "text")
 """The networks of every preset: fields of `Preset` and of `Networks`, parts of a checkpoint."""
 TINY_DECODER = "tae"
@@ -62,7 +64,6 @@ FRAME_PACKING = (
 )
 """Groups of the frame packer from the newest motion latent to the oldest (spec section 6)."""
 MOTION_LATENTS = sum(group.latents for group in FRAME_PACKING)  # 19
-MOTION_FRAMES = 1 + TEMPORAL_STRIDE * (MOTION_LATENTS - 1)  # 73 video frames
 
 
 def _require(condition: bool, message: str) -> None:
@@ -279,11 +280,8 @@ class StreamConfig:
             f"with a window of {self.speech_window_blocks} blocks.",
         )
         _require(
-            self.decoder_warmup_latents >= 1
-            and self.decoder_warmup_latents <= MOTION_LATENTS
-            and (self.decoder_warmup_latents - 1) % self.frames_per_block == 0,
-            f"decoder_warmup_latents {self.decoder_warmup_latents} must be 1 + a multiple of {self.frames_per_block}, "
-            f"at most {MOTION_LATENTS}.",
+            1 <= self.decoder_warmup_latents <= MOTION_LATENTS,
+            f"decoder_warmup_latents {self.decoder_warmup_latents} must be 1 to {MOTION_LATENTS}.",
         )
 
     @property
@@ -359,11 +357,19 @@ class Preset:
     """Data type of the transformer's large linears, the VAE and the caches; the text encoder has it unless it is
     float16. The transformer's residual stream, norms, modulation and head, and both audio networks, are always float32
     (spec section 16)."""
+    kv_cache_dtype: str | None = None
+    """Type of the keys and values of past blocks, a name of `KV_CACHE_DTYPES`; None is the precision. Sink, text and
+    the current block have the precision in any case."""
 
     def __post_init__(self) -> None:
         _require(
             self.precision in PRECISIONS,
             f"precision {self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.",
+        )
+        _require(
+            self.kv_cache_dtype is None or self.kv_cache_dtype in KV_CACHE_DTYPES,
+            f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; choose one of {', '.join(KV_CACHE_DTYPES)}, or leave "
+            "it out.",
         )
         _require(
             self.dit.audio_dim == self.speech.hidden_size
@@ -376,6 +382,11 @@ class Preset:
             f"the DiT takes text of width {self.dit.text_dim}; the text encoder gives {self.text.d_model}.",
         )
 
+    @property
+    def history_dtype(self) -> str:
+        """Type of the keys and values of past blocks, as contracts name it."""
+        return self.precision if self.kv_cache_dtype is None else KV_CACHE_DTYPES[self.kv_cache_dtype]
+
     def with_stream(self, **changes: Any) -> Preset:
         """The same preset with other fields of its `StreamConfig`."""
         return dataclasses.replace(self, stream=dataclasses.replace(self.stream, **changes))
@@ -383,6 +394,10 @@ class Preset:
     def with_precision(self, precision: str) -> Preset:
         """The same preset with weights, activations and caches of another type."""
         return dataclasses.replace(self, precision=precision)
+
+    def with_kv_cache_dtype(self, dtype: str | None) -> Preset:
+        """The same preset with keys and values of past blocks of another type."""
+        return dataclasses.replace(self, kv_cache_dtype=dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for the manifest of an artifacts folder."""

@@ -110,7 +110,7 @@ def measure(folder: Path, component: str, capability: str) -> Mapping[str, Any]:
     """Builds one engine in memory; gives figures as JSON values."""
     artifacts = load_artifacts(folder)
     options = EngineOptions(TENSORRT_RTX, (capability,))
-    compiler = require_compiler(options, artifacts.preset.precision, artifacts.manifest["fp8"] is not None)
+    compiler = require_compiler(options, artifacts.preset, artifacts.manifest["fp8"] is not None)
     log = heard(compiler.library.trt)
     compiler = replace(compiler, library=replace(compiler.library, logger=log))
     model = onnx.load(artifacts.graph_path(component), load_external_data=False)

@@ -79,8 +79,8 @@ class _Heard:
         self.preset, self.tokenizer, self.zeros = runtime.preset, runtime.tokenizer, runtime.zeros
         self.free_bytes = runtime.free_bytes
         self.modulation = runtime.modulation
-        self._runtime = runtime
         self.velocities: list[Array] = []
+        self._runtime = runtime
 
     def graph(self, component: str) -> Graph:
         graph = self._runtime.graph(component)
@@ -161,9 +161,11 @@ def errors(variant: str, runtime: Runtime, stream: Stream) -> Iterator[Error]:
 def measure(preset: Preset, blocks: int) -> list[Error]:
     """Every variant against float32, one after the other, so that only one has its weights in memory."""
     checkpoint, speech = open_checkpoint(preset), read_speech(SPEECH)
-    narrow = Checkpoint(preset.with_precision("bfloat16"), checkpoint.parts, checkpoint.tokenizer)
+    narrow = replace(checkpoint, preset=preset.with_precision("bfloat16"))
+    fp8_cache = replace(checkpoint, preset=preset.with_kv_cache_dtype("fp8"))
     stream = record(TorchRuntime(checkpoint), speech, blocks)
     found = [*errors("bfloat16", TorchRuntime(narrow), stream)]
+    found += errors("past keys and values in FP8", TorchRuntime(fp8_cache), stream)
     found += errors("FP8 as released", ReleasedFP8(checkpoint), stream)
     seen = max(blocks, preset.stream.sink_update_block or 1)
     calibration = calibrate(checkpoint, PORTRAIT.read_bytes(), DEMO_PROMPT, speech, seen, CALIBRATION_SEED)

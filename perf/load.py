@@ -6,6 +6,7 @@ sends START with the first whole block, so all work for TTFF lies between two of
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from live_avatar.cli.demo import spoken
 from live_avatar.serving.trace import Interval, read_trace
 from live_avatar_client import AvatarSession, Block
 from live_avatar_client.media import read_speech
+from live_avatar_client.protocol import FRAMES_PER_BLOCK, FRAMES_PER_LATENT
 from perf import analyzer
 from perf.analyzer import AnalyzerRun, Load
 from perf.figures import BlockTimes
@@ -58,11 +60,22 @@ class Speaker:
             for block in session.stream(blocks):
                 seen(block)
 
-    def session(self, prompt: str = DEMO_PROMPT, *, idle: bool = False) -> AvatarSession:
+    def first_frames(self, *, prompt: str = DEMO_PROMPT) -> float:
+        """Seconds from the client's connection to the first frames, of speech at hand. They come as soon as they are
+        decoded."""
+        begun_s = time.monotonic()
+        with self.session(prompt, frames_per_response=FRAMES_PER_LATENT) as session:
+            first, *_ = session.stream([demo_blocks(1).reshape(-1)])
+        return first.received_at_s - begun_s
+
+    def session(
+        self, prompt: str = DEMO_PROMPT, *, idle: bool = False, frames_per_response: int = FRAMES_PER_BLOCK
+    ) -> AvatarSession:
         return AvatarSession(
             self.target.url,
             image=PORTRAIT.read_bytes(),
             prompt=prompt,
+            frames_per_response=frames_per_response,
             idle=idle,
             answer_timeout_s=PATIENCE_S,
             keep_alive_s=PATIENCE_S,

@@ -43,9 +43,10 @@ def uses(agreed: Contract) -> dict[str, str | None]:
 
 
 def stage_components(preset: Preset) -> dict[str, tuple[str, ...]]:
-    """Uses of components, by stage, for every block: one stage for each step."""
+    """Uses of components, by stage, for every block: one stage for each step. The decoder runs once for each latent."""
     steps = [stage_name(one_step(step)) for step in all_steps(preset.stream.steps)]
-    return {"conditioning": CONDITIONING, **dict.fromkeys(steps, STEP), DECODER: (DECODER,)}
+    decodings = (DECODER,) * preset.stream.frames_per_block
+    return {"conditioning": CONDITIONING, **dict.fromkeys(steps, STEP), DECODER: decodings}
 
 
 def artifacts_costs(artifacts: Artifacts) -> dict[str, Cost]:

@@ -158,6 +158,11 @@ def _start(one: Any) -> str:
     return f"{_ms(one['ttff_s'])}: {_ms(one['block_wait_s'])} + {_ms(one['denoising_s'])} + {_ms(one['decoding_s'])}"
 
 
+def _first_frames(figures: Any) -> str:
+    found = figures["first_frames_of_speech_at_hand"]
+    return ", ".join(_ms(found[kind]["ttff_median_s"]) for kind in ("known", "new"))
+
+
 def _fps(figures: Any) -> str:
     return f"{figures['throughput']['fps']:.1f}"
 
@@ -203,6 +208,7 @@ ROWS = (
     ),
     Row("TTFF, speech at hand, known avatar", "start", lambda f: _ms(f["speech_at_hand"]["known"]["ttff_s"])),
     Row("TTFF, speech at hand, new avatar", "start", lambda f: _ms(f["speech_at_hand"]["new"]["ttff_s"])),
+    Row("First frames of speech at hand, known and new avatar", "start", _first_frames),
     Row("Real-time sessions at once without a stall", "sessions", lambda f: str(f["real_time_sessions"]), True),
     Row("Memory of one more session", "sessions", lambda f: f"{f['memory_per_session_mib']:.0f} MiB"),
     Row(

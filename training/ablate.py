@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from live_avatar.config import FPS, Preset
 from live_avatar.environment import environment
-from live_avatar.graphs.components import VAEDecoder, VAEDecoderFirst
+from live_avatar.graphs.components import VAEDecoder, VAEDecoderWarmUp
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.schedule import without_idle_step
 from live_avatar.pipeline.conditioning import block_noise
@@ -106,14 +106,13 @@ class Studio:
         channels_last(networks.vae)
         self._stream = preset.stream
         self._encoder = ClipEncoder(preset, networks)
-        self._start, self._decoder = VAEDecoderFirst(networks), VAEDecoder(networks)
+        self._warm_up, self._decoder = VAEDecoderWarmUp(networks), VAEDecoder(networks)
 
     @torch.inference_mode()
     def prepare(self, clip: Clip) -> Prepared:
         blocks = len(clip.frames) // self._stream.block_frames
         encoded = self._encoder.encode(clip, self._encoder.silence(blocks))
-        past = encoded.motion[:, :, : self._stream.decoder_warmup_latents]
-        _, *state = self._decoder(past[:, :, 1:], *self._start(past[:, :, :1]))
+        state = self._warm_up(encoded.motion[:, :, : self._stream.decoder_warmup_latents])
         return Prepared(clip, encoded, state)
 
     @torch.inference_mode()

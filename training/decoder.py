@@ -54,10 +54,7 @@ def fresh_tae(config: TAEConfig, draw: torch.Generator) -> TAE:
 
 def decoded(tae: TAE, latents: Tensor) -> Tensor:
     """The frames of a stream from its first latent on, [1, 16, T, h, w] -> [1, 3, 4 T - 3, 8h, 8w]."""
-    first, state = tae.decode(latents[:, :, :1], None)
-    if latents.shape[2] == 1:
-        return first
-    return torch.cat([first, tae.decode(latents[:, :, 1:], state)[0]], dim=2)
+    return tae.decode(latents, None)[0]
 
 
 class DecoderTraining(ReconstructionTraining):

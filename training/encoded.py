@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from live_avatar.arrays import Array
-from live_avatar.config import MOTION_FRAMES, TEMPORAL_STRIDE, Preset
+from live_avatar.config import MOTION_LATENTS, TEMPORAL_STRIDE, Preset
 from live_avatar.errors import CheckpointError
 from live_avatar.graphs.components import SpeechEncoder, TextEncoder
 from live_avatar.graphs.digests import file_sha256
@@ -156,27 +156,19 @@ class ClipEncoder:
         """Latents of a still picture held for 73 frames, and of a video after the decoder's warm-up.
 
         picture uint8 [H, W, 3], frames uint8 [n, H, W, 3] -> [1, 16, 19, h, w] and [1, 16, n / 4, h, w].
-        Both streams begin with the same frames. They are encoded piece by piece, so a longer clip needs no more memory.
+        Both streams begin with the same frames. The video is encoded piece by piece, whatever its length.
         """
         still = pixels(picture[None]).to(self._device)
+        _, state = self._vae.encode(still, None)
         warm_up = TEMPORAL_STRIDE * (self._preset.stream.decoder_warmup_latents - 1)
-        first, state = self._vae.encode(still, None)
-        warm, state = self._held(still, warm_up, state)
-        rest, _ = self._held(still, MOTION_FRAMES - 1 - warm_up, state)
+        for start in range(0, warm_up, PIECE_FRAMES):
+            count = min(PIECE_FRAMES, warm_up - start)
+            _, state = self._vae.encode(still.expand(-1, -1, count, -1, -1), state)
         latents = []
         for piece in np.split(frames, range(PIECE_FRAMES, len(frames), PIECE_FRAMES)):
             latent, state = self._vae.encode(pixels(piece).to(self._device), state)
             latents.append(latent)
-        return torch.cat([first, *warm, *rest], dim=2).cpu(), torch.cat(latents, dim=2).cpu()
-
-    def _held(self, still: Tensor, frames: int, state: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Latents of `frames` frames that all show the still picture, piece by piece, and the new state."""
-        latents = []
-        for start in range(0, frames, PIECE_FRAMES):
-            count = min(PIECE_FRAMES, frames - start)
-            latent, state = self._vae.encode(still.expand(-1, -1, count, -1, -1), state)
-            latents.append(latent)
-        return latents, state
+        return self._vae.encode_still(still, MOTION_LATENTS).cpu(), torch.cat(latents, dim=2).cpu()
 
 
 def load_encoders(preset: Preset, out: Path) -> ClipEncoder:

@@ -109,17 +109,9 @@ class Streams:
 
 def reconstruct(vae: VAE, video: Tensor, streams: Streams, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[1, 3, T, H, W] -> frames of the same shape, and latents; advances the streams. Noise is added to the latents."""
-    first = 1 if streams.encoder is None else 0
-    sizes = [size for size in (first, video.shape[2] - first) if size]
-    latents, frames = [], []
-    for piece in video.split(sizes, dim=2):
-        latent, streams.encoder = vae.encode(piece, streams.encoder)
-        latents.append(latent)
-    whole = torch.cat(latents, dim=2)
-    for piece in (whole if noise is None else whole + noise).split([one.shape[2] for one in latents], dim=2):
-        frame, streams.decoder = vae.decode(piece, streams.decoder)
-        frames.append(frame)
-    return torch.cat(frames, dim=2), whole
+    latents, streams.encoder = vae.encode(video, streams.encoder)
+    frames, streams.decoder = vae.decode(latents if noise is None else latents + noise, streams.decoder)
+    return frames, latents
 
 
 def fold(vae: VAE, mean: Tensor, deviation: Tensor) -> None:

@@ -34,6 +34,8 @@ from .messages import Opening
 from .protocol import (
     API_KEY_HEADER,
     DEFAULT_JPEG_QUALITY,
+    FRAMES_PER_BLOCK,
+    FRAMES_PER_RESPONSE,
     MAX_ANSWER_BYTES,
     MAX_IMAGE_BYTES,
     MAX_JPEG_QUALITY,
@@ -84,6 +86,7 @@ class BaseSession(ABC):
         frame_format: FrameFormat | str = FrameFormat.RAW,
         jpeg_quality: int = DEFAULT_JPEG_QUALITY,
         label: str = "",
+        frames_per_response: int = FRAMES_PER_BLOCK,
         idle: bool = False,
         speakers: Sequence[Speaker] = (),
         api_key: str | None = None,
@@ -106,6 +109,8 @@ class BaseSession(ABC):
                 which need far less bandwidth.
             jpeg_quality: from 1 to 95; a higher quality needs more bytes.
             label: a line of at most 64 characters that the server writes on every frame, such as "AI-generated".
+            frames_per_response: 12 gives all frames of a block at once. With 4 the first ones come sooner: the server
+                sends the frames of each latent as soon as it has decoded them, and a `Block` has four frames.
             idle: send silence at playback pace while there is no speech, so that the avatar keeps moving. Real-time
                 speech must then come in chunks of less than 0.24 s.
             speakers: the people in the picture, if each is to speak what only this person says; `send` then tells whose
@@ -134,6 +139,7 @@ class BaseSession(ABC):
             _checked_int("jpeg_quality", jpeg_quality, MIN_JPEG_QUALITY, MAX_JPEG_QUALITY),
             _checked_label(label),
             mask_bytes(speakers),
+            _checked_choice("frames_per_response", frames_per_response, FRAMES_PER_RESPONSE),
         )
         self._speakers = opening.speakers
         _require_room(opening)
@@ -370,12 +376,23 @@ def _checked_label(label: str) -> str:
 
 
 def _checked_int(name: str, value: SupportsIndex, lowest: int, highest: int, highest_name: str = "") -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise InvalidInput(f"{name} is a {type(value).__name__}; pass an int") from error
+    number = _integer(name, value)
     if not lowest <= number <= highest:
         raise InvalidInput(f"{name} is {number}; pass an int from {lowest} to {highest_name or highest}")
+    return number
+
+
+def _integer(name: str, value: SupportsIndex) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InvalidInput(f"{name} is a {type(value).__name__}; pass an int") from error
+
+
+def _checked_choice(name: str, value: SupportsIndex, choices: Sequence[int]) -> int:
+    number = _integer(name, value)
+    if number not in choices:
+        raise InvalidInput(f"{name} is {number}; pass {' or '.join(map(str, choices))}")
     return number
 
 

@@ -14,6 +14,7 @@ from .aio import AsyncAvatarSession
 from .cutter import Samples
 from .errors import SessionBusy, SessionClosed
 from .playout import Mark, Playout, Tick
+from .protocol import FRAMES_PER_LATENT
 from .tls import TLS
 
 _LOOK_AGAIN_S: Final = 0.05
@@ -44,7 +45,7 @@ class AvatarConversation:
     def __init__(self, url: str, **options: Unpack[AvatarOptions]) -> None:
         """Check the server's address and the options (see `AsyncAvatarSession`; `image` is required)."""
         self._playout: Playout | None = None
-        self._session = AsyncAvatarSession(url, **options)
+        self._session = AsyncAvatarSession(url, frames_per_response=FRAMES_PER_LATENT, **options)
         self.error: Exception | None = None
         """Why the session has failed."""
         self.on_error: Callable[[Exception], None] | None = None

@@ -314,7 +314,12 @@ class SessionCore:
         """Return how many blocks may be sent now."""
         waiting = self._blocks_in_flight()
         limits = self._limits
-        return min(limits.max_in_flight_blocks - waiting, limits.max_unread_blocks - waiting - len(self._unread))
+        return min(limits.max_in_flight_blocks - waiting, limits.max_unread_blocks - waiting - self._unread_blocks())
+
+    def _unread_blocks(self) -> int:
+        """Return how many blocks are answered and not read. `_unread` has a part of a block for each response."""
+        responses_per_block = FRAMES_PER_BLOCK // self._opening.frames_per_response
+        return math.ceil(len(self._unread) / responses_per_block)
 
     def _blocks_in_flight(self) -> int:
         return self._blocks_sent - self._blocks_received
@@ -334,13 +339,16 @@ class SessionCore:
             raise ServerIncompatible("the server sent an answer that belongs to no request")
         self._answered_at_s = self._clock()
         self.provenance = self.provenance or response.provenance
-        if not self._in_flight.popleft().has_audio:
+        if not self._in_flight[0].has_audio:
+            self._in_flight.popleft()
             return
         self._check(response)
-        self._blocks_received += 1
         if self.lookahead_frames is None:
             self.lookahead_frames = -response.first_frame
-        self._next_frame = response.first_frame + FRAMES_PER_BLOCK
+        self._next_frame = response.first_frame + self._opening.frames_per_response
+        if (self._next_frame + self.lookahead_frames) % FRAMES_PER_BLOCK == 0:  # the last response of the block
+            self._in_flight.popleft()
+            self._blocks_received += 1
         first, stop = max(response.first_frame, 0), self._next_frame
         if self._total_frames is not None:
             stop = min(stop, self._total_frames)
@@ -355,7 +363,7 @@ class SessionCore:
         """Process an error that the server reported."""
         code, message = parse_error(text[:MAX_TEXT_CHARS])
         message = printable(message)
-        if self._blocks_received == 0 and code not in (ErrorCode.FAILED, None):
+        if self.lookahead_frames is None and code not in (ErrorCode.FAILED, None):
             self.fail(SessionRefused(f"the server refused the session: {message}", code))
         else:
             self.fail(SessionFailed(f"the server ended the session: {explain_error(message)}", code))
@@ -369,10 +377,10 @@ class SessionCore:
     def _check(self, response: Response) -> None:
         is_jpeg = self._opening.frame_format is FrameFormat.JPEG
         count = len(response.jpegs if is_jpeg else response.frames)
-        if count != FRAMES_PER_BLOCK:
+        if count != self._opening.frames_per_response:
             raise ServerIncompatible(
                 f"the server answered a block with {count} {self._opening.frame_format} frames, "
-                f"expected {FRAMES_PER_BLOCK}"
+                f"expected {self._opening.frames_per_response}"
             )
         size = response.frames.shape[1:3]
         if not is_jpeg and (0 in size or self._frame_size not in (None, size)):
@@ -482,7 +490,7 @@ class SessionCore:
         limits = self._limits
         return (
             f"{self._blocks_in_flight()} of at most {limits.max_in_flight_blocks} blocks are sent but unanswered, "
-            f"and {len(self._unread)} of at most {limits.max_unread_blocks} are answered but unread"
+            f"and {self._unread_blocks()} of at most {limits.max_unread_blocks} are answered but unread"
         )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .cutter import Samples
 from .errors import InvalidInput
-from .protocol import DEFAULT_JPEG_QUALITY, FPS, EndReason, FrameFormat
+from .protocol import DEFAULT_JPEG_QUALITY, FPS, FRAMES_PER_BLOCK, EndReason, FrameFormat
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -26,6 +26,7 @@ class Opening:
     label: str = ""
     masks: tuple[bytes, ...] = ()
     """One for each of several speakers."""
+    frames_per_response: int = FRAMES_PER_BLOCK
 
     @property
     def speakers(self) -> int:

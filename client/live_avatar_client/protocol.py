@@ -15,6 +15,10 @@ STATUS_MODEL: Final = "status"
 SAMPLE_RATE_HZ: Final = 16_000
 FPS: Final = 25
 FRAMES_PER_BLOCK: Final = 12
+FRAMES_PER_LATENT: Final = 4
+FRAMES_PER_RESPONSE: Final = (FRAMES_PER_LATENT, FRAMES_PER_BLOCK)
+"""How many frames a response may have. With 4, the frames of each latent come as soon as they are decoded: a block is
+answered with three responses, which have the id of its request, and FIRST_FRAME says which frames they hold."""
 SAMPLES_PER_FRAME: Final = SAMPLE_RATE_HZ // FPS
 BLOCK_SAMPLES: Final = FRAMES_PER_BLOCK * SAMPLES_PER_FRAME
 
@@ -41,6 +45,7 @@ SEED_PARAMETER: Final = "seed"
 FRAME_FORMAT_PARAMETER: Final = "frame_format"
 JPEG_QUALITY_PARAMETER: Final = "jpeg_quality"
 LABEL_PARAMETER: Final = "label"
+FRAMES_PER_RESPONSE_PARAMETER: Final = "frames_per_response"
 # of every request: a secret that only the client that opened the session knows
 TOKEN_PARAMETER: Final = "token"
 # and of the request with END

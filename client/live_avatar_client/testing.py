@@ -28,6 +28,8 @@ from .protocol import (
     END_REASON_PARAMETER,
     FRAME_FORMAT_PARAMETER,
     FRAMES_PER_BLOCK,
+    FRAMES_PER_RESPONSE,
+    FRAMES_PER_RESPONSE_PARAMETER,
     INPUTS,
     JPEG_QUALITY_PARAMETER,
     LABEL_PARAMETER,
@@ -80,6 +82,7 @@ class ReceivedSession:
     label: str
     token: str
     masks: tuple[bytes, ...] = ()
+    frames_per_response: int = FRAMES_PER_BLOCK
     blocks: list[Samples] = field(default_factory=list)
     keep_alives: int = 0
     failed: bool = False
@@ -181,17 +184,17 @@ class FakeAvatarServer:
         self._server.stop(grace=None).wait()
         self._workers.shutdown()
 
-    def answer(self, request: Message) -> Message:
-        """Return the ModelStreamInferResponse to one ModelInferRequest."""
+    def answers(self, request: Message) -> list[Message]:
+        """Return every ModelStreamInferResponse to one ModelInferRequest."""
         try:
-            response = self._answer(request)
+            responses = self._answers(request)
         except _RefusalError as refusal:
             text = f"in ensemble '{MODEL_NAME}', [request id: {request.id or '<id_unknown>'}] {refusal}"
-            return service_pb2.ModelStreamInferResponse(error_message=text)
+            return [service_pb2.ModelStreamInferResponse(error_message=text)]
         finally:
             if request.parameters["sequence_end"].bool_param:
                 self._end(request)
-        return service_pb2.ModelStreamInferResponse(infer_response=response)
+        return [service_pb2.ModelStreamInferResponse(infer_response=response) for response in responses]
 
     def count_stream(self, change: int) -> None:
         """Take note that a stream was opened (1) or closed (-1)."""
@@ -212,7 +215,7 @@ class FakeAvatarServer:
             session.end_reason = request.parameters[END_REASON_PARAMETER].string_param
             del self._live[sequence_id]
 
-    def _answer(self, request: Message) -> Message:
+    def _answers(self, request: Message) -> list[Message]:
         sequence_id = request.parameters["sequence_id"].int64_param
         audio = _audio(request, self.speakers)
         if request.parameters["sequence_start"].bool_param:
@@ -226,7 +229,7 @@ class FakeAvatarServer:
         if not len(audio):
             at_an_end = [request.parameters[name].bool_param for name in ("sequence_start", "sequence_end")]
             session.keep_alives += not any(at_an_end)
-            return self._response(request, [], session, first=0)
+            return [self._response(request, [], session, first=0)]
         number = len(session.blocks)
         if session.failed or number == self.fail_at_block:
             session.failed = True
@@ -234,7 +237,11 @@ class FakeAvatarServer:
         session.blocks.append(audio)
         self._stopping.wait(self.delay_s)
         first = number * FRAMES_PER_BLOCK - self.lookahead_frames
-        return self._response(request, self._frames(session, first), session, first)
+        frames, count = self._frames(session, first), session.frames_per_response
+        return [
+            self._response(request, frames[at : at + count], session, first + at)
+            for at in range(0, FRAMES_PER_BLOCK, count)
+        ]
 
     def _start(self, sequence_id: int, request: Message) -> None:
         if self.refuse is not None:
@@ -252,6 +259,10 @@ class FakeAvatarServer:
         quality = request.parameters[JPEG_QUALITY_PARAMETER].int64_param or DEFAULT_JPEG_QUALITY
         if not MIN_JPEG_QUALITY <= quality <= MAX_JPEG_QUALITY:
             raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"jpeg_quality is {quality}; send 1 to 95")
+        name = FRAMES_PER_RESPONSE_PARAMETER
+        frames_per_response = request.parameters[name].int64_param or FRAMES_PER_BLOCK
+        if frames_per_response not in FRAMES_PER_RESPONSE:
+            raise _RefusalError(ErrorCode.INVALID_ARGUMENT, f"{name} is {frames_per_response}; send 4 or 12")
         masks = _input(request, SPEAKER_MASKS)
         count = 0 if masks is None else len(masks)
         if count != (self.speakers if self.speakers > 1 else 0):
@@ -267,6 +278,7 @@ class FakeAvatarServer:
             label=request.parameters[LABEL_PARAMETER].string_param,
             token=request.parameters[TOKEN_PARAMETER].string_param,
             masks=() if masks is None else tuple(masks),
+            frames_per_response=frames_per_response,
         )
         self._live[sequence_id] = session
         self.sessions.append(session)
@@ -335,7 +347,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         for request in requests:
             if self._server.blocks_of(request) == self._server.vanish_at_block:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the fake server vanished on purpose")
-            yield self._server.answer(request)
+            yield from self._server.answers(request)
 
     def _require_key(self, context: grpc.ServicerContext) -> None:
         keys = [value for name, value in context.invocation_metadata() if name == API_KEY_HEADER]

@@ -17,6 +17,7 @@ from .protocol import (
     END_REASON_PARAMETER,
     FRAME_FORMAT_PARAMETER,
     FRAMES_PER_BLOCK,
+    FRAMES_PER_RESPONSE_PARAMETER,
     INPUTS,
     JPEG_QUALITY_PARAMETER,
     LABEL_PARAMETER,
@@ -68,6 +69,8 @@ def _put_opening(message: Message, opening: Opening) -> None:
     message.parameters[JPEG_QUALITY_PARAMETER].int64_param = opening.jpeg_quality
     if opening.label:
         message.parameters[LABEL_PARAMETER].string_param = opening.label
+    if opening.frames_per_response != FRAMES_PER_BLOCK:  # an older server does not know the parameter
+        message.parameters[FRAMES_PER_RESPONSE_PARAMETER].int64_param = opening.frames_per_response
     if opening.prompt:
         prompt = np.array([opening.prompt.encode()], np.object_)
         put_tensor(message.inputs, message.raw_input_contents, PROMPT, prompt)

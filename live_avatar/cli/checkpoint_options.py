@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from live_avatar.cli.options import FILE, Integer, combined
-from live_avatar.config import MAX_SPEAKERS, PRECISIONS, PRESETS, Preset, StreamConfig, preset
+from live_avatar.config import KV_CACHE_DTYPES, MAX_SPEAKERS, PRECISIONS, PRESETS, Preset, StreamConfig, preset
 
 if TYPE_CHECKING:
     from live_avatar.weights.tensors import Checkpoint
@@ -28,6 +28,11 @@ model_options = combined(
         type=FILE,
         help="A tiny decoder in the place of the VAE's, much cheaper and softer: the word tiny for the package's own, "
         "of preset tiny; taew2_1.safetensors or taew2_1.pth for the released model.",
+    ),
+    click.option(
+        "--kv-cache-dtype",
+        type=click.Choice(list(KV_CACHE_DTYPES)),
+        help="Type of the keys and values of past blocks; default: that of --precision. fp8: one byte a number.",
     ),
     click.option("--precision", type=click.Choice(PRECISIONS), help="Type of large weights, activations and caches."),
     click.option(
@@ -94,6 +99,7 @@ def chosen_checkpoint(
     width: int | None,
     like: Path | None,
     decoder: Path | None = None,
+    kv_cache_dtype: str | None = None,
     **stream: Any,
 ) -> Checkpoint:
     """Opens the checkpoint that `model_options` and `stream_options` select."""
@@ -113,7 +119,9 @@ def chosen_checkpoint(
         found = with_tiny_decoder(found, decoder)
     size = _size(found.preset, height, width, like)
     chosen = found.preset.with_stream(**size, **_stream_changes(found.preset.stream, **stream))
-    return dataclasses.replace(found, preset=chosen.with_precision(precision or chosen.precision))
+    chosen = chosen.with_precision(precision or chosen.precision)
+    chosen = chosen.with_kv_cache_dtype(kv_cache_dtype or chosen.kv_cache_dtype)
+    return dataclasses.replace(found, preset=chosen)
 
 
 def _size(chosen: Preset, height: int | None, width: int | None, like: Path | None) -> dict[str, int]:

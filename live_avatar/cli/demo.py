@@ -7,6 +7,7 @@ reports.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 CHUNK_S = 0.02
 SEED = 0
+EXPORT_PROCESSES = 2
+"""The transformer's graphs take as long as all others together. Each process holds one weight in memory."""
 
 
 def export_with_progress(checkpoint: Checkpoint, output: Path, scaling: Scaling | None = None) -> Artifacts:
@@ -57,7 +60,7 @@ def export_with_progress(checkpoint: Checkpoint, output: Path, scaling: Scaling 
             bar.set_postfix_str(component)
             bar.update()
 
-        return export_artifacts(checkpoint, output, progress, scaling)
+        return export_artifacts(checkpoint, output, progress, scaling, min(EXPORT_PROCESSES, os.cpu_count() or 1))
 
 
 def spoken(speech: Array) -> Iterator[Array]:

@@ -229,7 +229,7 @@ def export(
         if gpu_memory_gib is not None:
             require_room(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=scaling is not None)
         options = EngineOptions(FLAVOURS[target], capabilities)
-        require_compiler(options, checkpoint.preset.precision, scaling is not None)
+        require_compiler(options, checkpoint.preset, scaling is not None)
         artifacts = export_with_progress(checkpoint, output, scaling)
         build_engines(output, options, say)
     say(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")

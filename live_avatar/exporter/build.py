@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, as_completed
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 
 from live_avatar.config import Preset
 from live_avatar.errors import ExportError
+from live_avatar.exporter.processes import worker_processes
 from live_avatar.exporter.quantization import (
     DYNAMIC,
     QUANTIZED,
@@ -43,7 +46,7 @@ from live_avatar.graphs.components import build_components
 from live_avatar.graphs.contract import contracts
 from live_avatar.graphs.digests import file_digests, file_sha256
 from live_avatar.json_files import read_json
-from live_avatar.model.networks import Networks
+from live_avatar.model.networks import Networks, meta_networks
 from live_avatar.model.schedule import make_schedule
 from live_avatar.version import __version__
 from live_avatar.weights.checkpoint import modulation_networks
@@ -55,20 +58,21 @@ Progress = Callable[[str], None]
 
 
 def export_artifacts(
-    checkpoint: Checkpoint, output: Path, progress: Progress, scaling: Scaling | None = None
+    checkpoint: Checkpoint, output: Path, progress: Progress, scaling: Scaling | None = None, processes: int = 1
 ) -> Artifacts:
     """Exports every component of a checkpoint into the folder `output`, replacing artifacts that stand there.
 
-    `progress` is told each component's name before its export. With a scaling the transformer's large linears are in
-    FP8. Host memory holds one weight at a time. Raises `ExportError` if `output` exists and is not an artifacts
-    folder or cannot be replaced, if another export writes there, or if the calibration is of other graphs, and
-    `CheckpointError` for unusable weights.
+    `progress` is told each component's name before its export; with several processes, once it is exported. With a
+    scaling the transformer's large linears are in FP8. Each process holds one weight at a time in host memory. Raises
+    `ExportError` if `output` exists and is not an artifacts folder or cannot be replaced, if another export writes
+    there, if the calibration is of other graphs, or if one of the processes dies, and `CheckpointError` for unusable
+    weights.
     """
     _refuse_foreign(output)
-    with replacing(output) as folder:
-        networks = modulation_networks(checkpoint)
-        _write_modulation(checkpoint.preset, networks, folder / MODULATION)
-        _write_graphs(checkpoint, networks, folder, progress, scaling)
+    pool = worker_processes(processes) if processes > 1 else nullcontext()
+    with replacing(output) as folder, pool as workers:
+        _write_modulation(checkpoint.preset, modulation_networks(checkpoint), folder / MODULATION)
+        _write_graphs(checkpoint, folder, progress, scaling, workers)
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
         (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, scaling), indent=1))
@@ -104,25 +108,50 @@ def _write_modulation(preset: Preset, networks: Networks, path: Path) -> None:
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, networks: Networks, folder: Path, progress: Progress, scaling: Scaling | None
+    checkpoint: Checkpoint, folder: Path, progress: Progress, scaling: Scaling | None, workers: Executor | None
 ) -> None:
-    agreed = contracts(checkpoint.preset)
-    tracer = Tracer(build_components(checkpoint.preset, networks))
+    by_file: dict[str, list[str]] = {}
+    for name in contracts(checkpoint.preset):
+        by_file.setdefault(weight_file(name), []).append(name)
+    write = partial(_write_file, checkpoint, scaling, folder)
+    if workers is None:
+        for names in by_file.values():
+            write(names, progress)
+        return
+    # The transformer and the VAE take longest, and are the last.
+    jobs = {workers.submit(write, names): names for names in reversed(by_file.values())}
+    for job in as_completed(jobs):
+        job.result()
+        for name in jobs[job]:
+            progress(name)
+
+
+def _no_progress(component: str) -> None:
+    pass
+
+
+def _write_file(
+    checkpoint: Checkpoint,
+    scaling: Scaling | None,
+    folder: Path,
+    names: Sequence[str],
+    progress: Progress = _no_progress,
+) -> None:
+    """Writes the graphs of these components, which share a file of weights, and that file."""
+    preset, agreed = checkpoint.preset, contracts(checkpoint.preset)
+    components = build_components(preset, meta_networks(preset))
+    tracer = Tracer({name: components[name] for name in names})
     if scaling is not None:
         checkpoint = quantize_checkpoint(checkpoint, scaling)
-    by_file: dict[str, list[str]] = {}
-    for name in agreed:
-        by_file.setdefault(weight_file(name), []).append(name)
-    for file, names in by_file.items():
-        with WeightFile(folder / file) as weights:
-            for name in names:
-                progress(name)
-                graph = tracer.trace(agreed[name])
-                if scaling is not None and name in QUANTIZED:
-                    graph = quantize_graph(graph, name, scaling)
-                _place(graph, checkpoint, weights)
-                onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")
-    for name in agreed:
+    with WeightFile(folder / weight_file(names[0])) as weights:
+        for name in names:
+            progress(name)
+            graph = tracer.trace(agreed[name])
+            if scaling is not None and name in QUANTIZED:
+                graph = quantize_graph(graph, name, scaling)
+            _place(graph, checkpoint, weights)
+            onnx.save(ir.to_proto(graph.model), folder / f"{name}.onnx")
+    for name in names:
         onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
 
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import onnx
 from onnx import external_data_helper
 
+from live_avatar.config import Preset
 from live_avatar.errors import ArtifactError, ExportError
 from live_avatar.graphs.artifacts import Artifacts, load_artifacts
 from live_avatar.graphs.contract import Contract, Extent
@@ -98,7 +99,7 @@ def build_engines(
     fp8 = artifacts.manifest["fp8"] is not None
     if options.gpu_memory_gib is not None:
         require_room(artifacts.preset, options.gpu_memory_gib, options.sessions, fp8)
-    compiler = require_compiler(options, artifacts.preset.precision, fp8, open_device)
+    compiler = require_compiler(options, artifacts.preset, fp8, open_device)
     with _writing(folder / FOLDER):
         (folder / FOLDER).mkdir(exist_ok=True)
     with _locked(folder / FOLDER / LOCK, progress):
@@ -131,9 +132,10 @@ def _build_stale(
 
 
 def require_compiler(
-    options: EngineOptions, precision: str, fp8: bool = False, open_device: OpenDevice = CudaDevice
+    options: EngineOptions, preset: Preset, fp8: bool = False, open_device: OpenDevice = CudaDevice
 ) -> Compiler:
-    """The compiler of the options, ready to build. No GPU is opened if compute capabilities are named.
+    """The compiler of the options, ready to build the preset's graphs, with FP8 linears or not. No GPU is opened if
+    compute capabilities are named.
 
     Raises `ExportError`, with the remedy, where the library, the GPU, a compute capability or its precision is missing.
     """
@@ -153,7 +155,7 @@ def require_compiler(
     else:
         compiler = _compiler_here(library, options.device, open_device)
     _require_known(library, compiler.target.compute_capabilities)
-    _require_precision(compiler.target.compute_capabilities, "fp8" if fp8 else precision)
+    _require_precisions(compiler.target.compute_capabilities, preset, fp8)
     return compiler
 
 
@@ -195,14 +197,22 @@ def compute_capabilities(library: Library) -> dict[str, Any]:
     return {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
 
 
-def _require_precision(capabilities: Sequence[str], precision: str) -> None:
+def _require_precisions(capabilities: Sequence[str], preset: Preset, fp8: bool) -> None:
+    if fp8:
+        _require_precision(capabilities, "fp8", "these graphs are", "without --fp8")
+    if preset.kv_cache_dtype is not None:
+        _require_precision(capabilities, preset.kv_cache_dtype, "past keys and values are", "without --kv-cache-dtype")
+    _require_precision(capabilities, preset.precision, "these graphs are", "with --precision float32")
+
+
+def _require_precision(capabilities: Sequence[str], precision: str, subject: str, remedy: str) -> None:
+    """`subject` begins the sentence, `remedy` says how to export instead."""
     least = LEAST_CAPABILITIES.get(precision)
     for capability in capabilities:
         if least is not None and tuple(map(int, capability.split("."))) < least:
-            remedy = "export without --fp8" if precision == "fp8" else "export with --precision float32"
             raise ExportError(
-                f"these graphs are in {precision}, which GPUs have from compute capability {least[0]}.{least[1]} on, "
-                f"not {capability}; {remedy} for that GPU."
+                f"{subject} in {precision}, which GPUs have from compute capability {least[0]}.{least[1]} on, not "
+                f"{capability}; export {remedy} for that GPU."
             )
 
 

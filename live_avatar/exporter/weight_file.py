@@ -23,7 +23,7 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb")
-        self._placed: dict[str, ir.ExternalTensor] = {}
+        self._placed: dict[str, tuple[int, int]] = {}  # offset and bytes
 
     def __enter__(self) -> Self:
         return self
@@ -34,23 +34,27 @@ class WeightFile:
         self._file.close()
 
     def place(self, key: str, value: ir.Value, read: Callable[[], bytes | memoryview]) -> ir.ExternalTensor:
-        """Where the tensor `key` stands in the file, for the initializer `value`; it is read and written once."""
+        """Where the tensor `key` stands in the file, for the initializer `value`; it is read and written once.
+
+        Initializers of other shapes may share it: zeros of two shapes can have the same bytes.
+        """
+        assert value.dtype is not None
         if key not in self._placed:
-            assert value.dtype is not None
             offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
             self._file.write(b"\0" * (offset - self._file.tell()))
             data = read()
             self._file.write(data)
-            self._placed[key] = ir.ExternalTensor(
-                self._path.name,
-                offset,
-                len(data),
-                value.dtype,
-                shape=ir.Shape(value.shape or ()),
-                name=value.name or key,
-                base_dir=self._path.parent,
-            )
-        return self._placed[key]
+            self._placed[key] = offset, len(data)
+        offset, length = self._placed[key]
+        return ir.ExternalTensor(
+            self._path.name,
+            offset,
+            length,
+            value.dtype,
+            shape=ir.Shape(value.shape or ()),
+            name=value.name or key,
+            base_dir=self._path.parent,
+        )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -39,6 +39,11 @@ class Place:
     offset: int
     size: int
 
+    def part(self, number: int, parts: int) -> Place:
+        """The place of one of a block's responses, counted from 0."""
+        size = self.size // parts
+        return Place(self.region, self.offset + number * size, size)
+
 
 class FramePool:
     """A region in shared memory with `places` places for blocks of `height` x `width` pixels; closed at the end.

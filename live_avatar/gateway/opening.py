@@ -18,6 +18,7 @@ from live_avatar.inputs.masks import check_masks
 from live_avatar.serving import metrics
 from live_avatar.serving.failures import PipeError
 from live_avatar.serving.metrics import RefusalReason
+from live_avatar.serving.options import SessionOptions
 from live_avatar.serving.tensors import (
     AVATAR_KEY,
     PROVENANCE_IN,
@@ -27,18 +28,20 @@ from live_avatar.serving.tensors import (
     text_tensor,
 )
 from live_avatar.watermark.key import new_session
-from live_avatar_client.protocol import ErrorCode, FrameFormat
+from live_avatar_client.protocol import ErrorCode
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A session that is admitted. tensors: what START carries beside the caller's own: name, type, value."""
+    """A session that is admitted. tensors: what START carries beside the caller's own: name, type, value. provenance:
+    what START carries too, and a block that came with it."""
 
     record: SessionRecord
     tensors: list[tuple[str, str, Array]]
-    frame_format: FrameFormat
+    provenance: list[tuple[str, str, Array]]
+    options: SessionOptions
 
 
 async def open_session(context: SessionContext, caller: Caller, start: CallerRequest, sequence: int) -> Opening:
@@ -68,8 +71,8 @@ async def open_session(context: SessionContext, caller: Caller, start: CallerReq
     context.meter.add(metrics.AVATARS_PREPARED, avatar=novelty)
     context.meter.add(metrics.SESSIONS_ADMITTED)
     context.audit.started(record)
-    tensors = _tensors(avatar, context.provenance.write(number, source.hashes, chosen.seed))
-    return Opening(record, tensors, chosen.frame_format)
+    provenance = text_tensor(context.provenance.write(number, source.hashes, chosen.seed))
+    return Opening(record, _tensors(avatar), [(PROVENANCE_IN, "UINT8", provenance)], chosen)
 
 
 def note_refused(context: SessionContext, caller: Caller, sequence: int, error: Exception, text: str) -> None:
@@ -82,14 +85,13 @@ def note_refused(context: SessionContext, caller: Caller, sequence: int, error: 
     context.audit.refused(sequence, caller.name, caller.peer, reason)
 
 
-def _tensors(avatar: Avatar, video_provenance: str) -> list[tuple[str, str, Array]]:
+def _tensors(avatar: Avatar) -> list[tuple[str, str, Array]]:
     weights = [(SPEAKER_WEIGHTS, "FP32", avatar.weights)] if len(avatar.weights) else []
     return [
         *weights,
         (AVATAR_KEY, "UINT8", np.frombuffer(avatar.key, dtype=np.uint8)),
         (SINK_MOTION, "FP32", avatar.motion),
         (SINK_TEXT, "FP32", avatar.text),
-        (PROVENANCE_IN, "UINT8", text_tensor(video_provenance)),
     ]
 
 

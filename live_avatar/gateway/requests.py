@@ -33,6 +33,7 @@ OPENING_PARAMETERS: Final = (
     protocol.FRAME_FORMAT_PARAMETER,
     protocol.JPEG_QUALITY_PARAMETER,
     protocol.LABEL_PARAMETER,
+    protocol.FRAMES_PER_RESPONSE_PARAMETER,
 )
 IGNORED_PARAMETERS: Final = (protocol.TOKEN_PARAMETER, "priority", "timeout", "triton_enable_empty_final_response")
 """A session belongs to its stream, so the token of older clients is not needed; the others are tritonclient's own."""

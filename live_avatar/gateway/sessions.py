@@ -7,17 +7,18 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import grpc
 
+from live_avatar.arrays import Array
 from live_avatar.errors import InputError, ShutdownError
 from live_avatar.gateway.audit import SessionRecord
 from live_avatar.gateway.context import Caller, SessionContext
 from live_avatar.gateway.frames import Place, ask_for_place
-from live_avatar.gateway.opening import note_refused, open_session
+from live_avatar.gateway.opening import Opening, note_refused, open_session
 from live_avatar.gateway.pipe import Closed, PipeStream
 from live_avatar.gateway.requests import (
     CallerRequest,
@@ -34,7 +35,15 @@ from live_avatar.serving.tensors import (
     NO_BLOCK,
 )
 from live_avatar_client import protocol
-from live_avatar_client.protocol import EndReason, ErrorCode, FrameFormat, explain_error, format_error, parse_error
+from live_avatar_client.protocol import (
+    FRAMES_PER_BLOCK,
+    EndReason,
+    ErrorCode,
+    FrameFormat,
+    explain_error,
+    format_error,
+    parse_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +60,9 @@ Write = Callable[[bytes], Awaitable[None]]
 
 @dataclass(frozen=True)
 class _Expected:
-    """An answer that is due, without what the request held. text: an error that the gateway gives itself; None for an
-    answer of Triton. end: the cause of the end that the request asks for."""
+    """What is due to a request, without what it held. text: an error that the gateway gives itself; None for answers
+    of Triton. end: the cause of the end that the request asks for. before: answers of Triton that come before those for
+    the caller. answers: how many those are, which share the place; an error is the last one."""
 
     request_id: str
     is_block: bool = False
@@ -60,11 +70,13 @@ class _Expected:
     end: EndCause | None = None
     text: str | None = None
     place: Place | None = None
+    before: int = 0
+    answers: int = 1
 
     @classmethod
-    def of(cls, request: CallerRequest, text: str | None = None, place: Place | None = None) -> _Expected:
+    def of(cls, request: CallerRequest, text: str | None = None) -> _Expected:
         end = _requested_cause(request) if request.end else None
-        return cls(request.request_id, request.is_block, request.start, end, text, place)
+        return cls(request.request_id, request.is_block, request.start, end, text)
 
 
 class Session:
@@ -86,6 +98,7 @@ class Session:
         self._stream: PipeStream | None = None
         self._record: SessionRecord | None = None
         self._is_raw = False
+        self._answers_per_block = 1
         self._places: set[Place] = set()
         self._end_sent = False
         self._closing: asyncio.Task[None] | None = None
@@ -263,18 +276,36 @@ class Session:
                 await self._context.window.enter(self.sequence)
         if self.failure is not None:
             return _Expected.of(request, self._has_failed())
-        return self._pass_on(request, triton_request(request, self.sequence))
+        return self._pass_on_block(request) if request.is_block else self._pass_on(request)
 
-    def _pass_on(self, request: CallerRequest, message: Message) -> _Expected:
-        """Sends a request to Triton."""
-        assert self._stream is not None
-        place = self._context.frames.take() if request.is_block and self._is_raw else None
+    def _pass_on(self, request: CallerRequest) -> _Expected:
+        """Sends a request without speech to Triton."""
+        self._post(triton_request(request, self.sequence), request.end)
+        return _Expected.of(request)
+
+    def _pass_on_block(self, request: CallerRequest, tensors: Iterable[tuple[str, str, Array]] = ()) -> _Expected:
+        """Sends a block to Triton, and a request for each further answer behind it."""
+        place = self._context.frames.take() if self._is_raw else None
         if place is not None:
             self._places.add(place)
-            ask_for_place(message, place)
+        answers = self._answers_per_block
+        for number in range(answers):
+            part = replace(request, end=request.end and number == answers - 1)
+            if number == 0:
+                message = triton_request(part, self.sequence, tensors)
+            else:
+                message = triton_request(replace(part, audio=b""), self.sequence)
+            if place is not None:
+                ask_for_place(message, place.part(number, answers))
+            self._post(message, part.end)
+        return replace(_Expected.of(request), place=place, answers=answers)
+
+    def _post(self, message: Message, is_end: bool) -> None:
+        assert self._stream is not None
         self._stream.send(message)
-        self._note_end(request)
-        return _Expected.of(request, place=place)
+        if is_end:
+            self._end_sent = True
+            self._stream.finish()
 
     def _misplaced(self, request: CallerRequest) -> str | None:
         """The error for a request that holds what belongs to the first one; it may be large, so it must not wait."""
@@ -287,29 +318,35 @@ class Session:
                 return self._text(InputError(f"{name} came after the first request; start a new session to change it."))
         return None
 
-    def _note_end(self, request: CallerRequest) -> None:
-        if request.end:
-            self._end_sent = True
-            assert self._stream is not None
-            self._stream.finish()
-
     # Opening
 
     async def _open(self, start: CallerRequest) -> _Expected:
-        """Admits the session, prepares its avatar, and sends START. Raises what the caller is to be told."""
+        """Admits the session, prepares its avatar, and sends START. Raises what the caller is to be told.
+
+        A block that comes with START goes after it by itself: so a step makes its sink while the one before it works on
+        the block, and blocks of other sessions go between the decoder's warm-up and this block.
+        """
         context = self._context
         opening = await open_session(context, self._caller, start, self.sequence)
         self._record = opening.record
-        self._is_raw = opening.frame_format is FrameFormat.RAW
+        self._is_raw = opening.options.frame_format is FrameFormat.RAW
+        self._answers_per_block = FRAMES_PER_BLOCK // opening.options.frames_per_response
         context.window.join(self.sequence)
         context.live.add(self)
         self._stream = context.pipe.open()
         context.report()
-        if start.is_block:
-            await context.window.enter(self.sequence)
-            if self.failure is not None:  # meanwhile; its end went to Triton, so nothing may follow
-                return _Expected.of(start, self.failure)
-        return self._pass_on(start, triton_request(start, self.sequence, opening.tensors, with_options=True))
+        if not start.is_block:
+            self._post(self._start_message(start, opening), start.end)
+            return _Expected.of(start)
+        self._post(self._start_message(replace(start, audio=b"", end=False), opening), is_end=False)
+        await context.window.enter(self.sequence)
+        if self.failure is not None:  # meanwhile; its end went to Triton, so nothing may follow
+            return _Expected.of(start, self.failure)
+        expected = self._pass_on_block(replace(start, start=False), opening.provenance)
+        return replace(expected, start=True, before=1)
+
+    def _start_message(self, start: CallerRequest, opening: Opening) -> Message:
+        return triton_request(start, self.sequence, [*opening.tensors, *opening.provenance], with_options=True)
 
     def _refuse_start(self, start: CallerRequest, error: Exception) -> _Expected:
         text = self._text(error)
@@ -330,37 +367,50 @@ class Session:
 
     async def _return_next(self) -> None:
         expected = await self._expected.get()
-        try:
-            answer = await self._answer(expected)
-        except Exception as error:
-            self._fail_unexpectedly(error)
-            answer = error_response(expected.request_id, self.failure or "")
+        for number in range(expected.answers):
+            try:
+                answer = await self._answer(expected, number)
+            except Exception as error:
+                self._fail_unexpectedly(error)
+                answer = error_response(expected.request_id, self.failure or "")
+            is_last = number == expected.answers - 1 or response_error(answer) is not None
+            if is_last:
+                await self._before_last(expected)
+            self._writing_since_s = time.monotonic()
+            await self._write(answer)
+            self._writing_since_s = None
+            if is_last:
+                break
+        self._note_answered(expected)
+
+    async def _before_last(self, expected: _Expected) -> None:
+        """What must be done before the caller has the last answer to a request."""
         if expected.text is None and expected.is_block and self._record is not None:
             self._record.blocks += 1
         if expected.end is not None:
             await self._free_place(expected.end)
-        self._writing_since_s = time.monotonic()
-        await self._write(answer)
-        self._writing_since_s = None
-        self._note_answered(expected)
 
-    async def _answer(self, expected: _Expected) -> bytes:
-        text = expected.text
-        if text is None:
+    async def _answer(self, expected: _Expected, number: int) -> bytes:
+        """The answer of that number, counted from 0, or an error."""
+        text, before = expected.text, 0 if number else expected.before
+        while text is None:
             assert self._stream is not None
             answer = self.failure if self.failure is not None else await self._next_answer(self._stream)
             if isinstance(answer, bytes):
                 error = response_error(answer)
+                if error is None and before:
+                    before -= 1
+                    continue
                 if error is None:
-                    return self._with_frames(answer, expected.place)
+                    return self._with_frames(answer, expected, number)
                 told = self._told(error)
                 if expected.start and told.code is ErrorCode.UNAVAILABLE:
                     self._context.meter.add(metrics.SESSIONS_REFUSED, reason=RefusalReason.MEMORY)
                 self.fail(told)
             elif isinstance(answer, Closed) and self.failure is None:
                 self.fail(PipeError(ErrorCode.FAILED, f"{answer.reason}; start a new session."))
-            text = self.failure
-        return error_response(expected.request_id, text or "")
+            text = self.failure or ""
+        return error_response(expected.request_id, text)
 
     async def _next_answer(self, stream: PipeStream) -> bytes | Closed:
         self._waiting_since_s = time.monotonic()
@@ -369,12 +419,14 @@ class Session:
         finally:
             self._waiting_since_s = None
 
-    def _with_frames(self, answer: bytes, place: Place | None) -> bytes:
+    def _with_frames(self, answer: bytes, expected: _Expected, number: int) -> bytes:
+        place, answers = expected.place, expected.answers
         if place is None:
             return answer
-        whole = self._context.frames.answer(answer, place)
-        self._places.discard(place)
-        self._context.frames.give_back(place)
+        whole = self._context.frames.answer(answer, place.part(number, answers))
+        if number == answers - 1:
+            self._places.discard(place)
+            self._context.frames.give_back(place)
         return whole
 
     def _note_answered(self, expected: _Expected) -> None:

@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MODULATION = "dit.modulation.safetensors"
 """`modulation` [steps + 1, layers, 6, C] and `head_modulation` [steps + 1, 2, C]: of timestep 0, then of every step."""
-FORMAT = 5
+FORMAT = 7
 
 
 def weight_file(component: str) -> str:

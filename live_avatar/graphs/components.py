@@ -6,19 +6,17 @@ is exported, and what the torch runtime runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from live_avatar.config import Preset
+from live_avatar.config import MOTION_LATENTS, Preset
 from live_avatar.graphs.contract import BLOCK_TOKENS, DIT, SINK_TOKENS, TEXT, contracts
 from live_avatar.model.audio import AudioTokens
 from live_avatar.model.dit import KV, Conditions, Modulation
 from live_avatar.model.networks import Networks
-from live_avatar.model.tae import TAE
-from live_avatar.model.vae import VAE
+from live_avatar.model.streaming import StreamingDecoder
 
 
 def _pairs(flat: tuple[Tensor, ...]) -> KV:
@@ -64,15 +62,14 @@ class TextEncoder(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    """frames [1, 3, 4, H, W] and a stream's state (none for the first frame, [1, 3, 1, H, W]) -> latent, new state."""
+    """picture [1, 3, 1, H, W] -> motion [1, 16, 19, h, w]: the latents of that picture held for 73 frames."""
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
         self.vae = networks.vae
 
-    def forward(self, frames: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        latent, new_state = self.vae.encode(frames, state or None)
-        return (latent, *new_state)
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.vae.encode_still(picture, MOTION_LATENTS)
 
 
 class _Decoder(nn.Module):
@@ -83,23 +80,23 @@ class _Decoder(nn.Module):
         self._part, network = networks.decoder
         self.add_module(self._part, network)
 
-    def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        network = cast(VAE | TAE, self.get_submodule(self._part))
-        return network.decode(latents, state)
+    @property
+    def network(self) -> StreamingDecoder:
+        return cast(StreamingDecoder, self.get_submodule(self._part))
 
 
-class VAEDecoderFirst(_Decoder):
-    """The first latent of a stream -> its state; the frame belongs to the warm-up and is not made."""
+class VAEDecoderWarmUp(_Decoder):
+    """The first latents of a stream [1, 16, W, h, w] -> its state; their frames are not made."""
 
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.decode(latents, None)[1])
+        return tuple(self.network.warm_up(latents))
 
 
 class VAEDecoder(_Decoder):
-    """latents [1, 16, F, h, w] and state -> frames uint8 [4F, H, W, 3] and the new state."""
+    """latents [1, 16, 1, h, w] and state -> frames uint8 [4, H, W, 3] and the new state."""
 
     def forward(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        video, new_state = self.decode(latents, state)
+        video, new_state = self.network.decode(latents, state)
         pixels = ((video[0].clamp(-1, 1) + 1) * 127.5).round()
         return (pixels.permute(1, 2, 3, 0).to(torch.uint8), *new_state)
 
@@ -156,11 +153,12 @@ class DiT(nn.Module):
         sink_turn: Tensor,
         *kv: Tensor,
     ) -> tuple[Tensor, ...]:
-        text, sink, history = (_pairs(part) for part in _thirds(kv))
+        text, sink, history = _thirds(kv)
+        past = tuple(tensor.to(sink[0].dtype) for tensor in history)  # the ring may be in FP8, of scale 1
         audio = AudioTokens(audio_local, audio_global, audio_weight.flatten(1, 2)[..., None])
         patches, written = self.dit(
             tokens.flatten(0, 1)[None],
-            Conditions(text, sink, [history], audio),
+            Conditions(_pairs(text), _pairs(sink), [_pairs(past)], audio),
             Modulation(modulation, head_modulation),
             phase.flatten(1, 2),
             sink_turn,
@@ -175,14 +173,12 @@ def _thirds(kv: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
 
 def build_components(preset: Preset, networks: Networks) -> dict[str, nn.Module]:
     """Every component of the preset by its contract's name."""
-    encoder = VAEEncoder(networks)
     components: dict[str, nn.Module] = {
         "speech_encoder": SpeechEncoder(networks),
         "audio_tokens": AudioTokenizer(networks),
         "text_encoder": TextEncoder(networks),
-        "vae_encoder_first": encoder,
-        "vae_encoder": encoder,
-        "vae_decoder_first": VAEDecoderFirst(networks),
+        "vae_encoder": VAEEncoder(networks),
+        "vae_decoder_warm_up": VAEDecoderWarmUp(networks),
         "vae_decoder": VAEDecoder(networks),
         BLOCK_TOKENS: BlockTokens(networks),
         SINK_TOKENS: SinkTokens(networks),

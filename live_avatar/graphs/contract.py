@@ -8,7 +8,7 @@ value stand in `Contract.profiles` (TensorRT's optimization profiles).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from functools import cache
@@ -18,14 +18,23 @@ from live_avatar.config import (
     LATENT_CHANNELS,
     MOTION_LATENTS,
     PATCH,
-    SPATIAL_STRIDE,
     TEMPORAL_STRIDE,
     Preset,
     TAEConfig,
     VAEConfig,
 )
+from live_avatar.errors import ConfigError
 
 FLOAT, INT64, UINT8 = "float32", "int64", "uint8"
+BYTES: Mapping[str, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int64": 8,
+    "uint8": 1,
+}
+"""Every type of a tensor, and the bytes of a number of it."""
 Shape = tuple[int | str, ...]
 Ranges = Mapping[str, tuple[int, int, int]]
 """Least, usual and greatest value of every symbolic dimension."""
@@ -36,12 +45,11 @@ BLOCK, SINK = "block", "sink"
 """Profiles of `dit`: the tokens of a noisy block, or those of a sink."""
 
 
-DECODERS = ("vae_decoder_first", "vae_decoder")
+DECODERS = ("vae_decoder_warm_up", "vae_decoder")
 """The VAE's decoder or the tiny one."""
 WITH_ATTENTION = (
     "speech_encoder",
     "text_encoder",
-    "vae_encoder_first",
     "vae_encoder",
     *DECODERS,
     DIT,
@@ -71,6 +79,10 @@ class GraphTensor:
     shape: Shape
     resident: bool = False
     transient: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in BYTES:
+            raise ConfigError(f"{self.name} has type {self.dtype!r}; expected one of {', '.join(BYTES)}.")
 
 
 @dataclass(frozen=True)
@@ -121,24 +133,11 @@ def kv_names(prefix: str, layers: int) -> tuple[str, ...]:
 
 
 @cache
-def encoder_state_shapes(vae: VAEConfig, latent_height: int, latent_width: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the slots of a stream through the VAE's encoder, read off a dry run."""
-    import torch  # here and below alone: a serving process reads shapes from the manifest and needs no torch
-
-    from live_avatar.model.vae import VAE
-
-    with torch.device("meta"):
-        frame = torch.empty(1, 3, 1, SPATIAL_STRIDE * latent_height, SPATIAL_STRIDE * latent_width)
-        _, state = VAE(vae).to("meta").encode(frame, None)
-    return tuple(tuple(slot.shape) for slot in state)
-
-
-@cache
 def decoder_state_shapes(
     config: VAEConfig | TAEConfig, latent_height: int, latent_width: int
 ) -> tuple[tuple[int, ...], ...]:
     """Shapes of the slots of a stream through the decoder of that configuration, read off a dry run."""
-    import torch
+    import torch  # here alone: a serving process reads shapes from the manifest and needs no torch
 
     from live_avatar.model.tae import TAE
     from live_avatar.model.vae import VAE
@@ -150,10 +149,12 @@ def decoder_state_shapes(
     return tuple(tuple(slot.shape) for slot in state)
 
 
-def _kv_specs(preset: Preset, prefix: str, tokens: int | str) -> tuple[GraphTensor, ...]:
+def _kv_specs(preset: Preset, prefix: str, tokens: int | str, dtype: str | None = None) -> tuple[GraphTensor, ...]:
+    """Keys and values of all layers, in the precision if no other type is given."""
     dit = preset.dit
     shape = (1, dit.num_heads, tokens, dit.head_dim)
-    return tuple(GraphTensor(name, preset.precision, shape, resident=True) for name in kv_names(prefix, dit.num_layers))
+    names = kv_names(prefix, dit.num_layers)
+    return tuple(GraphTensor(name, dtype or preset.precision, shape, resident=True) for name in names)
 
 
 def _speech_encoder(preset: Preset) -> Contract:
@@ -199,45 +200,32 @@ def _latent_shape(preset: Preset, frames: int) -> Shape:
     return (1, LATENT_CHANNELS, frames, preset.stream.latent_height, preset.stream.latent_width)
 
 
-def _encoder_states(preset: Preset, prefix: str) -> tuple[GraphTensor, ...]:
-    shapes = encoder_state_shapes(preset.vae, preset.stream.latent_height, preset.stream.latent_width)
-    return _states(preset, shapes, prefix)
-
-
 def _decoder_states(preset: Preset, prefix: str) -> tuple[GraphTensor, ...]:
     shapes = decoder_state_shapes(preset.tae or preset.vae, preset.stream.latent_height, preset.stream.latent_width)
-    return _states(preset, shapes, prefix)
-
-
-def _states(preset: Preset, shapes: Sequence[tuple[int, ...]], prefix: str) -> tuple[GraphTensor, ...]:
     return tuple(GraphTensor(f"{prefix}.{i}", preset.precision, shape, True) for i, shape in enumerate(shapes))
 
 
-def _vae_encoder(preset: Preset, first: bool) -> Contract:
-    stream = preset.stream
-    shape = (1, 3, 1 if first else TEMPORAL_STRIDE, stream.height, stream.width)
-    return Contract(
-        "vae_encoder_first" if first else "vae_encoder",
-        (GraphTensor("frames", FLOAT, shape), *(() if first else _encoder_states(preset, "state"))),
-        (GraphTensor("latent", FLOAT, _latent_shape(preset, 1)), *_encoder_states(preset, "new_state")),
-    )
+def _vae_encoder(preset: Preset) -> Contract:
+    picture = GraphTensor("picture", FLOAT, (1, 3, 1, preset.stream.height, preset.stream.width))
+    return Contract("vae_encoder", (picture,), (_motion_spec(preset),))
 
 
-def _vae_decoder_first(preset: Preset) -> Contract:
-    return Contract(
-        "vae_decoder_first",
-        (GraphTensor("latents", FLOAT, _latent_shape(preset, 1)),),
-        _decoder_states(preset, "new_state"),
-    )
+def _motion_spec(preset: Preset) -> GraphTensor:
+    return GraphTensor("motion", FLOAT, _latent_shape(preset, MOTION_LATENTS))
+
+
+def _vae_decoder_warm_up(preset: Preset) -> Contract:
+    latents = GraphTensor("latents", FLOAT, _latent_shape(preset, preset.stream.decoder_warmup_latents))
+    return Contract("vae_decoder_warm_up", (latents,), _decoder_states(preset, "new_state"))
 
 
 def _vae_decoder(preset: Preset) -> Contract:
     stream = preset.stream
-    frames = GraphTensor("frames", UINT8, (stream.block_frames, stream.height, stream.width, 3))
+    frames = GraphTensor("frames", UINT8, (TEMPORAL_STRIDE, stream.height, stream.width, 3))
     return Contract(
         "vae_decoder",
         (
-            GraphTensor("latents", FLOAT, _latent_shape(preset, stream.frames_per_block)),
+            GraphTensor("latents", FLOAT, _latent_shape(preset, 1)),
             *_decoder_states(preset, "state"),
         ),
         (frames, *_decoder_states(preset, "new_state")),
@@ -257,7 +245,7 @@ def _dit_block_tokens(preset: Preset) -> Contract:
 def _dit_sink_tokens(preset: Preset) -> Contract:
     latents = (
         GraphTensor("reference", FLOAT, _latent_shape(preset, 1)),
-        GraphTensor("motion", FLOAT, _latent_shape(preset, MOTION_LATENTS)),
+        _motion_spec(preset),
     )
     return Contract(SINK_TOKENS, latents, (_token_spec(preset, 1, preset.stream.sink_tokens),))
 
@@ -283,7 +271,7 @@ def _dit(preset: Preset) -> Contract:
             GraphTensor("sink_turn", FLOAT, (2, "sink_tokens", pairs)),
             *_kv_specs(preset, "text", dit.text_len),
             *_kv_specs(preset, "sink", "sink_tokens"),
-            *_kv_specs(preset, "history", "history_tokens"),
+            *_kv_specs(preset, "history", "history_tokens", preset.history_dtype),
         ),
         (
             GraphTensor("patches", FLOAT, (*grid, PATCH * PATCH * LATENT_CHANNELS)),
@@ -321,9 +309,8 @@ def contracts(preset: Preset) -> dict[str, Contract]:
         _speech_encoder,
         _audio_tokens,
         _text_encoder,
-        lambda p: _vae_encoder(p, first=True),
-        lambda p: _vae_encoder(p, first=False),
-        _vae_decoder_first,
+        _vae_encoder,
+        _vae_decoder_warm_up,
         _vae_decoder,
         _dit_block_tokens,
         _dit_sink_tokens,

@@ -2,8 +2,8 @@
 each avatar that it remembers.
 
 For engines (`runtime/tensorrt_runtime.py`): every engine has its own copy of its weights. A process that runs denoising
-steps has one transformer for all of them and for the sink. TensorRT's activation memory is known only to a built
-engine; here stands the limit of its scratch space.
+steps has one transformer for all of them and for the sink. The graphs of a process share their activation memory. Only
+a built engine knows its size; here stands the limit of its scratch space.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from live_avatar.errors import CapacityError, ConfigError
 from live_avatar.graphs.contract import (
     BLOCK,
     BLOCK_TOKENS,
+    BYTES,
     DECODERS,
     DIT,
     SINK,
@@ -35,14 +36,16 @@ from live_avatar.model.linears import is_fp8_weight
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES = 2 * GIB, GIB // 4
-"""Most scratch space that an engine may take beside its weights and tensors: the transformer and the VAE's encoders,
-and all others."""
-DECODER_WORKSPACE_BYTES = {"vae_decoder": 7 * GIB // 2, "vae_decoder_first": GIB // 2}
-"""At 704x384 TensorRT-RTX 1.7 needs 3.48 GiB for a block of frames and 0.38 for a stream's first latent."""
-PER_PIXEL = (DIT, *DECODERS, "vae_encoder_first", "vae_encoder")
+"""Most scratch space that an engine may take beside its weights and tensors: the transformer, and small graphs."""
+PER_PIXEL_BYTES = {
+    DIT: WORKSPACE_BYTES,
+    "vae_encoder": 13 * GIB // 4,
+    "vae_decoder": 5 * GIB // 4,
+    "vae_decoder_warm_up": 9 * GIB // 2,
+}
+"""At 704x384 TensorRT-RTX 1.7 needs 3.05 GiB for a picture, 1.16 for a latent, and 4.37 for a warm-up."""
 WORKSPACE_PIXELS = 704 * 384
-"""Pictures for which these limits hold. Components of PER_PIXEL need more for larger ones, in proportion."""
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
+"""Pictures for which these limits hold. These components need more for larger ones, in proportion."""
 SAMPLE_BYTES = 2  # of the speech that conditioning keeps, int16
 
 # Stages by the names of their models in Triton; a denoising stage is the range of its steps, counted from 1.
@@ -66,9 +69,9 @@ ELSEWHERE = ("casual_audio_encoder", "time_embedding", "time_projection", "modul
 
 def workspace_bytes(preset: Preset, component: str) -> int:
     """Most scratch space of a component's engine."""
-    if component not in PER_PIXEL:
+    limit = PER_PIXEL_BYTES.get(component)
+    if limit is None:
         return SMALL_WORKSPACE_BYTES
-    limit = DECODER_WORKSPACE_BYTES.get(component, WORKSPACE_BYTES)
     pixels = preset.stream.height * preset.stream.width
     return max(limit, -(-limit * pixels // WORKSPACE_PIXELS))
 
@@ -122,7 +125,8 @@ def denoiser_memory(preset: Preset, steps: range, fp8: bool = False) -> Memory:
 
 
 def _scratch(preset: Preset, *components: str) -> dict[str, int]:
-    return {"scratch space": sum(workspace_bytes(preset, component) for component in components)}
+    """That of the graph that needs most: the graphs of a process share it, because they run one after another."""
+    return {"scratch space": max(workspace_bytes(preset, component) for component in components)}
 
 
 def decoder_memory(preset: Preset) -> Memory:
@@ -155,8 +159,8 @@ def encoder_memory(preset: Preset, text_on_host: bool = False) -> Memory:
         "the avatar encoder",
         {
             "weights of the text encoder": text,
-            "weights of two engines of the VAE": 2 * _part_bytes(preset, "vae", ("encoder",)),
-            **_scratch(preset, "text_encoder", "vae_encoder_first", "vae_encoder"),
+            "weights of the VAE": _part_bytes(preset, "vae", ("encoder",)),
+            **_scratch(preset, "text_encoder", "vae_encoder"),
         },
         {},
     )
@@ -258,11 +262,13 @@ def _denoiser_sessions(dit: Contract, text: Contract, steps: int) -> Memory:
     block = _bytes((spec for spec in dit.outputs if spec.resident), dit, BLOCK)
     sink = _bytes((spec for spec in dit.outputs if spec.resident), dit, SINK) + _bytes(text.outputs, text)
     ring = _bytes((spec for spec in dit.inputs if spec.name.startswith("history")), dit, BLOCK)
+    ranges = dit.profiles[BLOCK]
+    past_blocks = ranges["history_tokens"][Extent.MAX] // ranges["tokens"][Extent.MAX]
     return Memory(
         "a denoising step" if steps == 1 else f"{steps} denoising steps",
         {
             "keys and values of the current block": max(block, sink),
-            "copies of a history that is not full": ring - block,
+            "copies of a history that is not full": ring - ring // past_blocks,
             "sink that replaces another": sink,
         },
         {"ring" if steps == 1 else "rings": steps * ring, "sink and text": sink},

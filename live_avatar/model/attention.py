@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from live_avatar.model.casts import in_type
+
 
 class Linear(nn.Linear):
     """A linear whose weights' type decides the type it computes in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] of any floating type -> [..., out] of the weights' type."""
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(in_type(x, self.weight.dtype))
 
 
 class Attention(nn.Module):
@@ -51,7 +53,7 @@ class Attention(nn.Module):
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, C] -> keys (normalised, not rotated) and values, [B, N, L, D] each, in the type of caches."""
         value = self.value(x)
-        return self.key(x).to(value.dtype), value
+        return in_type(self.key(x), value.dtype), value
 
     def across(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Attention of x [B, L, C] to other tokens [B, M, C], without positions -> [B, L, C]."""
@@ -70,7 +72,7 @@ def _normalised(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     compiler writes a float32 copy of x between its two kernels (docs/log.md). In float16 squares would overflow.
     """
     if x.dtype is not torch.bfloat16:
-        return norm(x.float())
+        return norm(in_type(x, torch.float32))
     assert norm.eps is not None
     mean_square = (x * x).float().mean(-1, keepdim=True)
     return x.float() * torch.rsqrt(mean_square + norm.eps) * norm.weight
@@ -88,14 +90,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> T
 
     Queries are scaled here and not inside: TensorRT's attention layer takes no scale.
     """
-    query = (query * query.shape[-1] ** -0.5).to(value.dtype)
-    return F.scaled_dot_product_attention(query, key.to(value.dtype), value, dropout_p=dropout, scale=1.0)
+    query = in_type(query * query.shape[-1] ** -0.5, value.dtype)
+    return F.scaled_dot_product_attention(query, in_type(key, value.dtype), value, dropout_p=dropout, scale=1.0)
 
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:
     """Turns adjacent channel pairs of x [B, N, L, D] by the phases [2, L, D / 2] in float32 (spec section 4)."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = in_type(x, torch.float32).unflatten(-1, (-1, 2))
     real, imaginary = pairs[..., 0], pairs[..., 1]
     cosine, sine = phase[0], phase[1]
     turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return in_type(turned.flatten(-2), x.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from live_avatar.config import TEMPORAL_STRIDE, DiTConfig
 from live_avatar.model.attention import Attention, Linear
+from live_avatar.model.casts import in_type
 
 PREFIX_COLUMNS = 1
 """Copies of a block's first column put before it. The released code uses 73 and drops 19 outputs; any
@@ -118,7 +119,7 @@ class AdaIN(nn.Module):
 
     def forward(self, x: Tensor, global_tokens: Tensor) -> Tensor:
         """x [F, S, C], global_tokens [F, C] -> [F, S, C]."""
-        shift, scale = self.linear(F.silu(global_tokens)).float()[:, None].chunk(2, dim=-1)
+        shift, scale = in_type(self.linear(F.silu(global_tokens)), torch.float32)[:, None].chunk(2, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=ADAIN_EPS) * (1 + scale) + shift
 
 

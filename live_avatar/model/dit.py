@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from live_avatar.config import PATCH, DiTConfig
 from live_avatar.model.attention import Attention, Linear, rotate
 from live_avatar.model.audio import AudioEncoder, AudioInjector, AudioTokens
+from live_avatar.model.casts import in_type
 from live_avatar.model.motion import FramePacker
 
 KV = list[tuple[Tensor, Tensor]]
@@ -86,7 +87,7 @@ class TransformerBlock(nn.Module):
         attention = self.self_attn
         normed = _modulated(x, shift1, scale1, self.eps)
         value = attention.value(normed)
-        key = rotate(attention.key(normed), phase).to(value.dtype)
+        key = in_type(rotate(attention.key(normed), phase), value.dtype)
         keys = torch.cat([*(k for k, _ in past), key], dim=2)
         values = torch.cat([*(v for _, v in past), value], dim=2)
         x = x + gate1 * attention(rotate(attention.query(normed), phase), keys, values)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from live_avatar.config import NETWORK_NAMES, TINY_DECODER, Preset, SpeechEncoderConfig, TextEncoderConfig
 from live_avatar.model.attention import Linear, attend
+from live_avatar.model.casts import in_type
 from live_avatar.model.dit import CausalDiT
 from live_avatar.model.tae import TAE
 from live_avatar.model.vae import VAE
@@ -50,7 +51,7 @@ def speech_network(config: SpeechEncoderConfig, attention: torch.dtype = torch.f
     ) -> tuple[Tensor, None]:
         """[B, N, L, D] each -> [B, L, N, D] float32. `transformers` makes a mask that allows everything for its own
         functions, with which TensorRT finds no fused kernel; for this one it makes none."""
-        return attend(query, key, value.to(attention), dropout).transpose(1, 2).float(), None
+        return in_type(attend(query, key, in_type(value, attention), dropout).transpose(1, 2), torch.float32), None
 
     name = f"live_avatar_{attention}".replace(".", "_")
     AttentionInterface.register(name, attention_in_type)

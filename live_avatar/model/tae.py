@@ -7,21 +7,24 @@ caller passes in and gets back, and frames are a batch inside: [T, C, h, w].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from live_avatar.config import TEMPORAL_STRIDE, TAEConfig
+from live_avatar.model.casts import in_type
 from live_avatar.model.convolution import upsampled_conv
+from live_avatar.model.streaming import FeatureCache, StreamingDecoder, Temporal, run_stream
 
 SOFT_LIMIT = 3.0
 """Latents are squashed into -3..3."""
 
 
-class MemoryBlock(nn.Module):
+class MemoryBlock(nn.Module, Temporal):
     """Three convolutions over a frame and the one before it, beside an identity path."""
+
+    history = 1
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -33,17 +36,19 @@ class MemoryBlock(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1),
         )
 
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        """x [T, C, h, w] and the frame before it [1, C, h, w] -> [T, C, h, w]."""
-        before = torch.cat([last, x[:-1]])
+    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """[T, C, h, w] -> [T, C, h, w]; the slot has the frame before x."""
+        last, x = cache.exchange(x, self.history)
+        before = torch.cat([torch.zeros_like(x[:1]) if last is None else last, x[:-1]])
         return (self.conv(torch.cat([x, before], dim=1)) + x).relu()
 
 
-class TimeGrowth(nn.Module):
+class TimeGrowth(nn.Module, Temporal):
     """Makes `factor` frames of each, by a 1x1 convolution."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
+        self.growth = factor
         self.conv = nn.Conv2d(channels, factor * channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ class SoftClamp(nn.Module):
         return (x / SOFT_LIMIT).tanh() * SOFT_LIMIT
 
 
-class TAE(nn.Module):
+class TAE(StreamingDecoder):
     """The decoder; it has no encoder here, because pictures are encoded by the VAE."""
 
     def __init__(self, config: TAEConfig) -> None:
@@ -84,22 +89,8 @@ class TAE(nn.Module):
             ]
         self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(last, 3, 3, padding=1))
 
-    def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Normalised latents [1, 16, T, h, w] -> frames [1, 3, T', 8h, 8w] in -1..1, not clamped, and the new state.
-
-        With state None T is 1 and T' is 1: of the first latent's four frames the last belongs to the stream. Later
-        T' = 4 T. Frames are float32. A state has the last frame that each memory block saw, [1, C, h, w], in the type
-        of the weights.
-        """
-        past = None if state is None else iter(state)
-        new_state: list[Tensor] = []
-        x = latents[0].transpose(0, 1).to(next(self.parameters()).dtype)
-        for layer in self.decoder:
-            x = self._remembering(layer, x, past, new_state) if isinstance(layer, MemoryBlock) else layer(x)
-        frames = x if past is not None else x[TEMPORAL_STRIDE - 1 :]
-        return (frames.float() * 2 - 1).transpose(0, 1)[None], new_state
-
-    @staticmethod
-    def _remembering(layer: MemoryBlock, x: Tensor, past: Iterator[Tensor] | None, new_state: list[Tensor]) -> Tensor:
-        new_state.append(x[-1:])
-        return layer(x, torch.zeros_like(x[:1]) if past is None else next(past))
+    def _frames(self, latents: Tensor, cache: FeatureCache) -> Tensor:
+        """Of the first latent's four frames the last belongs to the stream."""
+        x = run_stream(self.decoder, in_type(latents[0].transpose(0, 1), next(self.parameters()).dtype), cache)
+        frames = x[TEMPORAL_STRIDE - 1 :] if cache.first else x
+        return (in_type(frames, torch.float32) * 2 - 1).transpose(0, 1)[None]

@@ -1,22 +1,30 @@
 """The causal video VAE as two streams: frames -> latents and latents -> frames (spec section 13).
 
 Official parameter names; the state of a stream is a list of tensors that the caller passes in and gets back, never on
-the module, so any number of streams share one VAE. A stream begins with state None and one frame (or latent), which
-time resampling leaves alone. State has the type of the weights; frames and latents are float32. Inside, frames are a
-batch: [T, C, h, w].
+the module, so any number of streams share one VAE. A stream begins with state None. Time resampling leaves its first
+frame (or latent) alone. State has the type of the weights; frames and latents are float32. Inside, frames are a batch:
+[T, C, h, w].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from live_avatar.config import LATENT_CHANNELS, VAEConfig
+from live_avatar.config import LATENT_CHANNELS, TEMPORAL_STRIDE, VAEConfig
 from live_avatar.model.attention import attend
+from live_avatar.model.casts import in_type
 from live_avatar.model.convolution import causal_conv, upsampled_conv
+from live_avatar.model.streaming import (
+    FeatureCache,
+    HeldCache,
+    StreamingDecoder,
+    Temporal,
+    held,
+    run_stream,
+)
 
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -29,54 +37,27 @@ LATENT_STD = (
 EPS = 1e-12  # least length that a norm divides by
 
 
-class FeatureCache:
-    """Temporal history of every causal layer in one pass, read and written in the order of the layers.
-
-    `slots` None is the start of a stream: every history is zero.
-    """
-
-    def __init__(self, slots: Sequence[Tensor] | None) -> None:
-        self.first = slots is None
-        self._slots: Iterator[Tensor] | None = None if slots is None else iter(slots)
-        self.out: list[Tensor] = []
-
-    def exchange(self, x: Tensor, frames: int) -> Tensor | None:
-        """Returns the slot's `frames` frames before x [T, C, h, w], and keeps the newest ones instead.
-
-        None at the start of a stream, where x is one frame.
-        """
-        history = None if self._slots is None else next(self._slots)
-        past = x.new_zeros(frames, *x.shape[1:]) if history is None else history
-        self.out.append((x if x.shape[0] >= frames else torch.cat([past, x]))[-frames:])
-        return history
-
-    def skip(self, x: Tensor, frames: int, remembered: bool) -> None:
-        """Fills the slot of a layer that skips the first frame of a stream: with x if `remembered`, else with zeros."""
-        zeros = x.new_zeros(frames, *x.shape[1:])
-        self.out.append(torch.cat([zeros, x])[-frames:] if remembered else zeros)
-
-
-@runtime_checkable
-class Streamed(Protocol):
-    """A layer with a history."""
-
-    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor: ...
-
-
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(nn.Conv3d, Temporal):
     """3-D convolution that sees no future: its temporal history is a slot of the stream."""
 
     bias: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, kernel)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1, growth: int = 1
+    ) -> None:
+        super().__init__(in_channels, growth * out_channels, kernel)
         self.time_stride = time_stride
         self.history = kernel[0] - time_stride
+        self.growth = growth
 
-    def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """[T, C, h, w] -> [T / stride, C', h, w]."""
-        history = cache.exchange(x, self.history) if self.history else None
-        return causal_conv(x, history, self.weight, self.bias, self.time_stride)
+    def stream(self, x: Tensor, cache: FeatureCache, before: Tensor | None = None) -> Tensor:
+        """[T, C, h, w] -> [growth * T / stride, C', h, w]; the earlier of the frames have the first channels.
+
+        before: the history at the start of a stream, zeros if None.
+        """
+        history, x = cache.exchange(x, self.history, self.time_stride, before) if self.history else (None, x)
+        made = causal_conv(x, history, self.weight, self.bias, self.time_stride)
+        return made if self.growth == 1 else made.reshape(-1, self.out_channels // self.growth, *made.shape[2:])
 
 
 class RMSNorm(nn.Module):
@@ -89,9 +70,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C, h, w] -> the same."""
-        wide = x.float()
+        wide = in_type(x, torch.float32)
         square = (wide * wide).mean(dim=1, keepdim=True)
-        return (wide * square.clamp(min=self.least_square).rsqrt() * self.gamma.reshape(-1, 1, 1)).to(x.dtype)
+        return in_type(wide * square.clamp(min=self.least_square).rsqrt() * self.gamma.reshape(-1, 1, 1), x.dtype)
 
 
 class Residual(nn.Module):
@@ -112,8 +93,9 @@ class Residual(nn.Module):
         self.shortcut = None if in_channels == out_channels else CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        kept = x if self.shortcut is None else self.shortcut.stream(x, cache)
-        return kept + _through(self.residual, x, cache)
+        made = run_stream(self.residual, x, cache)
+        kept = cache.beside(x, made)
+        return made + (kept if self.shortcut is None else self.shortcut.stream(kept, cache))
 
 
 class SpatialAttention(nn.Module):
@@ -142,12 +124,7 @@ class Downsample(nn.Module):
 
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = self.resample(x)
-        if self.time_conv is None:
-            return x
-        if cache.first:
-            cache.skip(x, self.time_conv.history, remembered=True)
-            return x
-        return self.time_conv.stream(x, cache)
+        return x if self.time_conv is None else _resample_time(self.time_conv, x, cache, x[:1])
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -169,22 +146,25 @@ class Upsample(nn.Module):
             nn.Identity(),  # the place of the upsampling in the official numbering
             UpsampledConv2d(channels, channels // 2, 3),
         )
-        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time else None
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), growth=2) if time else None
 
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if self.time_conv is not None:
-            if cache.first:
-                cache.skip(x, self.time_conv.history, remembered=False)
-            else:
-                x = self.time_conv.stream(x, cache).reshape(-1, *x.shape[1:])  # earlier half of the channels first
+            x = _resample_time(self.time_conv, x, cache, None)
         return self.resample(x)
 
 
-def _through(layers: nn.Sequential | nn.ModuleList, x: Tensor, cache: FeatureCache) -> Tensor:
-    """Runs the layers in order; those that have a history take it from the stream."""
-    for layer in layers:
-        x = layer.stream(x, cache) if isinstance(layer, Streamed) else layer(x)
-    return x
+def _resample_time(convolution: CausalConv3d, x: Tensor, cache: FeatureCache, before: Tensor | None) -> Tensor:
+    """A convolution over all frames of a stream but the first, which stays.
+
+    before: the history of the others where the stream begins, zeros if None.
+    """
+    if not cache.first:
+        return convolution.stream(x, cache)
+    if x.shape[0] == 1:
+        cache.exchange(x[1:], convolution.history, convolution.time_stride, before)
+        return x
+    return cache.behind_first(x[:1], convolution.stream(x[1:], cache, before))
 
 
 def _as_batch(clip: Tensor) -> Tensor:
@@ -220,7 +200,7 @@ class Encoder(nn.Module):
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = self.conv1.stream(x, cache)
         for part in (self.downsamples, self.middle, self.head):
-            x = _through(part, x, cache)
+            x = run_stream(part, x, cache)
         return x
 
 
@@ -248,11 +228,11 @@ class Decoder(nn.Module):
     def stream(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = self.conv1.stream(x, cache)
         for part in (self.middle, self.upsamples, self.head):
-            x = _through(part, x, cache)
+            x = run_stream(part, x, cache)
         return x
 
 
-class VAE(nn.Module):
+class VAE(StreamingDecoder):
     """Encoder and decoder with the latents' normalisation; frames are in -1..1."""
 
     mean: Tensor
@@ -273,19 +253,29 @@ class VAE(nn.Module):
     def encode(self, frames: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Frames [1, 3, T, 8h, 8w] in -1..1 -> latents [1, 16, T', h, w] and the stream's new state.
 
-        With state None T is 1 and T' is 1: the first frame of a stream. Later T is a multiple of 4 and T' = T / 4.
+        T = 4 T'; with state None, at the start of a stream, T = 4 T' - 3.
         """
         cache = FeatureCache(state)
-        x = self.encoder.stream(_as_batch(frames).to(self.conv1.weight.dtype), cache)
-        moments = _as_clip(self.conv1.stream(x, cache)[:, : self.config.z_dim].float())
-        return (moments - self.mean) / self.std, cache.out
+        x = self.encoder.stream(in_type(_as_batch(frames), self.conv1.weight.dtype), cache)
+        return self._normalised(x, cache), cache.out
 
-    def decode(self, latents: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Latents [1, 16, T, h, w] -> frames [1, 3, T', 8h, 8w], not clamped, and the stream's new state.
+    def encode_still(self, picture: Tensor, latents: int) -> Tensor:
+        """A picture [1, 3, 1, 8h, 8w] in -1..1 -> [1, 16, latents, h, w], those of a stream that begins with it and
+        holds it for 1 + 4 (latents - 1) frames.
 
-        With state None T is 1 and T' is 1: the first latent of a stream. Later T' = 4 T.
+        They differ in rounding only from those that `encode` gives for the repeated frames, at about a quarter of the
+        work: the wide layers see the same features from the 11th frame on.
         """
-        cache = FeatureCache(state)
-        denormalised = _as_batch(latents * self.std + self.mean).to(self.conv2.weight.dtype)
+        cache = HeldCache(TEMPORAL_STRIDE * (latents - 1))
+        x = self.encoder.stream(in_type(_as_batch(picture), self.conv1.weight.dtype), cache)
+        return self._normalised(held(x, latents), cache)
+
+    def _normalised(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """What the encoder gives, [T, 32, h, w] -> latents [1, 16, T, h, w]."""
+        moments = _as_clip(in_type(self.conv1.stream(x, cache)[:, : self.config.z_dim], torch.float32))
+        return (moments - self.mean) / self.std
+
+    def _frames(self, latents: Tensor, cache: FeatureCache) -> Tensor:
+        denormalised = in_type(_as_batch(latents * self.std + self.mean), self.conv2.weight.dtype)
         x = self.conv2.stream(denormalised, cache)
-        return _as_clip(self.decoder.stream(x, cache).float()), cache.out
+        return _as_clip(in_type(self.decoder.stream(x, cache), torch.float32))

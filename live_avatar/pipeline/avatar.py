@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 from live_avatar.arrays import Array
-from live_avatar.config import MOTION_LATENTS, TEMPORAL_STRIDE, Preset
+from live_avatar.config import Preset
 from live_avatar.errors import InputError
 from live_avatar.inputs.image import decode_pixels, normalise
 from live_avatar.pipeline.sink import SinkSource
@@ -25,7 +25,7 @@ class AvatarEncoder:
     def __init__(self, runtime: Runtime) -> None:
         self.preset: Preset = runtime.preset
         self._tokenizer = runtime.tokenizer
-        self._graphs = {name: runtime.graph(name) for name in ("vae_encoder_first", "vae_encoder", "text_encoder")}
+        self._graphs = {name: runtime.graph(name) for name in ("vae_encoder", "text_encoder")}
 
     def encode(self, pixels: Array, prompt: str) -> SinkSource:
         """Latents of `pixels`, uint8 [H, W, 3], and features of `prompt`. Raises `InputError` for another shape or
@@ -33,7 +33,8 @@ class AvatarEncoder:
         self._check(pixels)
         token_ids, token_mask = self._tokenizer.encode(prompt)
         text = self._graphs["text_encoder"].run({"token_ids": token_ids, "token_mask": token_mask})["text"]
-        return SinkSource.of(self._encode_still(normalise(pixels)[None, :, None]), text)
+        motion = self._graphs["vae_encoder"].run({"picture": normalise(pixels)[None, :, None]})["motion"]
+        return SinkSource.of(motion, text)
 
     def encode_image(self, image: bytes, prompt: str) -> SinkSource:
         """The same for an encoded picture. Raises `InputError` as `decode_pixels` does."""
@@ -46,18 +47,3 @@ class AvatarEncoder:
                 f"the picture is {pixels.dtype} {list(pixels.shape)}; preset {self.preset.name} takes uint8 "
                 f"{list(expected)}: scale the picture to that size."
             )
-
-    def _encode_still(self, frame: Array) -> Array:
-        """[1, 3, 1, H, W] -> the latents [1, 16, 19, h, w] of that frame held for 73 frames."""
-        result = self._graphs["vae_encoder_first"].run({"frames": frame})
-        frames = np.repeat(frame, TEMPORAL_STRIDE, axis=2)
-        latents = [result["latent"]]
-        while len(latents) < MOTION_LATENTS:
-            result = self._graphs["vae_encoder"].run({"frames": frames, **next_state(result)})
-            latents.append(result["latent"])
-        return np.concatenate(latents, axis=2)
-
-
-def next_state(result: dict[str, Array]) -> dict[str, Array]:
-    """The `new_state.*` outputs of a streamed graph as the `state.*` inputs of its next call."""
-    return {name.removeprefix("new_"): array for name, array in result.items() if name.startswith("new_state.")}

@@ -110,8 +110,12 @@ class Denoiser:
 
     def _empty_caches(self) -> dict[str, Array]:
         dit = self.preset.dit
-        names = (*kv_names("sink", dit.num_layers), *kv_names("history", dit.num_layers))
-        return {name: self._zeros((1, dit.num_heads, 0, dit.head_dim), self.preset.precision) for name in names}
+        types = {"sink": self.preset.precision, "history": self.preset.history_dtype}
+        return {
+            name: self._zeros((1, dit.num_heads, 0, dit.head_dim), dtype)
+            for prefix, dtype in types.items()
+            for name in kv_names(prefix, dit.num_layers)
+        }
 
     def _kept_sink(self, made: dict[str, Array]) -> dict[str, Array]:
         """The sink in memory of its own: the next run may overwrite the graph's."""

@@ -6,6 +6,8 @@ graph give the same bits wherever they happen. Needs no torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnxruntime
 
@@ -16,6 +18,10 @@ from live_avatar.graphs.contract import Contract, Extent
 from live_avatar.graphs.memory import host_available_bytes
 from live_avatar.runtime.host import host_zeros, numpy_dtype
 from live_avatar.runtime.tokenizer import verified_tokenizer
+
+FP8 = numpy_dtype("float8_e4m3fn")
+FP8_IN_ONNX = 17
+"""`TensorProto.FLOAT8E4M3FN`, without the package onnx, which serving does not need."""
 
 
 class OnnxGraph:
@@ -34,8 +40,16 @@ class OnnxGraph:
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
-        results = self._session.run(self._outputs, dict(inputs))
+        results = self._session.run(self._outputs, {name: feed_value(array) for name, array in inputs.items()})
         return dict(zip(self._outputs, results, strict=True))
+
+
+def feed_value(array: Array) -> Any:
+    """An input as ONNX Runtime takes it: numpy's own types as they are, e4m3fn as bytes with the name of the type."""
+    if array.dtype != FP8:
+        return array
+    bits = np.ascontiguousarray(array).view(np.uint8)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, FP8_IN_ONNX)
 
 
 class OnnxRuntime:

@@ -10,8 +10,8 @@ Two paths. A profile in which a dimension grows (a block with its history) has a
 is at its greatest: there its call is captured into a CUDA graph, once for each set of resident tensors, that is for
 each session and step, and replayed as long as the same tensors come. Everything else (the first blocks of a session,
 whose histories are copied to be contiguous; a sink; graphs of fixed shapes, which run at the start of a session or are
-few large kernels) is enqueued as it is. A captured call has an execution context of its own, and all contexts of a
-graph share one block of activation memory, as TensorRT's documentation recommends.
+few large kernels) is enqueued as it is. A captured call has an execution context of its own, and all contexts of all
+graphs share one block of activation memory, because they run one after another.
 
 Buffers. Inputs of the host and transient ones are copied into buffers that stay where they are. A graph with symbolic
 dimensions writes its resident outputs into buffers of its own, too, which the next run overwrites: a ring and a sink
@@ -198,6 +198,7 @@ class Backend:
             "float32": types.FLOAT,
             "float16": types.HALF,
             "bfloat16": types.BF16,
+            "float8_e4m3fn": types.FP8,
             "int64": types.INT64,
             "uint8": types.UINT8,
         }
@@ -223,11 +224,25 @@ class _Captured:
     replay: Callable[[], None]
 
 
+class Scratch:
+    """Activation memory: one block, as large as the graph that needs most."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.empty((ALIGNMENT,), dtype=torch.uint8, device=device)
+
+    def reserve(self, size: int) -> None:
+        """Makes it at least so large. A block that it replaces is free for others at once: no graph is running."""
+        if size > self.memory.numel():
+            self.memory = torch.empty((size,), dtype=torch.uint8, device=self.memory.device)
+
+
 class TensorRTGraph:
     """One engine and the buffers around it."""
 
-    def __init__(self, backend: Backend, engine: Any, contract: Contract, places: Sequence[Path]) -> None:
-        """places: files that may keep the kernels of a library that finishes them here."""
+    def __init__(
+        self, backend: Backend, engine: Any, contract: Contract, places: Sequence[Path], scratch: Scratch
+    ) -> None:
+        """places: files that may keep the kernels of a library that finishes them here. scratch: of the runtime."""
         self._library = backend.library
         self._device = backend.device
         self._engine = engine
@@ -236,7 +251,8 @@ class TensorRTGraph:
         kept += [spec for spec in contract.outputs if not spec.resident or contract.profiles]
         self._buffers = {spec.name: self._empty((contract.largest(spec),), spec.dtype) for spec in kept}
         self._nothing = self._empty((ALIGNMENT,), "uint8")
-        self._activations = self._empty((max(engine.device_memory_size_v2, ALIGNMENT),), "uint8")
+        self._scratch = scratch
+        scratch.reserve(engine.device_memory_size_v2)
         self._kernels: KernelCache | None = None
         self._settings = self._context_settings(places)
         self._kernels_of: set[tuple[tuple[int, ...], ...]] = set()
@@ -289,7 +305,9 @@ class TensorRTGraph:
         )
 
     def _replay(self, inputs: Mapping[str, Tensor], profile: str | None) -> Mapping[str, Tensor]:
-        key = tuple(inputs[spec.name].data_ptr() for spec in self._contract.inputs if spec.resident)
+        # A captured call writes where the scratch memory was then.
+        resident = [inputs[spec.name] for spec in self._contract.inputs if spec.resident]
+        key = tuple(tensor.data_ptr() for tensor in (self._scratch.memory, *resident))
         if key in self._captured:
             self._captured.move_to_end(key)
             self._captured[key].replay()
@@ -306,7 +324,8 @@ class TensorRTGraph:
         return _Captured(context, outputs, self._device.capture(lambda: self._enqueue(context)))
 
     def _launch(self, context: Any, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Gives the context shapes and addresses of all tensors, and enqueues it; returns the outputs."""
+        """Gives the context its memory, and shapes and addresses of all tensors; enqueues it; returns the outputs."""
+        context.set_device_memory(self._scratch.memory.data_ptr(), self._scratch.memory.numel())
         for spec in self._contract.inputs:
             if any(isinstance(extent, str) for extent in spec.shape):
                 self._demand(context.set_input_shape(spec.name, tuple(inputs[spec.name].shape)))
@@ -370,7 +389,6 @@ class TensorRTGraph:
 
     def _new_context(self, profile: str | None) -> Any:
         context = self._engine.create_execution_context(self._settings)
-        context.set_device_memory(self._activations.data_ptr(), self._activations.numel())
         if profile is not None:
             number = list(self._contract.profiles).index(profile)
             self._demand(context.set_optimization_profile_async(number, self._device.stream))
@@ -395,6 +413,7 @@ class TensorRTRuntime:
         self._flavour = flavour_of(artifacts, self._engines)
         self._backend = open_backend(self._flavour, device, open_device)
         self.zeros: Allocator = partial(_zeros, self._backend.device.torch_device)
+        self._scratch = Scratch(self._backend.device.torch_device)
 
     def free_bytes(self) -> int:
         return self._backend.device.free_bytes()
@@ -413,7 +432,8 @@ class TensorRTRuntime:
         with self._backend.device.working():
             loaded = self._load(component, engine)
             places = cache_places(self._artifacts, component, engine)
-            return TensorRTGraph(self._backend, loaded, self._artifacts.contracts[component], places)
+            contract = self._artifacts.contracts[component]
+            return TensorRTGraph(self._backend, loaded, contract, places, self._scratch)
 
     def _load(self, component: str, engine: Engine) -> Any:
         path = engine_path(self._artifacts, component)

@@ -19,6 +19,11 @@ from live_avatar.weights.checkpoint import load_networks
 from live_avatar.weights.tensors import Checkpoint
 
 CPU = torch.device("cpu")
+TORCH_TYPES = {
+    np.dtype(ml_dtypes.bfloat16): torch.bfloat16,
+    np.dtype(ml_dtypes.float8_e4m3fn): torch.float8_e4m3fn,
+}
+"""Types that numpy and torch know each in its own way: arrays of them pass as integers."""
 
 
 class TorchGraph:
@@ -39,8 +44,8 @@ class TorchGraph:
 
 def to_torch(array: Array) -> Tensor:
     array = np.ascontiguousarray(array)
-    if array.dtype == ml_dtypes.bfloat16:  # a type that numpy and torch know each in its own way
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype in TORCH_TYPES:
+        return torch.from_numpy(array.view(f"i{array.itemsize}")).view(TORCH_TYPES[array.dtype])
     return torch.from_numpy(array)
 
 

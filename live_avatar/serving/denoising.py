@@ -1,8 +1,8 @@
 """A range of denoising steps as a served stage, with the caches of every session at its noise levels.
 
-A new sink is prefilled after the answer to an earlier block, if there is one. If every stage prefilled it with the
-block at which it takes effect, that block would be late. `live_avatar.pipeline.sink` says at which block the sink
-changes.
+A sink is prefilled after an answer: the first one after that to START, a new one after that to an earlier block, if
+there is one. If every stage prefilled it with the block at which it takes effect, that block would be late.
+`live_avatar.pipeline.sink` says at which block the sink changes.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ AUDIO_INPUTS = {"audio_local": AUDIO_LOCAL, "audio_global": AUDIO_GLOBAL, "audio
 
 @dataclass(eq=False)
 class _Session:
-    """One session's caches. Until its next sink takes effect: what it is made of, and the sink once it is prefilled."""
+    """One session's caches. avatar: key and source of its first sink, until that is prefilled. Until its next sink
+    takes effect: what it is made of, and the sink once it is prefilled."""
 
     state: DenoiserState
+    avatar: tuple[bytes, SinkSource] | None = None
     next_source: SinkSource | None = None
     next_sink: dict[str, Array] | None = None
 
@@ -82,13 +84,20 @@ class DenoiserStage(PipeStage[_Session]):
         session = self._session(request)
         if block != NO_BLOCK:
             latent = self._denoise(request, session, latent, block)
-        after_response = None
-        if session.next_source is not None and not request.end and self._has_room_ahead(session):
-            after_response = partial(self._prefill_ahead, session)
-        return self._answer(latent, block, after_response=after_response)
+        return self._answer(latent, block, after_response=None if request.end else self._work_ahead(session))
+
+    def _work_ahead(self, session: _Session) -> Callable[[], None] | None:
+        """The prefill that can be done after the answer. So all stages prefill the sink of a new session at the same
+        time, while the decoder warms up."""
+        if session.avatar is not None:
+            return partial(self._take_first_sink, session)
+        if session.next_source is not None and self._has_room_ahead(session):
+            return partial(self._prefill_ahead, session)
+        return None
 
     def _denoise(self, request: StageRequest, session: _Session, latent: Array, block: int) -> Array:
         expect_block(request.session, block, session.state.blocks)
+        self._take_first_sink(session)
         if takes_sink(block, self._stream):
             self._replace_sink(session)
         audio = {name: request.inputs[tensor] for name, tensor in AUDIO_INPUTS.items()}
@@ -118,12 +127,20 @@ class DenoiserStage(PipeStage[_Session]):
         source = SinkSource(*(request.inputs[name] for name in (SINK_REFERENCE, SINK_MOTION, SINK_TEXT)))
         if request.start:
             self._room.require()
-            sink = self._avatars.get(request.inputs[AVATAR_KEY].tobytes(), lambda: self._denoiser.prefill(source))
-            return self.sessions.open(request.session, lambda: _Session(self._denoiser.open(sink)))
+            avatar = request.inputs[AVATAR_KEY].tobytes(), source.copied()
+            return self.sessions.open(request.session, lambda: _Session(self._denoiser.open({}), avatar))
         session = self.sessions.get(request.session)
         if len(source.reference):
             session.next_source = source.copied()
         return session
+
+    def _take_first_sink(self, session: _Session) -> None:
+        """Gives the session the sink of its avatar, once. After an error the first block tries again, and the client
+        gets the error then."""
+        if session.avatar is not None:
+            key, source = session.avatar
+            session.state.sink = self._avatars.get(key, lambda: self._denoiser.prefill(source))
+            session.avatar = None
 
     def _has_room_ahead(self, session: _Session) -> bool:
         """Whether to prefill a sink ahead. `graphs.memory` counts one; more must leave a new session room."""

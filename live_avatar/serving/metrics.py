@@ -121,7 +121,8 @@ FRAMES: Final = Metric("live_avatar_frames_total", Kind.COUNTER, "Video frames g
 LATENCY: Final = Metric(
     "live_avatar_latency_seconds",
     Kind.HISTOGRAM,
-    "From the arrival of a block of speech at the first stage to its frames at the last.",
+    "From the arrival of a block of speech at the first stage to its frames at the last; to the first of them, if the "
+    "session asks for four in a response.",
     buckets=(0.05, 0.1, 0.15, 0.2, 0.3, 0.48, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
 FIRST_BLOCK: Final = Metric(

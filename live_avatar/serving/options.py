@@ -14,12 +14,13 @@ from live_avatar_client.protocol import FrameFormat
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """The options of one session. label: drawn on every frame."""
+    """The options of one session. label: drawn on every frame. frames_per_response: 4 or 12, the whole block."""
 
     seed: int
     frame_format: FrameFormat
     jpeg_quality: int
     label: Label | None
+    frames_per_response: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class OptionsReader:
         )
         text = self.label or _text(parameters, protocol.LABEL_PARAMETER, protocol.MAX_LABEL_CHARS)
         label = Label(text, self.height, self.width, self.label_font) if text else None
-        return SessionOptions(seed, frame_format, quality, label)
+        return SessionOptions(seed, frame_format, quality, label, _frames_per_response(parameters))
 
 
 def read_seed(parameters: Mapping[str, object]) -> int:
@@ -65,6 +66,16 @@ def _text(parameters: Mapping[str, object], name: str, most: int) -> str:
     value = parameters.get(name, "")
     if not isinstance(value, str) or len(value) > most:
         raise InputError(f"parameter {name} is {_shown(value)}; it must be a string of at most {most} characters.")
+    return value
+
+
+def _frames_per_response(parameters: Mapping[str, object]) -> int:
+    value = parameters.get(protocol.FRAMES_PER_RESPONSE_PARAMETER, protocol.FRAMES_PER_BLOCK)
+    if isinstance(value, bool) or not isinstance(value, int) or value not in protocol.FRAMES_PER_RESPONSE:
+        numbers = " or ".join(map(str, protocol.FRAMES_PER_RESPONSE))
+        raise InputError(
+            f"parameter {protocol.FRAMES_PER_RESPONSE_PARAMETER} is {_shown(value)}; it must be {numbers}."
+        )
     return value
 
 

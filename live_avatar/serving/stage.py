@@ -50,6 +50,7 @@ class StageRequest:
 class StageResponse:
     """Outputs by tensor name, the block they belong to, and the time that the stage waited (not busy).
 
+    is_last: whether the stage has nothing left to do for the block.
     after_response: work that runs after the outputs were sent and before the stage's next request. The client does not
     see its errors, so an error must leave the stage in a valid state.
     """
@@ -58,6 +59,7 @@ class StageResponse:
     block: int = NO_BLOCK
     waited_s: float = 0.0
     after_response: Callable[[], object] | None = None
+    is_last: bool = True
 
 
 class Stage(Protocol):

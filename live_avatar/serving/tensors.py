@@ -23,7 +23,7 @@ SINK_KEY = "SINK_KEY"  # UINT64 [1]: key of the session's entry in the rolling s
 RECEIVED_NS = "RECEIVED_NS"  # INT64 [1]: monotonic clock of this machine when conditioning took the request
 FAILURE = "FAILURE"  # UINT8 [n]: text, `[CODE] sentence` if the session has failed in an earlier stage; else empty
 SPEAKER_WEIGHTS = "SPEAKER_WEIGHTS"  # FP32 [speakers, S]: with START, if there are several speakers
-PROVENANCE_IN = "PROVENANCE_IN"  # UINT8 [n]: with START, becomes the output PROVENANCE; Triton needs two names
+PROVENANCE_IN = "PROVENANCE_IN"  # UINT8 [n]: with START and a block that came with it; comes out as PROVENANCE
 
 NO_BLOCK = -1
 """Value of BLOCK in a request without speech: a keep-alive, or an end alone."""

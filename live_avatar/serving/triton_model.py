@@ -210,7 +210,7 @@ class StageModel:
             self._drop_lost_sessions()
             self._stage.sweep(keep=plain.session)
             response = self._stage.handle(plain)
-            if response.block != NO_BLOCK:
+            if _ends_block(response):
                 time.sleep(max(0.0, started_s + self._settings.stage_floor_s - time.monotonic()))
             self._count(plain.session, response, started_s, time.monotonic() - response.waited_s)
             answer = self._answer(response)
@@ -236,7 +236,7 @@ class StageModel:
 
     def _count(self, session: int, response: StageResponse, started_s: float, ended_s: float) -> None:
         self.meter.add(BUSY, ended_s - started_s)
-        if response.block != NO_BLOCK:
+        if _ends_block(response):
             self.meter.add(BLOCKS)
         self._trace.busy(session, response.block, started_s, ended_s)
 
@@ -364,3 +364,7 @@ class AvatarEncoderModel(StageModel):
         if self._gpu is None:
             os.nice(LOWEST_PRIORITY)
         return AvatarEncoderStage(self.runtime, self.meter)
+
+
+def _ends_block(response: StageResponse) -> bool:
+    return response.block != NO_BLOCK and response.is_last

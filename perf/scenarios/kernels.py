@@ -122,7 +122,7 @@ def measure(context: Context) -> Figures:
         conditioning_s=sum(fastest(components[name]) for name in CONDITIONING),
         step_s=sum(fastest(components[name]) for name in STEP),
         prefill_s=sum(fastest(components[name]) for name in PREFILL),
-        decoder_s=fastest(components[DECODER]),
+        decoder_s=preset.stream.frames_per_block * fastest(components[DECODER]),
     )
     _picture(context, preset, components)
     return {

@@ -1,7 +1,7 @@
 """The start of a session with new avatars and with a known one.
 
 The parts of TTFF are those of the session's own stages. A new avatar is prepared before its session, beside the pipe:
-that time is in `rest_s`.
+that time is in `rest_s`. With four frames in a response, TTFF counts from the client's connection to the first of them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ def measure(context: Context) -> Figures:
         spoken = {kind: [_spoken(speaker, prompt) for prompt in of] for kind, of in prompts.items()}
         prompts["new"] = [f"{prompt} Again, as another." for prompt in new]
         at_hand = {kind: [_at_hand(speaker, prompt) for prompt in of] for kind, of in prompts.items()}
+        prompts["new"] = [f"{prompt} And as a third one." for prompt in new]
+        by_latent = {kind: [speaker.first_frames(prompt=prompt) for prompt in of] for kind, of in prompts.items()}
     figures: Figures = {
         "repeats": repeats,
         "server_ready_s": None if context.url else ready_s,
         "first_after_the_start_ttff_s": first.received_s - first.begun_s,
         "spoken": {kind: _summary(found) for kind, found in spoken.items()},
         "speech_at_hand": {kind: _summary(found) for kind, found in at_hand.items()},
+        "first_frames_of_speech_at_hand": {kind: _times(found) for kind, found in by_latent.items()},
         "checks": [
             _check("spoken", spoken["known"], MOST_OVER_PARTS),
             _check("at hand", at_hand["known"], MOST_OVER_PARTS_AT_HAND),
@@ -69,8 +72,11 @@ def _summary(found: Sequence[FirstFrame]) -> Figures:
     """Means of the parts, which add up; for TTFF also the median and the largest."""
     parts = ("ttff_s", "block_wait_s", "denoising_s", "decoding_s", "rest_s")
     means = {part: fmean(getattr(one, part) for one in found) for part in parts}
-    times_s = [one.ttff_s for one in found]
-    return {**means, "ttff_median_s": median(times_s), "ttff_longest_s": max(times_s), "over_parts": _over_parts(found)}
+    return {**means, **_times([one.ttff_s for one in found]), "over_parts": _over_parts(found)}
+
+
+def _times(ttff_s: Sequence[float]) -> Figures:
+    return {"ttff_median_s": median(ttff_s), "ttff_longest_s": max(ttff_s)}
 
 
 def _over_parts(found: Sequence[FirstFrame]) -> float:

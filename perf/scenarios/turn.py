@@ -17,13 +17,13 @@ from live_avatar.cli.demo import spoken
 from live_avatar.errors import ServerError
 from live_avatar_client import AvatarSession
 from live_avatar_client.media import read_speech
-from live_avatar_client.protocol import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
+from live_avatar_client.protocol import FRAMES_PER_LATENT, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from perf.figures import BUFFER_S, FRAME_S
 from perf.load import Speaker
 from perf.report import lines_picture
 from perf.scenario import Context, Figures, Scenario
 
-TURNS, QUICK_TURNS = 100, 3
+TURNS, QUICK_TURNS = 200, 3
 SPEECH_S = 1.0
 IDLE_S = (1.5, 2.5)
 """Between turns, drawn anew each time: a turn begins anywhere in a block of silence."""
@@ -123,7 +123,7 @@ def _converse(
 ) -> Turns:
     """One session that idles, in which `say()` gives the chunks of one turn, so often."""
     begun_s: list[float] = []
-    with speaker.session(idle=True) as session, ThreadPoolExecutor(1) as pool:
+    with speaker.session(idle=True, frames_per_response=FRAMES_PER_LATENT) as session, ThreadPoolExecutor(1) as pool:
         blocks = pool.submit(_read, session)
         for _ in range(count):
             time.sleep(generator.uniform(*IDLE_S))

@@ -94,7 +94,7 @@ FAULTS: dict[Callable[[Path], object], str] = {
     binary_manifest: "is not a manifest (",
     list_as_manifest: "is not a manifest (",
     deep_manifest: "is not a manifest (it is nested too deeply)",
-    other_version: "was made by version 0.0.9 (format 5); this is version",
+    other_version: "was made by version 0.0.9 (format 7); this is version",
     other_format: "(format 99); this is version",
     unknown_field: "does not describe a preset of this version (",
     impossible_size: "does not describe a preset of this version (dim 128 is not a multiple of 3 heads",

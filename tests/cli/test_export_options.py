@@ -55,6 +55,23 @@ def test_a_precision_that_the_gpu_lacks_is_refused_before_the_export(tmp_path: P
     assert_refused(invoke("export", *words), message)
 
 
+def test_an_fp8_cache_is_refused_before_the_export_for_a_gpu_without_fp8(tmp_path: Path) -> None:
+    words = ("--target", "tensorrt-rtx", "--compute-capability", "8.6", "--output", tmp_path / "a")
+    message = (
+        "past keys and values are in fp8, which GPUs have from compute capability 8.9 on, not 8.6; export without "
+        "--kv-cache-dtype for that GPU"
+    )
+    assert_refused(invoke("export", "--kv-cache-dtype", "fp8", *words), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_type_of_the_cache_names_those_there_are(tmp_path: Path) -> None:
+    result = invoke("export", "--kv-cache-dtype", "fp4", "--output", tmp_path / "a")
+    assert_refused(
+        result, "Invalid value for '--kv-cache-dtype': 'fp4' is not 'fp8'", "see `live-avatar export --help`"
+    )
+
+
 def test_without_a_gpu_its_compute_capability_may_be_named(tmp_path: Path) -> None:
     result = invoke("export", "--target", "tensorrt-rtx", "--output", tmp_path / "a")
     assert_refused(
@@ -90,10 +107,10 @@ def test_a_picture_has_one_to_four_speakers(tmp_path: Path, speakers: str) -> No
     assert_refused(result, "Invalid value for '--speakers'", "see `live-avatar export --help`")
 
 
-def test_speakers_become_part_of_the_preset() -> None:
-    given = {"preset_name": "tiny", "speakers": 3, "width": 192}
+def test_speakers_and_the_type_of_the_cache_become_part_of_the_preset() -> None:
+    given = {"preset_name": "tiny", "speakers": 3, "width": 192, "kv_cache_dtype": "fp8"}
     others = ("checkpoint", "lora", "lora_alpha", "precision", "height", "like", "lookahead_ms", "sink_update_block")
     unset = dict.fromkeys((*others, "steps", "sigmas"))
     chosen = chosen_checkpoint(**unset, **given, drop_idle_step=False).preset
-    assert chosen == TINY.with_stream(speakers=3, width=192)
+    assert chosen == TINY.with_stream(speakers=3, width=192).with_kv_cache_dtype("fp8")
     assert Preset.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen

@@ -48,10 +48,12 @@ class Harness:
         frame_format: FrameFormat = FrameFormat.RAW,
         keep_alive_s: float = math.inf,
         idle: bool = False,
+        frames_per_response: int = FPB,
     ) -> None:
         self.clock = Clock()
         limits = Limits(in_flight, unread, send_timeout_s=5, answer_timeout_s=60, keep_alive_s=keep_alive_s)
-        opening = Opening(SAMPLE_IMAGE, "hi", 3, frame_format)
+        opening = Opening(SAMPLE_IMAGE, "hi", 3, frame_format, frames_per_response=frames_per_response)
+        self.frames_per_response = frames_per_response
         self.core = SessionCore(opening, limits, self.clock, idle=idle)
         self.core.open()
         self.lookahead = lookahead
@@ -75,7 +77,8 @@ class Harness:
         while self.answered < len(self.requests):
             request = self.requests[self.answered]
             self.answered += 1
-            self.core.receive(self.response(len(request.audio)))
+            for response in self.responses(len(request.audio)):
+                self.core.receive(response)
             self.take_requests()
 
     def pass_time(self, seconds: float) -> list[float]:
@@ -94,13 +97,13 @@ class Harness:
     def audio(self) -> list[Samples]:
         return [request.audio for request in self.requests if len(request.audio)]
 
-    def response(self, samples: int) -> Response:
-        count = FPB if samples else 0
+    def responses(self, samples: int) -> list[Response]:
+        if not samples:
+            return [_response(0, 0)]
         first = self.blocks_answered * FPB - self.lookahead
-        self.blocks_answered += bool(samples)
-        frames = np.zeros((count, 2, 2, 3), np.uint8)
-        frames[...] = np.arange(first, first + count).reshape(-1, 1, 1, 1) % 256
-        return Response(frames, (), first)
+        self.blocks_answered += 1
+        count = self.frames_per_response
+        return [_response(start, count) for start in range(first, first + FPB, count)]
 
     def run(self, steps: Steps[None]) -> None:
         for _ in steps:
@@ -137,6 +140,12 @@ class Harness:
                 return blocks
 
 
+def _response(first: int, count: int) -> Response:
+    frames = np.zeros((count, 2, 2, 3), np.uint8)
+    frames[...] = np.arange(first, first + count).reshape(-1, 1, 1, 1) % 256
+    return Response(frames, (), first)
+
+
 @given(st.lists(st.integers(0, 20_000), max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_cutting_keeps_every_sample(sizes: list[int]) -> None:
@@ -159,10 +168,11 @@ def test_cutting_keeps_every_sample(sizes: list[int]) -> None:
     lookahead=st.integers(0, 40),
     in_flight=st.integers(1, 8),
     held=st.booleans(),
+    count=st.sampled_from([4, FPB]),
 )
 @settings(max_examples=80, deadline=None)
-def test_every_frame_comes_once(sizes: list[int], lookahead: int, in_flight: int, held: bool) -> None:
-    harness = Harness(lookahead, in_flight)
+def test_every_frame_comes_once(sizes: list[int], lookahead: int, in_flight: int, held: bool, count: int) -> None:
+    harness = Harness(lookahead, in_flight, frames_per_response=count)
     if held:  # nothing is answered before the end, so the look-ahead is not known at the end
         sizes = [min(sum(sizes), in_flight * BLOCK_SAMPLES)]
         harness.hold = True
@@ -184,6 +194,42 @@ def test_every_frame_comes_once(sizes: list[int], lookahead: int, in_flight: int
     assert [r.opening is not None for r in harness.requests] == [True] + [False] * (len(harness.requests) - 1)
     assert len({(r.sequence_id, r.token) for r in harness.requests}) == 1
     assert sum(len(r.audio) > 0 for r in harness.requests) == math.ceil((frames + lookahead) / FPB)
+
+
+def test_the_first_frames_of_a_block_are_there_before_its_last() -> None:
+    harness = Harness(unread=2, frames_per_response=4)
+    harness.hold = True
+    harness.speak([sample_speech(2 * BLOCK_SAMPLES)])
+    harness.answered += 1  # START
+    harness.core.receive(_response(0, 0))
+    first, second, third = harness.responses(BLOCK_SAMPLES)
+    harness.core.receive(first)
+    (block,) = harness.blocks_so_far()
+    assert (block.index, block.first_frame, len(block), block.audio.size) == (0, 0, 4, 4 * 640)
+    harness.core.receive(second)
+    with pytest.raises(ServerIncompatible, match="FIRST_FRAME 12, expected 8"):
+        harness.core.receive(_response(12, 4))
+    harness.core.receive(third)
+    assert [block.first_frame for block in harness.blocks_so_far()] == [4, 8]
+
+
+def test_what_is_unread_counts_in_blocks_whatever_the_responses() -> None:
+    harness = Harness(unread=2, in_flight=8, frames_per_response=4)
+    harness.run(harness.core.send(sample_speech(2 * BLOCK_SAMPLES)))
+    with pytest.raises(SessionBusy, match="2 of at most 2 are answered but unread"):
+        next(harness.core.send(sample_speech(BLOCK_SAMPLES), wait=False), None)
+
+
+def test_an_error_after_the_first_frames_is_no_refusal() -> None:
+    harness = Harness(frames_per_response=4)
+    harness.hold = True
+    harness.speak([sample_speech(BLOCK_SAMPLES)])
+    harness.core.receive(_response(0, 0))
+    harness.core.receive(_response(0, 4))
+    harness.core.receive_error("[UNAVAILABLE] the server is going away")
+    next(harness.core.next_block(), None)
+    with pytest.raises(SessionFailed, match="the server ended the session: the server is going away"):
+        next(harness.core.next_block())
 
 
 def test_end_rides_on_the_last_block_once_the_lookahead_is_known() -> None:
@@ -642,11 +688,11 @@ def test_a_gap_and_an_answer_to_nothing() -> None:
     harness = Harness()
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     with pytest.raises(ServerIncompatible, match="an answer that belongs to no request"):
-        harness.core.receive(harness.response(1))
+        harness.core.receive(harness.responses(1)[0])
     harness.hold = True
     harness.speak([sample_speech(BLOCK_SAMPLES)])
     with pytest.raises(ServerIncompatible, match="FIRST_FRAME 24, expected 12"):
-        harness.core.receive(harness.response(1))
+        harness.core.receive(harness.responses(1)[0])
 
 
 def test_float_samples() -> None:

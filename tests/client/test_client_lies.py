@@ -51,9 +51,10 @@ class Liar(FakeAvatarServer):
         self._change = change
         self.requests = 0
 
-    def answer(self, request: Any) -> Any:
+    def answers(self, request: Any) -> list[Any]:
         self.requests += 1
-        return self._change(super().answer(request), request.parameters["sequence_start"].bool_param)
+        is_start = request.parameters["sequence_start"].bool_param
+        return [self._change(answer, is_start) for answer in super().answers(request)]
 
 
 def play_sync(url: str, **options: Any) -> int:
@@ -207,7 +208,7 @@ def test_an_answer_beyond_the_limit(play: Callable[..., int], monkeypatch: pytes
 
 def test_answers_that_nobody_asked_for_are_not_kept() -> None:
     with FakeAvatarServer() as server, AvatarSession(server.url, image=SAMPLE_IMAGE) as session:
-        answer = server.answer(service_pb2.ModelInferRequest())
+        answer = server.answers(service_pb2.ModelInferRequest())[0]
         for _ in range(100):
             session._receive(answer)
         tracemalloc.start()

@@ -41,6 +41,11 @@ def request(
     return encode_request(Request(5, token, np.zeros(samples, np.int16), opening, end))
 
 
+def answer_of(server: FakeAvatarServer, message: Any) -> Any:
+    (answer,) = server.answers(message)
+    return answer
+
+
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
@@ -51,6 +56,10 @@ def request(
             (ErrorCode.INVALID_ARGUMENT, "REFERENCE_IMAGE has 0 bytes; send a PNG, JPEG or WebP file"),
         ),
         (
+            [request(7680, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW, frames_per_response=5))],
+            (ErrorCode.INVALID_ARGUMENT, "frames_per_response is 5; send 4 or 12"),
+        ),
+        (
             [request(7680, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW))] * 2,
             (ErrorCode.INVALID_ARGUMENT, "sequence 5 is live; send START once"),
         ),
@@ -58,33 +67,33 @@ def request(
 )
 def test_the_fake_server_checks_requests(messages: list[object], error: tuple[ErrorCode, str]) -> None:
     server = FakeAvatarServer()
-    *_, last = (server.answer(message) for message in messages)
+    *_, last = (answer_of(server, message) for message in messages)
     assert last.error_message.startswith("in ensemble 'live_avatar', [request id: <id_unknown>] [")
     assert parse_error(last.error_message) == error
 
 
 def test_the_fake_server_knows_a_session_by_its_token() -> None:
     server = FakeAvatarServer()
-    server.answer(request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW)))
-    stolen = server.answer(request(7680, token="guessed", end=EndReason.ABANDONED))
+    answer_of(server, request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW)))
+    stolen = answer_of(server, request(7680, token="guessed", end=EndReason.ABANDONED))
     message = "the token is not that of sequence 5; send the one of its START"
     assert parse_error(stolen.error_message) == (ErrorCode.INVALID_ARGUMENT, message)
-    assert not server.answer(request(7680)).error_message
-    server.answer(request(0, end=EndReason.COMPLETED))
+    assert not answer_of(server, request(7680)).error_message
+    answer_of(server, request(0, end=EndReason.COMPLETED))
     (session,) = server.sessions
     assert (len(session.blocks), session.end_reason) == (1, "completed")
 
 
 def test_the_fake_server_refuses_a_quality_beyond_the_range() -> None:
-    answer = FakeAvatarServer().answer(request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.JPEG, 96)))
+    answer = answer_of(FakeAvatarServer(), request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.JPEG, 96)))
     assert parse_error(answer.error_message) == (ErrorCode.INVALID_ARGUMENT, "jpeg_quality is 96; send 1 to 95")
 
 
 def test_provenance_is_in_the_answer_to_the_start_alone() -> None:
     server = FakeAvatarServer()
-    start = server.answer(request(0, Opening(SAMPLE_IMAGE, "", 7, FrameFormat.RAW)))
+    start = answer_of(server, request(0, Opening(SAMPLE_IMAGE, "", 7, FrameFormat.RAW)))
     assert decode_response(start.infer_response).provenance == {**SAMPLE_PROVENANCE, "seed": 7}
-    assert decode_response(server.answer(request(7680)).infer_response).provenance is None
+    assert decode_response(answer_of(server, request(7680)).infer_response).provenance is None
 
 
 @pytest.mark.parametrize(
@@ -117,7 +126,7 @@ def test_an_unreadable_answer(content: bytes) -> None:
 
 @pytest.mark.parametrize("sizes", [[2], [1, 3], [5, -2]])
 def test_jpegs_that_do_not_add_up(sizes: list[int]) -> None:
-    message = FakeAvatarServer().answer(request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.JPEG))).infer_response
+    message = answer_of(FakeAvatarServer(), request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.JPEG))).infer_response
     names = [tensor.name for tensor in message.outputs]
     for name, array in (("JPEG_FRAMES", np.zeros(3, np.uint8)), ("JPEG_SIZES", np.array(sizes, np.int64))):
         message.outputs[names.index(name)].shape[:] = array.shape
@@ -141,3 +150,18 @@ def test_an_answer_with_other_tensors() -> None:
     put_tensor(message.outputs, message.raw_output_contents, AUDIO, np.zeros(3, np.int16))
     with pytest.raises(ServerIncompatible, match="no readable FRAMES"):
         decode_response(message)
+
+
+def test_older_servers_see_no_parameter_that_they_do_not_know() -> None:
+    whole, by_four = (
+        request(0, Opening(SAMPLE_IMAGE, "", 0, FrameFormat.RAW, frames_per_response=count)) for count in (12, 4)
+    )
+    assert "frames_per_response" not in whole.parameters
+    assert by_four.parameters["frames_per_response"].int64_param == 4
+
+
+def test_the_fake_server_answers_a_block_three_times() -> None:
+    server = FakeAvatarServer(lookahead_frames=5)
+    answer_of(server, request(0, Opening(SAMPLE_IMAGE, "", 7, FrameFormat.RAW, frames_per_response=4)))
+    answers = [decode_response(answer.infer_response) for answer in server.answers(request(7680))]
+    assert [(answer.first_frame, len(answer.frames)) for answer in answers] == [(-5, 4), (-1, 4), (3, 4)]

@@ -192,7 +192,7 @@ def test_a_server_that_hangs_in_a_pause_is_noticed(options: dict[str, Any]) -> N
     with FakeAvatarServer() as server:
         with AvatarSession(server.url, image=SAMPLE_IMAGE, answer_timeout_s=0.5, **options) as session:
             assert wait_for(lambda: bool(server.sessions))
-            server.answer = lambda request: server._stopping.wait()  # type: ignore[method-assign]
+            server.answers = lambda request: server._stopping.wait()  # type: ignore[method-assign]
             with pytest.raises(AnswerTimeout, match=r"has answered nothing for 0\.5 s"):
                 list(session)
         server.stop()

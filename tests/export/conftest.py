@@ -51,6 +51,8 @@ TWO_STEPS = LEAST.with_stream(steps=2)
 CALIBRATED_BLOCKS = 2
 
 """Small networks for tests that run them; its graphs are its own."""
+FP8_CACHE = LEAST.with_stream(steps=4).with_kv_cache_dtype("fp8")
+"""Past keys and values in FP8, for the four steps of a pipe. Of the graphs of `LEAST` only `dit` differs."""
 OTHER = replace(TINY, name="other", weight_seed=1)
 """The graphs of `tiny`, which a run of the tests traces once, with random weights."""
 

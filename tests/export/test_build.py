@@ -115,7 +115,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_touched(tm
     [
         ("dit_sink_tokens", "dit.weights"),
         ("dit", "dit.weights"),
-        ("vae_decoder_first", "vae.weights"),
+        ("vae_decoder_warm_up", "vae.weights"),
         ("audio_tokens", "audio_tokens.weights"),
     ],
 )

@@ -27,10 +27,11 @@ from live_avatar.errors import ExportError
 from live_avatar.exporter.build import export_artifacts
 from live_avatar.exporter.engines import EngineOptions, build_engines
 from live_avatar.graphs.artifacts import MANIFEST, Artifacts, load_artifacts
-from live_avatar.graphs.contract import contracts
+from live_avatar.graphs.contract import DIT, contracts
 from live_avatar.graphs.engines import FOLDER, Target, read_engines
 from live_avatar.graphs.flavours import TENSORRT_RTX
 from live_avatar.weights.checkpoint import open_checkpoint
+from perf.compiled import measure
 from tests.export.conftest import LEAST
 
 VERSION = "1.7.1.116"
@@ -96,6 +97,25 @@ def test_fp8_is_refused_for_a_gpu_without_it(copied: Artifacts) -> None:
     assert not (copied.folder / FOLDER).exists()
 
 
+def change_manifest(artifacts: Artifacts, section: str, **changes: object) -> None:
+    path = artifacts.folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest[section].update(changes)
+    path.unlink()  # a link to the shared one
+    path.write_text(json.dumps(manifest))
+
+
+def test_an_fp8_cache_is_refused_for_a_gpu_without_fp8(copied: Artifacts) -> None:
+    change_manifest(copied, "preset", kv_cache_dtype="fp8")
+    message = (
+        r"past keys and values are in fp8, which GPUs have from compute capability 8.9 on, not 8.0; export without "
+        r"--kv-cache-dtype for that GPU"
+    )
+    with pytest.raises(ExportError, match=message):
+        build(load_artifacts(copied.folder), options(capabilities=("8.0",)))
+    assert not (copied.folder / FOLDER).exists()
+
+
 def test_without_the_package_the_message_has_the_command(copied: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     message = (
@@ -151,7 +171,7 @@ def compiled(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> 
     return load_artifacts(folder)
 
 
-SECONDS = ("speech_encoder", "vae_encoder", "vae_decoder_first", "vae_decoder", "dit")
+SECONDS = ("speech_encoder", "vae_encoder", "vae_decoder_warm_up", "vae_decoder", "dit")
 """Components whose compilation in float32 takes seconds; those of the smaller preset are compiled in any case."""
 
 
@@ -177,6 +197,19 @@ def test_every_graph_in_bfloat16_and_fp8_compiles(sixteen_bits: Artifacts, compo
     assert read_engines(sixteen_bits)[component].bytes > 0
 
 
+@pytest.mark.slow
+def test_the_transformer_with_an_fp8_cache_has_the_same_fused_attentions(
+    sixteen_bits: Artifacts, tmp_path: Path
+) -> None:
+    """FP8 weights in both; the casts of past keys and values are part of the kernels that join them."""
+    preset = SIXTEEN_BITS.with_kv_cache_dtype("fp8")
+    cached = export_artifacts(open_checkpoint(preset), tmp_path / "fp8", lambda line: None, made_up_calibration(preset))
+    plain, ours = (measure(made.folder, DIT, "8.9") for made in (sixteen_bits, cached))
+    assert ours["fused_attentions"] == plain["fused_attentions"] == plain["attentions"] > 0
+    assert ours["kernels"] == plain["kernels"]
+    assert ours["plan_bytes"] > 0
+
+
 def test_attention_is_fused_but_where_the_contract_has_a_reason(sixteen_bits: Artifacts, artifacts: Artifacts) -> None:
     reasons = {name: contract.decomposable for name, contract in sixteen_bits.contracts.items()}
     assert {name for name, reason in reasons.items() if reason} == {name for name in reasons if name.startswith("vae_")}
@@ -189,11 +222,7 @@ def test_attention_is_fused_but_where_the_contract_has_a_reason(sixteen_bits: Ar
 
 def test_an_attention_that_is_not_fused_is_told_in_the_compilers_words(compiled: Artifacts) -> None:
     strict = replace(compiled.contracts["text_encoder"], decomposable="")
-    path = compiled.folder / MANIFEST
-    manifest = json.loads(path.read_text())
-    manifest["contracts"]["text_encoder"] = strict.to_dict()
-    path.unlink()  # a link to the shared one
-    path.write_text(json.dumps(manifest))
+    change_manifest(compiled, "contracts", text_encoder=strict.to_dict())
     message = (
         rf"TensorRT-RTX {VERSION} cannot build text_encoder: .*Attention operation was not supported by a dedicated "
         rf"kernel.*; see whether .*, and for an attention without a fused kernel docs/real_model.md"

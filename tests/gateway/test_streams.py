@@ -24,6 +24,7 @@ from live_avatar.gateway.context import Caller, SessionContext
 from live_avatar.gateway.frames import FramePool
 from live_avatar.gateway.metrics import GatewayMeter
 from live_avatar.gateway.pipe import Closed
+from live_avatar.gateway.requests import error_response
 from live_avatar.gateway.streams import CallerStream
 from live_avatar.gateway.window import PipeWindow
 from live_avatar.serving.control import Control
@@ -220,6 +221,82 @@ def test_a_request_that_cannot_be_read_is_answered_after_the_end():
     run(main())
 
 
+def test_a_block_that_comes_with_the_start_goes_after_it_by_itself():
+    async def main() -> None:
+        made, pipe = context(at_once=False)
+        caller = FakeCaller(made)
+        caller.send(START)
+        await settle()
+        start, block = pipe.streams[0].sent
+        flags = [one.parameters["sequence_start"].bool_param for one in (start, block)]
+        sizes = [len(one.raw_input_contents[0]) for one in (start, block)]
+        assert (flags, sizes) == ([True, False], [0, 2 * BLOCK_SAMPLES])
+        pipe.streams[0].answer(start)
+        await settle()
+        assert caller.answers == [], "the caller asked once"
+        pipe.streams[0].answer(block)
+        assert await caller.close() == ["start"]
+        assert made.live == set()
+
+    run(main())
+
+
+def test_a_block_is_followed_by_a_request_for_each_further_response():
+    async def main() -> None:
+        made, pipe = context(at_once=False, size=LARGE)
+        made.frames.is_registered = True
+        try:
+            caller = FakeCaller(made)
+            caller.send(request("start", 0, b"picture", sequence_start=True, frames_per_response=4))
+            caller.send(request("block", sequence_end=True))
+            await settle()
+            start, *parts = pipe.streams[0].sent
+            assert start.parameters["frames_per_response"].int64_param == 4
+            assert [one.id for one in parts] == ["block"] * 3
+            assert [len(one.raw_input_contents[0]) for one in parts] == [2 * BLOCK_SAMPLES, 0, 0]
+            assert [one.parameters["sequence_end"].bool_param for one in parts] == [False, False, True]
+            outputs = [output.parameters for one in parts for output in one.outputs]
+            places = [parameters for parameters in outputs if "shared_memory_offset" in parameters]
+            assert [place["shared_memory_byte_size"].int64_param for place in places] == [4 * LARGE * LARGE * 3] * 3
+            offsets = [place["shared_memory_offset"].int64_param for place in places]
+            assert offsets == [0, 4 * LARGE * LARGE * 3, 8 * LARGE * LARGE * 3]
+            for one in (start, parts[0]):
+                pipe.streams[0].answer(one)
+            await settle()
+            assert [name for name, _ in caller.answers] == ["start", "block"], "the first frames wait for no others"
+            assert made.window.inside() == 1
+            assert made.frames.take() is None
+            for one in parts[1:]:
+                pipe.streams[0].answer(one)
+            assert await caller.close() == ["start", "block", "block", "block"]
+            assert made.frames.take() is not None
+            assert (made.admission.live, made.window.inside()) == (0, 0)
+        finally:
+            made.frames.close()
+
+    run(main())
+
+
+def test_an_error_is_the_last_response_to_a_block():
+    async def main() -> None:
+        made, pipe = context(at_once=False)
+        caller = FakeCaller(made)
+        caller.send(request("start", 0, b"picture", sequence_start=True, frames_per_response=4))
+        caller.send(request("block"), request("next"))
+        await settle()
+        stream = pipe.streams[0]
+        for one in stream.sent[:2]:
+            stream.answer(one)
+        stream.answers.put_nowait(error_response("block", "[FAILED] the decoder is broken"))
+        assert await caller.close() == ["start", "block", "block", "next"]
+        told = [text for _, text in caller.answers]
+        assert told[:2] == ["", ""]
+        assert all("the decoder is broken" in text for text in told[2:])
+        assert made.live == set()
+
+    run(main())
+
+
 def test_a_session_that_fails_while_its_first_block_waits_gives_everything_back():
     async def main() -> None:
         made, pipe = context(lone_blocks=0, size=LARGE)
@@ -232,7 +309,9 @@ def test_a_session_that_fails_while_its_first_block_waits_gives_everything_back(
             session.fail(InputError("it has lasted too long"))
             assert await caller.close() == ["start"]
             assert "it has lasted too long" in caller.answers[0][1]
-            [end] = pipe.streams[0].sent
+            start, end = pipe.streams[0].sent
+            assert start.parameters["sequence_start"].bool_param
+            assert not start.raw_input_contents[0], "the block waits for its turn"
             assert end.parameters["sequence_end"].bool_param
             assert made.frames.take() is not None
             assert (made.admission.live, made.window.inside()) == (0, 0)
@@ -354,9 +433,9 @@ def test_the_weights_of_several_speakers_go_to_triton_with_the_start():
         await caller.close()
         assert "0 masks came for artifacts of 2 speakers" in caller.answers[0][1]
         assert [text for _, text in caller.answers[1:]] == ["", ""]
-        first, second, *_ = pipe.streams[0].sent
+        first, *others, _ = pipe.streams[0].sent
         names = [tensor.name for tensor in first.inputs]
         assert list(first.inputs[names.index("SPEAKER_WEIGHTS")].shape) == [2, 3]
-        assert [tensor.name for tensor in second.inputs] == ["AUDIO"]
+        assert [[tensor.name for tensor in one.inputs] for one in others] == [["AUDIO", "PROVENANCE_IN"], ["AUDIO"]]
 
     run(main())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from live_avatar.config import TEMPORAL_STRIDE
 from live_avatar.model.vae import VAE
 from tests.golden.conftest import Golden
 from tests.tolerances import PORT
@@ -12,21 +12,8 @@ from tests.tolerances import PORT
 
 def encode(model: VAE, frames: Tensor) -> Tensor:
     """[1, 3, T, H, W] -> all latents; surplus frames are dropped as the reference drops them."""
-    latent, state = model.encode(frames[:, :, :1], None)
-    latents = [latent]
-    for start in range(1, frames.shape[2] - 3, 4):
-        latent, state = model.encode(frames[:, :, start : start + 4], state)
-        latents.append(latent)
-    return torch.cat(latents, dim=2)
-
-
-def decode(model: VAE, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A fresh stream: first latent, then the rest at once."""
-    frames, state = model.decode(latents[:, :, :1], None)
-    if latents.shape[2] > 1:
-        more, state = model.decode(latents[:, :, 1:], state)
-        frames = torch.cat([frames, more], dim=2)
-    return frames, state
+    surplus = (frames.shape[2] - 1) % TEMPORAL_STRIDE
+    return model.encode(frames[:, :, : frames.shape[2] - surplus], None)[0]
 
 
 def test_encode(vae_model: VAE, vae: Golden) -> None:
@@ -34,6 +21,7 @@ def test_encode(vae_model: VAE, vae: Golden) -> None:
     for count in (5, 73):
         repeated = vae["in/image"].expand(-1, -1, count, -1, -1)
         vae.check(f"encode/image_x{count}", encode(vae_model, repeated), PORT)
+        vae.check(f"encode/image_x{count}", vae_model.encode_still(vae["in/image"], 1 + count // 4), PORT)
     vae.check("encode/clip", encode(vae_model, vae["in/clip"]), PORT)
 
 
@@ -43,7 +31,7 @@ def test_normalisation_constants(vae_model: VAE, vae: Golden) -> None:
 
 
 def test_streamed_decode(vae_model: VAE, vae: Golden) -> None:
-    frames, state = decode(vae_model, vae["stream/chunk0_motion/latents"])
+    frames, state = vae_model.decode(vae["stream/chunk0_motion/latents"], None)
     vae.check("stream/chunk0_motion/frames", frames.clamp(-1, 1), PORT)
     blocks = sum(key.startswith("stream/block") and key.endswith("latents") for key in vae.keys)
     for block in range(blocks):
@@ -54,12 +42,12 @@ def test_streamed_decode(vae_model: VAE, vae: Golden) -> None:
 
 
 def test_fresh_stream_of_one_latent(vae_model: VAE, vae: Golden) -> None:
-    frames, _ = decode(vae_model, vae["stream_single/latents"])
+    frames, _ = vae_model.decode(vae["stream_single/latents"], None)
     vae.check("stream_single/frames", frames.clamp(-1, 1), PORT)
 
 
 def test_slots_are_as_the_reference_counts_them(vae_model: VAE, vae: Golden) -> None:
-    _, decoder = decode(vae_model, vae["stream_single/latents"])
+    _, decoder = vae_model.decode(vae["stream_single/latents"], None)
     assert len(decoder) == int(vae.metadata["decoder_cache_used"])
     _, encoder = vae_model.encode(vae["in/image"], None)
     assert len(encoder) == 24  # spec section 13

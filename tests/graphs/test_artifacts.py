@@ -105,6 +105,11 @@ def test_another_format(folder: Path) -> None:
         (lambda manifest: manifest.pop("preset"), "'preset'"),
         (lambda manifest: manifest["preset"]["dit"].update(dim=127), "dim 127 is not a multiple of 4 heads"),
         (lambda manifest: manifest["preset"]["stream"].update(surprise=1), "surprise"),
+        (lambda manifest: manifest["preset"].update(kv_cache_dtype="fp4"), "kv_cache_dtype 'fp4' is unknown; choose"),
+        (
+            lambda manifest: manifest["contracts"]["dit"]["inputs"][-1].update(dtype="float4"),
+            r"history_v\.5 has type 'float4'; expected one of float32, .*, float8_e4m3fn, int64, uint8\.",
+        ),
         (lambda manifest: manifest.update(files=[]), "has no attribute 'items'"),
         (lambda manifest: manifest["files"]["dit.weights"].pop("digest"), "'digest'"),
         (lambda manifest: manifest["files"]["dit.weights"].update(digest=None), "a digest is not a string"),

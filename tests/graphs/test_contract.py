@@ -73,11 +73,10 @@ def test_names_are_unique_and_every_symbol_has_a_rising_range(name: str) -> None
 
 
 def test_a_streams_state_comes_back_as_it_went_in() -> None:
-    for name in ("vae_encoder", "vae_decoder"):
-        given = [spec for spec in CONTRACTS[name].inputs if spec.name.startswith("state.")]
-        for maker in (name, f"{name}_first"):
-            made = [spec for spec in CONTRACTS[maker].outputs if spec.name.startswith("new_state.")]
-            assert [(f"new_{spec.name}", spec.shape) for spec in given] == [(s.name, s.shape) for s in made]
+    given = [spec for spec in CONTRACTS["vae_decoder"].inputs if spec.name.startswith("state.")]
+    for maker in ("vae_decoder_warm_up", "vae_decoder"):
+        made = [spec for spec in CONTRACTS[maker].outputs if spec.name.startswith("new_state.")]
+        assert [(f"new_{spec.name}", spec.shape) for spec in given] == [(s.name, s.shape) for s in made]
 
 
 def test_what_one_component_gives_the_next_one_takes() -> None:
@@ -101,7 +100,7 @@ def test_the_14b_contracts_are_made_without_its_weights() -> None:
     assert dit.profiles[BLOCK]["history_tokens"] == (0, 3 * 3168, 3 * 3168)
     specs = {spec.name: spec for spec in dit.inputs}
     assert dit.shape(specs["sink_k.39"], Extent.MAX, BLOCK) == (1, 40, 2640, 128)
-    assert made["vae_decoder"].outputs[0].shape == (12, 704, 384, 3)
+    assert made["vae_decoder"].outputs[0].shape == (4, 704, 384, 3)
     assert made["speech_encoder"].profiles["window"]["samples"] == (7680, 76_800, 76_800)
     assert len(dit.inputs) == 8 + 3 * 2 * 40
 
@@ -113,3 +112,12 @@ def test_names_of_keys_and_values() -> None:
 def test_contracts_follow_the_preset() -> None:
     assert contracts(TINY).keys() == CONTRACTS.keys()
     assert contracts(TINY) != CONTRACTS
+
+
+def test_an_fp8_cache_changes_the_type_of_the_history_alone() -> None:
+    plain, fp8 = (contracts(SMALL.with_kv_cache_dtype(dtype)) for dtype in (None, "fp8"))
+    assert {name for name, contract in fp8.items() if contract != plain[name]} == {DIT}
+    assert fp8[DIT].outputs == plain[DIT].outputs
+    changed = [new for old, new in zip(plain[DIT].inputs, fp8[DIT].inputs, strict=True) if old != new]
+    assert [spec.name for spec in changed] == list(kv_names("history", SMALL.dit.num_layers))
+    assert {spec.dtype for spec in changed} == {"float8_e4m3fn"}

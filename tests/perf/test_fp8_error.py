@@ -18,6 +18,7 @@ from perf.fp8_error import cut, errors, main, record
 from tests.export.conftest import LEAST
 
 BLOCKS = 2
+PAST = "past keys and values in FP8"
 
 
 @pytest.mark.slow
@@ -37,13 +38,16 @@ def test_the_command_writes_a_table_and_its_figures(tmp_path: Path, monkeypatch:
     lines = result.output.splitlines()
     report = json.loads(path.read_text())
     assert json.loads(lines[-1]) == report
-    assert lines[0] == "| step | block | bfloat16 | FP8 as released | FP8 in ONNX | FP8 in ONNX, dynamic |"
+    variants = ["bfloat16", PAST, "FP8 as released", "FP8 in ONNX", "FP8 in ONNX, dynamic"]
+    assert lines[0] == f"| step | block | {' | '.join(variants)} |"
     assert [line.split(" | ")[1] for line in lines[2:4]] == ["1", "2"]
     rms = {(entry["variant"], entry["block"]): entry["relative_rms"] for entry in report["results"]}
     for block in (1, 2):
         assert 0 < rms["bfloat16", block] < rms["FP8 as released", block] < 0.2
         for variant in ("FP8 in ONNX", "FP8 in ONNX, dynamic"):
             assert rms["bfloat16", block] < rms[variant, block] < 2 * rms["FP8 as released", block]
+    assert rms[PAST, 1] == 0.0, "there is no past yet"
+    assert 0 < rms[PAST, 2] < rms["FP8 as released", 2]
 
 
 def test_a_cut_has_the_large_models_widths() -> None:

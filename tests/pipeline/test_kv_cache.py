@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from live_avatar.arrays import Array
-from live_avatar.config import Preset
+from live_avatar.config import PRECISIONS, Preset
 from live_avatar.graphs.contract import kv_names
 from live_avatar.pipeline.kv_cache import KVRing
-from live_avatar.runtime.host import host_zeros
+from live_avatar.runtime.host import host_zeros, numpy_dtype
+from live_avatar.runtime.torch_runtime import to_torch
+from live_avatar.weights.fp8 import saturate
 from tests.support.networks import SMALL
 
 BLOCKS = 7
@@ -61,3 +67,30 @@ def test_two_rings_share_nothing() -> None:
     assert all(held.shape[2] == 0 for held in second.history().values())
     second.append(block(preset, 2))
     assert np.array_equal(first.history()["history_v.0"], block(preset, 1)["new_v.0"])
+
+
+def torch_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """As a runtime on a GPU gives them."""
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_ring_in_fp8_holds_the_nearest_numbers_and_saturates(precision: str) -> None:
+    """On a host and in torch's memory the same bits, and those of the quantizer with scale 1."""
+    preset = preset_of(3).with_precision(precision).with_kv_cache_dtype("fp8")
+    drawn = np.random.default_rng(1)
+    shape = (1, preset.dit.num_heads, preset.stream.block_tokens, preset.dit.head_dim)
+    outputs = {
+        name: (300 * drawn.standard_normal(shape)).astype(numpy_dtype(precision))
+        for name in kv_names("new", preset.dit.num_layers)
+    }
+    outputs["new_k.0"][0, 0, 0, :3] = 6e4, -6e4, 600
+    host, other = KVRing(preset, host_zeros), KVRing(preset, torch_zeros)
+    host.append(outputs)
+    other.append({name: to_torch(array) for name, array in outputs.items()})
+    for name, held in host.history().items():
+        assert held.dtype == ml_dtypes.float8_e4m3fn
+        expected = saturate(to_torch(outputs[name.replace("history", "new")]))
+        assert torch.equal(to_torch(held).view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(other.history()[name].view(torch.uint8), expected.view(torch.uint8))  # type: ignore[attr-defined]
+    assert host.history()["history_k.0"][0, 0, 0, :3].astype(np.float32).tolist() == [448, -448, 448]

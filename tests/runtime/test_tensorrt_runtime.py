@@ -34,9 +34,11 @@ from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.runtime.tensorrt_runtime import CudaDevice, TensorRTRuntime, open_library
 from live_avatar.weights.checkpoint import open_checkpoint
 from tests.conftest import noise_speech
+from tests.export.conftest import FP8_CACHE
 from tests.support import fake_tensorrt_rtx
+from tests.support.artifacts import exported_once
 from tests.support.fake_tensorrt import HostDevice, install
-from tests.support.networks import drawn_source
+from tests.support.networks import drawn_block, drawn_source
 
 BLOCKS = 7
 
@@ -73,16 +75,7 @@ class Session:
 
     def run(self) -> None:
         """The next block, on both; they must agree."""
-        preset = self.steps[0].preset
-        latent = self._random.standard_normal((1, *preset.stream.latent_shape), dtype=np.float32)
-        frames, dit = preset.stream.frames_per_block, preset.dit
-        audio = {
-            "audio_local": self._random.standard_normal(
-                (1, frames, dit.num_audio_token + 1, dit.dim), dtype=np.float32
-            ),
-            "audio_global": self._random.standard_normal((1, frames, dit.dim), dtype=np.float32),
-            "audio_weight": np.ones((1, frames, preset.stream.frame_tokens), dtype=np.float32),
-        }
+        latent, audio = drawn_block(self.steps[0].preset, self._random)
         ours, theirs = (step.run(state, latent, audio) for step, state in zip(self.steps, self.states, strict=True))
         assert np.array_equal(ours, theirs)
 
@@ -190,11 +183,11 @@ def test_two_streams_of_frames_decode_to_the_same_pixels(runtime: TensorRTRuntim
 
 
 def test_host_outputs_are_not_overwritten_by_the_next_run(runtime: TensorRTRuntime) -> None:
-    graph = runtime.graph("vae_encoder_first")
-    frames = np.zeros((1, 3, 1, TINY.stream.height, TINY.stream.width), dtype=np.float32)
-    first = graph.run({"frames": frames})["latent"]
+    graph = runtime.graph("vae_encoder")
+    picture = np.zeros((1, 3, 1, TINY.stream.height, TINY.stream.width), dtype=np.float32)
+    first = graph.run({"picture": picture})["motion"]
     kept = first.copy()
-    graph.run({"frames": frames + 1})
+    graph.run({"picture": picture + 1})
     assert np.array_equal(first, kept)
 
 
@@ -222,6 +215,22 @@ def test_a_session_in_float16_gives_the_same_bits(tmp_path: Path, monkeypatch: p
     for _ in range(BLOCKS):
         session.run()
     assert session.states[0].rings[0].history()["history_k.0"].dtype == torch.float16
+
+
+@pytest.mark.slow
+def test_a_session_with_an_fp8_cache_gives_the_same_bits(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = exported_once(tmp_path_factory, FP8_CACHE)
+    made = shutil.copytree(shared.folder, tmp_path / "fp8", copy_function=os.link)
+    install(monkeypatch)
+    build_engines(made, EngineOptions(), lambda line: None, HostDevice)
+    ours, theirs = TensorRTRuntime(load_artifacts(made), 0, HostDevice), OnnxRuntime(shared)
+    session = Session(Denoiser(ours, one_step(2)), Denoiser(theirs, one_step(2)), seed=1)
+    for _ in range(BLOCKS):
+        session.run()
+    ring = session.states[0].rings[0].history()["history_k.0"]
+    assert ring.dtype == torch.float8_e4m3fn
 
 
 def block_inputs(runtime: TensorRTRuntime, **extents: int) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,18 +84,23 @@ class Pipe:
                     response.after_response()
         return tensors
 
-    def decode(
-        self, tensors: dict[str, Array], start: bool = False, end: bool = False, session: int = SESSION
-    ) -> Array:
-        return self.decoder.handle(StageRequest(session, start, end, tensors)).outputs["FRAMES"]
+    def run(self, audio: Array, **others: Any) -> Array:
+        """One block through everything -> frames; the other arguments are those of `respond`."""
+        return self.respond(audio, **others)["FRAMES"]
 
-    def run(
-        self, audio: Array, start: bool = False, end: bool = False, session: int = SESSION, **inputs: Array
-    ) -> Array:
-        """One block through everything -> frames."""
+    def respond(
+        self,
+        audio: Array,
+        start: bool = False,
+        end: bool = False,
+        session: int = SESSION,
+        options: Mapping[str, object] | None = None,
+        **inputs: Array,
+    ) -> dict[str, Array]:
+        """One request through everything -> the outputs of the last stage, which gets the options with START."""
         tensors = self.condition(audio, start, end, session, **inputs)
         tensors = self.denoise(tensors, start=start, end=end, session=session)
-        return self.decode(tensors, start, end, session)
+        return self.decoder.handle(StageRequest(session, start, end, tensors, options or {})).outputs
 
     def stages(self) -> list[ConditioningStage | DenoiserStage | VAEDecoderStage]:
         return [self.conditioning, *self.steps, self.decoder]

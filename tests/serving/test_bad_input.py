@@ -82,6 +82,7 @@ def test_prompt_that_is_not_utf8(raw: RawSession, picture: bytes) -> None:
         ({"seed": "seven"}, "parameter seed is 'seven'; it must be an integer from 0 to 9223372036854775807."),
         ({"seed": True}, "parameter seed is True; it must be an integer from 0 to 9223372036854775807."),
         ({"frame_format": "gif"}, "parameter frame_format is 'gif'; it must be raw or jpeg."),
+        ({"frames_per_response": 6}, "parameter frames_per_response is 6; it must be 4 or 12."),
     ],
 )
 def test_parameters(raw: RawSession, picture: bytes, parameters: dict[str, object], sentence: str) -> None:

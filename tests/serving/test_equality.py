@@ -52,6 +52,16 @@ def test_frames_equal_the_generators(url: str, picture: bytes, speech: Array, ex
     assert np.array_equal(frames_of(blocks), expected)
 
 
+@pytest.mark.parametrize("pacing", [at_once, with_jitter])
+def test_frames_of_each_latent_equal_the_generators(
+    url: str, picture: bytes, speech: Array, expected: Array, pacing: Pacing
+) -> None:
+    with AvatarSession(url, image=picture, prompt="hello", seed=3, frames_per_response=4) as session:
+        blocks = list(session.stream(pacing(speech)))
+    assert [block.first_frame for block in blocks] == list(range(0, len(expected), 4))
+    assert np.array_equal(frames_of(blocks), expected)
+
+
 def test_seed_and_prompt_reach_the_model(url: str, picture: bytes, speech: Array, expected: Array) -> None:
     assert not np.array_equal(frames_of(received(url, picture, speech[:BLOCK_SAMPLES], seed=4)), expected[:12])
     with AvatarSession(url, image=picture, prompt="another", seed=3) as session:

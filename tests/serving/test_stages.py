@@ -12,6 +12,7 @@ from live_avatar.arrays import Array
 from live_avatar.errors import InputError, SessionError
 from live_avatar.inputs.image import decode_pixels
 from live_avatar.pipeline.avatar import AvatarEncoder
+from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime.onnx_runtime import OnnxRuntime
 from live_avatar.serving import metrics
 from live_avatar.serving.avatar_encoder import AvatarEncoderStage
@@ -91,7 +92,7 @@ def test_a_failure_ends_the_session_in_every_stage_behind_it(
         tensors = pipe.denoise(pipe.condition(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES]))
         key = int(tensors[SINK_KEY][0])
     with pytest.raises(PipeError) as raised:
-        pipe.decode(tensors)
+        pipe.decoder.handle(StageRequest(SESSION, False, False, tensors))
     assert str(raised.value) == (
         "stage dit_step_2 at block 2 failed (RuntimeError: the device fell off); end the session and start a new one."
     )
@@ -113,6 +114,40 @@ def test_a_gap_is_noticed_downstream(pipe: Pipe, opening: dict[str, Array], spee
     pipe.condition(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES])  # lost on its way
     with pytest.raises(PipeError, match="brings block 3 where block 2 was due, because an earlier block failed"):
         pipe.run(speech[2 * BLOCK_SAMPLES : 3 * BLOCK_SAMPLES])
+
+
+def test_a_block_is_fetched_four_frames_at_a_time(
+    pipe: Pipe, opening: dict[str, Array], speech: Array, expected: Array
+) -> None:
+    pipe.run(NOTHING, start=True, options={"frames_per_response": 4}, **opening)
+    got, first_frames = [], []
+    for block in range(2):
+        for audio in (speech[BLOCK_SAMPLES * block : BLOCK_SAMPLES * (block + 1)], NOTHING, NOTHING):
+            outputs = pipe.respond(audio)
+            got.append(outputs["FRAMES"])
+            first_frames.append(int(outputs["FIRST_FRAME"][0]))
+    assert np.array_equal(np.concatenate(got), expected[:24])
+    assert first_frames == [0, 4, 8, 12, 16, 20]
+    keep_alive = pipe.respond(NOTHING)
+    assert (len(keep_alive["FRAMES"]), int(keep_alive["FIRST_FRAME"][0])) == (0, 0)
+    assert pipe.meters["vae_decoder"].of(metrics.FRAMES) == 24
+
+
+def test_a_block_before_the_frames_of_the_one_before(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:
+    pipe.run(NOTHING, start=True, options={"frames_per_response": 4}, **opening)
+    pipe.run(speech[:BLOCK_SAMPLES])
+    with pytest.raises(
+        PipeError,
+        match="brings block 2 while 8 frames of the one before were not fetched; send a request without samples for "
+        "each response before the next block",
+    ):
+        pipe.run(speech[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES])
+
+
+@pytest.mark.parametrize("value", [0, 8, "4", True])
+def test_a_number_of_frames_that_no_response_has(pipe: Pipe, opening: dict[str, Array], value: object) -> None:
+    with pytest.raises(PipeError, match=r"parameter frames_per_response is .*; it must be 4 or 12\."):
+        pipe.run(NOTHING, start=True, options={"frames_per_response": value}, **opening)
 
 
 def test_conditioning_that_fails_ends_the_session_everywhere(
@@ -170,7 +205,8 @@ def test_memory_that_runs_out_on_the_way_is_told_as_such() -> None:
 def test_known_avatars_skip_prefill_and_warm_up(
     pipe: Pipe, opening: dict[str, Array], speech: Array, expected: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe.run(NOTHING, start=True, end=True, **opening)
+    pipe.run(NOTHING, start=True, **opening)
+    pipe.run(NOTHING, end=True)
     with monkeypatch.context() as idle:
         for worker, work in (
             *((step._denoiser, "prefill") for step in pipe.steps),
@@ -203,8 +239,36 @@ def test_a_known_avatar_gives_way_to_a_new_one(
 ) -> None:
     other = avatar_tensors(onnx_runtime, picture, "another")
     for given in (opening, other, opening):
-        pipe.run(NOTHING, start=True, end=True, **given)
+        pipe.run(NOTHING, start=True, **given)
+        pipe.run(NOTHING, end=True)
     assert pipe.count(metrics.AVATAR_MISSES, "dit_step_1") == 3, "room for one"
+
+
+def test_a_step_answers_start_before_it_makes_the_sink(
+    pipe: Pipe, opening: dict[str, Array], speech: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So all steps make it at once. One that fails is tried again with the first block, whose client is told."""
+    tensors = {n: tensor.copy() for n, tensor in pipe.condition(NOTHING, start=True, **opening).items()}
+    step, answered = pipe.steps[0], []
+    expected = step._denoiser.prefill(SinkSource.of(opening[SINK_MOTION], opening[SINK_TEXT]))
+    prefill = step._denoiser.prefill
+
+    def fail_once(source: SinkSource) -> dict[str, Array]:
+        assert answered, "the answer waits for the sink"
+        monkeypatch.setattr(step._denoiser, "prefill", prefill)
+        raise RuntimeError("the GPU has failed")
+
+    monkeypatch.setattr(step._denoiser, "prefill", fail_once)
+    response = step.handle(StageRequest(SESSION, True, False, tensors))
+    answered.append(response)
+    for tensor in tensors.values():
+        tensor.fill(0)  # Triton's memory holds another request by then
+    assert response.after_response is not None
+    with pytest.raises(RuntimeError, match="the GPU has failed"):
+        response.after_response()
+    step.handle(StageRequest(SESSION, False, False, pipe.condition(speech[:BLOCK_SAMPLES])))
+    made = step.sessions.get(SESSION).state.sink
+    assert all(np.array_equal(made[name], array) for name, array in expected.items())
 
 
 def test_the_avatar_is_kept_beyond_its_request(pipe: Pipe, opening: dict[str, Array], speech: Array) -> None:

@@ -19,16 +19,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 
+from live_avatar.runtime.onnx_runtime import feed_value
+
 HOST_ALIGNMENT = 64  # torch's own on a CPU; a GPU's memory is aligned to more than TensorRT wants
 STREAM = 7
 ACTIVATION_BYTES = 1000
-NUMPY = {1: np.float32, 10: np.float16, 7: np.int64, 2: np.uint8}  # by ONNX type
+NUMPY = {1: np.float32, 10: np.float16, 7: np.int64, 2: np.uint8, 17: ml_dtypes.float8_e4m3fn}  # by ONNX type
 
 recording: list[Callable[[], None]] | None = None
 """What is enqueued while a call is captured; None at other times."""
@@ -59,6 +62,7 @@ class DataType(enum.Enum):
     BF16 = 16
     INT64 = 7
     UINT8 = 2
+    FP8 = 17
 
 
 class MemoryPoolType(enum.Enum):
@@ -300,7 +304,7 @@ class ICudaEngine:
         return list(self._values)[index]
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return DataType(self._values[name].type.tensor_type.elem_type)
+        return DataType(self._type(name))
 
     def create_execution_context(self, strategy: Any) -> IExecutionContext:
         self._contexts += 1
@@ -311,14 +315,17 @@ class ICudaEngine:
         dims = self._values[name].type.tensor_type.shape.dim
         return tuple(-1 if dim.dim_param else dim.dim_value for dim in dims)
 
+    def _type(self, name: str) -> int:
+        return int(self._values[name].type.tensor_type.elem_type)
+
     def _numpy(self, name: str) -> Any:
-        return NUMPY[self._values[name].type.tensor_type.elem_type]
+        return NUMPY[self._type(name)]
 
     def _outputs_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Shapes of outputs, found by running the graph on zeros."""
         key = tuple(shapes.items())
         if key not in self._output_shapes:
-            zeros = {name: np.zeros(shape, self._numpy(name)) for name, shape in shapes.items()}
+            zeros = {name: feed_value(np.zeros(shape, self._numpy(name))) for name, shape in shapes.items()}
             names = [name for name in self._values if name not in self._inputs]
             arrays = self._session.run(names, zeros)
             self._output_shapes[key] = {name: array.shape for name, array in zip(names, arrays, strict=True)}
@@ -395,7 +402,7 @@ class IExecutionContext:
         binding = self._engine._session.io_binding()
         for name, place in places.items():
             bind = binding.bind_input if name in self._engine._inputs else binding.bind_output
-            bind(name, "cpu", 0, self._engine._numpy(name), shapes[name], place)
+            bind(name, "cpu", 0, self._engine._type(name), shapes[name], place)
         self._engine._session.run_with_iobinding(binding)
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from live_avatar.arrays import Array
 from live_avatar.config import MOTION_LATENTS, TINY, Preset
+from live_avatar.pipeline.denoiser import Denoiser, one_step
 from live_avatar.pipeline.sink import SinkSource
 from live_avatar.runtime import Graph, Runtime
 
@@ -57,3 +59,22 @@ def drawn_source(preset: Preset, seed: int) -> SinkSource:
             for shape in (*shapes, (preset.dit.text_len, preset.dit.text_dim))
         )
     )
+
+
+def drawn_block(preset: Preset, drawn: np.random.Generator) -> tuple[Array, dict[str, Array]]:
+    """Latents [1, 16, F, h, w] and audio of a block of one speaker, for `Denoiser.run`."""
+    frames, dit = preset.stream.frames_per_block, preset.dit
+    latent = drawn.standard_normal((1, *preset.stream.latent_shape), dtype=np.float32)
+    audio = {
+        "audio_local": drawn.standard_normal((1, frames, dit.num_audio_token + 1, dit.dim), dtype=np.float32),
+        "audio_global": drawn.standard_normal((1, frames, dit.dim), dtype=np.float32),
+        "audio_weight": np.ones((1, frames, preset.stream.frame_tokens), dtype=np.float32),
+    }
+    return latent, audio
+
+
+def first_step(runtime: Runtime, blocks: int) -> list[Array]:
+    """Latents of so many blocks after the first step, [1, 16, F, h, w] each. Every runtime gets the same inputs."""
+    denoiser, drawn = Denoiser(runtime, one_step(1)), np.random.default_rng(3)
+    state = denoiser.open(denoiser.prefill(drawn_source(runtime.preset, 1)))
+    return [denoiser.run(state, *drawn_block(runtime.preset, drawn)) for _ in range(blocks)]

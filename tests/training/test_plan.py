@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from live_avatar.config import PRESETS, Preset
 from live_avatar.errors import ConfigError
@@ -52,7 +52,7 @@ def drawn_base(config: AdapterConfig, names: tuple[str, ...]) -> roles.SharedBas
     return base
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", ["stage1", pytest.param("stage2", marks=pytest.mark.slow)])
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(
     config: AdapterConfig, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +73,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(
     assert planned == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_deep_network_is_planned_from_cuts(config: AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = replace(SMALL, dit=replace(SMALL.dit, num_layers=6, audio_inject_layers=(0, 2, 5)))
     monkeypatch.setitem(cast(dict[str, Preset], PRESETS), SMALL.name, deep)
@@ -100,18 +101,25 @@ def test_shards_halve_what_is_held(config: AdapterConfig) -> None:
     assert two.gathered > 0
 
 
-def test_a_run_that_does_not_fit_is_refused_with_the_sum(config: AdapterConfig, tmp_path: Path) -> None:
-    path = tmp_path / "run.toml"
-    path.write_text(toml(config))
-    words = ["--config", str(path), "--gpus", "1"]
-    fits = CliRunner().invoke(plan.main, [*words, "--gpu-memory-gib", "1", "--reserve-gib", "0"])
+@pytest.mark.slow
+def test_a_plan_is_of_all_stages(config: AdapterConfig, tmp_path: Path) -> None:
+    fits = planned(config, tmp_path, "--gpu-memory-gib", "1", "--reserve-gib", "0")
     assert fits.exit_code == 0, fits.output
     stages = json.loads(fits.stdout.splitlines()[-1])["stages"]
     assert [stage["stage"] for stage in stages] == ["stage1", "stage2"]
-    refused = CliRunner().invoke(plan.main, [*words, "--gpu-memory-gib", "0.001", "--reserve-gib", "0.5"])
+
+
+def test_a_run_that_does_not_fit_is_refused_with_the_sum(config: AdapterConfig, tmp_path: Path) -> None:
+    refused = planned(config, tmp_path, "--gpu-memory-gib", "0.001", "--reserve-gib", "0.5")
     assert refused.exit_code == 2
     assert "Error: stage1 needs 0.5 GiB on each GPU, which has 0.0: base 0.0 + adapters 0.0 + moments" in refused.stderr
     assert "+ reserve 0.5 (the fullest pass is window). Take more GPUs for one copy of the base" in refused.stderr
+
+
+def planned(config: AdapterConfig, folder: Path, *words: str) -> Result:
+    path = folder / "run.toml"
+    path.write_text(toml(config))
+    return CliRunner().invoke(plan.main, ["--config", str(path), "--gpus", "1", *words])
 
 
 @pytest.mark.slow

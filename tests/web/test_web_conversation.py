@@ -36,12 +36,12 @@ def test_an_idle_avatar_is_shown_before_anything_is_said(page: str):
     ready, blocks = asyncio.run(visit())
     assert (ready["version"], ready["rate_hz"], ready["fps"]) == (1, 16_000, 25)
     assert ready["provenance"]["seed"] == 0
-    assert [block.first_frame for block in blocks] == [0, 12, 24]
+    assert [block.first_frame for block in blocks] == [0, 4, 8]
     for block in blocks:
         assert not block.is_speech
         assert not block.sound.any()
         assert len(block.sound) == 640 * len(block.jpegs)
-        assert block.frames().shape == (12, 96, 96, 3)
+        assert block.frames().shape == (4, 96, 96, 3)
 
 
 def test_the_label_is_on_the_picture_unless_it_is_refused(page: str):

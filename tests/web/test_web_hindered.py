@@ -224,9 +224,10 @@ def test_the_buffer_bears_bursts_after_few_late_blocks(browser: Browser, page: s
       const { Timeline } = await import("/timeline.js");
       const timeline = new Timeline();
       let most = 0;
-      for (let i = 0; i < 500; i += 1) {
-        timeline.place(12, Math.ceil((i * 0.48) / heldS) * heldS, i % 50 > 40);
-        most = Math.max(most, timeline.leadS);
+      for (let i = 0; i < 1500; i += 1) {
+        const block = Math.floor(i / 3);
+        timeline.place(4, Math.ceil((block * 0.48) / heldS) * heldS, block % 50 > 40);
+        if (i % 3 === 0) most = Math.max(most, timeline.leadS);
       }
       return { late: timeline.late, most };
     }"""
@@ -240,9 +241,10 @@ def test_a_block_that_is_late_by_much_raises_the_buffer_at_once(browser: Browser
     code = """async () => {
       const { Timeline } = await import("/timeline.js");
       const timeline = new Timeline();
-      for (const nowS of [0, 0.48, 1.6]) timeline.place(12, nowS, false);
+      const block = (nowS) => [1, 2, 3].forEach(() => timeline.place(4, nowS, false));
+      [0, 0.48, 1.6].forEach(block);
       const raised = timeline.targetS;
-      for (let i = 1; i <= 60; i += 1) timeline.place(12, 1.6 + 0.48 * i, false);
+      for (let i = 1; i <= 60; i += 1) block(1.6 + 0.48 * i);
       return { late: timeline.late, raised, lowered: timeline.targetS };
     }"""
     with tab(browser, page) as visitor:

@@ -42,13 +42,13 @@ def test_nginx_that_buffers_passes_a_conversation_and_a_recording(page: str, tmp
     async def visit() -> tuple[int, bytes]:
         async with talking(proxied) as talker:
             await talker.send(type="record.start")
-            path, blocks = "", 0
-            while blocks < 12:  # which come while the conversation goes on
+            path, frames = "", 0
+            while frames < 144:  # which come while the conversation goes on
                 message = await talker.receive()
                 if isinstance(message, dict):
                     path = message["path"]
                 else:
-                    blocks += 1
+                    frames += len(message.jpegs)
             return await asyncio.to_thread(save, proxied, path)
 
     try:

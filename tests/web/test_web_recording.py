@@ -217,14 +217,14 @@ def block(jpegs: int = 12) -> Block:
 def test_a_server_that_is_too_busy_ends_the_recording_with_a_sentence(monkeypatch: pytest.MonkeyPatch):
     async def record() -> Recording:
         made = Recording(None)
-        for _ in range(60):
+        for _ in range(160):
             made.add(block(1), PROVENANCE)
         await made.run()
         return made
 
     made = asyncio.run(record())
     assert made.sentence == "the page's server is too busy to record; it is complete up to here"
-    assert len(film(made.file).frames) == 51
+    assert len(film(made.file).frames) == 151
 
 
 def test_a_recording_without_a_frame_or_with_a_broken_one_has_no_file(caplog: pytest.LogCaptureFixture):

@@ -25,7 +25,7 @@ from ..errors import (
     ServerIncompatible,
 )
 from ..image import read_image_bytes
-from ..protocol import ErrorCode, FrameFormat
+from ..protocol import FRAMES_PER_LATENT, ErrorCode, FrameFormat
 from .feeder import SpeechFeeder
 from .guard import Guard, RefusalError
 from .options import WebOptions
@@ -149,6 +149,7 @@ async def _opened(visitor: Visitor, options: WebOptions, guard: Guard) -> AsyncA
         label=start.label,
         frame_format=FrameFormat.JPEG,
         jpeg_quality=start.jpeg_quality,
+        frames_per_response=FRAMES_PER_LATENT,
         idle=True,
         api_key=options.api_key,
         tls=options.tls,

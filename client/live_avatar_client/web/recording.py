@@ -31,7 +31,7 @@ MOST_RECORDINGS: Final = 8
 MOST_OF_AN_ADDRESS: Final = 2
 KEPT_S: Final = 60.0
 """How long a file waits to be fetched."""
-_MOST_WAITING: Final = 50
+_MOST_WAITING: Final = 150
 """Blocks that wait to be encoded: 24 s."""
 _TITLE: Final = "recording.mp4"
 _COMPLETE: Final = "it is complete up to here"

@@ -1,4 +1,5 @@
-// Places blocks on the clock of the sound card. It knows no sound and no picture, only times in seconds.
+// Places blocks on the clock of the sound card. It knows no sound and no picture, only times in seconds. A message has a
+// third of a block of the server, the frames of one latent.
 //
 // The server's clock and the sound card's differ by some seconds in a night. So the distance between now and the block
 // that arrives drifts. It is brought back where nobody hears it: frames of silence are left out, or a pause is made.
@@ -11,9 +12,9 @@ const MOST_TARGET_S = 1.0;
 const STEP_S = 0.04; // least rise of the target
 const FALL_S = 0.02; // least fall
 const SLACK_S = 0.24; // how far the distance may be above the target
-const WINDOW = 8; // blocks whose least distance counts
-const MOST_SKIPPED = 6; // frames of one block
-const CALM = 60; // blocks without a late one, after which the target shrinks
+const WINDOW = 24; // messages whose least distance counts
+const MOST_SKIPPED = 2; // frames of one message
+const CALM = 180; // messages without a late one, after which the target shrinks
 
 export class Timeline {
   constructor() {
