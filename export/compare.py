@@ -39,8 +39,8 @@ COARSE_PIXEL_TOLERANCE = 2.0
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the output that is furthest from torch's: root mean square of the difference, relative to that of torch's output,
-    or in levels for pixels."""
+    """Of the output that is furthest from torch's: root mean square of the difference, relative to that of torch's
+    output, or in levels for pixels."""
 
     component: str
     relative: float

@@ -7,7 +7,6 @@ reports.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +52,7 @@ EXPORT_PROCESSES = 2
 def export_with_progress(checkpoint: Checkpoint, output: Path, scaling: Scaling | None = None) -> Artifacts:
     """`export_artifacts` behind a progress bar."""
     from live_avatar.exporter.build import export_artifacts
+    from live_avatar.exporter.processes import possible_processes
 
     with tqdm(total=len(contracts(checkpoint.preset)), unit="graph", desc="export", leave=False, disable=None) as bar:
 
@@ -60,7 +60,7 @@ def export_with_progress(checkpoint: Checkpoint, output: Path, scaling: Scaling 
             bar.set_postfix_str(component)
             bar.update()
 
-        return export_artifacts(checkpoint, output, progress, scaling, min(EXPORT_PROCESSES, os.cpu_count() or 1))
+        return export_artifacts(checkpoint, output, progress, scaling, possible_processes(EXPORT_PROCESSES))
 
 
 def spoken(speech: Array) -> Iterator[Array]:

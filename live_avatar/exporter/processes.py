@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,16 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from live_avatar.errors import ExportError
+
+
+def possible_processes(wanted: int) -> int:
+    """`wanted`, or as many as there are processors. 1 where the system gives no semaphores, as in sandboxes without a
+    writable /dev/shm."""
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except (ImportError, OSError):
+        return 1
+    return min(wanted, len(os.sched_getaffinity(0)))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from live_avatar.errors import CheckpointError, ExportError
 from live_avatar.exporter.build import export_artifacts
-from live_avatar.exporter.processes import worker_processes
+from live_avatar.exporter.processes import possible_processes, worker_processes
 from live_avatar.graphs.artifacts import Artifacts
 from live_avatar.weights.checkpoint import open_checkpoint
 from tests.export.conftest import OTHER
@@ -31,6 +31,19 @@ def refuse() -> None:
 def wait_forever(started: str) -> None:
     Path(started).touch()
     time.sleep(3600)
+
+
+def test_as_many_processes_as_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    assert [possible_processes(wanted) for wanted in (1, 2, 3, 4)] == [1, 2, 3, 3]
+
+
+def test_one_process_where_no_semaphore_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(context: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Lock", refused)
+    assert possible_processes(2) == 1
 
 
 @pytest.mark.slow

@@ -34,6 +34,10 @@ class Mount:
     bytes: int = 0
 
 
+SHARED_MEMORY = Mount("/dev/shm", None, bytes=64 << 20)
+"""What every container runtime gives a container, unless something else is mounted there."""
+
+
 @dataclass(frozen=True)
 class Container:
     """`opt` is what it has at /opt. With `user` it has no rights of root, and can get none."""
@@ -58,7 +62,7 @@ class Container:
         words += ["--bind" if self.opt_is_writable else "--ro-bind", str(self.opt), "/opt"]
         if self.opt_is_writable:
             words += ["--tmpfs", "/tmp"]
-        for mount in self.mounts:
+        for mount in (SHARED_MEMORY, *self.mounts):
             words += _mounted(mount)
         words += ["--remount-ro", "/", "--clearenv", "--setenv", "PATH", self.PATH]
         for name, value in self.environment.items():
