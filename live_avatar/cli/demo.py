@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -45,22 +45,24 @@ if TYPE_CHECKING:
 
 CHUNK_S = 0.02
 SEED = 0
-EXPORT_PROCESSES = 2
-"""The transformer's graphs take as long as all others together. Each process holds one weight in memory."""
 
 
-def export_with_progress(checkpoint: Checkpoint, output: Path, scaling: Scaling | None = None) -> Artifacts:
-    """`export_artifacts` behind a progress bar."""
-    from live_avatar.exporter.build import export_artifacts
-    from live_avatar.exporter.processes import possible_processes
+def export_with_progress(opened: Callable[[], Checkpoint], output: Path, scaling: Scaling | None = None) -> Artifacts:
+    """`export_artifacts` behind a progress bar. A second process starts while this one opens the checkpoint."""
+    from live_avatar.exporter.processes import can_have_helper, helper_process
 
-    with tqdm(total=len(contracts(checkpoint.preset)), unit="graph", desc="export", leave=False, disable=None) as bar:
+    with helper_process() if can_have_helper() else nullcontext() as helper:
+        from live_avatar.exporter.build import export_artifacts
 
-        def progress(component: str) -> None:
-            bar.set_postfix_str(component)
-            bar.update()
+        checkpoint = opened()
+        total = len(contracts(checkpoint.preset))
+        with tqdm(total=total, unit="graph", desc="export", leave=False, disable=None) as bar:
 
-        return export_artifacts(checkpoint, output, progress, scaling, possible_processes(EXPORT_PROCESSES))
+            def progress(component: str) -> None:
+                bar.set_postfix_str(component)
+                bar.update()
+
+            return export_artifacts(checkpoint, output, progress, scaling, helper)
 
 
 def spoken(speech: Array) -> Iterator[Array]:
@@ -183,9 +185,13 @@ def ready_artifacts(folder: Path) -> None:
             f"{folder} holds preset {held!r}, and this command needs {TINY.name!r}; give other --artifacts."
         )
     say(f"Exporting preset {TINY.name} to {folder} (about a minute).")
+    export_with_progress(_open_tiny, folder)
+
+
+def _open_tiny() -> Checkpoint:
     from live_avatar.weights.checkpoint import open_checkpoint
 
-    export_with_progress(open_checkpoint(TINY), folder)
+    return open_checkpoint(TINY)
 
 
 def frame_bar(description: str, video: SpeechVideo) -> Any:

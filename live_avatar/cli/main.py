@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,6 +44,7 @@ from live_avatar.version import __version__
 from live_avatar_client.errors import AvatarError
 
 if TYPE_CHECKING:
+    from live_avatar.exporter.quantization import Scaling
     from live_avatar.graphs.artifacts import Artifacts
     from live_avatar.runtime import Runtime
 
@@ -213,14 +215,13 @@ def export(
 ) -> None:
     """Export a preset as ONNX graphs, shared weights and a manifest; for GPUs also as engines."""
     from live_avatar.cli.demo import export_with_progress
-    from live_avatar.exporter.quantization import read_scaling
 
-    scaling = None if fp8 is None else read_scaling(fp8)
+    scaling = None if fp8 is None else _scaling(fp8)
     if target == "onnx":
         for option, given in (("--gpu-memory-gib", gpu_memory_gib), ("--compute-capability", capabilities or None)):
             if given is not None:
                 raise click.UsageError(f"{option} is for --target {' or '.join(FLAVOURS)}; leave it out")
-        artifacts = export_with_progress(chosen_checkpoint(**model), output, scaling)
+        artifacts = export_with_progress(partial(chosen_checkpoint, **model), output, scaling)
     else:
         from live_avatar.exporter.engines import EngineOptions, build_engines, require_compiler
         from live_avatar.graphs.memory import require_room
@@ -230,9 +231,15 @@ def export(
             require_room(checkpoint.preset, gpu_memory_gib, sessions=1, fp8=scaling is not None)
         options = EngineOptions(FLAVOURS[target], capabilities)
         require_compiler(options, checkpoint.preset, scaling is not None)
-        artifacts = export_with_progress(checkpoint, output, scaling)
+        artifacts = export_with_progress(lambda: checkpoint, output, scaling)
         build_engines(output, options, say)
     say(f"Wrote {output} (preset {artifacts.preset.name}, {artifacts.fingerprint}).")
+
+
+def _scaling(fp8: str) -> Scaling:
+    from live_avatar.exporter.quantization import read_scaling
+
+    return read_scaling(fp8)
 
 
 @main.command()

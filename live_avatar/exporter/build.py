@@ -6,8 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, as_completed
-from contextlib import nullcontext
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 
 from live_avatar.config import Preset
 from live_avatar.errors import ExportError
-from live_avatar.exporter.processes import worker_processes
+from live_avatar.exporter.processes import shared
 from live_avatar.exporter.quantization import (
     DYNAMIC,
     QUANTIZED,
@@ -58,21 +57,24 @@ Progress = Callable[[str], None]
 
 
 def export_artifacts(
-    checkpoint: Checkpoint, output: Path, progress: Progress, scaling: Scaling | None = None, processes: int = 1
+    checkpoint: Checkpoint,
+    output: Path,
+    progress: Progress,
+    scaling: Scaling | None = None,
+    helper: Executor | None = None,
 ) -> Artifacts:
     """Exports every component of a checkpoint into the folder `output`, replacing artifacts that stand there.
 
-    `progress` is told each component's name before its export; with several processes, once it is exported. With a
-    scaling the transformer's large linears are in FP8. Each process holds one weight at a time in host memory. Raises
-    `ExportError` if `output` exists and is not an artifacts folder or cannot be replaced, if another export writes
-    there, if the calibration is of other graphs, or if one of the processes dies, and `CheckpointError` for unusable
-    weights.
+    `progress` is told each component's name before its export; with a helper, which does a part of the work in another
+    process, once it is exported. With a scaling the transformer's large linears are in FP8. Each process holds one
+    weight at a time in host memory. Raises `ExportError` if `output` exists and is not an artifacts folder or cannot be
+    replaced, if another export writes there, or if the calibration is of other graphs, and `CheckpointError` for
+    unusable weights.
     """
     _refuse_foreign(output)
-    pool = worker_processes(processes) if processes > 1 else nullcontext()
-    with replacing(output) as folder, pool as workers:
+    with replacing(output) as folder:
         _write_modulation(checkpoint.preset, modulation_networks(checkpoint), folder / MODULATION)
-        _write_graphs(checkpoint, folder, progress, scaling, workers)
+        _write_graphs(checkpoint, folder, progress, scaling, helper)
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
         (folder / MANIFEST).write_text(json.dumps(_manifest(checkpoint, folder, scaling), indent=1))
@@ -108,21 +110,20 @@ def _write_modulation(preset: Preset, networks: Networks, path: Path) -> None:
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, folder: Path, progress: Progress, scaling: Scaling | None, workers: Executor | None
+    checkpoint: Checkpoint, folder: Path, progress: Progress, scaling: Scaling | None, helper: Executor | None
 ) -> None:
     by_file: dict[str, list[str]] = {}
     for name in contracts(checkpoint.preset):
         by_file.setdefault(weight_file(name), []).append(name)
     write = partial(_write_file, checkpoint, scaling, folder)
-    if workers is None:
+    if helper is None:
         for names in by_file.values():
             write(names, progress)
         return
-    # The transformer and the VAE take longest, and are the last.
-    jobs = {workers.submit(write, names): names for names in reversed(by_file.values())}
-    for job in as_completed(jobs):
-        job.result()
-        for name in jobs[job]:
+    # The transformer takes longest here, and the VAE is the next; they are the last.
+    *others, vae, transformer = by_file.values()
+    for names in shared([transformer, *others, vae], helper, write):
+        for name in names:
             progress(name)
 
 
