@@ -66,11 +66,11 @@ def _start(pool: ProcessPoolExecutor) -> None:
 
 
 def _prepare() -> None:
-    """SIGTERM interrupts the work; a process that it killed could not give its semaphores back, and Python would report
-    them. Then imports what takes seconds, while the parent does the same."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    """Imports what takes seconds, while the parent does the same. From then on SIGTERM interrupts the work: a process
+    that it killed could not give its semaphores back, and Python would report them."""
     importlib.import_module("torch.onnx")
     importlib.import_module("live_avatar.exporter.build")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
 
 
 def shared(jobs: Sequence[Job], helper: Executor, work: Callable[[Job], object]) -> Iterator[Job]:

@@ -140,6 +140,20 @@ def test_an_interrupt_ends_the_processes_at_once(tmp_path: Path) -> None:
     assert set(multiprocessing.active_children()) == others
 
 
+@pytest.mark.parametrize("after_s", [0.5, 1.5])
+def test_an_error_while_the_helper_imports_is_all_that_is_said(
+    after_s: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def export() -> None:
+        with helper_process():
+            time.sleep(after_s)
+            refuse()
+
+    with pytest.raises(CheckpointError):
+        export()
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.slow
 def test_two_processes_export_the_same_files(tmp_path: Path, other_artifacts: Artifacts) -> None:
     told: list[str] = []
